@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace kdfast::cpu {
+namespace {
+
+constexpr Isa kAll[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
+
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+bool has_amx_bf16() {
+  unsigned a = 7, b = 0, c = 0, d = 0;
+  __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  const bool cpu = (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16 and AMX-TILE
+#if defined(__linux__)
+  // The kernel grants the 8 KiB of tile state per process and on request only.
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return cpu && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+bool supported(Isa isa) {
+#if defined(__x86_64__)
+  switch (isa) {
+    case Isa::generic: return true;
+    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::avx512: return has_avx512();
+    case Isa::avx512_bf16: return has_avx512() && __builtin_cpu_supports("avx512bf16");
+    case Isa::amx: return has_avx512() && has_amx_bf16();
+  }
+#endif
+  return isa == Isa::generic;
+}
+
+Isa parse(const std::string& name) {
+  std::string known;
+  for (const Isa isa : kAll) {
+    if (name == isa_name(isa)) {
+      if (supported(isa)) return isa;
+      throw std::invalid_argument("KDFAST_CPU_ISA: this CPU cannot run " + name);
+    }
+    known += std::string(known.empty() ? "" : ", ") + isa_name(isa);
+  }
+  throw std::invalid_argument("KDFAST_CPU_ISA: must be one of " + known + ", got " + name);
+}
+
+Isa initial() {
+  const char* forced = std::getenv("KDFAST_CPU_ISA");
+  return forced && *forced ? parse(forced) : available_isas().back();
+}
+
+std::atomic<Isa>& current() {
+  static std::atomic<Isa> isa{initial()};
+  return isa;
+}
+
+}  // namespace
+
+std::vector<Isa> available_isas() {
+  std::vector<Isa> out;
+  for (const Isa isa : kAll)
+    if (supported(isa)) out.push_back(isa);
+  return out;
+}
+
+Isa isa() { return current().load(std::memory_order_relaxed); }
+
+void set_isa(const std::string& name) { current().store(parse(name), std::memory_order_relaxed); }
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::amx: return "amx";
+    default: return "generic";
+  }
+}
+
+}  // namespace kdfast::cpu

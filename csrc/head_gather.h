@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// Index arithmetic of head_gather, shared by the CPU and the CUDA build so that CPU tests cover it.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define KDFAST_HD __host__ __device__ __forceinline__
+#else
+#define KDFAST_HD inline
+#endif
+
+namespace kdfast {
+
+constexpr int kMaxHeads = 512;
+
+// The tensor seen as (outer, heads, run): a run is one head's contiguous bytes, in `unit` bytes.
+struct HeadLayout {
+  int64_t outer;      // product of the dimensions before `dim`
+  int64_t run;        // units per head: head_dim * inner * itemsize / unit
+  int32_t src_heads;  // heads in the source
+  int32_t dst_heads;  // heads in the destination
+  // Destination head -> source head; -1 writes zeros. By value: no device copy of indices.
+  int16_t source[kMaxHeads];
+};
+
+// Start (in units) of the source run that fills destination run `row` of (outer, dst_heads), or -1.
+KDFAST_HD int64_t source_offset(const HeadLayout& m, int64_t row) {
+  const int64_t head = m.source[row % m.dst_heads];
+  return head < 0 ? -1 : (row / m.dst_heads * m.src_heads + head) * m.run;
+}
+
+}  // namespace kdfast

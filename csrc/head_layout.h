@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// Checks and layout of head_gather that the CPU and the CUDA boundary share.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include "head_gather.h"
+
+namespace kdfast {
+
+// x (..., src_heads * head_dim, ...) contiguous; unit in bytes divides head_dim * inner * itemsize.
+inline HeadLayout head_layout(const at::Tensor& x, int64_t head_dim, int64_t dim,
+                              int64_t dst_heads, int64_t unit) {
+  HeadLayout m{};
+  const int64_t heads = x.size(dim) / head_dim;
+  TORCH_CHECK_VALUE(heads <= kMaxHeads && dst_heads <= kMaxHeads, "head_gather: at most ",
+                    kMaxHeads, " heads, got ", std::max(heads, dst_heads));
+  int64_t inner = 1;
+  for (int64_t d = dim + 1; d < x.dim(); ++d) inner *= x.size(d);
+  m.outer = 1;
+  for (int64_t d = 0; d < dim; ++d) m.outer *= x.size(d);
+  m.run = head_dim * inner * x.element_size() / unit;
+  m.src_heads = static_cast<int32_t>(heads);
+  m.dst_heads = static_cast<int32_t>(dst_heads);
+  return m;
+}
+
+inline void check_args(const at::Tensor& x, at::IntArrayRef heads, int64_t head_dim, int64_t dim,
+                       int64_t num_heads) {
+  TORCH_CHECK_VALUE(dim >= 0 && dim < x.dim() && head_dim > 0 && x.size(dim) % head_dim == 0,
+                    "head_gather: dim ", dim, " of ", x.sizes(), " must hold heads of ", head_dim);
+  for (const int64_t h : heads)
+    TORCH_CHECK_VALUE(h >= 0 && h < num_heads, "head_gather: head must be in [0, ", num_heads,
+                      "), got ", h);
+}
+
+inline at::Tensor resized(const at::Tensor& x, int64_t dim, int64_t size) {
+  auto shape = x.sizes().vec();
+  shape[dim] = size;
+  return at::empty(shape, x.options());
+}
+
+// Gather: destination head j reads source head heads[j].
+inline void map_gather(HeadLayout& m, at::IntArrayRef heads) {
+  for (size_t j = 0; j < heads.size(); ++j) m.source[j] = static_cast<int16_t>(heads[j]);
+}
+
+// Scatter: destination head heads[j] reads source head j, all others are zero.
+inline void map_scatter(HeadLayout& m, at::IntArrayRef heads) {
+  for (int32_t h = 0; h < m.dst_heads; ++h) m.source[h] = -1;
+  for (size_t j = 0; j < heads.size(); ++j) m.source[heads[j]] = static_cast<int16_t>(j);
+}
+
+}  // namespace kdfast

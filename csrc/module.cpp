@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Module init: loading it registers the ops; the functions below only tell and set the CPU ISA.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+
+#include "dispatch.h"
+
+namespace {
+
+std::vector<std::string> isa_names() {
+  std::vector<std::string> names;
+  for (const auto isa : kdfast::cpu::available_isas()) names.push_back(kdfast::cpu::isa_name(isa));
+  return names;
+}
+
+std::map<std::string, std::string> build_info() {
+  return {{"compiler", KDFAST_COMPILER},
+          {"torch", KDFAST_TORCH_VERSION},
+          {"cuda", KDFAST_CUDA_VERSION},
+          {"cuda_archs", KDFAST_CUDA_ARCHS}};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("available_isas", &isa_names, "CPU instruction sets that can run here, best last.");
+  m.def("cpu_isa", [] { return std::string(kdfast::cpu::isa_name(kdfast::cpu::isa())); },
+        "The instruction set that the CPU kernels use.");
+  m.def("set_cpu_isa", &kdfast::cpu::set_isa, pybind11::arg("name"),
+        "Forces an instruction set; ValueError if unknown or not supported here.");
+  m.def("build_info", &build_info, "Compiler, torch and CUDA that this extension was built with.");
+  kdfast::cpu::isa();  // a bad KDFAST_CPU_ISA fails at import, not in the first kernel
+}

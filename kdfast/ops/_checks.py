@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks that several ops share."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def head_list(op: str, name: str, heads: Sequence[int] | Tensor, count: int) -> list[int]:
+    """Kept head indices as a list of distinct ints in [0, count).
+
+    Args:
+        op: Name of the op, for messages.
+        name: Name of the argument, for messages.
+        heads: Indices; a tensor must be a 1-D integer tensor on the CPU, since reading indices
+            back from a GPU would stall it.
+        count: Number of heads that exist.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: Empty, out of range, repeated, or a tensor on another device.
+    """
+    if isinstance(heads, Tensor):
+        if heads.device.type != "cpu":
+            raise ValueError(f"{op}: {name} must be a list or a CPU tensor, got {heads.device}")
+        if heads.is_floating_point() or heads.dtype == torch.bool or heads.dim() != 1:
+            raise TypeError(
+                f"{op}: {name} must be a 1-D integer tensor, got {heads.dtype} {heads.dim()}-D"
+            )
+        heads = heads.tolist()
+    kept = list(heads)
+    if any(isinstance(h, bool) or not isinstance(h, int) for h in kept):
+        raise TypeError(f"{op}: {name} must hold ints, got {kept}")
+    if not kept:
+        raise ValueError(f"{op}: {name} must name at least one head, got none")
+    if min(kept) < 0 or max(kept) >= count:
+        raise ValueError(f"{op}: {name} must be in [0, {count}), got {kept}")
+    if len(set(kept)) != len(kept):
+        raise ValueError(f"{op}: {name} must not repeat a head, got {kept}")
+    return kept

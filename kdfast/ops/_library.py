@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op library, the compiled extension, and the one rule that picks fused or reference."""
+
+import importlib
+import importlib.util
+import os
+import warnings
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("auto", "fused", "reference")
+
+
+class FallbackWarning(UserWarning):
+    """An op with a compiled kernel ran its eager reference instead; the message says why."""
+
+
+class NotCompiledWarning(FallbackWarning):
+    """An op has no compiled kernel at all for the device that its tensors are on."""
+
+
+def _load_extension() -> ModuleType | None:
+    """Returns ``kdfast._C``, or None where it was not built; a broken build raises."""
+    if importlib.util.find_spec("kdfast._C") is None:
+        return None
+    try:
+        return importlib.import_module("kdfast._C")
+    except ImportError as error:
+        raise ImportError(
+            "kdfast._C was built but cannot be loaded, most likely for another torch; rebuild it "
+            f"with `pip install --no-build-isolation -e .` (torch here: {torch.__version__})"
+        ) from error
+
+
+def _default_backend() -> str:
+    backend = os.environ.get("KDFAST_BACKEND", "auto")
+    if backend not in BACKENDS:
+        raise ValueError(f"KDFAST_BACKEND: must be one of {BACKENDS}, got {backend!r}")
+    return backend
+
+
+EXTENSION = _load_extension()
+DEFAULT_BACKEND = _default_backend()
+LIB = torch.library.Library("kdfast", "DEF")
+_warned: set[tuple[str, str]] = set()
+
+
+def fused_devices(op: str) -> frozenset[str]:
+    """Device types on which ``op`` has a compiled kernel; asked once, when its file is imported."""
+    keys = {"cpu": "CPU", "cuda": "CUDA"}
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(device for device, key in keys.items() if has(f"kdfast::{op}", key))
+
+
+def not_compiled(op: str, device: torch.device, fused_on: frozenset[str]) -> str | None:
+    """The reason why no compiled kernel of ``op`` can run on ``device``, or None."""
+    if device.type in fused_on:
+        return None
+    return f"{op} has no compiled kernel for {device.type} in this build"
+
+
+def use_fused(op: str, backend: str | None, reason: str | None, *, compiled: bool = True) -> bool:
+    """Decides between the compiled kernel and the eager reference.
+
+    Args:
+        op: Name of the op, for messages.
+        backend: The caller's choice; ``KDFAST_BACKEND`` if None.
+        reason: Why the compiled kernel cannot run this input, or None.
+        compiled: False if the reason is that no kernel exists for the device.
+
+    Returns:
+        True for the compiled kernel.
+
+    Raises:
+        ValueError: ``backend`` is not one of "auto", "fused", "reference".
+        NotImplementedError: ``backend="fused"`` and there is a reason against it.
+    """
+    backend = DEFAULT_BACKEND if backend is None else backend
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {BACKENDS} or None, got {backend!r}")
+    if backend == "reference":
+        return False
+    if reason is None:
+        return True
+    if backend == "fused":
+        raise NotImplementedError(f"{op}: backend='fused' cannot run here: {reason}")
+    # A Python warning would break torch.compile(fullgraph=True); `kdfast.info` still lists it.
+    if not torch.compiler.is_compiling() and (op, reason) not in _warned:
+        _warned.add((op, reason))
+        category = FallbackWarning if compiled else NotCompiledWarning
+        warnings.warn(f"{op} runs its eager reference: {reason}", category, stacklevel=4)
+    return False

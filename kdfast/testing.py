@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shapes, inputs and the tolerance rule that tests/ and bench/ share."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# (B, H, N, D): smallest, nothing a multiple of anything, one token, and a real ViT-S row count.
+SHAPES = {
+    "tiny": (1, 2, 4, 16),
+    "odd": (2, 3, 37, 24),
+    "one": (1, 1, 1, 16),
+    "vit": (1, 3, 197, 64),
+}
+
+
+def assert_no_worse(name: str, fused: Tensor, exact: Tensor, eager: Tensor) -> None:
+    """Raises AssertionError unless ``fused`` is finite and at most twice as wrong as ``eager``.
+
+    The rule, in the maximum and in the root mean square: err(fused) <= 2 * err(eager) + eps *
+    size(exact), with eps of the dtype under test. It needs no tolerance chosen by hand: the eager
+    result in the same dtype says what rounding costs.
+
+    Args:
+        name: Printed in the message.
+        fused: Result under test, any shape, low precision or fp32.
+        exact: The same result of the reference in fp64.
+        eager: The same result of the reference in the dtype under test.
+    """
+    if fused.shape != exact.shape:
+        raise AssertionError(f"{name}: shape {tuple(fused.shape)}, want {tuple(exact.shape)}")
+    if not torch.isfinite(fused).all():
+        raise AssertionError(f"{name}: not finite")
+    if fused.numel() == 0:
+        return
+    eps = torch.finfo(eager.dtype).eps
+    norms: dict[str, Callable[[Tensor], Tensor]] = {
+        "max": lambda x: x.abs().max(),
+        "rms": lambda x: x.square().mean().sqrt(),
+    }
+    for kind, norm in norms.items():
+        error = norm(fused.double() - exact).item()
+        limit = 2 * norm(eager.double() - exact).item() + eps * norm(exact).item()
+        if error > limit:
+            raise AssertionError(f"{name}: {kind} error {error:.3e} is above {limit:.3e}")
+
+
+def run(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], *, seed: int = 0
+) -> list[Tensor]:
+    """Outputs of ``function(*inputs)`` and the gradients of a random projection of them.
+
+    The projection is drawn in fp64 and rounded, so runs in several dtypes see the same one.
+    Integer and boolean inputs get no gradient; a missing gradient comes back as zeros.
+    """
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    outputs = function(*leaves)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros((), dtype=torch.float64, device=leaves[0].device)
+    for out in outputs:
+        weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+        total = total + (out * weight).sum().double()
+    total.backward()
+    grads = [
+        torch.zeros_like(x) if x.grad is None else x.grad for x in leaves if x.is_floating_point()
+    ]
+    return [*(out.detach() for out in outputs), *grads]

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packages, and the call of CMake that builds kdfast._C; flags live in CMakeLists.txt."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def cxx_compiler() -> str | None:
+    """The C++ compiler that CMake would take, or None."""
+    named = os.environ.get("CXX")
+    return shutil.which(named) if named else next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
+def wants_extension() -> bool:
+    """KDFAST_BUILD_EXT: 1 builds, 0 does not, unset builds where a C++ compiler is found."""
+    choice = os.environ.get("KDFAST_BUILD_EXT", "")
+    if choice not in ("", "0", "1"):
+        sys.exit(f"KDFAST_BUILD_EXT must be 0, 1 or unset, got {choice!r}")
+    if choice:
+        return choice == "1"
+    if cxx_compiler() is None:
+        print("kdfast: no C++ compiler found, so this is a pure-Python install", file=sys.stderr)
+        return False
+    return True
+
+
+class CMakeBuild(build_ext):
+    """Builds the extension by CMake into the place that setuptools asks for."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import torch  # a build requirement of the extension only, not of a pure-Python install
+        import torch.utils.cpp_extension as cpp
+
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build_dir = Path(os.environ.get("KDFAST_BUILD_DIR", ROOT / "build" / "cmake")).resolve()
+        includes = [*cpp.include_paths("cpu"), sysconfig.get_paths()["include"]]
+        cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{PATH}")
+        if cmake is None:
+            sys.exit("kdfast: cmake is missing; `pip install cmake ninja`, or KDFAST_BUILD_EXT=0")
+        options = {
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output.parent,
+            "KDFAST_MODULE_NAME": output.name,
+            "KDFAST_INCLUDE_DIRS": ";".join(includes),
+            "KDFAST_TORCH_LIB_DIR": Path(torch.__file__).parent / "lib",
+            "KDFAST_TORCH_VERSION": torch.__version__,
+            "KDFAST_TORCH_CUDA": torch.version.cuda or "",
+            "KDFAST_CUDA": os.environ.get("KDFAST_CUDA", "AUTO"),
+            "KDFAST_SANITIZE": os.environ.get("KDFAST_SANITIZE", "OFF"),
+        }
+        definitions = [f"-D{key}={value}" for key, value in options.items()]
+        subprocess.check_call([cmake, "-S", ROOT, "-B", build_dir, "-G", "Ninja", *definitions])
+        subprocess.check_call([cmake, "--build", build_dir])
+
+
+COMPILERS = ("c++", "g++", "clang++")
+PATH = os.environ.get("PATH", "")
+
+setup(
+    packages=[*find_packages(include=["kdfast", "kdfast.*"]), "kdfast.kernels"],
+    package_dir={"kdfast.kernels": "kernels"},
+    ext_modules=[Extension("kdfast._C", sources=[])] if wants_extension() else [],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seeds, one thread, NaN-filled torch.empty, and the folder of shared data."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdfast
+from kdfast.ops._library import EXTENSION
+
+SHARED = Path(os.environ.get("KDFAST_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def _isolate() -> Iterator[None]:
+    """Same seed and one thread for every test; uninitialised memory shows up as NaN."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings():
+        # A missing kernel is a property of the install; a fallback of an existing one is a bug.
+        warnings.simplefilter("error", kdfast.FallbackWarning)
+        warnings.simplefilter("ignore", kdfast.NotCompiledWarning)
+        yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def compiled() -> None:
+    """Skips where kdfast._C is not built; with KDFAST_REQUIRE=cpu that is a failure."""
+    if EXTENSION is None:
+        if "cpu" in os.environ.get("KDFAST_REQUIRE", "").split(","):
+            pytest.fail("KDFAST_REQUIRE=cpu, but kdfast._C is not built")
+        pytest.skip("kdfast._C is not built")
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder with real images and golden tensors, which is not part of the repository."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no shared data folder at {folder} (set KDFAST_SHARED)")
+    return folder
