@@ -8,8 +8,8 @@
 namespace kdfast {
 
 // x (..., src_heads * head_dim, ...) contiguous; unit in bytes divides head_dim * inner * itemsize.
-inline HeadLayout head_layout(const at::Tensor& x, int64_t head_dim, int64_t dim,
-                              int64_t dst_heads, int64_t unit) {
+inline HeadLayout head_layout(const at::Tensor& x, int64_t head_dim, int64_t dim, int64_t dst_heads,
+                              int64_t unit) {
   HeadLayout m{};
   const int64_t heads = x.size(dim) / head_dim;
   TORCH_CHECK_VALUE(heads <= kMaxHeads && dst_heads <= kMaxHeads, "head_gather: at most ",

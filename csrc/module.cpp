@@ -26,8 +26,9 @@ std::map<std::string, std::string> build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &isa_names, "CPU instruction sets that can run here, best last.");
-  m.def("cpu_isa", [] { return std::string(kdfast::cpu::isa_name(kdfast::cpu::isa())); },
-        "The instruction set that the CPU kernels use.");
+  m.def(
+      "cpu_isa", [] { return std::string(kdfast::cpu::isa_name(kdfast::cpu::isa())); },
+      "The instruction set that the CPU kernels use.");
   m.def("set_cpu_isa", &kdfast::cpu::set_isa, pybind11::arg("name"),
         "Forces an instruction set; ValueError if unknown or not supported here.");
   m.def("build_info", &build_info, "Compiler, torch and CUDA that this extension was built with.");

@@ -1,6 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "head_gather.h"
-
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -10,6 +8,7 @@
 
 #include <algorithm>
 
+#include "head_gather.h"
 #include "head_layout.h"
 
 namespace kdfast::cuda {

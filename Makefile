@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets up .venv when it has to; `make train` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CONFIG ?= orion50
+ARGS ?=
+NATIVE := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+
+.PHONY: install train test test-all bench lint format info clean
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel cmake ninja torch torchvision
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,test,bench,dev]"
+	touch $@
+
+train: $(INSTALLED)
+	$(BIN)/python -m kdfast.train --config $(CONFIG) $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest tests -n 2 -m "not slow" $(ARGS)
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest tests -n 2 $(ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest bench $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+info: $(INSTALLED)
+	$(BIN)/python -m kdfast.info --config $(CONFIG)
+
+clean:
+	rm -rf build dist *.egg-info kdfast/_C*.so $(INSTALLED)

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""head_gather against indexing and index_select: a weight, a projection and an activation."""
+
+import pytest
+import torch
+
+import kdfast
+from kdfast.ops import head_gather as op
+
+HEADS = list(range(0, 16, 2))
+CASES = {
+    "q weight (1024, 1024)": ((1024, 1024), 0),
+    "proj weight (1024, 1024)": ((1024, 1024), 1),
+    "activation (8, 257, 1024)": ((8, 257, 1024), -1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def bench_gather(compare, case: str, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+    shape, dim = CASES[case]
+    x = torch.randn(shape).to(dtype)
+    args = {"head_dim": 64, "dim": dim}
+    positive = dim % x.dim()
+    index = torch.tensor(HEADS)
+    rows = (index[:, None] * 64 + torch.arange(64)).flatten()
+    candidates = {
+        "kdfast": lambda: kdfast.head_gather(x, HEADS, backend="fused", **args),
+        "eager": lambda: op.reference(x, HEADS, 64, positive),
+        "index_select": lambda: x.index_select(positive, rows),
+    }
+    want = candidates["eager"]()
+    for name, call in candidates.items():
+        torch.testing.assert_close(call(), want, rtol=0, atol=0, msg=name)
+    compare("head_gather", f"{case} {dtype}", candidates, nbytes=2 * want.nbytes)
