@@ -13,6 +13,7 @@ from kdfast._version import __version__
 from kdfast.ops._library import FallbackWarning, NotCompiledWarning
 from kdfast.ops.geometry import Rope, Window
 from kdfast.ops.head_gather import head_gather
+from kdfast.ops.pruned_attention import pruned_attention
 
 __all__ = [
     "FallbackWarning",
@@ -21,4 +22,5 @@ __all__ = [
     "Window",
     "__version__",
     "head_gather",
+    "pruned_attention",
 ]

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Softmax attention over the kept heads, with RoPE and windows inside.
+
+See docs/pruned_attention.md. B batch, H heads, K kept heads, N tokens, D head dim.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast.ops._checks import head_list
+from kdfast.ops._library import LIB, fused_devices, not_compiled, use_fused
+from kdfast.ops.geometry import Rope, Window
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def pruned_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    heads: Sequence[int] | Tensor | None = None,
+    rope: Rope | None = None,
+    scale: float | None = None,
+    window: Window | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax self-attention over the kept heads; the other heads are never read.
+
+    ``out[b, j] = softmax(scale * R(q)[b, h] R(k)[b, h]^T) v[b, h]`` with ``h = heads[j]`` and R the
+    rotation of ``rope``, inside each window of ``window``. Under autocast q, k and v are first cast
+    to its dtype (fp64 is left alone).
+
+    Args:
+        q: (B, H, N, D), fp16, bf16, fp32 or fp64; any strides, fastest with a contiguous last dim.
+        k: (B, H, N, D), dtype and device of q.
+        v: (B, H, N, D), dtype and device of q.
+        heads: K distinct head indices in [0, H); their order is the order of the result. All if
+            None.
+        rope: Tables for q and k; in a call with a window they are indexed inside the window.
+        scale: Multiplies the scores; D ** -0.5 if None.
+        window: Splits the tokens into windows; None: every token sees every token.
+        backend: "auto", "fused" or "reference"; ``KDFAST_BACKEND`` if None.
+
+    Returns:
+        (B, K, N, D) in q's dtype, in the memory order (B, N, K, D), so that
+        ``out.transpose(1, 2).flatten(2)`` is a view. Rotation, softmax and sums are done in fp32
+        (fp64 for fp64); rotated queries and keys are rounded to q's dtype, as in ORION.
+
+    Raises:
+        TypeError: Dtypes differ or are not supported, or ``heads`` are not integers.
+        ValueError: Shapes or devices do not match, or a head is out of range or repeated.
+        NotImplementedError: A rope table requires a gradient, or ``backend="fused"`` and the
+            kernel cannot run (the reason is given).
+
+    Gradients: q, k, v and ``window.pad_value`` (zero for heads that are not kept); none for the
+    rope tables; the fused op cannot be differentiated twice. Deterministic: yes.
+    Source: arXiv 1706.03762 eq. 1; arXiv 2205.14135 alg. 1; arXiv 2104.09864 sec. 3.4.
+    """
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+        with torch.autocast(kind, enabled=False):
+            return pruned_attention(
+                q, k, v, heads=heads, rope=rope, scale=scale, window=window, backend=backend
+            )
+    check_qkv("pruned_attention", q=q, k=k, v=v)
+    check_geometry("pruned_attention", q, rope, window)
+    kept = None if heads is None else head_list("pruned_attention", "heads", heads, q.shape[1])
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    reason = why_not(q)
+    if use_fused("pruned_attention", backend, reason, compiled=kind in FUSED_ON):
+        op = torch.ops.kdfast.pruned_attention.default
+        out: Tensor = op(q, k, v, kept, *geometry_args(rope, window, scale))[0]
+        return out
+    return reference(q, k, v, kept, rope, scale, window)
+
+
+def check_qkv(op: str, **tensors: Tensor) -> None:
+    """Raises TypeError or ValueError unless all are (B, H, N, D) of one shape, dtype and device."""
+    (first_name, first), *rest = tensors.items()
+    if first.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{op}: {first_name} must be one of {names}, got {first.dtype}")
+    if first.dim() != 4 or first.shape[3] == 0:
+        raise ValueError(f"{op}: {first_name} must be (B, H, N, D), got {tuple(first.shape)}")
+    for name, x in rest:
+        if x.dtype != first.dtype:
+            raise TypeError(f"{op}: {name} must be {first.dtype} like {first_name}, got {x.dtype}")
+        if x.shape != first.shape:
+            raise ValueError(
+                f"{op}: {name} must be {tuple(first.shape)} like {first_name}, got {tuple(x.shape)}"
+            )
+        if x.device != first.device:
+            raise ValueError(
+                f"{op}: {name} must be on {first.device} like {first_name}, got {x.device}"
+            )
+
+
+def check_geometry(op: str, q: Tensor, rope: Rope | None, window: Window | None) -> None:
+    """Raises unless the tables and windows fit q (B, H, N, D); see the callers' Raises."""
+    heads, tokens, head_dim = q.shape[1:]
+    tables: list[tuple[str, Tensor | None]] = []
+    if window is not None:
+        window.check(op, tokens, heads, head_dim)
+        tables.append(("window.pad_value", window.pad_value))
+    if rope is not None:
+        rope.check(op, tokens if window is None else window.size**2, head_dim)
+        if window is not None and rope.prefix:
+            raise ValueError(f"{op}: rope.prefix must be 0 with a window, got {rope.prefix}")
+        if torch.is_grad_enabled() and (rope.cos.requires_grad or rope.sin.requires_grad):
+            raise NotImplementedError(f"{op}: rope tables get no gradient; detach them")
+        tables += [("rope.cos", rope.cos), ("rope.sin", rope.sin)]
+    for name, table in tables:
+        if table is not None and table.device != q.device:
+            raise ValueError(f"{op}: {name} must be on {q.device} like q, got {table.device}")
+
+
+def geometry_args(rope: Rope | None, window: Window | None, scale: float) -> tuple[Any, ...]:
+    """The arguments (cos, sin, prefix, interleaved, scale, grid, window, pad_value) of the op."""
+    rotary = (None, None, 0, True) if rope is None else _rope_args(rope)
+    if window is None:
+        return (*rotary, scale, None, 0, None)
+    return (*rotary, scale, list(window.grid), window.size, window.pad_value)
+
+
+def _rope_args(rope: Rope) -> tuple[Tensor, Tensor, int, bool]:
+    return rope.cos, rope.sin, rope.prefix, rope.layout == "interleaved"
+
+
+def why_not(q: Tensor) -> str | None:
+    """The reason why the compiled kernel cannot run this input, or None."""
+    return not_compiled("pruned_attention", q.device, FUSED_ON)
+
+
+def math_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums, rotations and the softmax of ``dtype`` inputs are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rotated(x: Tensor, rope: Rope | None, window: Window | None) -> Tensor:
+    """x (B, H, N, D) rotated in ``math_dtype`` and rounded back to its dtype."""
+    if rope is None:
+        return x
+    tokens, dtype = x.shape[2], math_dtype(x.dtype)
+    row = torch.arange(tokens, device=x.device)
+    if window is not None:
+        for span in window.spans():
+            row[window.token_index(span, x.device)] = window.table_index(span, x.device)
+    skipped = rope.prefix if rope.cos.shape[0] < tokens and window is None else 0
+    row = row[rope.prefix :] - skipped
+    cos, sin = rope.cos.to(dtype)[row], rope.sin.to(dtype)[row]
+    y = x[:, :, rope.prefix :].to(dtype)
+    if rope.layout == "interleaved":
+        turned = torch.stack((-y[..., 1::2], y[..., ::2]), -1).flatten(-2)
+    else:
+        first, second = y.chunk(2, -1)
+        turned = torch.cat((-second, first), -1)
+    y = (y * cos + turned * sin).to(x.dtype)
+    return torch.cat((x[:, :, : rope.prefix], y), 2) if rope.prefix else y
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: Sequence[int] | None,
+    rope: Rope | None,
+    scale: float,
+    window: Window | None,
+) -> Tensor:
+    """The specification: gathered heads, rotated, softmax over each window's whole score matrix."""
+    pad = None if window is None else window.pad_value
+    if heads is not None:
+        index = torch.tensor(heads, device=q.device)
+        q, k, v = (x.index_select(1, index) for x in (q, k, v))
+        pad = None if pad is None else pad.index_select(0, index)
+    result, dtype = q.dtype, math_dtype(q.dtype)
+    q, k, v = (x.to(dtype) for x in (rotated(q, rope, window), rotated(k, rope, window), v))
+    groups = [(torch.arange(q.shape[2], device=q.device), 0)]
+    if window is not None:
+        groups = [(window.token_index(s, q.device), window.pads(s)) for s in window.spans()]
+    parts = []
+    for tokens, pads in groups:
+        scores = scale * q[:, :, tokens] @ k[:, :, tokens].transpose(-1, -2)
+        if pad is None or pads == 0:
+            part = scores.softmax(-1) @ v[:, :, tokens]
+        else:
+            # `pads` equal columns of logit 0 weigh as much as one column of logit log(pads).
+            column = scores.new_full((*scores.shape[:-1], 1), math.log(pads))
+            weights = torch.cat((scores, column), -1).softmax(-1)
+            part = weights[..., :-1] @ v[:, :, tokens] + weights[..., -1:] * pad.to(dtype)[:, None]
+        parts.append(part.transpose(1, 2))
+    order = torch.cat([tokens for tokens, _ in groups]).argsort()
+    return torch.cat(parts, 1).index_select(1, order).to(result).transpose(1, 2)
+
+
+_GEOMETRY = (
+    "int[]? heads, Tensor? cos, Tensor? sin, int prefix, bool interleaved, float scale, "
+    "int[]? grid, int window, Tensor? pad_value"
+)
+LIB.define(
+    f"pruned_attention(Tensor q, Tensor k, Tensor v, {_GEOMETRY}) -> (Tensor out, Tensor lse)"
+)
+LIB.define(
+    "pruned_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_GEOMETRY}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dpad)"
+)
+
+
+def _empty_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, heads, N, D) in the memory order (B, N, heads, D)."""
+    batch, _, tokens, head_dim = x.shape
+    return x.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
+
+
+@torch.library.register_fake("kdfast::pruned_attention", lib=LIB)
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, heads: list[int] | None, *geometry: Any
+) -> tuple[Tensor, Tensor]:
+    kept = q.shape[1] if heads is None else len(heads)
+    lse = q.new_empty((q.shape[0], kept, q.shape[2]), dtype=math_dtype(q.dtype))
+    return _empty_heads(q, kept), lse
+
+
+@torch.library.register_fake("kdfast::pruned_attention_bwd", lib=LIB)
+def _fake_bwd(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pad = rest[-1]
+    dpad = q.new_empty(0) if pad is None else torch.empty_like(pad).contiguous()
+    dq, dk, dv = (_empty_heads(q, q.shape[1]) for _ in range(3))
+    return dq, dk, dv, dpad
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.heads, cos, sin, *ctx.geometry, pad_value = inputs
+    out, lse = output
+    # The softmax is recomputed from lse; out is needed for the row sums of grad * out only.
+    ctx.save_for_backward(q, k, v, out, lse, cos, sin, pad_value)
+    ctx.mark_non_differentiable(lse)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *saved, cos, sin, pad_value = ctx.saved_tensors
+    op = torch.ops.kdfast.pruned_attention_bwd.default
+    dq, dk, dv, dpad = op(grad, *saved, ctx.heads, cos, sin, *ctx.geometry, pad_value)
+    return dq, dk, dv, *(None,) * 8, None if pad_value is None else dpad
+
+
+def _twice(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "pruned_attention: the fused op has no second derivative; use backend='reference'"
+    )
+
+
+torch.library.register_autograd(
+    "kdfast::pruned_attention", _backward, setup_context=_setup_context, lib=LIB
+)
+torch.library.register_autograd("kdfast::pruned_attention_bwd", _twice, lib=LIB)
+FUSED_ON = fused_devices("pruned_attention")
