@@ -58,7 +58,7 @@ def machine_facts() -> dict[str, Any]:
     """CPU or GPU name, ISA, threads, versions and the commit of the code that runs."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "gpu": gpu,
         "isa": EXTENSION.cpu_isa() if EXTENSION else None,
         "threads": torch.get_num_threads(),
@@ -71,7 +71,8 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Model name of the CPU."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from kdfast.ops._library import EXTENSION
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tracked(*folders: str) -> set[str]:
+    listed = subprocess.run(
+        ["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return set(listed.stdout.split())
+
+
+def test_wheel_holds_every_module(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in tracked("."):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
+    done = subprocess.run(
+        [*build, "-w", str(tmp_path), str(source)],
+        env={**os.environ, "KDFAST_BUILD_EXT": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("kdfast-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    modules = {f for f in tracked("kdfast", "kernels") if f.endswith(".py")}
+    want = {f if f.startswith("kdfast/") else f"kdfast/{f}" for f in modules}
+    assert {n for n in names if n.endswith(".py")} == want
+    top = next(n for n in names if n.endswith("top_level.txt"))
+    assert zipfile.ZipFile(wheel).read(top).decode().split() == ["kdfast"]
+
+
+def test_no_compiler_gives_a_pure_python_install(tmp_path: Path) -> None:
+    code = "import runpy, setuptools; seen = {}; setuptools.setup = lambda **k: seen.update(k)\n"
+    code += "runpy.run_path('setup.py'); print(seen['ext_modules'])"
+    env = {"PATH": str(tmp_path), "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+    assert "no C++ compiler found, so this is a pure-Python install" in done.stderr
+
+
+def test_kernels_folder_is_only_kdfast_kernels() -> None:
+    import kdfast.kernels as kernels
+
+    spec = importlib.util.spec_from_file_location("kernels", kernels.__file__)
+    assert spec is not None and spec.loader is not None
+    with pytest.raises(ImportError, match="import kdfast.kernels instead of 'kernels'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_source_tree_without_install_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "kdfast").symlink_to(ROOT / "kdfast")
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in repr(f)];"
+        f"sys.path.insert(0, {str(tmp_path)!r}); import kdfast"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "pip install --no-build-isolation -e ." in done.stderr
+
+
+def test_one_file_of_each_kind_per_op() -> None:
+    files = tracked(".")
+    for op in ("head_gather", "pruned_attention", "attention_distill", "kd_loss", "feature_loss"):
+        for path in (f"kdfast/ops/{op}.py", f"tests/test_{op}.py", f"docs/{op}.md"):
+            assert path in files, path
+
+
+@pytest.mark.skipif(EXTENSION is None, reason="kdfast._C is not built")
+def test_extension_has_no_build_path() -> None:
+    assert EXTENSION is not None and EXTENSION.__file__ is not None
+    done = subprocess.run(
+        ["readelf", "-d", EXTENSION.__file__], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("readelf is not here")
+    assert "RUNPATH" not in done.stdout and "RPATH" not in done.stdout
