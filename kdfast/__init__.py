@@ -11,6 +11,7 @@ if importlib.util.find_spec("kdfast.kernels") is None:
 
 from kdfast._version import __version__
 from kdfast.ops._library import FallbackWarning, NotCompiledWarning
+from kdfast.ops.attention_distill import attention_distill
 from kdfast.ops.geometry import Rope, Window
 from kdfast.ops.head_gather import head_gather
 from kdfast.ops.pruned_attention import pruned_attention
@@ -21,6 +22,7 @@ __all__ = [
     "Rope",
     "Window",
     "__version__",
+    "attention_distill",
     "head_gather",
     "pruned_attention",
 ]

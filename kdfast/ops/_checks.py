@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 
-def head_list(op: str, name: str, heads: Sequence[int] | Tensor, count: int) -> list[int]:
-    """Kept head indices as a list of distinct ints in [0, count).
+def head_list(
+    op: str, name: str, heads: Sequence[int] | Tensor, count: int, *, distinct: bool = True
+) -> list[int]:
+    """Head indices as a list of ints in [0, count).
 
     Args:
         op: Name of the op, for messages.
@@ -16,6 +18,7 @@ def head_list(op: str, name: str, heads: Sequence[int] | Tensor, count: int) -> 
         heads: Indices; a tensor must be a 1-D integer tensor on the CPU, since reading indices
             back from a GPU would stall it.
         count: Number of heads that exist.
+        distinct: Whether a repeated index is an error, as it is for kept heads.
 
     Raises:
         TypeError: Not integers.
@@ -36,6 +39,6 @@ def head_list(op: str, name: str, heads: Sequence[int] | Tensor, count: int) -> 
         raise ValueError(f"{op}: {name} must name at least one head, got none")
     if min(kept) < 0 or max(kept) >= count:
         raise ValueError(f"{op}: {name} must be in [0, {count}), got {kept}")
-    if len(set(kept)) != len(kept):
+    if distinct and len(set(kept)) != len(kept):
         raise ValueError(f"{op}: {name} must not repeat a head, got {kept}")
     return kept
