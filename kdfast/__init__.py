@@ -12,8 +12,10 @@ if importlib.util.find_spec("kdfast.kernels") is None:
 from kdfast._version import __version__
 from kdfast.ops._library import FallbackWarning, NotCompiledWarning
 from kdfast.ops.attention_distill import attention_distill
+from kdfast.ops.feature_loss import feature_loss
 from kdfast.ops.geometry import Rope, Window
 from kdfast.ops.head_gather import head_gather
+from kdfast.ops.kd_loss import kd_loss
 from kdfast.ops.pruned_attention import pruned_attention
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "Window",
     "__version__",
     "attention_distill",
+    "feature_loss",
     "head_gather",
+    "kd_loss",
     "pruned_attention",
 ]

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation and cross-entropy loss from the logits of student and teacher. See docs/kd_loss.md.
+
+C classes; rows are all the leading dimensions together.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdfast.ops._library import LIB, fused_devices, not_compiled, use_fused
+from kdfast.ops._losses import FLOATING, accumulator, saved_dtype, scaled_gradient
+
+REDUCTIONS = ("batchmean", "sum", "none")
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    alpha: float = 0.7,
+    reduction: str = "batchmean",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softened KL divergence to the teacher plus cross-entropy with the target.
+
+    ``kd = T^2 KL(softmax(t / T) || softmax(s / T))``, ``ce = cross_entropy(s, target)`` and
+    ``loss = alpha * kd + (1 - alpha) * ce``; see docs/kd_loss.md.
+
+    Args:
+        student_logits: (..., C), fp16/bf16/fp32/fp64. A dense map (B, C, h, w) has to be moved to
+            (B, h, w, C) first: ``logits.movedim(1, -1)``.
+        teacher_logits: (..., C); two different dtypes are promoted to one. -inf rules a class out.
+        target: None for no cross-entropy; (...) int64 class indices; or (..., C) floating class
+            probabilities.
+        temperature: T, above 0.
+        alpha: Weight of ``kd`` in [0, 1]; ``ce`` has the weight ``1 - alpha``, also without target.
+        reduction: "batchmean" averages ``kd`` over all rows and ``ce`` over the rows that are not
+            ignored; "sum" adds the rows up; "none" keeps one value per row.
+        label_smoothing: In [0, 1], with the meaning of ``torch.nn.functional.cross_entropy``.
+        ignore_index: Class index of rows that ``ce`` leaves out; ``kd`` keeps them.
+        backend: "auto", "fused" or "reference"; ``KDFAST_BACKEND`` if None.
+
+    Returns:
+        (loss, kd, ce): scalars, or (...) with reduction "none"; fp32 (fp64 for fp64 logits), as
+        are all sums. Only ``loss`` is differentiable: ``kd`` and ``ce`` are detached, for logs.
+        As in torch, the mean over no rows is NaN and the sum is 0.
+
+    Raises:
+        TypeError: Logits or target have an unsupported dtype.
+        ValueError: Shapes or devices do not match, there are no classes, or an option is out of
+            range.
+        IndexError: A class index is neither in [0, C) nor ``ignore_index`` (CPU only: looking
+            would stall a GPU).
+        NotImplementedError: ``backend="fused"`` and the kernel cannot run (the reason is given);
+            second derivatives of the fused kernel.
+
+    Gradients: student_logits; never teacher_logits or target. The fused kernel computes the
+    gradient in the forward pass and keeps it (one tensor like the logits, fp32 for fp16) in place
+    of both logits. Deterministic: yes. Source: arXiv 1503.02531.
+    """
+    _check_logits(student_logits, teacher_logits)
+    _check_options(temperature, alpha, reduction, label_smoothing)
+    if target is not None:
+        _check_target(student_logits, target, ignore_index)
+    dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
+    student, teacher = student_logits.to(dtype), teacher_logits.detach().to(dtype)
+    if target is not None and target.is_floating_point():
+        target = target.detach().to(accumulator(dtype))
+    options = (temperature, alpha, reduction, label_smoothing, ignore_index)
+    compiled = student.device.type in FUSED_ON
+    if use_fused("kd_loss", backend, why_not(student), compiled=compiled):
+        need_grad = student.requires_grad and torch.is_grad_enabled()
+        op = torch.ops.kdfast.kd_loss.default
+        loss, kd, ce, _ = op(student, teacher, target, *options, need_grad)
+        return loss, kd, ce
+    return reference(student, teacher, target, *options)
+
+
+def _check_logits(student: Tensor, teacher: Tensor) -> None:
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if logits.dtype not in FLOATING:
+            raise TypeError(f"kd_loss: {name} must be one of {FLOATING}, got {logits.dtype}")
+    if student.dim() == 0 or student.shape[-1] == 0:
+        raise ValueError(
+            f"kd_loss: student_logits must be (..., C) with C >= 1, got {tuple(student.shape)}"
+        )
+    if student.shape != teacher.shape:
+        raise ValueError(
+            "kd_loss: teacher_logits must have the shape of student_logits, "
+            f"got {tuple(teacher.shape)} and {tuple(student.shape)}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            "kd_loss: teacher_logits must be on the device of student_logits, "
+            f"got {teacher.device} and {student.device}"
+        )
+
+
+def _check_options(temperature: float, alpha: float, reduction: str, smoothing: float) -> None:
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"kd_loss: temperature must be above 0 and finite, got {temperature}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"kd_loss: alpha must be in [0, 1], got {alpha}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"kd_loss: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"kd_loss: label_smoothing must be in [0, 1], got {smoothing}")
+
+
+def _check_target(student: Tensor, target: Tensor, ignore_index: int) -> None:
+    soft = target.dtype in FLOATING
+    if not soft and target.dtype != torch.int64:
+        raise TypeError(f"kd_loss: target must be int64 or one of {FLOATING}, got {target.dtype}")
+    want = student.shape if soft else student.shape[:-1]
+    if target.shape != want:
+        kind = "class probabilities" if soft else "class indices"
+        raise ValueError(
+            f"kd_loss: target of {kind} must be {tuple(want)}, got {tuple(target.shape)}"
+        )
+    if target.device != student.device:
+        raise ValueError(
+            "kd_loss: target must be on the device of student_logits, "
+            f"got {target.device} and {student.device}"
+        )
+    if soft and ignore_index >= 0:
+        raise ValueError(
+            "kd_loss: ignore_index must be negative with class probabilities, which it cannot "
+            f"mark, got {ignore_index}"
+        )
+
+
+def why_not(student: Tensor) -> str | None:
+    """The reason why the compiled kernel cannot run this input, or None."""
+    return not_compiled("kd_loss", student.device, FUSED_ON)
+
+
+def reference(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    temperature: float,
+    alpha: float,
+    reduction: str,
+    label_smoothing: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification, in plain torch on checked arguments."""
+    dtype = accumulator(student.dtype)
+    s, t = student.to(dtype), teacher.detach().to(dtype)
+    log_s, log_t = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
+    kd = temperature**2 * _weighted(log_t.exp(), log_t - log_s).sum(-1)
+    ce = _cross_entropy_rows(s, target, label_smoothing, ignore_index)
+    if reduction == "batchmean":
+        kd, ce = kd.mean(), ce.sum() / _rows_of_ce(kd, target, ignore_index)
+    elif reduction == "sum":
+        kd, ce = kd.sum(), ce.sum()
+    return alpha * kd + (1 - alpha) * ce, kd.detach(), ce.detach()
+
+
+def _weighted(weight: Tensor, x: Tensor) -> Tensor:
+    """``weight * x``, and 0 where the weight is 0 even if x is infinite."""
+    return torch.where(weight == 0, 0, weight * x)
+
+
+def _cross_entropy_rows(
+    s: Tensor, target: Tensor | None, label_smoothing: float, ignore_index: int
+) -> Tensor:
+    """(...) cross-entropy of each row, 0 for ignored rows."""
+    if target is None:
+        return s.new_zeros(s.shape[:-1])
+    if target.is_floating_point():
+        weight = target.detach() * (1 - label_smoothing) + label_smoothing / s.shape[-1]
+        return -_weighted(weight, F.log_softmax(s, -1)).sum(-1)
+    rows = F.cross_entropy(
+        s.reshape(-1, s.shape[-1]),
+        target.reshape(-1),
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    return rows.view(target.shape)
+
+
+def _rows_of_ce(rows: Tensor, target: Tensor | None, ignore_index: int) -> Tensor | int:
+    if target is None or target.is_floating_point():
+        return rows.numel()
+    return (target != ignore_index).sum()
+
+
+LIB.define(
+    "kd_loss(Tensor student, Tensor teacher, Tensor? target, float temperature, float alpha, "
+    "str reduction, float label_smoothing, int ignore_index, bool need_grad) "
+    "-> (Tensor loss, Tensor kd, Tensor ce, Tensor grad)"
+)
+
+
+@torch.library.register_fake("kdfast::kd_loss", lib=LIB)
+def _fake(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    temperature: float,
+    alpha: float,
+    reduction: str,
+    label_smoothing: float,
+    ignore_index: int,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulator(student.dtype)
+    shape = student.shape[:-1] if reduction == "none" else ()
+    loss, kd, ce = (student.new_empty(shape, dtype=dtype) for _ in range(3))
+    return (
+        loss,
+        kd,
+        ce,
+        student.new_empty(student.shape if need_grad else (0,), dtype=saved_dtype(student.dtype)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    # The gradient itself, so that neither logits have to live until the backward pass.
+    _, *logged, grad = output
+    ctx.mark_non_differentiable(*logged, grad)
+    ctx.save_for_backward(grad)
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if not ctx.needs_input_grad[0]:
+        return (None,) * 9
+    upstream = grad.unsqueeze(-1) if grad.dim() else grad
+    return scaled_gradient("kd_loss", ctx.saved_tensors[0], upstream, ctx.dtype), *(None,) * 8
+
+
+torch.library.register_autograd("kdfast::kd_loss", _backward, setup_context=_setup_context, lib=LIB)
+FUSED_ON = fused_devices("kd_loss")
