@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers of ORION's EVA-ViT, with its parameter names. See docs/eva.md.
+
+B batch, K kept heads, N tokens, D head dim, C channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers.drop import DropPath
+from torch import Tensor, nn
+
+from kdfast.models.trace import BlockTarget
+from kdfast.ops.attention_distill import attention_distill
+from kdfast.ops.geometry import Rope, Window
+from kdfast.ops.pruned_attention import pruned_attention
+
+NORM_EPS = 1e-6
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to channels."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, h * patch, w * patch), cast to the weight's dtype, to (B, C, h, w)."""
+        out: Tensor = self.proj(x.to(self.proj.weight.dtype))
+        return out
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP with a LayerNorm before the output projection."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim)
+        self.w2 = nn.Linear(dim, hidden_dim)
+        self.ffn_ln = nn.LayerNorm(hidden_dim, eps=NORM_EPS)
+        self.w3 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        out: Tensor = self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
+        return out
+
+
+class Attention(nn.Module):
+    """Self-attention over the kept heads of a block, on the real tokens of its windows only.
+
+    Attributes:
+        heads: Original indices of the K heads whose slices the projections hold, ascending.
+        head_dim: D; does not change when heads are removed.
+        window_size: Side of the windows; 0: one window over the whole grid.
+    """
+
+    q_bias: nn.Parameter | None
+    v_bias: nn.Parameter | None
+
+    def __init__(
+        self, dim: int, heads: Sequence[int], head_dim: int, qkv_bias: bool, window_size: int
+    ) -> None:
+        super().__init__()
+        self.heads = list(heads)
+        self.head_dim = head_dim
+        self.window_size = window_size
+        width = len(self.heads) * head_dim
+        self.q_proj = nn.Linear(dim, width, bias=False)
+        self.k_proj = nn.Linear(dim, width, bias=False)
+        self.v_proj = nn.Linear(dim, width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(width)) if qkv_bias else None
+        self.proj = nn.Linear(width, dim)
+
+    def _split(self, x: Tensor, proj: nn.Linear, bias: Tensor | None) -> Tensor:
+        if bias is not None:
+            bias = bias.to(proj.weight.dtype)
+        y = F.linear(x, proj.weight, bias)
+        return y.view(*y.shape[:2], len(self.heads), self.head_dim).transpose(1, 2)
+
+    def _window(self, grid: tuple[int, int], v: Tensor) -> Window | None:
+        if self.window_size == 0:
+            return None
+        shape = (len(self.heads), self.head_dim)
+        if self.v_bias is None:
+            pad = v.new_zeros(shape)
+        else:
+            pad = self.v_bias.to(v.dtype).view(shape)
+        return Window(grid, self.window_size, pad)
+
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], rope: Rope, target: BlockTarget | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Attends within windows, or over the whole grid.
+
+        Args:
+            x: (B, N, C), N = h * w tokens, row-major.
+            grid: (h, w).
+            rope: Tables of the grid, or of one window where there are windows.
+            target: Teacher attention to compare with.
+
+        Returns:
+            Output (B, N, C); queries and keys before the rotation, (B, K, N, D); the loss against
+            ``target``, or None.
+        """
+        q = self._split(x, self.q_proj, self.q_bias)
+        k = self._split(x, self.k_proj, None)
+        v = self._split(x, self.v_proj, self.v_bias)
+        window = self._window(grid, v)
+        loss = None
+        if target is None:
+            out = pruned_attention(q, k, v, rope=rope, window=window)
+        else:
+            out, loss = attention_distill(
+                q,
+                k,
+                v,
+                target.q,
+                target.k,
+                teacher_heads=target.heads,
+                temperature=target.temperature,
+                kind=target.kind,
+                rope=rope,
+                window=window,
+            )
+        return self.proj(out.transpose(1, 2).flatten(2)), q, k, loss
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with stochastic depth per image."""
+
+    def __init__(self, attn: Attention, dim: int, hidden_dim: int, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = attn
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = SwiGLU(dim, hidden_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        rope: Rope,
+        want_qk: bool = False,
+        target: BlockTarget | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Updates the residual stream.
+
+        Everything leaves by the return value, so that the block can run inside a checkpoint.
+
+        Args:
+            x: (B, N, C) residual stream.
+            grid: (h, w), N = h * w.
+            rope: Tables for the block's attention.
+            want_qk: Whether to return queries and keys.
+            target: Teacher attention to compare with.
+
+        Returns:
+            Residual stream (B, N, C); queries and keys (B, K, N, D) or None; loss or None.
+        """
+        y, q, k, loss = self.attn(self.norm1(x), grid, rope, target)
+        x = x + self.drop_path(y)
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x, q if want_qk else None, k if want_qk else None, loss
