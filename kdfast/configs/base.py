@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The typed config tree of the trainer; docs/training.md explains every key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kdfast.configs.fields import (
+    Count,
+    Fraction,
+    Half,
+    Natural,
+    NonNegative,
+    Positive,
+    Rate,
+    Share,
+)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its learning rate over the run, and clipping.
+
+    Attributes:
+        lr: Peak learning rate.
+        betas: AdamW's betas.
+        weight_decay: On weights of two and more dimensions; none on norms and biases.
+        layer_decay: Factor of the learning rate from one block to the one before it; null: none.
+        warmup: Steps of linear warm-up; cut to a tenth of the run where that is less.
+        warmup_ratio: Factor at the first step.
+        min_ratio: Factor that the cosine ends with.
+        clip: Largest L2 norm of the gradient; null: no clipping.
+    """
+
+    lr: Positive = 2e-4
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
+    weight_decay: NonNegative = 0.01
+    layer_decay: Share | None = None
+    warmup: Natural = 500
+    warmup_ratio: Fraction = 0.1
+    min_ratio: Fraction = 0.01
+    clip: Positive | None = 10.0
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """Arguments of ``kdfast.models.EVAViT`` for a teacher that is trained here."""
+
+    img_size: Count
+    patch_size: Count
+    embed_dim: Count
+    depth: Count
+    num_heads: Count
+    window_size: Natural
+    window_block_indexes: tuple[int, ...]
+    mlp_ratio: Positive = 8 / 3
+    pt_hw_seq_len: Count = 16
+    pretrain_img_size: Count = 224
+
+
+@dataclass(frozen=True)
+class FitTeacherConfig:
+    """How to train a teacher where there is no checkpoint of one.
+
+    Attributes:
+        model: The backbone.
+        head_dim: Width of the dense head.
+        epochs: Passes over the training data.
+        batch_size: Images per process and step.
+        optim: Optimiser.
+    """
+
+    model: VitConfig
+    head_dim: Count
+    epochs: Count
+    batch_size: Count
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Where the teacher comes from.
+
+    Attributes:
+        checkpoint: ORION checkpoint or a file of ``save_backbone``; null: train it, see ``fit``.
+        fit: Training of the teacher; null where there is a checkpoint.
+        cache: Folder that keeps trained teachers for the next run.
+    """
+
+    checkpoint: str | None = None
+    fit: FitTeacherConfig | None = None
+    cache: str = "runs/teachers"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the images are.
+
+    Attributes:
+        kind: ``images`` (a folder of pictures), ``bench2drive`` or ``scenes`` (rendered, with
+            labels).
+        root: Folder of ``images`` and ``bench2drive``.
+        split_file: List of validation clips of ``bench2drive``.
+        val_fraction: Part of ``images`` that is held out where there are no folders train and val.
+        size: (height, width) of the network input.
+        augment: Random crops and flips in training.
+        photometric: ORION's colour distortion in training; needs ``augment``.
+        gridmask: Probability of GridMask on a training batch.
+        frames: Training frames of ``scenes``.
+        val_frames: Held-out frames of ``scenes``.
+        workers: Loader processes; 0 loads in the training process.
+        cache: Keep every item in memory; needs ``augment`` false.
+    """
+
+    kind: Literal["images", "bench2drive", "scenes"] = "images"
+    root: str | None = None
+    split_file: str | None = None
+    val_fraction: Half = 0.1
+    size: tuple[Count, Count] = (640, 640)
+    augment: bool = True
+    photometric: bool = False
+    gridmask: Fraction = 0.0
+    frames: Count = 100
+    val_frames: Count = 20
+    workers: Natural = 0
+    cache: bool = False
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Which heads the student keeps.
+
+    Attributes:
+        method: Criterion of ``kdfast.pruning.head_scores``.
+        keep: Part of the heads that stays.
+        scope: ``block``: the same number in each block; ``global``: the best of the whole model.
+        batches: Batches of training images for criteria that read data.
+        batch_size: Images of such a batch; without recomputation, so memory grows with it.
+    """
+
+    method: Literal["magnitude", "gradient", "taylor", "entropy"] = "taylor"
+    keep: Share = 0.5
+    scope: Literal["block", "global"] = "block"
+    batches: Count = 32
+    batch_size: Count = 1
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """The objective; docs/distillation.md has the formulas.
+
+    Attributes:
+        alpha_warmup: Weight of distillation in the first ``warmup_epochs`` epochs.
+        alpha: Weight of distillation after that.
+        warmup_epochs: Epochs with ``alpha_warmup``.
+        temperature: T of the attention and output terms.
+        feature: Weight of the feature term.
+        attention: Weight of the attention term.
+        output: Weight of the output term.
+        attention_kind: Kind of ``kdfast.attention_distill``.
+        feature_kind: Kind of ``kdfast.feature_loss``.
+        feature_normalize: Normalisation of ``kdfast.feature_loss``; null: none.
+        feature_layers: Blocks of the feature term: ``global`` (blocks that attend globally),
+            ``all``, or a list of indices; the last block is the output term's.
+        drop_path: Stochastic depth of the student's last block.
+    """
+
+    alpha_warmup: Fraction = 0.8
+    alpha: Fraction = 0.6
+    warmup_epochs: Natural = 1
+    temperature: Positive = 3.0
+    feature: NonNegative = 0.5
+    attention: NonNegative = 0.3
+    output: NonNegative = 0.2
+    attention_kind: Literal["kl", "reverse_kl", "jsd", "mse", "cosine", "logit_mse"] = "kl"
+    feature_kind: Literal["mse", "cosine", "smooth_l1"] = "mse"
+    feature_normalize: Literal["layer", "channel"] | None = "layer"
+    feature_layers: Literal["global", "all"] | tuple[Natural, ...] = "global"
+    drop_path: Rate = 0.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Length, batches, precision and bookkeeping of the run.
+
+    Attributes:
+        epochs: Passes over the training data.
+        batch_size: Images per process and forward.
+        accumulate: Forwards per optimiser step.
+        precision: ``no`` (fp32), or autocast in ``bf16`` or ``fp16`` (with loss scaling, on a GPU).
+        checkpointing: Recompute the student's blocks in the backward.
+        max_steps: Stop and save after so many optimiser steps; the schedules keep their length.
+        save_every: Optimiser steps between checkpoints; one is also saved after each epoch.
+        log_every: Optimiser steps between log rows.
+        eval_images: Held-out images that are evaluated; null: all.
+        device: ``auto`` takes the GPU if there is one.
+    """
+
+    epochs: Count = 3
+    batch_size: Count = 4
+    accumulate: Count = 1
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    checkpointing: bool = False
+    max_steps: Count | None = None
+    save_every: Count = 500
+    log_every: Count = 10
+    eval_images: Count | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines a run.
+
+    Attributes:
+        name: The config function that this one starts from.
+        output: Folder of the run.
+        seed: Seed of weights, order, augmentation and masks.
+        note: Printed at the start; says when the embedded default took the place of absent files.
+        teacher: The teacher.
+        data: The images.
+        prune: The pruning.
+        distill: The objective.
+        optim: The optimiser.
+        run: The run.
+    """
+
+    name: str
+    output: str
+    seed: Natural = 0
+    note: str = ""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)

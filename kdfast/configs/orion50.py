@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ORION's EVA-ViT-L with half of its heads, and the small stand-in for machines without it."""
+
+from __future__ import annotations
+
+from kdfast.configs.base import (
+    Config,
+    DataConfig,
+    DistillConfig,
+    FitTeacherConfig,
+    OptimConfig,
+    PruneConfig,
+    RunConfig,
+    TeacherConfig,
+    VitConfig,
+)
+
+CHECKPOINT = "ckpts/orion/orion.pth"
+DATA = "data/bench2drive"
+
+
+def orion50() -> Config:
+    """The recipe of the distillation add-on for ORION, on Bench2Drive without labels."""
+    return Config(
+        name="orion50",
+        output="runs/orion50",
+        teacher=TeacherConfig(checkpoint=CHECKPOINT),
+        data=DataConfig(
+            kind="bench2drive",
+            root=DATA,
+            split_file="data/splits/bench2drive_base_train_val_split.json",
+            size=(640, 640),
+            photometric=True,
+            gridmask=0.7,
+            workers=4,
+        ),
+        prune=PruneConfig(method="taylor", keep=0.5, scope="block", batches=32),
+        distill=DistillConfig(),
+        optim=OptimConfig(),
+        run=RunConfig(
+            epochs=3, batch_size=4, precision="bf16", checkpointing=True, eval_images=240
+        ),
+    )
+
+
+def orion50_scenes() -> Config:
+    """The embedded default: rendered scenes, a small EVA-ViT trained here, and a dense head.
+
+    Same code and same objective as ``orion50``; it needs no file and a few minutes on two cores.
+    """
+    vit = VitConfig(
+        img_size=96,
+        patch_size=8,
+        embed_dim=256,
+        depth=6,
+        num_heads=16,
+        window_size=5,
+        window_block_indexes=(0, 1, 3, 4),
+        pt_hw_seq_len=5,
+        pretrain_img_size=96,
+    )
+    fit = FitTeacherConfig(
+        model=vit,
+        head_dim=64,
+        epochs=6,
+        batch_size=16,
+        optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup=50, clip=1.0),
+    )
+    return Config(
+        name="orion50_scenes",
+        output="runs/orion50",
+        teacher=TeacherConfig(checkpoint=None, fit=fit),
+        data=DataConfig(
+            kind="scenes", size=(96, 96), augment=False, cache=True, frames=400, val_frames=60
+        ),
+        prune=PruneConfig(method="taylor", keep=0.5, scope="block", batches=8, batch_size=16),
+        distill=DistillConfig(),
+        optim=OptimConfig(lr=5e-4, warmup=20),
+        run=RunConfig(epochs=3, batch_size=16),
+    )

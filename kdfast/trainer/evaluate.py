@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Held-out quality of a backbone: mean IoU where there are labels, else likeness to the teacher.
+
+B batch, C channels, L classes, (H, W) pixels, (h, w) grid of patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from kdfast.trainer.feed import Feed
+
+Metric = Callable[[nn.Module], float]
+
+
+def confusion(logits: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Counts (L, L) of pixels by label (row) and prediction (column).
+
+    Args:
+        logits: (B, L, H, W).
+        labels: (B, H, W) int64; pixels outside [0, L) are left out.
+        classes: L.
+    """
+    known = (labels >= 0) & (labels < classes)
+    pairs = labels[known] * classes + logits.argmax(1)[known]
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+def mean_iou(counts: Tensor) -> float:
+    """Mean over the classes that occur, in labels or predictions, of intersection over union."""
+    hits = counts.diagonal().double()
+    union = counts.sum(0) + counts.sum(1) - counts.diagonal()
+    present = union > 0
+    if not present.any():
+        raise ValueError("mean_iou: counts must hold a pixel, got none")
+    return float((hits[present] / union[present]).mean())
+
+
+def similarity(features: Tensor, teacher: Tensor) -> Tensor:
+    """Sum over images and positions of the correlation of two feature vectors.
+
+    Args:
+        features: (B, C, h, w).
+        teacher: Like ``features``.
+
+    Returns:
+        Scalar in fp64; 1 per position where both are equal up to shift and scale of the channels.
+    """
+    a, b = (x.double() - x.double().mean(1, keepdim=True) for x in (features, teacher))
+    return F.cosine_similarity(a, b, dim=1).sum()
+
+
+class Evaluator:
+    """Measures backbones on the same held-out images.
+
+    Attributes:
+        name: "mIoU" with a head, else "similarity" (mean correlation with the teacher's features).
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        feed: Feed,
+        head: nn.Module | None,
+        teacher: nn.Module | None,
+        limit: int | None,
+    ) -> None:
+        """Choose the metric.
+
+        Args:
+            accelerator: Sums over processes, and autocast.
+            feed: Held-out data.
+            head: Gives logits from the features.
+            teacher: What features are compared with where there is no head.
+            limit: Images to use over all processes; None: all.
+
+        Raises:
+            ValueError: Neither head nor teacher.
+        """
+        if head is None and teacher is None:
+            raise ValueError("Evaluator: head or teacher must be given, got neither")
+        self.accelerator, self.feed, self.head, self.teacher = accelerator, feed, head, teacher
+        self.limit = limit
+        self.name = "similarity" if head is None else "mIoU"
+
+    @torch.no_grad()
+    def __call__(self, backbone: nn.Module) -> float:
+        """The metric of a backbone; it is left in eval mode.
+
+        Raises:
+            ValueError: No held-out image could be read.
+        """
+        backbone.eval()
+        classes = len(self.feed.dataset.classes)
+        size = 2 if self.head is None else classes**2
+        sums = torch.zeros(size, dtype=torch.float64, device=self.accelerator.device)
+        for batch in self.feed.batches(0, limit=self.limit):
+            if not batch.weight:
+                continue
+            with self.accelerator.autocast():
+                features = backbone(batch.images)
+                logits = None if self.head is None else self.head(features)
+                goal = features if self.teacher is None else self.teacher(batch.images)
+            if logits is not None and batch.labels is not None:
+                sums += confusion(logits, batch.labels, classes).flatten()
+            else:
+                count = features.shape[0] * features[0, 0].numel()
+                sums += torch.stack([similarity(features, goal), sums.new_tensor(count)])
+        sums = self.accelerator.reduce(sums, "sum")
+        if self.head is not None:
+            return mean_iou(sums.view(classes, classes).long())
+        if sums[1] == 0:
+            raise ValueError("similarity: held-out images must be readable, got none")
+        return float(sums[0] / sums[1])

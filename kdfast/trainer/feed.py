@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of a dataset for one process, from any position of any epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from kdfast.data.base import CorruptCounter, Item, ViewDataset, collate
+from kdfast.data.gridmask import GridMask
+from kdfast.data.sampler import EpochSampler
+
+
+@dataclass
+class Batch:
+    """One batch on the device of the run.
+
+    Attributes:
+        images: (B, 3, H, W), masked.
+        labels: Like the dataset's, or None.
+        index: Indices in the dataset.
+        path: Where the images come from.
+        weight: 0 for a batch whose pictures were all unreadable (``images`` is one black image
+            then, so that every process still takes part in the step), else 1.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    index: list[int]
+    path: list[str]
+    weight: float
+
+
+class Feed:
+    """Reads a dataset in the order of (seed, epoch), shared among processes.
+
+    Attributes:
+        counter: Pictures that could not be read.
+    """
+
+    def __init__(
+        self,
+        dataset: ViewDataset,
+        *,
+        batch_size: int,
+        device: torch.device,
+        workers: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        train: bool = True,
+        gridmask: float = 0.0,
+    ) -> None:
+        """Set the order and the loader up.
+
+        Args:
+            dataset: Items as ``ViewDataset`` describes them.
+            batch_size: Images per process and batch.
+            device: Where the batches go.
+            workers: Loader processes.
+            seed: Seed of the order and the masks.
+            rank: This process.
+            world: Number of processes.
+            train: Whole batches only; otherwise every item once, frames kept together.
+            gridmask: Probability of GridMask.
+
+        Raises:
+            ValueError: The dataset has less than one batch for every process.
+        """
+        self.dataset, self.device, self.batch_size, self.world = dataset, device, batch_size, world
+        self.counter = CorruptCounter(len(dataset))
+        self.mask = GridMask(seed, rank, prob=gridmask) if gridmask else None
+        self.sampler = EpochSampler(
+            len(dataset),
+            seed=seed,
+            rank=rank,
+            world=world,
+            group=1 if train else dataset.views,
+            even=train,
+        )
+        if train and len(self.sampler) < batch_size:
+            raise ValueError(
+                f"run.batch_size: {len(dataset)} training images on {world} process(es) must give "
+                f"at least one batch, got batches of {batch_size}"
+            )
+        # Its own generator: making an iterator must not touch the generator of drop path.
+        self.loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=self.sampler,
+            drop_last=train,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    def __len__(self) -> int:
+        """Whole batches of this process in an epoch."""
+        return len(self.sampler.order()) // self.batch_size
+
+    def batches(self, epoch: int, done: int = 0, limit: int | None = None) -> Iterator[Batch]:
+        """Batches of an epoch.
+
+        Args:
+            epoch: Says the order and the augmentation.
+            done: Batches of this process to leave out at the start.
+            limit: Stop after about so many images of all processes, a random part.
+        """
+        self.sampler.set_epoch(epoch, done * self.batch_size * self.world)
+        self.dataset.set_epoch(epoch)
+        seen = 0
+        for number, item in enumerate(self.loader, done):
+            if limit is not None and seen >= limit:
+                return
+            self.counter.update(item)
+            seen += (len(item["path"]) + len(item["corrupt"])) * self.world
+            yield self._batch(item, epoch, number)
+
+    def _batch(self, item: Item, epoch: int, number: int) -> Batch:
+        images, labels, index = item["image"], item.get("label"), item["index"].tolist()
+        weight = 1.0
+        if not index:
+            size = self.dataset.size
+            images, weight = torch.zeros(1, 3, *size), 0.0
+            labels = torch.zeros(1, *size, dtype=torch.int64) if self.dataset.classes else None
+        images = images.to(self.device, non_blocking=True)
+        if self.mask is not None:
+            images = self.mask(images, epoch=epoch, step=number)
+        if labels is not None:
+            labels = labels.to(self.device, non_blocking=True)
+        return Batch(images, labels, index, item["path"], weight)

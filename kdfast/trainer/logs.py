@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records of a run: CSV, TensorBoard, curves, and progress on the terminal."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch.utils.tensorboard import SummaryWriter
+
+LOG = logging.getLogger("kdfast")
+# Without a terminal a line appears at most this often, so that logs of CI stay readable.
+QUIET_SECONDS = 10.0
+
+
+def open_log(folder: Path | None) -> None:
+    """Send the package's log to the terminal and to ``train.log``; None: silence (other ranks)."""
+    close_log()
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    if folder is None:
+        LOG.addHandler(logging.NullHandler())
+        return
+    for handler in (
+        logging.StreamHandler(sys.stdout),
+        logging.FileHandler(folder / "train.log", encoding="utf-8"),
+    ):
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        LOG.addHandler(handler)
+
+
+def close_log() -> None:
+    """Close what ``open_log`` opened."""
+    for handler in list(LOG.handlers):
+        LOG.removeHandler(handler)
+        handler.close()
+
+
+def memory_mib(device: torch.device) -> float:
+    """Peak of allocated GPU memory, or the process's resident memory now, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return float(psutil.Process().memory_info().rss) / 2**20
+
+
+class Table:
+    """A CSV file that grows by rows of one schema, and forgets the rows after a resumed step."""
+
+    def __init__(self, path: Path, resume_step: int | None) -> None:
+        self.path = path
+        self.columns: list[str] = []
+        rows = read_rows(path) if resume_step is not None and path.is_file() else []
+        kept = [row for row in rows if int(row["step"]) <= (resume_step or 0)]
+        path.unlink(missing_ok=True)
+        for row in kept:
+            self.add(row)
+
+    def add(self, row: Mapping[str, object]) -> None:
+        """Append a row and flush it; the first one fixes the columns.
+
+        Raises:
+            ValueError: The row has other columns.
+        """
+        if not self.columns:
+            self.columns = list(row)
+        elif list(row) != self.columns:
+            raise ValueError(f"{self.path.name}: columns must be {self.columns}, got {list(row)}")
+        new = not self.path.is_file()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file of ``Table``; a last row that was cut off by a crash is left out."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if None not in row.values() and None not in row]
+
+
+class Records:
+    """CSV and TensorBoard of one stage; a disabled one (other ranks) ignores everything."""
+
+    def __init__(self, folder: Path, resume_step: int | None, *, enabled: bool) -> None:
+        self.folder, self.enabled = folder, enabled
+        if not enabled:
+            return
+        self.steps = Table(folder / "steps.csv", resume_step)
+        self.epochs = Table(folder / "epochs.csv", resume_step)
+        self.board = SummaryWriter(
+            str(folder / "tensorboard"),
+            purge_step=None if resume_step is None else resume_step + 1,
+        )
+
+    def step(self, row: Mapping[str, float | int]) -> None:
+        """A row of training values; it has ``step``."""
+        self._add(self.steps, "train", row) if self.enabled else None
+
+    def epoch(self, row: Mapping[str, float | int]) -> None:
+        """A row of held-out values after an epoch; it has ``step``."""
+        self._add(self.epochs, "held_out", row) if self.enabled else None
+
+    def _add(self, table: Table, group: str, row: Mapping[str, float | int]) -> None:
+        table.add({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        for name, value in row.items():
+            if name != "step":
+                self.board.add_scalar(f"{group}/{name}", value, int(row["step"]))
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if self.enabled:
+            self.board.close()
+
+
+def draw_curves(folder: Path, skip: Sequence[str] = ("epoch",)) -> Path | None:
+    """Plot every column of ``steps.csv`` over the step as ``curves.png``; None without rows."""
+    path = folder / "steps.csv"
+    rows = read_rows(path) if path.is_file() else []
+    if not rows:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [name for name in rows[0] if name not in ("step", *skip)]
+    columns = 3
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(4 * columns, 2.4 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    steps = [int(row["step"]) for row in rows]
+    for position, name in enumerate(names, 1):
+        axes = figure.add_subplot(lines, columns, position)
+        axes.plot(steps, [float(row[name]) for row in rows], linewidth=1)
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+    target = folder / "curves.png"
+    figure.savefig(target, dpi=110)
+    return target
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+class Display:
+    """A progress bar on a terminal; elsewhere a plain line now and then."""
+
+    def __init__(self, title: str, total: int, start: int, *, enabled: bool) -> None:
+        self.title, self.total, self.first, self.enabled = title, total, start, enabled
+        self.began = self.printed = time.monotonic()
+        self.bar: Progress | None = None
+        if enabled and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            self.bar.start()
+            self.task = self.bar.add_task(title, total=total, completed=start, text="")
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the newest values after a step; ``values`` may be those of an earlier one."""
+        if not self.enabled:
+            return
+        now = time.monotonic()
+        rate = (step - self.first) / max(now - self.began, 1e-9)
+        eta = duration((self.total - step) / rate) if rate else "?"
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, text=f"eta {eta}  {text}")
+        elif values and (now - self.printed >= QUIET_SECONDS or step in (1, self.total)):
+            self.printed = now
+            LOG.info("%s %d/%d  eta %s  %s", self.title, step, self.total, eta, text)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self.bar is not None:
+            self.bar.stop()

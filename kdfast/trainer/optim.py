@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameter groups and the learning rate over a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdfast.configs.base import OptimConfig
+
+# Longest warm-up as a part of the run: the recipe's 500 steps belong to a run of 5,500.
+WARMUP_SHARE = 0.1
+
+
+def block_depth(name: str, depth: int) -> int:
+    """How many steps of layer decay lie between a parameter and the output.
+
+    Args:
+        name: Name of the parameter; ``blocks.<i>.`` anywhere in it places it.
+        depth: Number of blocks.
+
+    Returns:
+        ``depth - i`` in block i; ``depth + 1`` for the embeddings before the first block; 0 for
+        what comes after the blocks (a head).
+    """
+    parts = name.split(".")
+    if "blocks" in parts[:-1]:
+        return depth - int(parts[parts.index("blocks") + 1])
+    return depth + 1 if {"patch_embed", "pos_embed"} & set(parts) else 0
+
+
+def param_groups(module: nn.Module, config: OptimConfig, depth: int) -> list[dict[str, Any]]:
+    """Groups for AdamW by weight decay and learning-rate factor.
+
+    Args:
+        module: Parameters without gradient are left out.
+        config: Weight decay and layer decay.
+        depth: Number of blocks.
+
+    Returns:
+        Groups with ``params``, ``weight_decay``, ``factor`` (of the learning rate) and ``names``.
+        One-dimensional parameters (norms, biases) have no weight decay.
+    """
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = 0.0 if parameter.ndim <= 1 else config.weight_decay
+        rate = config.layer_decay
+        factor = 1.0 if rate is None else rate ** block_depth(name, depth)
+        group = groups.setdefault(
+            (decay, factor), {"params": [], "names": [], "weight_decay": decay, "factor": factor}
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over groups of ``param_groups``; the learning rate is set before every step."""
+    kept = [{key: value for key, value in group.items() if key != "names"} for group in groups]
+    return torch.optim.AdamW(kept, lr=config.lr, betas=config.betas, fused=True)
+
+
+def schedule(config: OptimConfig, total: int) -> Callable[[int], float]:
+    """Factor of the learning rate by step, counted from 0.
+
+    A cosine from 1 to ``min_ratio`` over the run; in the first W steps multiplied by a line from
+    ``warmup_ratio`` to 1. W is ``warmup``, but at most a tenth of the run.
+
+    Args:
+        config: Shape of the schedule.
+        total: Optimiser steps of the whole run.
+    """
+    warmup = min(config.warmup, int(total * WARMUP_SHARE))
+
+    def factor(step: int) -> float:
+        wave = 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
+        value = config.min_ratio + (1 - config.min_ratio) * wave
+        if step < warmup:
+            value *= 1 - (1 - step / warmup) * (1 - config.warmup_ratio)
+        return value
+
+    return factor

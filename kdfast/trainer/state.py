@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint files that are always whole, and the random state that belongs into them."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+LAST, PREVIOUS = "last.pt", "previous.pt"
+FORMAT = 1
+
+
+def rng_state() -> dict[str, Any]:
+    """State of this process's generators (torch, CUDA, numpy, python) as tensors and lists."""
+    name, words, position, has_gauss, gauss = np.random.get_state()
+    version, internal, python_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
+        "numpy": [name, [int(word) for word in words], position, has_gauss, gauss],
+        "python": [version, list(internal), python_gauss],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put the generators back into a state of ``rng_state``."""
+    torch.set_rng_state(state["torch"].cpu())
+    for cuda in state["cuda"]:
+        torch.cuda.set_rng_state(cuda.cpu())
+    name, words, *rest = state["numpy"]
+    np.random.set_state((name, np.array(words, np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
+    """Write ``last.pt``; the one before stays as ``previous.pt``.
+
+    The file is written aside, flushed to the disk and renamed, so a process that dies at any
+    moment leaves at least one whole checkpoint.
+
+    Args:
+        folder: Exists already.
+        state: Tensors, plain containers and scalars.
+    """
+    last, partial = folder / LAST, folder / f".{LAST}.{os.getpid()}.tmp"
+    try:
+        with partial.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if last.exists():
+            os.replace(last, folder / PREVIOUS)
+        os.replace(partial, last)
+    finally:
+        partial.unlink(missing_ok=True)
+    _sync_folder(folder)
+    return last
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a folder, or None."""
+    return next((folder / n for n in (LAST, PREVIOUS) if (folder / n).is_file()), None)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; no code from the file is run.
+
+    Raises:
+        ValueError: The file is broken, or of another format.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError) as error:
+        raise ValueError(f"checkpoint: {path} must be a whole file, got {error}") from error
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"checkpoint: {path} must have format {FORMAT}, got {state.get('format')!r}"
+        )
+    return state
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without this a power loss could undo the renames; not every system can open a folder.
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
