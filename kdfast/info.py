@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m kdfast.info``: versions, hardware, which ops are fused where, what a run needs."""
+
+import argparse
+import importlib
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+
+import psutil
+import torch
+
+from kdfast._version import __version__
+from kdfast.benchmark import cpu_name
+from kdfast.needs import gib, print_needs
+from kdfast.ops import _library
+
+OPS = ("pruned_attention", "attention_distill", "kd_loss", "feature_loss", "head_gather")
+PACKAGES = (
+    "torch",
+    "timm",
+    "triton",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "opencv-python-headless",
+)
+Rows = list[tuple[str, str]]
+
+
+def versions() -> Rows:
+    """Name and version of kdfast, Python and every package that matters, installed or not."""
+    rows = [("kdfast", __version__), ("python", platform.python_version())]
+    for name in PACKAGES:
+        try:
+            rows.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((name, "not installed"))
+    return rows
+
+
+def hardware() -> Rows:
+    """CPU, instruction set, threads, memory and GPUs."""
+    rows = [("cpu", cpu_name()), ("threads", str(torch.get_num_threads()))]
+    if _library.EXTENSION:
+        names = ", ".join(_library.EXTENSION.available_isas())
+        rows.append(("cpu isa", f"{_library.EXTENSION.cpu_isa()} (this CPU runs: {names})"))
+    memory = psutil.virtual_memory()
+    rows.append(("memory", f"{gib(memory.available)} free of {gib(memory.total)}"))
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        rows.append((f"gpu {i}", f"{p.name}, sm_{p.major}{p.minor}, {gib(p.total_memory)}"))
+    if not torch.cuda.device_count():
+        built = torch.version.cuda is not None
+        rows.append(("gpu", "none found" if built else "this torch is built without CUDA"))
+    return rows
+
+
+def extension() -> Rows:
+    """What the compiled extension was built with, or why there is none."""
+    if _library.EXTENSION is None:
+        return [
+            ("kdfast._C", "not built: pure Python, every op runs its eager reference on the CPU"),
+            ("to build it", "install a C++20 compiler, then pip install --no-build-isolation -e ."),
+        ]
+    facts = _library.EXTENSION.build_info()
+    rows = [("kdfast._C", f"built by {facts['compiler']} for torch {facts['torch']}")]
+    if facts["cuda"]:
+        rows.append(("CUDA C++", f"built by nvcc {facts['cuda']} for {facts['cuda_archs']}"))
+    else:
+        rows.append(("CUDA C++", "left out; set CUDACXX and KDFAST_CUDA=ON, install again"))
+    return rows
+
+
+def ops() -> Rows:
+    """For every op: on which devices a compiled kernel runs, and why not on the others."""
+    rows = []
+    for op in OPS:
+        fused_on = importlib.import_module(f"kdfast.ops.{op}").FUSED_ON
+        states = []
+        for device in ("cpu", "cuda"):
+            reason = None if device in fused_on else "no compiled kernel"
+            if _library.DEFAULT_BACKEND == "reference":
+                reason = "KDFAST_BACKEND=reference"
+            states.append(f"{device} {'fused' if reason is None else f'reference ({reason})'}")
+        rows.append((op, ", ".join(states)))
+    return rows
+
+
+def _print(title: str, rows: Rows) -> None:
+    print(f"\n{title}")
+    for name, text in rows:
+        print(f"  {name:<24}{text}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the report; 1 if a run of ``--config`` lacks something."""
+    parser = argparse.ArgumentParser(prog="python -m kdfast.info", description=__doc__)
+    parser.add_argument("--config", metavar="NAME", help="name or YAML file: check what it needs")
+    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
+    args = parser.parse_args(argv)
+    sections = (("Versions", versions), ("Hardware", hardware), ("Build", extension), ("Ops", ops))
+    for title, rows in sections:
+        _print(title, rows())
+    return 0 if args.config is None else print_needs(args.config, args.changes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
