@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the datasets share: items, the epoch, batches, and pictures that cannot be read."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import Dataset
+
+LOG = logging.getLogger("kdfast.data")
+SPLITS = ("train", "val")
+
+Item = dict[str, Any]
+
+
+class CorruptDataError(RuntimeError):
+    """Too many pictures of a run could not be read."""
+
+
+@dataclass(frozen=True)
+class Corrupt:
+    """Stands for an item whose picture could not be read.
+
+    Attributes:
+        index: Index of the item in its dataset.
+        path: The file.
+        reason: Why it could not be read.
+    """
+
+    index: int
+    path: str
+    reason: str
+
+
+class ViewDataset(Dataset["Item | Corrupt"]):
+    """Map-style dataset of single camera views.
+
+    An item is ``{"image": (3, H, W) float32 normalised, "label": (H, W) int64 where the kind has
+    labels, "index": int, "path": str}``, or ``Corrupt``. It depends on the dataset's arguments,
+    the epoch and the index alone: not on workers, on other items, or on where a run resumed.
+
+    Attributes:
+        size: (height, width) of every item.
+        views: Consecutive items that belong to one frame: 6 for cameras, 1 for pictures.
+        classes: Names of the label values; empty without labels.
+    """
+
+    views: int = 1
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, *, split: str, size: tuple[int, int], augment: bool, seed: int) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split: must be one of {SPLITS}, got {split!r}")
+        self.split = split
+        self.size = size
+        self.augment = augment
+        self.seed = seed
+        # Shared memory: workers that outlive an epoch must see the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """Epoch whose augmentation the items show."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, also in running workers; call it before the loader is iterated."""
+        if epoch < 0:
+            raise ValueError(f"set_epoch: epoch must be >= 0, got {epoch}")
+        self._epoch.fill_(epoch)
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of items."""
+
+    @abstractmethod
+    def load(self, index: int) -> Item | Corrupt:
+        """The item at 0 <= index < len(self)."""
+
+    def __getitem__(self, index: int) -> Item | Corrupt:
+        """The item at ``index``; IndexError outside of the dataset."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: must be in [0, {len(self)}), got {index}")
+        return self.load(index)
+
+
+def read_bgr(path: Path) -> NDArray[np.uint8] | str:
+    """Decode a picture as (H, W, 3) BGR, EXIF rotation ignored; or say why it cannot be done."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return f"cannot be opened: {error.strerror or error}"
+    if not data:
+        return "the file is empty"
+    try:
+        image = cv2.imdecode(
+            np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        )
+    except cv2.error as error:
+        return f"cannot be decoded: {error.err or error}"
+    if image is None:
+        return "cannot be decoded: broken, truncated, or not a picture"
+    return _truncated(data) or np.asarray(image, np.uint8)
+
+
+def _truncated(data: bytes) -> str | None:
+    # Some OpenCV versions fill the missing end of a JPEG with grey; PIL reports it.
+    if not data.startswith(b"\xff\xd8") or data.rstrip(b"\0").endswith(b"\xff\xd9"):
+        return None
+    try:
+        Image.open(BytesIO(data)).load()
+    except (OSError, SyntaxError) as error:
+        return f"cannot be decoded: {error}"
+    return None
+
+
+def collate(items: Sequence[Item | Corrupt]) -> Item:
+    """Make one batch; items that could not be read are left out and reported.
+
+    Args:
+        items: Items of one dataset.
+
+    Returns:
+        ``image`` (B, 3, H, W), ``label`` (B, H, W) where present, ``index`` (B,) int64,
+        ``path`` list of B, ``corrupt`` list of ``Corrupt``. Without any readable item B is 0 and
+        ``image`` is (0, 3, 0, 0).
+    """
+    good = [item for item in items if not isinstance(item, Corrupt)]
+    batch: Item = {
+        "image": torch.stack([item["image"] for item in good]) if good else torch.empty(0, 3, 0, 0),
+        "index": torch.tensor([item["index"] for item in good], dtype=torch.int64),
+        "path": [item["path"] for item in good],
+        "corrupt": [item for item in items if isinstance(item, Corrupt)],
+    }
+    if good and "label" in good[0]:
+        batch["label"] = torch.stack([item["label"] for item in good])
+    return batch
+
+
+class CorruptCounter:
+    """Counts unreadable pictures of a run and stops it when there are too many.
+
+    The run stops when more than one file is bad and the bad reads exceed ``limit`` of the reads,
+    where a run counts as at least ``min(files, 1000)`` reads: one bad file among few is only
+    reported, and bad luck in the first batches of a large set does not stop it.
+
+    Attributes:
+        seen: Items read, good or bad.
+        bad: Items that could not be read.
+        paths: Files that could not be read, with the reason.
+    """
+
+    FLOOR = 1000
+
+    def __init__(self, files: int, *, limit: float = 0.01) -> None:
+        """Start at zero for a dataset of ``files`` items; ``limit`` is the part that may be bad."""
+        if files < 1:
+            raise ValueError(f"files: must be positive, got {files}")
+        if not 0 <= limit < 1:
+            raise ValueError(f"limit: must be in [0, 1), got {limit}")
+        self.files = files
+        self.limit = limit
+        self.seen = 0
+        self.bad = 0
+        self.paths: dict[str, str] = {}
+
+    def update(self, batch: Item) -> None:
+        """Count one batch made by ``collate``; log every bad file once.
+
+        Raises:
+            CorruptDataError: Too many items were bad.
+        """
+        corrupt: list[Corrupt] = batch["corrupt"]
+        self.seen += len(batch["path"]) + len(corrupt)
+        self.bad += len(corrupt)
+        for item in corrupt:
+            if item.path not in self.paths:
+                self.paths[item.path] = item.reason
+                LOG.warning("skipped %s: %s", item.path, item.reason)
+        reads = max(self.seen, min(self.files, self.FLOOR))
+        if len(self.paths) > 1 and self.bad > self.limit * reads:
+            names = ", ".join(list(self.paths)[:5])
+            raise CorruptDataError(
+                f"pictures: at most {self.limit:.1%} may be unreadable, got {self.bad} of "
+                f"{self.seen} read ({len(self.paths)} files, first {names})"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """State to save in a checkpoint."""
+        return {"seen": self.seen, "bad": self.bad, "paths": dict(self.paths)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.seen, self.bad = int(state["seen"]), int(state["bad"])
+        self.paths = dict(state["paths"])
+
+
+def resolve_root(kind: str, root: str | Path | None, expected: str, obtain: str) -> Path:
+    """Check that a data folder exists.
+
+    Raises:
+        FileNotFoundError: It does not; the message says what belongs there and how to get it.
+        ValueError: No folder was given.
+    """
+    if root is None:
+        raise ValueError(f"root: kind {kind!r} needs a folder with {expected}; {obtain}")
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"root: must be a folder with {expected}, got {path}; {obtain}")
+    return path

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kind `images`: every picture below a folder, without labels."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from kdfast.data.base import Corrupt, Item, ViewDataset, read_bgr, resolve_root
+from kdfast.data.preprocess import draw_crop, draw_photometric, preprocess
+from kdfast.data.rng import CROP, PHOTOMETRIC, generator
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+EXPECTED = f"pictures ({', '.join(SUFFIXES)}) at any depth"
+OBTAIN = "copy any photographs there, labels are not needed"
+
+# Neighbouring files of a recording look alike: the split keeps runs of up to this many together.
+RUN = 16
+
+
+def list_images(root: Path) -> list[str]:
+    """Paths of all pictures below ``root``, relative to it, in one order on every machine.
+
+    Links to folders are followed once; names that start with a dot are ignored.
+    """
+    found: list[str] = []
+    visited: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        relative = Path(folder).relative_to(root)
+        found += [
+            (relative / name).as_posix()
+            for name in files
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        ]
+    return sorted(found)
+
+
+def is_val(position: int, total: int, fraction: float) -> bool:
+    """Whether the file at a position of the sorted list belongs to the validation part."""
+    period = max(2, round(1 / fraction))
+    run = max(1, min(RUN, total // period))
+    return position // run % period == period - 1
+
+
+class ImageFolder(ViewDataset):
+    """Pictures of a folder tree in ORION's preprocessing.
+
+    With folders ``train`` and ``val`` directly below the root these are the splits; otherwise
+    every tenth run of files (``val_fraction``) is the validation part.
+    """
+
+    def __init__(
+        self,
+        root: str | Path | None,
+        *,
+        split: str,
+        size: tuple[int, int],
+        augment: bool = False,
+        seed: int = 0,
+        photometric: bool = False,
+        val_fraction: float = 0.1,
+    ) -> None:
+        """List the pictures.
+
+        Raises:
+            FileNotFoundError: The folder is missing or holds no picture.
+            ValueError: ``val_fraction`` is not in (0, 0.5], or the split is empty.
+        """
+        super().__init__(split=split, size=size, augment=augment, seed=seed)
+        if not 0 < val_fraction <= 0.5:
+            raise ValueError(f"val_fraction: must be in (0, 0.5], got {val_fraction}")
+        self.photometric = photometric
+        self.root = resolve_root("images", root, EXPECTED, OBTAIN)
+        own_folders = all((self.root / name).is_dir() for name in ("train", "val"))
+        if own_folders:
+            self.root = self.root / split
+        names = list_images(self.root)
+        if not names:
+            raise FileNotFoundError(
+                f"root: must be a folder with {EXPECTED}, got no picture in {self.root}; {OBTAIN}"
+            )
+        if not own_folders:
+            total, val = len(names), split == "val"
+            names = [n for i, n in enumerate(names) if is_val(i, total, val_fraction) == val]
+            if not names:
+                raise ValueError(
+                    f"split: {split!r} of {total} pictures is empty in {self.root}; "
+                    f"add pictures, raise val_fraction, or make folders train and val"
+                )
+        self.names = names
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self.names)
+
+    def load(self, index: int) -> Item | Corrupt:
+        """One picture; see ``ViewDataset``."""
+        path = self.root / self.names[index]
+        image = read_bgr(path)
+        if isinstance(image, str):
+            return Corrupt(index, str(path), image)
+        crop = photometric = None
+        if self.augment:
+            crop = draw_crop(generator(CROP, self.seed, self.epoch, index))
+            if self.photometric:
+                photometric = draw_photometric(generator(PHOTOMETRIC, self.seed, self.epoch, index))
+        tensor = preprocess(image, self.size, crop=crop, photometric=photometric)
+        return {"image": tensor, "index": index, "path": str(path)}
