@@ -215,8 +215,8 @@ def paired_heads(student: EVAViT, teacher: EVAViT) -> list[list[int]]:
 
 
 def _rows(logits: Tensor) -> Tensor:
-    """(B, L, H, W) as one row of L per position, in fp32 whatever the autocast."""
-    return logits.float().movedim(1, -1).flatten(0, -2)
+    """(B, L, H, W) as one row of L per position."""
+    return logits.movedim(1, -1).flatten(0, -2)
 
 
 def _normalised(features: Tensor) -> Tensor:

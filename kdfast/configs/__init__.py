@@ -13,10 +13,11 @@ import yaml
 from kdfast.configs.base import Config
 from kdfast.configs.fields import ConfigError, build, keys, plain, unknown
 from kdfast.configs.orion50 import orion50, orion50_scenes
+from kdfast.configs.smoke import smoke
 
 __all__ = ["CONFIGS", "Config", "ConfigError", "load", "plain", "save"]
 
-CONFIGS: dict[str, Callable[[], Config]] = {f.__name__: f for f in (orion50, orion50_scenes)}
+CONFIGS: dict[str, Callable[[], Config]] = {f.__name__: f for f in (orion50, orion50_scenes, smoke)}
 # A config that needs files, and the one that stands in for it where none of them is there.
 STAND_INS = {"orion50": "orion50_scenes"}
 KNOWN = keys(Config)

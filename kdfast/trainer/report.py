@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,6 +69,8 @@ def measure(
 
         return forward
 
+    # The profiler behind ``peak_bytes`` would write to the terminal.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     calls = {name: call(model) for name, model in models.items()}
     samples = interleave(calls, rounds=ROUNDS)
     height, width = image.shape[-2:]
