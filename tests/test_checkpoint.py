@@ -120,12 +120,14 @@ def test_real_shapes_give_orions_arguments() -> None:
     }
 
 
-@pytest.mark.parametrize("hidden", [1, 100, 127, 128, 129, 255])
+# int(44 * (60 / 44)) is 59, so the plain quotient would not do as a ratio.
+@pytest.mark.parametrize("hidden", [1, 60, 117, 118, 255])
 def test_hidden_width_survives_the_ratio(tmp_path: Path, hidden: int) -> None:
-    model = small(mlp_ratio=(hidden + 0.5) / 48)
-    path = tmp_path / "orion.pth"
-    torch.save(whole_orion(model), path)
-    assert load_orion_backbone(path).blocks[0].mlp.w1.out_features == hidden
+    shape = {"embed_dim": 44, "num_heads": 11}
+    path = tmp_path / "bare.pth"
+    torch.save(small(mlp_ratio=(hidden + 0.5) / 44, **shape).state_dict(), path)
+    loaded = load_orion_backbone(path, num_heads=11, **WINDOWS)
+    assert loaded.blocks[0].mlp.w1.out_features == hidden
 
 
 def test_state_dict_without_tables_needs_the_windows(tmp_path: Path) -> None:
@@ -262,6 +264,7 @@ def test_round_trip(tmp_path: Path, heads: Any, orion_keys: bool, dtype: torch.d
     assert same(loaded, model)
     assert loaded.config == model.config and loaded.heads == model.heads
     assert {p.dtype for p in loaded.parameters()} == {dtype}
+    assert {key[2].type for key in loaded.rope._tables} == {"cpu"}
     loaded.eval()(torch.randn(1, 3, 40, 56)).sum().backward()
     assert same(load_orion_backbone(path, dtype=dtype), model)
 

@@ -110,17 +110,16 @@ class EVAViT(nn.Module):
         self.window_size = window_size
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         rows = self.pretrain_side**2 + pretrain_use_cls_token
-        self.pos_embed = nn.Parameter(torch.zeros(1, rows, embed_dim)) if use_abs_pos else None
-        if self.pos_embed is not None:
-            nn.init.normal_(self.pos_embed, std=0.02)
+        pos = nn.init.normal_(torch.empty(1, rows, embed_dim), std=0.02)
+        self.pos_embed = nn.Parameter(pos) if use_abs_pos else None
         head_dim = embed_dim // num_heads
         self.rope = AxialRope(head_dim, pt_hw_seq_len, intp_freq)
         self.blocks = nn.ModuleList()
         for i, kept in enumerate(self.config["heads"]):
             size = window_size if i in window_block_indexes else 0
             attn = Attention(embed_dim, kept, head_dim, qkv_bias, size)
-            drop_path = drop_path_rate * i / max(depth - 1, 1)
-            self.blocks.append(Block(attn, embed_dim, int(embed_dim * mlp_ratio), drop_path))
+            rate = drop_path_rate * i / max(depth - 1, 1)
+            self.blocks.append(Block(attn, embed_dim, int(embed_dim * mlp_ratio), rate))
         self.fill_rope()
         if frozen:
             self.requires_grad_(False)
