@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import kdfast.data as data
 from kdfast.data.base import read_bgr
@@ -52,6 +53,17 @@ def drive(tmp_path):
 
 def build(root, **options):
     return data.build(**{"kind": "images", "root": root, "size": SIZE, **options})
+
+
+def loader(dataset, sampler, batch_size, workers):
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=data.collate,
+        persistent_workers=workers > 0,
+    )
 
 
 def same(a, b):
@@ -158,7 +170,7 @@ def test_augmentation_follows_seed_epoch_and_index(pictures):
 def test_workers_see_the_epoch(pictures):
     here, there = (build(pictures, augment=True, seed=1) for _ in range(2))
     sampler = data.EpochSampler(len(there), seed=1)
-    batches = data.loader(there, sampler, batch_size=5, workers=2)
+    batches = loader(there, sampler, 5, 2)
     for epoch, start in ((0, 0), (1, 10)):
         there.set_epoch(epoch)
         here.set_epoch(epoch)
@@ -261,7 +273,7 @@ def test_corrupt_pictures_reach_the_counter(pictures, workers, caplog):
     sizes = []
     with caplog.at_level(logging.WARNING, "kdfast.data"):
         for _ in range(2):
-            for batch in data.loader(dataset, sampler, batch_size=12, workers=workers):
+            for batch in loader(dataset, sampler, 12, workers):
                 counter.update(batch)
                 sizes.append((len(batch["image"]), [item.path for item in batch["corrupt"]]))
     assert sizes == [(11, [str(bad)]), (12, []), (12, [])] * 2
@@ -385,15 +397,6 @@ def test_sampler_resumes(group):
 def test_sampler_rejects(options, message):
     with pytest.raises(ValueError, match=message):
         data.EpochSampler(**{"length": 50, **options})
-
-
-def test_loader_rejects(pictures):
-    dataset = build(pictures)
-    sampler = data.EpochSampler(len(dataset))
-    with pytest.raises(ValueError, match="batch_size: must be positive"):
-        data.loader(dataset, sampler, batch_size=0)
-    with pytest.raises(ValueError, match="workers: must be >= 0"):
-        data.loader(dataset, sampler, batch_size=1, workers=-1)
 
 
 def test_real_frames(shared, tmp_path):

@@ -6,15 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import cv2
-import torch
-from torch.utils.data import DataLoader
-
 from kdfast.data.base import (
     Corrupt,
     CorruptCounter,
     CorruptDataError,
-    Item,
     ViewDataset,
     collate,
 )
@@ -39,7 +34,6 @@ __all__ = [
     "ViewDataset",
     "build",
     "collate",
-    "loader",
 ]
 
 KINDS = ("images", "bench2drive", "scenes")
@@ -115,50 +109,3 @@ def _check_options(kind: str, given: dict[str, bool]) -> None:
         raise ValueError(
             f"build: kind {kind!r} takes {sorted(_OPTIONS[kind])}, got {', '.join(foreign)}"
         )
-
-
-def loader(
-    dataset: ViewDataset,
-    sampler: EpochSampler,
-    *,
-    batch_size: int,
-    workers: int = 0,
-    pin_memory: bool = False,
-    drop_last: bool = False,
-) -> DataLoader[Item | Corrupt]:
-    """A loader whose batches ``collate`` makes; iterate it once per epoch.
-
-    Set the epoch of dataset and sampler before each iteration. Workers stay alive between epochs.
-
-    Args:
-        dataset: From ``build``.
-        sampler: Order and resume position.
-        batch_size: Items per batch; a multiple of ``dataset.views`` keeps frames whole.
-        workers: Processes that load; 0 loads in this one.
-        pin_memory: Copy batches to page-locked memory.
-        drop_last: Leave out a last batch that is not full.
-
-    Raises:
-        ValueError: ``batch_size`` is not positive or ``workers`` is negative.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: must be positive, got {batch_size}")
-    if workers < 0:
-        raise ValueError(f"workers: must be >= 0, got {workers}")
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        drop_last=drop_last,
-        persistent_workers=workers > 0,
-        worker_init_fn=_one_thread,
-    )
-
-
-def _one_thread(worker: int) -> None:
-    # Workers are the parallelism: threads below them only contend.
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)

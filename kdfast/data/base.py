@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 LOG = logging.getLogger("kdfast.data")
 SPLITS = ("train", "val")
@@ -68,6 +68,7 @@ class ViewDataset(Dataset["Item | Corrupt"]):
         self.seed = seed
         # Shared memory: workers that outlive an epoch must see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._alone = False
 
     @property
     def epoch(self) -> int:
@@ -92,6 +93,10 @@ class ViewDataset(Dataset["Item | Corrupt"]):
         """The item at ``index``; IndexError outside of the dataset."""
         if not 0 <= index < len(self):
             raise IndexError(f"index: must be in [0, {len(self)}), got {index}")
+        if not self._alone and get_worker_info() is not None:
+            # Workers are the parallelism, and OpenCV's thread pool does not survive a fork.
+            cv2.setNumThreads(0)
+            self._alone = True
         return self.load(index)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdfast.data.scene_layout import BUILDING, VEGETATION, WALL_ODDS, Floats, pick
-from kdfast.data.scene_world import BANDS, FACADE, PLAIN, Boxes, Builder, Finish, discs, trapezium
+from kdfast.data.scene_world import BANDS, FACADE, PLAIN, Builder, Finish, discs, trapezium
 
 # Painting layers: what stands in the corridor of the road hides the fences behind it, and these
 # the houses, whatever the distance of a long wall's middle.
@@ -87,7 +87,7 @@ def houses(build: Builder) -> Floats:
     pitch, storey, fill = rng.uniform((1.8, 2.7, 0.2), (4.5, 3.6, 0.7), (count, 3)).T
     fill = np.where(fill < 0.3, 0.0, fill)
     foot = build.boxes(
-        Boxes(x, y, angle, length, depth, 0.0, height),
+        (x, y, angle, length, depth, 0.0, height),
         BUILDING,
         wall,
         HOUSES - np.hypot(x, y),
@@ -117,7 +117,7 @@ def fences(build: Builder) -> None:
         colour = np.repeat(_leaves(rng, 1) if hedge else pick(rng, WALL_ODDS, 1), count, 0)
         finish = _LEAVES if hedge else Finish(0.08, 2.0, (BANDS,) * 4 + (PLAIN,), colour * 0.7)
         foot = build.boxes(
-            Boxes(x, y, angle, length, np.full(count, 0.7 if hedge else 0.25), 0.0, height),
+            (x, y, angle, length, np.full(count, 0.7 if hedge else 0.25), 0.0, height),
             VEGETATION if hedge else BUILDING,
             colour,
             FENCES - np.hypot(x, y),
@@ -185,6 +185,6 @@ def _trees(build: Builder, x: Floats, y: Floats, key: Floats) -> None:
     build.boards(x, y, trunk, VEGETATION, bark[:, None], key)
     build.boards(x, y, crown, VEGETATION, leaves, key + 1e-3, _LEAVES)
     foot = np.stack([x, y], -1)[:, None]
-    middle = foot - build.light.sun[:2] / max(float(build.light.sun[2]), 0.2) * 0.7 * tall[:, None]
+    middle = foot + build.reach * 0.7 * tall[:, None]
     build.patch(middle + 0.7 * SQUARE * wide[:, None])
     build.shade(foot + 0.15 * SQUARE, 0.7 * tall[:, 0], floor=False, top=False)

@@ -208,7 +208,9 @@ def _shade_things(
     cars = np.flatnonzero((pattern >= BODY) & (pattern <= TAIL))
     if len(cars):
         colour[:, cars] = _bodywork(table.take(rows[cars], 1), u[cars], v[cars])
-    grain = _sample(_noise()[2], u * scale + shift, v * scale)
+    # On flat tops the second direction of the texture is level instead of up.
+    level = at[2] * depth * (rays[1] * across[0] - rays[0] * across[1])
+    grain = _sample(_noise()[2], u * scale + shift, (v + level) * scale)
     grain *= amp / (1 + 0.02 * depth)
     colour *= np.maximum(1 + grain, 0.2)
     return colour, depth

@@ -13,7 +13,6 @@ from kdfast.data.scene_world import (
     NOSE,
     PLAIN,
     TAIL,
-    Boxes,
     Builder,
     Finish,
     discs,
@@ -82,8 +81,8 @@ def _vehicle(build: Builder, x: Floats, y: Floats, yaw: Floats, size: Floats, ca
     key = -np.hypot(x, y)
     top = height * 0.62 if car else height
     band = (0.0, 0.0) if car else (height * 0.45, height * 0.78)
-    finish = Finish(patterns=_BODYWORK, second=glass, p=(None, *band))
-    box = Boxes(x, y, yaw, length, width, 0.0, top)
+    finish = Finish(patterns=_BODYWORK, second=glass, p=(0.0, *band))
+    box = (x, y, yaw, length, width, 0.0, top)
     build.shade(build.boxes(box, VEHICLE, colour, key, finish), height)
     if not car:
         return
@@ -91,7 +90,7 @@ def _vehicle(build: Builder, x: Floats, y: Floats, yaw: Floats, size: Floats, ca
     twice = np.tile(np.stack([x, y, yaw, length, width, height, key]), 2)
     x, y, yaw, length, width, height, key = twice
     roof = np.arange(2 * count) >= count
-    box = Boxes(
+    box = (
         x - 0.06 * length * np.cos(yaw),
         y - 0.06 * length * np.sin(yaw),
         yaw,
@@ -208,7 +207,7 @@ def poles(build: Builder, walls: Floats) -> None:
 def _lamps(build: Builder, place: Floats, metal: Floats) -> None:
     x, y, yaw, tall, key = place
     size = np.full(len(x), 2.0)
-    arm = Boxes(x + np.cos(yaw), y + np.sin(yaw), yaw, size, 0.12 * size, tall - 0.25, tall)
+    arm = (x + np.cos(yaw), y + np.sin(yaw), yaw, size, 0.12 * size, tall - 0.25, tall)
     build.boxes(arm, POLE, np.repeat(metal, len(x), 0), key + 0.01)
 
 
@@ -228,7 +227,7 @@ def _signals(build: Builder, place: Floats, metal: Floats) -> None:
     rng, count = build.rng, len(x)
     reach = np.full(count, rng.uniform(2.5, 5))
     along, aside = reach * np.cos(yaw), reach * np.sin(yaw)
-    arm = Boxes(x + along / 2, y + aside / 2, yaw, reach, np.full(count, 0.14), 4.05, 4.25)
+    arm = (x + along / 2, y + aside / 2, yaw, reach, np.full(count, 0.14), 4.05, 4.25)
     build.boxes(arm, POLE, np.repeat(metal, count, 0), key + 0.01)
     colour = np.empty((2 * count, 2, 3), np.float32)
     colour[:, 0], colour[:, 1] = 0.06, _BULBS[rng.integers(0, 3)]

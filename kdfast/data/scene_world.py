@@ -65,50 +65,47 @@ class Finish:
         scale: Cells of the texture per metre.
         patterns: Patterns of the left, back, right, front and top of a box.
         second: (n, 3) or one colour for glass, windows or bands.
-        p: Parameters of the patterns, (n,) each; the first is half the length of a face if None.
+        p: Parameters of the patterns, (n,) each; a first of 0 is half the length of the face.
     """
 
     amp: float = 0.02
     scale: float = 3.0
     patterns: tuple[int, int, int, int, int] = (PLAIN,) * 5
     second: ArrayLike = (0.05, 0.05, 0.06)
-    p: tuple[Floats | None, Floats | float, Floats | float] = (None, 0.0, 0.0)
+    p: tuple[ArrayLike, ArrayLike, ArrayLike] = (0.0, 0.0, 0.0)
 
 
 _PLAIN_FINISH = Finish()
-
-
-@dataclass(frozen=True)
-class Boxes:
-    """n upright boxes: centre, direction of the length, sides, bottom and top, (n,) each."""
-
-    x: Floats
-    y: Floats
-    yaw: Floats
-    length: Floats
-    width: Floats
-    bottom: Floats | float
-    top: Floats | float
+# Columns of the boxes a builder collects.
+_X, _Y, _YAW, _LENGTH, _WIDTH, _BOTTOM, _TOP, _KEY, _LABEL, _AMP, _SCALE = range(11)
+_COLOUR, _SECOND, _P, _PATTERNS = slice(11, 14), slice(14, 17), slice(17, 20), slice(20, 25)
 
 
 class Builder:
-    """Collects surfaces and shadows of a scene."""
+    """Collects boxes, boards and shadows of a scene; they become surfaces all at once."""
 
     def __init__(self, rng: np.random.Generator, layout: Layout, light: Light) -> None:
         """Start without surfaces."""
         self.rng, self.layout, self.light = rng, layout, light
-        self._parts: list[tuple[NDArray[np.floating], ...]] = []
+        self._parts: list[tuple[NDArray[np.generic], ...]] = []
+        self._boxes: list[Floats] = []
         self._shadows: list[Floats] = []
-        sun = light.sun
-        self._reach = -sun[:2] / max(float(sun[2]), 0.2)
+        self._casting: list[tuple[Floats, Floats]] = []
+        self.reach = -light.sun[:2] / max(float(light.sun[2]), 0.2)
 
     def boxes(
-        self, box: Boxes, label: int, colour: Floats, key: Floats, finish: Finish = _PLAIN_FINISH
+        self,
+        shape: tuple[ArrayLike, ...],
+        label: int,
+        colour: Floats,
+        key: Floats,
+        finish: Finish = _PLAIN_FINISH,
     ) -> Floats:
-        """Add n boxes.
+        """Add n upright boxes.
 
         Args:
-            box: The boxes.
+            shape: Centre x and y, direction of the length, length, width, bottom and top; (n,)
+                each or one number for all.
             label: Class.
             colour: (n, 3) reflectance.
             key: (n,) painting order, later is nearer.
@@ -117,41 +114,14 @@ class Builder:
         Returns:
             (n, 4, 2) footprints.
         """
-        count, light = len(box.x), self.light
-        ahead = np.stack([np.cos(box.yaw), np.sin(box.yaw)], -1)
-        left = ahead[:, ::-1] * (-1, 1)
-        long, wide = box.length / 2, box.width / 2
-        foot = (
-            np.stack([box.x, box.y], -1)[:, None]
-            + (ahead * long[:, None])[:, None] * _AHEAD[:, None]
-            + (left * wide[:, None])[:, None] * _LEFT[:, None]
-        )
-        corners = np.empty((count, 5, 4, 3), np.float32)
-        corners[:, :4, 0, :2] = corners[:, :4, 3, :2] = corners[:, 4, :, :2] = foot
-        corners[:, :4, 1, :2] = corners[:, :4, 2, :2] = foot[:, _NEXT]
-        corners[:, :4, :2, 2] = np.reshape(box.bottom, (-1, 1, 1))
-        corners[:, :4, 2:, 2] = np.reshape(box.top, (-1, 1, 1))
-        corners[:, 4, :, 2] = np.reshape(box.top, (-1, 1))
-        table = np.zeros((count, 5, COLUMNS), np.float32)
-        table[:, 0, NORMAL][:, :2], table[:, 0, AXIS] = left, -ahead
-        table[:, 1, NORMAL][:, :2], table[:, 1, AXIS] = -ahead, -left
-        table[:, 2, NORMAL][:, :2], table[:, 2, AXIS] = -left, ahead
-        table[:, 3, NORMAL][:, :2], table[:, 3, AXIS] = ahead, left
-        table[:, 4, NORMAL], table[:, 4, AXIS] = (0, 0, 1), ahead
-        lit = np.maximum(table[..., NORMAL] @ light.sun, 0)[..., None] * light.sun_colour
-        lit += light.ambient
-        table[..., COLOUR] = colour[:, None] * lit
-        table[..., SECOND] = np.reshape(np.asarray(finish.second), (-1, 1, 3)) * lit
-        middle = corners.mean(2)
-        table[..., ORIGIN] = middle[..., :2]
-        table[..., PLANE_D] = (table[..., NORMAL] * middle).sum(-1)
-        table[..., PATTERN] = finish.patterns
-        first, table[..., P1], table[..., P2] = finish.p[0], *map(_column, finish.p[1:])
-        table[..., P0] = (
-            np.stack([long, wide, long, wide, long], -1) if first is None else (_column(first))
-        )
-        self._append(corners, None, table, label, key, finish)
-        return foot.astype(np.float32)
+        rows = np.empty((len(key), 25))
+        for column, value in enumerate((*shape, key, label, finish.amp, finish.scale)):
+            rows[:, column] = value
+        rows[:, _COLOUR], rows[:, _SECOND] = colour, finish.second
+        rows[:, 17], rows[:, 18], rows[:, 19] = finish.p
+        rows[:, _PATTERNS] = finish.patterns
+        self._boxes.append(rows)
+        return _footprints(rows)
 
     def boards(
         self,
@@ -176,13 +146,13 @@ class Builder:
         """
         count, parts = figure.shape[:2]
         corners = np.zeros((count, parts, 4, 3), np.float32)
-        corners[..., 0] = x[:, None, None]
-        corners[..., 1] = y[:, None, None]
+        corners[..., 0], corners[..., 1] = x[:, None, None], y[:, None, None]
         table = np.zeros((count, parts, COLUMNS), np.float32)
         # Lit as if half turned to the sun: there is no one normal.
         table[..., COLOUR] = colour * (0.6 * self.light.sun_colour + self.light.ambient)
         table[..., ORIGIN] = corners[:, :, 0, :2]
-        self._append(corners, figure, table, label, key, finish)
+        table[..., AMP], table[..., SCALE] = finish.amp, finish.scale
+        self._append(corners, figure, table, np.full(count, label), key)
 
     def shade(self, foot: Floats, height: Floats, *, floor: bool = True, top: bool = True) -> None:
         """Add the shadows of n upright boxes.
@@ -193,16 +163,11 @@ class Builder:
             floor: Darken the footprint as well.
             top: Darken the shadow of the top; without it only of an upright middle plane.
         """
-        step = height[:, None] * self._reach
-        tip = foot + step[:, None]
-        # The widest diagonal as seen along the shadow sweeps the rest of it.
-        across = np.abs((foot[:, :2] - foot[:, 2:]) @ (self._reach[::-1] * (-1, 1)))
-        first = np.argmax(across, 1)
-        row = np.arange(len(foot))
-        a, b = foot[row, first], foot[row, first + 2]
-        quads = [np.stack([a, b, b + step, a + step], 1)]
-        quads += [tip] * top + [foot] * floor
-        self._shadows += quads
+        self._casting.append((foot, height))
+        if floor:
+            self._shadows.append(foot)
+        if top:
+            self._shadows.append(foot + (height[:, None] * self.reach)[:, None])
 
     def patch(self, ground: Floats) -> None:
         """Darken quads (n, 4, 2) on the ground."""
@@ -210,55 +175,99 @@ class Builder:
 
     def world(self) -> World:
         """Sort the surfaces from far to near."""
+        self._raise_boxes()
         corners, figure, board, table, label, key = (
             np.concatenate(part) for part in zip(*self._parts, strict=True)
         )
+        table[:, SHIFT] = self.rng.random(len(table)) * 97
         order = np.argsort(key, kind="stable")
-        flat = np.concatenate(self._shadows)
+        flat = np.concatenate([*self._shadows, self._swept()])
         shadows = np.zeros((*flat.shape[:2], 3), np.float32)
         shadows[..., :2] = flat
         return World(
             self.layout,
             self.light,
             corners[order],
-            board[order].astype(bool),
+            board[order],
             figure[order],
             table[order],
-            label[order].astype(np.uint8),
+            label[order],
             shadows,
         )
+
+    def _swept(self) -> Floats:
+        # The diagonal of a footprint that is widest as seen along the shadow sweeps all of it.
+        foot, height = (np.concatenate(part) for part in zip(*self._casting, strict=True))
+        across = np.abs((foot[:, :2] - foot[:, 2:]) @ (self.reach[::-1] * (-1, 1)))
+        first, row = np.argmax(across, 1), np.arange(len(foot))
+        a, b = foot[row, first], foot[row, first + 2]
+        step = height[:, None] * self.reach
+        return np.stack([a, b, b + step, a + step], 1)
+
+    def _raise_boxes(self) -> None:
+        rows = np.concatenate(self._boxes)
+        count, foot = len(rows), _footprints(rows)
+        corners = np.empty((count, 5, 4, 3), np.float32)
+        corners[:, :4, 0, :2] = corners[:, :4, 3, :2] = corners[:, 4, :, :2] = foot
+        corners[:, :4, 1, :2] = corners[:, :4, 2, :2] = foot[:, _NEXT]
+        corners[:, :4, :2, 2] = rows[:, _BOTTOM, None, None]
+        corners[:, :4, 2:, 2] = rows[:, _TOP, None, None]
+        corners[:, 4, :, 2] = rows[:, _TOP, None]
+        ahead = np.stack([np.cos(rows[:, _YAW]), np.sin(rows[:, _YAW])], -1)
+        left = ahead[:, ::-1] * (-1, 1)
+        table = np.zeros((count, 5, COLUMNS), np.float32)
+        normal = table[..., NORMAL]
+        table[:, 0, AXIS] = normal[:, 1, :2] = -ahead
+        table[:, 1, AXIS] = normal[:, 2, :2] = -left
+        table[:, 2, AXIS] = table[:, 4, AXIS] = normal[:, 3, :2] = ahead
+        table[:, 3, AXIS] = normal[:, 0, :2] = left
+        normal[:, 4, 2] = 1
+        lit = np.maximum(normal @ self.light.sun, 0)[..., None] * self.light.sun_colour
+        lit += self.light.ambient
+        table[..., COLOUR] = rows[:, None, _COLOUR] * lit
+        table[..., SECOND] = rows[:, None, _SECOND] * lit
+        middle = corners.mean(2)
+        table[..., ORIGIN] = middle[..., :2]
+        table[..., PLANE_D] = (normal * middle).sum(-1)
+        table[..., PATTERN] = rows[:, _PATTERNS]
+        table[..., P0 : P2 + 1] = rows[:, None, _P]
+        half = rows[:, [_LENGTH, _WIDTH, _LENGTH, _WIDTH, _LENGTH]] / 2
+        table[..., P0] = np.where(rows[:, 17:18] == 0, half, rows[:, 17:18])
+        table[..., AMP], table[..., SCALE] = rows[:, [_AMP]], rows[:, [_SCALE]]
+        self._append(corners, None, table, rows[:, _LABEL], rows[:, _KEY])
 
     def _append(
         self,
         corners: Floats,
         figure: Floats | None,
         table: Floats,
-        label: int,
+        label: NDArray[np.generic],
         key: Floats,
-        finish: Finish,
     ) -> None:
         count, parts = table.shape[:2]
         total = count * parts
-        table[..., AMP], table[..., SCALE] = finish.amp, finish.scale
-        table[..., SHIFT] = self.rng.random((count, parts)) * 97
         outline = np.zeros((total, CORNERS, 2), np.float32)
         if figure is not None:
             outline[:] = figure.reshape(total, CORNERS, 2)
-        order = key[:, None] + 1e-3 * np.arange(parts)
         self._parts.append(
             (
                 corners.reshape(total, 4, 3),
                 outline,
-                np.full(total, figure is not None, np.uint8),
+                np.full(total, figure is not None),
                 table.reshape(total, COLUMNS),
-                np.full(total, label, np.uint8),
-                order.reshape(total),
+                np.repeat(label.astype(np.uint8), parts),
+                (key[:, None] + 1e-3 * np.arange(parts)).reshape(total),
             )
         )
 
 
-def _column(value: Floats | float) -> NDArray[np.floating]:
-    return np.reshape(np.asarray(value), (-1, 1))
+def _footprints(rows: Floats) -> Floats:
+    long, wide = rows[:, [_LENGTH]] / 2 * _AHEAD, rows[:, [_WIDTH]] / 2 * _LEFT
+    cos, sin = np.cos(rows[:, [_YAW]]), np.sin(rows[:, [_YAW]])
+    foot = np.empty((len(rows), 4, 2))
+    foot[..., 0] = rows[:, [_X]] + cos * long - sin * wide
+    foot[..., 1] = rows[:, [_Y]] + sin * long + cos * wide
+    return foot
 
 
 def trapezium(width: Floats, low: ArrayLike, high: ArrayLike, taper: ArrayLike = 1.0) -> Floats:
