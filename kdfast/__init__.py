@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prune a Vision Transformer's attention heads and distil the loss away, with fused kernels."""
 
+import importlib
 import importlib.util
+from typing import TYPE_CHECKING, Any
 
 if importlib.util.find_spec("kdfast.kernels") is None:
     raise ImportError(
@@ -18,8 +20,18 @@ from kdfast.ops.head_gather import head_gather
 from kdfast.ops.kd_loss import kd_loss
 from kdfast.ops.pruned_attention import pruned_attention
 
+if TYPE_CHECKING:
+    from kdfast.pruning import (
+        HeadScores,
+        head_scores,
+        prune_heads,
+        pruning_report,
+        select_heads,
+    )
+
 __all__ = [
     "FallbackWarning",
+    "HeadScores",
     "NotCompiledWarning",
     "Rope",
     "Window",
@@ -27,6 +39,24 @@ __all__ = [
     "attention_distill",
     "feature_loss",
     "head_gather",
+    "head_scores",
     "kd_loss",
+    "prune_heads",
     "pruned_attention",
+    "pruning_report",
+    "select_heads",
 ]
+
+_LAZY = dict.fromkeys(
+    ("HeadScores", "head_scores", "prune_heads", "pruning_report", "select_heads"),
+    "kdfast.pruning",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use what needs the models, hence timm, which takes seconds to import."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value

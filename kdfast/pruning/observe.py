@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a model on data and watches its heads. B batch, H heads, N tokens, D head dim."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
+
+from kdfast.pruning.adapter import Adapter
+from kdfast.pruning.entropy import attention_entropy
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+class Observer(Protocol):
+    """Adds up the scores of images."""
+
+    totals: list[Tensor]
+
+    def attach(self) -> list[RemovableHandle]:
+        """Hooks to have in place while ``run`` is called."""
+
+    def run(self, images: Tensor, batch: Any) -> None:
+        """Adds every image's scores to ``totals``, (H,) fp64 per block."""
+
+
+def observe(
+    model: nn.Module, observer: Observer, data: Iterable[Any], batches: int | None, progress: bool
+) -> tuple[list[Tensor], dict[str, int]]:
+    """Mean of the observer's scores over all images, and how many there were.
+
+    Args:
+        model: Left as it was, also when an error is raised.
+        observer: Of that model.
+        data: As in ``head_scores``.
+        batches: Use at most so many; None: all.
+        progress: Show a progress bar on a terminal.
+
+    Raises:
+        TypeError: A batch is not of a known kind.
+        ValueError: There is no batch, one holds no image, or a score is not finite.
+    """
+    device = next(model.parameters()).device
+    total = batches
+    if isinstance(data, Sized):
+        total = len(data) if batches is None else min(len(data), batches)
+    count = images = 0
+    handles: list[RemovableHandle] = []
+    bar = tqdm(
+        islice(data, batches),
+        total=total,
+        desc="head scores",
+        unit="batch",
+        disable=None if progress else True,
+    )
+    with bar, _frozen_eval(model):
+        try:
+            handles += observer.attach()
+            for batch in bar:
+                batch = _moved(batch, device)
+                pixels = _images(batch)
+                observer.run(pixels, batch)
+                _check_finite(observer.totals, count)
+                count, images = count + 1, images + len(pixels)
+                bar.set_postfix(images=images)
+        finally:
+            for handle in handles:
+                handle.remove()
+    if count == 0:
+        raise ValueError("head_scores: data must give at least one batch, got none")
+    means = [(row / images).cpu() for row in observer.totals]
+    return means, {"batches": count, "images": images}
+
+
+class ContextObserver:
+    """Taylor and gradient scores from the input of every output projection."""
+
+    def __init__(self, adapter: Adapter, model: nn.Module, method: str, loss: Loss) -> None:
+        self.adapter, self.model, self.method, self.loss = adapter, model, method, loss
+        self.totals: list[Tensor] = []
+        self._contexts: dict[int, Tensor] = {}
+
+    def attach(self) -> list[RemovableHandle]:
+        attentions = self.adapter.attentions(self.model).values()
+        return [
+            self.adapter.projection(attn).register_forward_pre_hook(partial(self._keep, block))
+            for block, attn in enumerate(attentions)
+        ]
+
+    def _keep(self, block: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        context = args[0]
+        if not context.requires_grad:
+            # The first block: all parameters are frozen, so the graph starts here.
+            context = context.detach().requires_grad_()
+        self._contexts[block] = context
+        return context, *args[1:]
+
+    def run(self, images: Tensor, batch: Any) -> None:
+        self._contexts.clear()
+        with torch.inference_mode(False), torch.enable_grad():
+            loss = self.loss(self.model(images), batch)
+            _check_loss(loss)
+            contexts = [self._contexts.pop(block) for block in sorted(self._contexts)]
+            grads = torch.autograd.grad(loss, contexts)
+        # The loss is a mean over images: times B, the gradient is that of each image's own loss.
+        rows = [
+            self._scores(c.detach(), len(images) * g) for c, g in zip(contexts, grads, strict=True)
+        ]
+        _add(self.totals, rows)
+
+    def _scores(self, context: Tensor, grad: Tensor) -> Tensor:
+        """(H,): sums over images of the mean over tokens; context and grad are (B, N, H * D)."""
+        heads = (-1, self.adapter.head_dim(self.model))
+        context, grad = (x.double().unflatten(-1, heads) for x in (context, grad))
+        if self.method == "taylor":
+            change = (context * grad).sum(-1).abs()
+        else:
+            change = grad.norm(dim=-1)
+        return change.mean(1).sum(0)
+
+
+class EntropyObserver:
+    """Entropy of the attention rows, as a score that grows with importance."""
+
+    def __init__(self, adapter: Adapter, model: nn.Module, important: str, unit: str) -> None:
+        self.adapter, self.model, self.important, self.unit = adapter, model, important, unit
+        self.totals: list[Tensor] = []
+        self._rows: dict[int, Tensor] = {}
+
+    def attach(self) -> list[RemovableHandle]:
+        attentions = self.adapter.attentions(self.model).values()
+        return [
+            attn.register_forward_hook(partial(self._score, block))
+            for block, attn in enumerate(attentions)
+        ]
+
+    def _score(self, block: int, attn: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        call = self.adapter.call(attn, args, output)
+        entropy, limit = attention_entropy(
+            call.q, call.k, rope=call.rope, window=call.window, scale=call.scale
+        )
+        entropy, limit = entropy.double(), limit.double()
+        value = limit - entropy if self.important == "low" else entropy
+        if self.unit == "share":
+            # A token that sees one key has limit 0 and entropy 0: its share counts as 0.
+            value = value / torch.where(limit > 0, limit, 1.0)
+        self._rows[block] = value.clamp_min(0).mean(-1).sum(0)
+
+    def run(self, images: Tensor, batch: Any) -> None:
+        self._rows.clear()
+        with torch.no_grad():
+            self.model(images)
+        _add(self.totals, [self._rows[block] for block in sorted(self._rows)])
+
+
+class RandomProjection:
+    """Label-free loss whose gradients measure how much the output moves.
+
+    ``mean_b <u_b, f_b / rms(f_b)>`` with random signs u and the root mean square of every channel,
+    a constant, so that no channel dominates by its size. Over u, the mean square of the gradient
+    along a change of the context is the squared change of the scaled output, to first order.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, output: Any, batch: Any) -> Tensor:
+        """Scalar loss of an output (B, C, ...) or (B, C)."""
+        if not isinstance(output, Tensor) or output.dim() < 2:
+            got = type(output).__name__
+            raise TypeError(
+                f"head_scores: without a loss the output must be (B, C, ...), got {got}"
+            )
+        signs = torch.randint(0, 2, output.shape, generator=self.generator)
+        values = output.float() if output.dtype != torch.float64 else output
+        square = values.detach().square()
+        everything = tuple(range(1, output.dim()))
+        channel = everything[1:] or everything
+        # A channel that is nearly zero everywhere must not be blown up either.
+        floor = 1e-6 * square.mean(everything, keepdim=True)
+        rms = square.mean(channel, keepdim=True).maximum(floor).sqrt()
+        loss: Tensor = ((2 * signs - 1).to(values) * values / rms).sum() / len(output)
+        return loss
+
+
+@contextmanager
+def _frozen_eval(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no parameter gradients inside; every flag as before afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval().requires_grad_(False)
+        yield
+    finally:
+        for module, was in training:
+            module.training = was
+        for parameter, was in flags:
+            parameter.requires_grad_(was)
+
+
+def _add(totals: list[Tensor], rows: list[Tensor]) -> None:
+    totals[:] = [old + row for old, row in zip(totals, rows, strict=True)] if totals else rows
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [_moved(value, device) for value in batch]
+    return batch
+
+
+def _images(batch: Any) -> Tensor:
+    images = batch
+    if isinstance(batch, Mapping):
+        images = batch.get("image")
+    elif isinstance(batch, list):
+        images = batch[0] if batch else None
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            "head_scores: a batch must be a tensor, a dict with a tensor 'image', or a list or "
+            f"tuple that starts with one, got {_kind(batch)}"
+        )
+    if len(images) == 0:
+        raise ValueError("head_scores: a batch must hold at least one image, got none")
+    return images
+
+
+def _kind(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"a dict with {sorted(map(str, batch))}"
+    return type(batch).__name__
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"head_scores: loss must return a scalar tensor, got {got}")
+    if not torch.isfinite(loss):
+        raise ValueError(f"head_scores: loss must be finite, got {loss.item()}")
+    if not loss.requires_grad:
+        raise ValueError("head_scores: loss must depend on the model's output, got a constant")
+
+
+def _check_finite(totals: list[Tensor], batch: int) -> None:
+    for block, row in enumerate(totals):
+        if not torch.isfinite(row).all():
+            raise ValueError(
+                f"head_scores: scores must be finite, got {row.tolist()} in block {block} after "
+                f"batch {batch}"
+            )

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts parameters, heads and FLOPs of pruned models. See docs/pruning.md."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from kdfast.pruning.adapter import Adapter, BlockSpec, adapter_of
+from kdfast.pruning.select import kept_counts
+
+Keep = int | float | Sequence[int]
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One block for one image; one multiply-add is 2 FLOPs, only matrix products count.
+
+    Attributes:
+        heads: Heads that the block holds.
+        window: Side of its windows, in tokens; 0 for global attention.
+        params: All parameters of the block.
+        attention_params: Those of its attention.
+        gemm: FLOPs of the q, k, v and output projections on the real tokens.
+        attention: FLOPs of QK^T and PV between the real tokens of each window.
+        gemm_padded: Like ``gemm`` with every pad computed as a token, as ORION does.
+        attention_padded: Like ``attention`` with full windows, as ORION does.
+        mlp: FLOPs of everything else in the block.
+    """
+
+    heads: int
+    window: int
+    params: int
+    attention_params: int
+    gemm: int
+    attention: int
+    gemm_padded: int
+    attention_padded: int
+    mlp: int
+
+    @property
+    def flops(self) -> int:
+        """FLOPs without computing a pad."""
+        return self.gemm + self.attention + self.mlp
+
+    @property
+    def flops_padded(self) -> int:
+        """FLOPs with pads computed."""
+        return self.gemm_padded + self.attention_padded + self.mlp
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """One model for one image.
+
+    Attributes:
+        keep: The request it answers; None for the model as it was given.
+        blocks: In order.
+        params: All parameters of the model.
+        embed: FLOPs before the first block.
+    """
+
+    keep: int | float | list[int] | None
+    blocks: list[BlockCost]
+    params: int
+    embed: int
+
+    @property
+    def heads(self) -> int:
+        """Heads of all blocks."""
+        return sum(block.heads for block in self.blocks)
+
+    @property
+    def attention_params(self) -> int:
+        """Parameters of all attentions."""
+        return sum(block.attention_params for block in self.blocks)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs without computing a pad, as kdfast runs the model."""
+        return self.embed + sum(block.flops for block in self.blocks)
+
+    @property
+    def flops_padded(self) -> int:
+        """FLOPs with pads computed, as ORION runs the model."""
+        return self.embed + sum(block.flops_padded for block in self.blocks)
+
+    def parts(self, padded: bool = False) -> dict[str, int]:
+        """FLOPs by kind: embed, window and global GEMMs and attention, mlp."""
+        sums = {"embed": self.embed}
+        for kind, windowed in (("window", True), ("global", False)):
+            some = [block for block in self.blocks if (block.window > 0) == windowed]
+            sums[f"{kind}_gemm"] = sum(b.gemm_padded if padded else b.gemm for b in some)
+            sums[f"{kind}_attention"] = sum(
+                b.attention_padded if padded else b.attention for b in some
+            )
+        sums["mlp"] = sum(block.mlp for block in self.blocks)
+        return sums
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What pruning a model saves; ``str`` of it is a table.
+
+    Attributes:
+        family: Class of the model.
+        image_size: (height, width) that the FLOPs are for.
+        full: The model as it was given.
+        pruned: One entry per request.
+    """
+
+    family: str
+    image_size: tuple[int, int]
+    full: ModelCost
+    pruned: list[ModelCost]
+
+    @property
+    def flops_without_heads(self) -> int:
+        """What is left when every head is gone: no head pruning gets below."""
+        return self.full.embed + sum(block.mlp for block in self.full.blocks)
+
+    def to_json(self) -> str:
+        """Everything as JSON, totals included."""
+        models = [
+            {
+                **asdict(cost),
+                "heads": cost.heads,
+                "attention_params": cost.attention_params,
+                "flops": cost.flops,
+                "flops_padded": cost.flops_padded,
+                "parts": cost.parts(),
+                "parts_padded": cost.parts(padded=True),
+            }
+            for cost in (self.full, *self.pruned)
+        ]
+        content = {
+            "family": self.family,
+            "image_size": list(self.image_size),
+            "flops_without_heads": self.flops_without_heads,
+            "full": models[0],
+            "pruned": models[1:],
+        }
+        return json.dumps(content, indent=1)
+
+    def __str__(self) -> str:
+        h, w = self.image_size
+        title = (
+            f"{self.family}, {len(self.full.blocks)} blocks, one {h} x {w} image; "
+            "GFLOP = 2e-9 multiply-adds of matrix products\n"
+            "ratios are to the full model with pads computed, as ORION runs it"
+        )
+        limit = self.full.flops_padded / self.flops_without_heads
+        floor = (
+            f"without any head: {self.flops_without_heads / 1e9:.2f} GFLOP, {limit:.3f}x: "
+            "the ceiling of head pruning"
+        )
+        return "\n".join((title, "", *self._totals(), "", *self._blocks(), "", floor))
+
+    def _totals(self) -> list[str]:
+        rows = [
+            ("kept", "heads", "parameters", "saved", "in attention")
+            + ("GFLOP padded", "ratio", "GFLOP pad-skip", "ratio")
+        ]
+        base = self.full
+        for cost in (base, *self.pruned):
+            rows.append(
+                (
+                    _label(cost.keep),
+                    str(cost.heads),
+                    f"{cost.params:,}",
+                    f"{1 - cost.params / base.params:.2%}",
+                    f"{cost.attention_params:,}",
+                    f"{cost.flops_padded / 1e9:.3f}",
+                    f"{base.flops_padded / cost.flops_padded:.3f}x",
+                    f"{cost.flops / 1e9:.3f}",
+                    f"{base.flops_padded / cost.flops:.3f}x",
+                )
+            )
+        return _aligned(rows)
+
+    def _blocks(self) -> list[str]:
+        """One line per group of blocks that cost the same in every column."""
+        costs = (self.full, *self.pruned)
+        groups: dict[tuple[BlockCost, ...], list[int]] = {}
+        for index in range(len(self.full.blocks)):
+            groups.setdefault(tuple(cost.blocks[index] for cost in costs), []).append(index)
+        labels = [_label(cost.keep) for cost in costs]
+        rows = [("attention", *(f"heads, GFLOP at {label}" for label in labels), "blocks")]
+        for same, indices in groups.items():
+            kind = f"windows of {same[0].window}" if same[0].window else "global"
+            cells = (f"{block.heads}, {block.flops / 1e9:.2f}" for block in same)
+            rows.append((kind, *cells, ",".join(map(str, indices))))
+        return _aligned(rows)
+
+
+def pruning_report(
+    model: nn.Module,
+    keep: Sequence[Keep] = (0.25, 0.5, 0.75, 1.0),
+    *,
+    image_size: int | tuple[int, int] | None = None,
+) -> PruningReport:
+    """Counts what is left of a model for several numbers of kept heads.
+
+    Every count is taken from the modules of the pruned architecture, built without memory on the
+    meta device; FLOPs follow the shapes of its linear layers. Element-wise work is not counted.
+
+    Args:
+        model: An EVAViT on any device, already pruned or not; not changed.
+        keep: Requests as in ``select_heads`` with scope "block", relative to the heads that the
+            model holds.
+        image_size: Side, or (height, width), of the image; None: what the model is configured for.
+
+    Raises:
+        TypeError: The model's family is not known, or a request is of another kind.
+        ValueError: A request or the image size does not fit.
+    """
+    adapter = adapter_of("pruning_report", model)
+    size = adapter.image_size(model) if image_size is None else image_size
+    size = (size, size) if isinstance(size, int) else (size[0], size[1])
+    held = adapter.heads(model)
+    costs = []
+    for request in keep:
+        counts = kept_counts("pruning_report", request, [len(heads) for heads in held])
+        # Which heads stay has no influence on any cost.
+        heads = [heads[:count] for heads, count in zip(held, counts, strict=True)]
+        stored = list(request) if isinstance(request, Sequence) else request
+        costs.append(_cost(adapter, adapter.empty(model, heads), size, stored))
+    return PruningReport(adapter.family, size, _cost(adapter, model, size, None), costs)
+
+
+def _cost(
+    adapter: Adapter,
+    model: nn.Module,
+    image_size: tuple[int, int],
+    keep: int | float | list[int] | None,
+) -> ModelCost:
+    spec = adapter.spec(model, image_size)
+    blocks = [_block_cost(block) for block in spec.blocks]
+    return ModelCost(keep, blocks, _params(model), spec.embed_flops)
+
+
+def _block_cost(spec: BlockSpec) -> BlockCost:
+    tokens = sum(spec.spans)
+    full = [spec.window**2 or span for span in spec.spans]
+    own, width = _linear(spec.attention), 4 * spec.heads * spec.head_dim
+    return BlockCost(
+        heads=spec.heads,
+        window=spec.window,
+        params=_params(spec.block),
+        attention_params=_params(spec.attention),
+        gemm=2 * tokens * own,
+        attention=width * sum(span**2 for span in spec.spans),
+        gemm_padded=2 * sum(full) * own,
+        attention_padded=width * sum(span**2 for span in full),
+        mlp=2 * tokens * (_linear(spec.block) - own),
+    )
+
+
+def _params(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _linear(module: nn.Module) -> int:
+    """Weights of all linear layers: multiply-adds per token."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _label(keep: int | float | list[int] | None) -> str:
+    if keep is None:
+        return "given"
+    if isinstance(keep, float):
+        return f"{keep:.0%}" if round(100 * keep, 6).is_integer() else f"{keep:.1%}"
+    return "list" if isinstance(keep, list) else f"{keep} heads"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
