@@ -134,8 +134,10 @@ def draw_curves(folder: Path, skip: Sequence[str] = ("epoch",)) -> Path | None:
     names = [name for name in rows[0] if name not in ("step", *skip)]
     columns = 3
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(4 * columns, 2.4 * lines), layout="constrained")
+    figure = Figure(figsize=(4 * columns, 2.4 * lines))
     FigureCanvasAgg(figure)
+    # Fixed margins: a layout engine takes longer than the drawing.
+    figure.subplots_adjust(0.06, 0.06, 0.98, 0.95, wspace=0.25, hspace=0.4)
     steps = [int(row["step"]) for row in rows]
     for position, name in enumerate(names, 1):
         axes = figure.add_subplot(lines, columns, position)

@@ -223,7 +223,8 @@ class Loop:
             self.window[name] = self.window.get(name, 0.0) + value
         self.window_steps += 1
         self.images += images * self.world
-        if self.window_steps >= run.log_every or self.step in (1, self.stop):
+        ends = self.step in (1, self.stop) or self.step % self.per_epoch == 0
+        if ends or self.window_steps >= run.log_every:
             values = {name: value / self.window_steps for name, value in self.window.items()}
             if self.world > 1:
                 names = sorted(values)

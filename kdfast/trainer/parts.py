@@ -14,10 +14,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from kdfast.configs.base import Config
+from kdfast.data import build
 from kdfast.data.base import Corrupt, Item, ViewDataset
-from kdfast.data.bench2drive import Bench2Drive
-from kdfast.data.folder import ImageFolder
-from kdfast.data.scenes import Scenes
 from kdfast.models.eva import EVAViT
 from kdfast.pruning import HeadScores, head_scores, prune_heads, select_heads
 from kdfast.trainer.feed import Feed
@@ -100,18 +98,19 @@ def build_data(config: Config, accelerator: Accelerator) -> Data:
 
 def _dataset(config: Config, split: str, augment: bool) -> ViewDataset:
     data = config.data
-    common: dict[str, Any] = {
-        "split": split,
-        "size": data.size,
-        "augment": augment,
-        "seed": config.seed,
-    }
-    if data.kind == "scenes":
-        return Scenes(frames=data.frames if split == "train" else data.val_frames, **common)
-    common["photometric"] = data.photometric and augment
-    if data.kind == "images":
-        return ImageFolder(data.root, val_fraction=data.val_fraction, **common)
-    return Bench2Drive(data.root, split_file=data.split_file, **common)
+    scenes = data.kind == "scenes"
+    return build(
+        kind=data.kind,
+        root=None if scenes else data.root,
+        split=split,
+        size=data.size,
+        augment=augment,
+        seed=config.seed,
+        photometric=data.photometric and augment and not scenes,
+        val_fraction=data.val_fraction if data.kind == "images" else None,
+        split_file=data.split_file if data.kind == "bench2drive" else None,
+        frames=(data.frames if split == "train" else data.val_frames) if scenes else None,
+    )
 
 
 def score_heads(

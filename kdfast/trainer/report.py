@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +23,8 @@ from kdfast.data.preprocess import MEAN, STD
 from kdfast.pruning import pruning_report
 
 ROUNDS = 9
+# Pixels that a picture is at least wide in the sheet of predictions.
+MIN_TILE = 160
 
 
 @dataclass(frozen=True)
@@ -198,16 +201,17 @@ def _components(features: Mapping[str, Tensor]) -> dict[str, list[NDArray[np.uin
 
 
 def _grid(path: Path, columns: Mapping[str, list[NDArray[np.uint8]]]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Tile pictures of one size, or of sizes that divide the first column's, with titles."""
+    height, width = next(iter(columns.values()))[0].shape[:2]
+    zoom = max(1, -(-MIN_TILE // width))
+    tile = (width * zoom, height * zoom)
     count = len(next(iter(columns.values())))
-    figure = Figure(figsize=(2 * len(columns), 2 * count + 0.3), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(count, len(columns), squeeze=False)
+    title = 16
+    sheet = Image.new("RGB", (len(columns) * tile[0], title + count * tile[1]), "white")
+    draw = ImageDraw.Draw(sheet)
     for column, (name, pictures) in enumerate(columns.items()):
-        axes[0][column].set_title(name, fontsize=10)
+        draw.text((column * tile[0] + 4, 2), name, fill="black")
         for row, picture in enumerate(pictures):
-            axes[row][column].imshow(picture, interpolation="nearest")
-            axes[row][column].set_axis_off()
-    figure.savefig(path, dpi=110)
+            scaled = Image.fromarray(picture).resize(tile, Image.Resampling.NEAREST)
+            sheet.paste(scaled, (column * tile[0], title + row * tile[1]))
+    sheet.save(path)
