@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shapes, inputs and the tolerance rule that tests/ and bench/ share."""
 
+import importlib
+import os
+import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
+from unittest import SkipTest
 
 import torch
 from torch import Tensor
@@ -67,3 +72,26 @@ def run(
         torch.zeros_like(x) if x.grad is None else x.grad for x in leaves if x.is_floating_point()
     ]
     return [*(out.detach() for out in outputs), *grads]
+
+
+def interpreted_kernels(op: str) -> ModuleType:
+    """``kdfast.kernels.<op>`` in Triton's interpreter, which runs it on CPU tensors.
+
+    Triton decides when a function is decorated, so this must be the first import of triton in the
+    process: call it where a test file is imported. It sets TRITON_INTERPRET for the rest of the
+    process; code that compiles kernels needs a process of its own without it.
+
+    Raises:
+        SkipTest: triton is not installed, or was imported without the interpreter before.
+    """
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        kernels = importlib.import_module(f"kdfast.kernels.{op}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise SkipTest("triton is not installed") from error
+    language = sys.modules["triton.language"]
+    if type(language.max).__name__ != "InterpretedFunction":
+        raise SkipTest("triton was imported before, without its interpreter")
+    return kernels

@@ -41,6 +41,8 @@ def _default_backend() -> str:
 
 
 EXTENSION = _load_extension()
+# Only looked up here; the kernels import it when they first run.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEFAULT_BACKEND = _default_backend()
 LIB = torch.library.Library("kdfast", "DEF")
 _warned: set[tuple[str, str]] = set()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from kdfast.ops._checks import head_list
-from kdfast.ops._library import LIB, fused_devices, not_compiled, use_fused
+from kdfast.ops._library import HAS_TRITON, LIB, fused_devices, not_compiled, use_fused
 from kdfast.ops.geometry import Rope, Window
 
+MAX_HEAD_DIM = 128  # of the CUDA kernel
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -135,6 +136,11 @@ def _rope_args(rope: Rope) -> tuple[Tensor, Tensor, int, bool]:
 
 def why_not(q: Tensor) -> str | None:
     """The reason why the compiled kernel cannot run this input, or None."""
+    if q.device.type == "cuda":
+        if q.dtype == torch.float64:
+            return "the CUDA kernel takes fp16, bf16 and fp32, not fp64"
+        if q.shape[3] > MAX_HEAD_DIM:
+            return f"the CUDA kernel takes head dims up to {MAX_HEAD_DIM}, got {q.shape[3]}"
     return not_compiled("pruned_attention", q.device, FUSED_ON)
 
 
@@ -263,4 +269,21 @@ torch.library.register_autograd(
     "kdfast::pruned_attention", _backward, setup_context=_setup_context, lib=LIB
 )
 torch.library.register_autograd("kdfast::pruned_attention_bwd", _twice, lib=LIB)
+
+
+if HAS_TRITON:
+
+    @torch.library.impl(LIB, "pruned_attention", "CUDA")
+    def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
+        from kdfast.kernels.pruned_attention import forward
+
+        return forward(*args)
+
+    @torch.library.impl(LIB, "pruned_attention_bwd", "CUDA")
+    def _cuda_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from kdfast.kernels.pruned_attention import backward
+
+        return backward(*args)
+
+
 FUSED_ON = fused_devices("pruned_attention")

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the launchers of the attention ops share: one description of a call, and the rotation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdfast.kernels._attention import (
+    NONE,
+    head_base,
+    load_rotated,
+    program,
+    row_offsets,
+    store_tile,
+    table_offsets,
+)
+from kdfast.kernels._common import (
+    PLAIN_ROWS,
+    alignment,
+    choose_tiles,
+    chunks,
+    dot_precision,
+    head_table,
+    power_of_two,
+    window_lengths,
+)
+
+
+@triton.jit
+def rotate_kernel(
+    x_ptr,  # (B, H, N, D)
+    y_ptr,  # (B, K, N, D), contiguous: rotated, in pair order
+    heads_ptr,
+    cos_ptr,
+    sin_ptr,
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    kept,
+    tokens,
+    blocks,
+    grid_w,
+    size,
+    prefix,
+    skipped,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROPE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """Rotates the keys once, where every block of queries would rotate them again."""
+    block, _, j, b = program(blocks, 1, kept)
+    token = block * ROWS + tl.arange(0, ROWS)
+    ok = token < tokens
+    x_ptr = head_base(x_ptr, b, tl.load(heads_ptr + j), stride_xb, stride_xh, UNIT)
+    turn = table_offsets(token, grid_w, size, prefix, skipped, D, WINDOWED)
+    rows = row_offsets(token, stride_xn, UNIT)
+    y = load_rotated(x_ptr, rows, ok, cos_ptr, sin_ptr, turn, D, 0, WIDTH, ROPE)
+    y_ptr += (b.to(tl.int64) * kept + j) * tokens * D
+    store_tile(y_ptr, token * D, ok, y, D, 0, WIDTH, NONE)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the launches of one call share; built from the arguments of the op's schema."""
+
+    heads: Tensor  # (K,) int32
+    cos: Tensor  # (rows, D), contiguous; any tensor without rope
+    sin: Tensor
+    pad: Tensor  # (H, D), contiguous; any tensor without a pad value
+    rope: int
+    has_pad: bool
+    windowed: bool
+    batch: int
+    kept: int
+    tokens: int
+    head_dim: int
+    lengths: tuple[int, ...]
+    grid: tuple[int, int, int]  # (h, w, size)
+    prefix: int
+    skipped: int
+    scale: float
+
+    @property
+    def rows(self) -> int:
+        """Blocks of an element-wise kernel."""
+        return -(-self.tokens // PLAIN_ROWS)
+
+    def launch(
+        self,
+        kernel: Any,
+        name: str,
+        pointers: Sequence[Tensor],
+        strided: Sequence[Tensor],
+        **options: Any,
+    ) -> None:
+        """Runs an attention kernel whose tensors after ``pointers`` have three strides each."""
+        dtype = pointers[0].dtype
+        tiles = choose_tiles(name, self.lengths, self.head_dim, dtype.itemsize)
+        blocks = -(-max(self.lengths) // tiles.rows)
+        low, high = chunks(self.head_dim)
+        kernel[(blocks * len(self.lengths) * self.kept * self.batch,)](
+            *pointers,
+            *(stride for x in strided for stride in x.stride()[:3]),
+            self.kept,
+            self.tokens,
+            blocks,
+            len(self.lengths),
+            *self.grid,
+            self.prefix,
+            self.skipped,
+            self.scale,
+            D=self.head_dim,
+            LO=low,
+            HI=high,
+            ROPE=self.rope,
+            WINDOWED=self.windowed,
+            ROWS=tiles.rows,
+            ROW_TAIL=tiles.row_tail,
+            COLS=tiles.cols,
+            COL_TAIL=tiles.col_tail,
+            STAGES=tiles.stages,
+            UNIT=alignment(*strided),
+            PRECISION=dot_precision(dtype),
+            num_warps=tiles.warps,
+            **options,
+        )
+
+
+def make_call(
+    q: Tensor,
+    heads: list[int] | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    prefix: int,
+    interleaved: bool,
+    scale: float,
+    grid: list[int] | None,
+    window: int,
+    pad_value: Tensor | None,
+) -> Call:
+    """The call of the op on q (B, H, N, D) with these arguments."""
+    batch, count, tokens, head_dim = q.shape
+    kept = tuple(range(count) if heads is None else heads)
+    return Call(
+        heads=head_table(kept, q.device),
+        cos=q if cos is None else cos.contiguous(),
+        sin=q if sin is None else sin.contiguous(),
+        pad=q if pad_value is None else pad_value.contiguous(),
+        rope=0 if cos is None else 1 if interleaved else 2,
+        has_pad=pad_value is not None,
+        windowed=grid is not None,
+        batch=batch,
+        kept=len(kept),
+        tokens=tokens,
+        head_dim=head_dim,
+        lengths=window_lengths(tokens, None if grid is None else tuple(grid), window),
+        grid=(1, tokens, tokens) if grid is None else (grid[0], grid[1], window),
+        prefix=prefix,
+        skipped=0 if cos is None or grid is not None else tokens - cos.shape[0],
+        scale=scale,
+    )
+
+
+def rows_first(x: Tensor, heads: int, *, zero: bool = False) -> Tensor:
+    """(B, heads, N, D) like x, in the memory order (B, N, heads, D)."""
+    batch, _, tokens, head_dim = x.shape
+    make = x.new_zeros if zero else x.new_empty
+    return make((batch, tokens, heads, head_dim)).transpose(1, 2)
+
+
+def rotated(x: Tensor, call: Call) -> Tensor:
+    """The kept heads of x, (B, K, N, D), rotated and in pair order; x itself without rope."""
+    if call.rope == 0:
+        return x
+    y = x.new_empty((call.batch, call.kept, call.tokens, call.head_dim))
+    rotate_kernel[(call.rows * call.kept * call.batch,)](
+        x,
+        y,
+        call.heads,
+        call.cos,
+        call.sin,
+        *x.stride()[:3],
+        call.kept,
+        call.tokens,
+        call.rows,
+        *call.grid[1:],
+        call.prefix,
+        call.skipped,
+        D=call.head_dim,
+        WIDTH=power_of_two(call.head_dim),
+        ROPE=call.rope,
+        WINDOWED=call.windowed,
+        ROWS=PLAIN_ROWS,
+        UNIT=alignment(x),
+    )
+    return y

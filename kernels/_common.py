@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block sizes of the attention kernels, and what every launcher needs."""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Least share of the computed score tiles that holds real (query, key) pairs.
+USEFUL_SHARE = 0.75
+SMALLEST = 16  # side of the smallest tile that tensor cores take
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Blocks of one launch: resident rows, and the columns that stream past them.
+
+    A last block of rows (columns) that is not full is computed with ``row_tail`` (``col_tail``)
+    rows instead; 0 if every block is full.
+    """
+
+    rows: int
+    row_tail: int
+    cols: int
+    col_tail: int
+    warps: int
+    stages: int
+
+
+# Chosen from compiled binaries, not timed on a GPU: no spills, and at most 99 KiB of shared memory,
+# which every GPU from sm_80 to sm_100 has (docs/gpu_static.md). (kernel, widest head dim, bytes per
+# element): (row block, warps) in order of preference; column block; stages of the pipeline.
+BLOCKS: dict[tuple[str, int, int], tuple[tuple[tuple[int, int], ...], int, int]] = {
+    ("fwd", 64, 2): (((128, 8), (64, 4), (32, 4)), 64, 3),
+    ("fwd", 128, 2): (((128, 8), (64, 4), (32, 4)), 64, 2),
+    ("fwd", 64, 4): (((64, 8), (32, 4)), 32, 2),
+    ("fwd", 128, 4): (((32, 8),), 32, 1),
+    ("dq", 64, 2): (((128, 8), (64, 4), (32, 4)), 64, 2),
+    ("dq", 128, 2): (((64, 8), (32, 4)), 32, 2),
+    ("dq", 64, 4): (((64, 8), (32, 4)), 32, 1),
+    ("dq", 128, 4): (((32, 8),), 32, 1),
+    ("dkdv", 64, 2): (((128, 8), (64, 4), (32, 4)), 32, 2),
+    ("dkdv", 128, 2): (((64, 8), (32, 4)), 32, 2),
+    ("dkdv", 64, 4): (((64, 8), (32, 4)), 32, 1),
+    ("dkdv", 128, 4): (((32, 8),), 16, 1),
+}
+# Rows of the element-wise kernels.
+PLAIN_ROWS = 32
+
+
+def tail(lengths: Sequence[int], block: int) -> int:
+    """Size of the last, partial block of ``block`` that fits every length; 0 if all are full."""
+    left = max(n % block for n in lengths)
+    return 0 if left == 0 else min(block, max(SMALLEST, power_of_two(left)))
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def useful_share(lengths: Sequence[int], tiles: Tiles) -> float:
+    """Share of the computed score tiles that holds real pairs, for windows of these lengths."""
+    computed = 0
+    for n in lengths:
+        rows = n // tiles.rows * tiles.rows + (tiles.row_tail if n % tiles.rows else 0)
+        computed += rows * (n // tiles.cols * tiles.cols + tiles.col_tail)
+    return sum(n * n for n in lengths) / computed
+
+
+@functools.cache
+def window_lengths(tokens: int, grid: tuple[int, ...] | None, size: int) -> tuple[int, ...]:
+    """Real tokens of every window of a token grid; (tokens,) without windows."""
+    if grid is None:
+        return (tokens,)
+    rows, cols = ([min(size, n - i) for i in range(0, n, size)] for n in grid)
+    return tuple(r * c for r in rows for c in cols)
+
+
+@functools.cache
+def choose_tiles(kernel: str, lengths: tuple[int, ...], head_dim: int, itemsize: int) -> Tiles:
+    """Blocks for windows of ``lengths`` tokens: the first choice with a useful share of 75 %.
+
+    Args:
+        kernel: "fwd", "dq" or "dkdv".
+        lengths: Tokens of every window, or the one length of global attention.
+        head_dim: At most 128.
+        itemsize: Bytes of an element, 2 or 4.
+    """
+    rows, cols, stages = BLOCKS[kernel, 64 if head_dim <= 64 else 128, itemsize]
+    longest = max(SMALLEST, power_of_two(max(lengths)))
+    cols = min(cols, longest)
+    fitting = [(r, warps) for r, warps in rows if r <= longest] or [(longest, 4)]
+    rest = tail(lengths, cols)
+    choices = [Tiles(r, tail(lengths, r), cols, rest, w, stages) for r, w in fitting]
+    good = [t for t in choices if useful_share(lengths, t) >= USEFUL_SHARE]
+    return good[0] if good else max(choices, key=lambda t: useful_share(lengths, t))
+
+
+def chunks(head_dim: int) -> tuple[int, int]:
+    """``head_dim`` as two tile widths, powers of two or 0: 64 is (64, 0), 72 is (64, 16)."""
+    low = 1 << (head_dim.bit_length() - 1)
+    if low == head_dim or low < SMALLEST:
+        return max(SMALLEST, power_of_two(head_dim)), 0
+    return low, max(SMALLEST, power_of_two(head_dim - low))
+
+
+def alignment(*tensors: Tensor) -> int:
+    """The largest power of two, up to 16, that divides all strides but the last, in elements."""
+    common = 16
+    for x in tensors:
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+            if size > 1:
+                common = math.gcd(common, stride)
+    return common
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """``x``, copied only where its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How tensor cores multiply ``dtype``: fp32 keeps its accuracy unless the user allowed TF32."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+@functools.lru_cache(maxsize=4096)
+def head_table(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """(K,) int32 head indices on ``device``: copied once, so that later calls can be captured.
+
+    Raises:
+        RuntimeError: First use during the capture of a CUDA graph.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"kdfast: heads {list(heads)} are new on {device} and cannot be copied there while a "
+            "CUDA graph is captured; call the op once before the capture"
+        )
+    return torch.tensor(heads, dtype=torch.int32, device=device)

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Softmax attention over kept heads, with RoPE and windows inside. See docs/pruned_attention.md.
+
+B batch, H heads, K kept heads, N tokens, D head dim. A program owns a block of rows of one window,
+kept head and image; the window's other tokens stream past it. Every sum has a fixed order.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdfast.kernels._attention import (
+    LN_2,
+    NONE,
+    head_base,
+    load_rotated,
+    load_tile,
+    program,
+    row_offsets,
+    scores,
+    store_tile,
+    table_offsets,
+    window_span,
+    window_tokens,
+)
+from kdfast.kernels._attention_bwd import bwd_dkdv_kernel, bwd_dq_kernel
+from kdfast.kernels._attention_call import Call, make_call, rotated, rows_first
+from kdfast.kernels._common import PLAIN_ROWS, alignment, power_of_two, unit_stride
+
+
+@triton.jit
+def _fwd_kernel(
+    q_ptr,  # (B, H, N, D)
+    k_ptr,  # (B, H, N, D); with ROPE (B, K, N, D), rotated and in pair order
+    v_ptr,  # (B, H, N, D)
+    out_ptr,  # (B, K, N, D)
+    lse_ptr,  # (B, K, N)
+    heads_ptr,  # (K,)
+    cos_ptr,  # (rows, D)
+    sin_ptr,
+    pad_ptr,  # (H, D)
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    kept,
+    tokens,
+    blocks,
+    windows,
+    grid_h,
+    grid_w,
+    size,
+    prefix,
+    skipped,
+    scale,  # times log2(e)
+    D: tl.constexpr,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
+    ROPE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    HAS_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROW_TAIL: tl.constexpr,
+    COLS: tl.constexpr,
+    COL_TAIL: tl.constexpr,
+    STAGES: tl.constexpr,
+    UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Output and log-sum-exp of one block of queries."""
+    block, window, j, b = program(blocks, windows, kept)
+    first, length, count = window_span(window, tokens, grid_h, grid_w, size, WINDOWED)
+    head = tl.load(heads_ptr + j)
+    q_ptr = head_base(q_ptr, b, head, stride_qb, stride_qh, UNIT)
+    k_ptr = head_base(k_ptr, b, head if ROPE == NONE else j, stride_kb, stride_kh, UNIT)
+    v_ptr = head_base(v_ptr, b, head, stride_vb, stride_vh, UNIT)
+    out_ptr = head_base(out_ptr, b, j, stride_ob, stride_oh, UNIT)
+    lse_ptr += (b.to(tl.int64) * kept + j) * tokens
+    left = count - block * ROWS
+    for PART in tl.static_range(2 if ROW_TAIL else 1):
+        if (left > 0 and left < ROWS) if PART else left >= ROWS:
+            i = block * ROWS + tl.arange(0, ROW_TAIL if PART else ROWS)
+            ok = i < count
+            token = window_tokens(tl.minimum(i, count - 1), first, length, grid_w, WINDOWED)
+            rows = row_offsets(token, stride_qn, UNIT)
+            if ROPE == NONE:
+                q_lo = load_tile(q_ptr, rows, ok, D, 0, LO)
+                q_hi = load_tile(q_ptr, rows, ok, D, LO, HI) if HI else q_lo
+            else:
+                turn = table_offsets(token, grid_w, size, prefix, skipped, D, WINDOWED)
+                q_lo = load_rotated(q_ptr, rows, ok, cos_ptr, sin_ptr, turn, D, 0, LO, ROPE)
+                q_hi = q_lo
+                if HI:
+                    q_hi = load_rotated(q_ptr, rows, ok, cos_ptr, sin_ptr, turn, D, LO, HI, ROPE)
+            m = tl.full(token.shape, float("-inf"), tl.float32)
+            total = tl.zeros(token.shape, tl.float32)
+            acc_lo = tl.zeros((token.shape[0], LO), tl.float32)
+            acc_hi = tl.zeros((token.shape[0], HI if HI else 16), tl.float32)
+            if HAS_PAD:
+                # The padded keys are the first term of the sums: `pads` times exp(0) and pad.
+                pads = size * size - count
+                m = tl.where(pads > 0, tl.zeros_like(m), m)
+                total += pads
+                lo, hi = tl.arange(0, LO), LO + tl.arange(0, HI if HI else 16)
+                pad_ptr += head * D
+                acc_lo += pads * tl.load(pad_ptr + lo, lo < D, other=0.0).to(tl.float32)[None, :]
+                acc_hi += pads * tl.load(pad_ptr + hi, hi < D, other=0.0).to(tl.float32)[None, :]
+            full = count // COLS * COLS
+            for REST in tl.static_range(2 if COL_TAIL else 1):
+                for c in tl.range(
+                    full if REST else 0,
+                    count if REST else full,
+                    COL_TAIL if REST else COLS,
+                    num_stages=1 if REST else STAGES,
+                ):
+                    n = c + tl.arange(0, COL_TAIL if REST else COLS)
+                    there = n < count
+                    keys = n
+                    if REST:
+                        keys = tl.minimum(n, count - 1)
+                    keys = window_tokens(keys, first, length, grid_w, WINDOWED)
+                    at = row_offsets(keys, stride_kn, UNIT)
+                    k_lo = load_tile(k_ptr, at, there, D, 0, LO, REST)
+                    k_hi = load_tile(k_ptr, at, there, D, LO, HI, REST) if HI else k_lo
+                    s = scores(q_lo, q_hi, k_lo, k_hi, HI, PRECISION) * scale
+                    if REST:
+                        s = tl.where(there[None, :], s, float("-inf"))
+                    m_new = tl.maximum(m, tl.max(s, 1))
+                    decay = tl.exp2(m - m_new)
+                    p = tl.exp2(s - m_new[:, None])
+                    m = m_new
+                    total = total * decay + tl.sum(p, 1)
+                    at = row_offsets(keys, stride_vn, UNIT)
+                    v_lo = load_tile(v_ptr, at, there, D, 0, LO, REST)
+                    p = p.to(v_lo.dtype)
+                    acc_lo = tl.dot(p, v_lo, acc_lo * decay[:, None], input_precision=PRECISION)
+                    if HI:
+                        v_hi = load_tile(v_ptr, at, there, D, LO, HI, REST)
+                        acc_hi = tl.dot(p, v_hi, acc_hi * decay[:, None], input_precision=PRECISION)
+            rows = row_offsets(token, stride_on, UNIT)
+            store_tile(out_ptr, rows, ok, acc_lo / total[:, None], D, 0, LO, NONE)
+            if HI:
+                store_tile(out_ptr, rows, ok, acc_hi / total[:, None], D, LO, HI, NONE)
+            tl.store(lse_ptr + token, (m + tl.log2(total)) * LN_2, mask=ok)
+
+
+@triton.jit
+def _bwd_prepare_kernel(
+    grad_ptr,  # (B, K, N, D)
+    out_ptr,  # (B, K, N, D)
+    lse_ptr,  # (B, K, N)
+    delta_ptr,  # (B, K, N)
+    part_ptr,  # (B * blocks, K, D)
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    kept,
+    tokens,
+    blocks,
+    grid_h,
+    grid_w,
+    size,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """delta = rowsum(grad * out), and this block's part of the gradient of the pad value."""
+    block, _, j, b = program(blocks, 1, kept)
+    token = block * ROWS + tl.arange(0, ROWS)
+    ok = token < tokens
+    grad_ptr = head_base(grad_ptr, b, j, stride_gb, stride_gh, UNIT)
+    out_ptr = head_base(out_ptr, b, j, stride_ob, stride_oh, UNIT)
+    grad = load_tile(grad_ptr, row_offsets(token, stride_gn, UNIT), ok, D, 0, WIDTH).to(tl.float32)
+    out = load_tile(out_ptr, row_offsets(token, stride_on, UNIT), ok, D, 0, WIDTH).to(tl.float32)
+    row = (b.to(tl.int64) * kept + j) * tokens + token
+    tl.store(delta_ptr + row, tl.sum(grad * out, 1), mask=ok)
+    if HAS_PAD:
+        y, x = token // grid_w, token % grid_w
+        runs = tl.minimum(size, grid_h - y // size * size)
+        length = tl.minimum(size, grid_w - x // size * size)
+        lse = tl.load(lse_ptr + row, mask=ok, other=float("inf"))
+        weight = (size * size - runs * length) * tl.exp(-lse)
+        cols = tl.arange(0, WIDTH)
+        place = part_ptr + ((b.to(tl.int64) * blocks + block) * kept + j) * D + cols
+        tl.store(place, tl.sum(grad * weight[:, None], 0), mask=cols < D)
+
+
+@triton.jit
+def _bwd_pad_kernel(
+    part_ptr,  # (P, K, D)
+    dpad_ptr,  # (H, D)
+    heads_ptr,
+    parts,
+    kept,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Sums the parts of one head in their order."""
+    j = tl.program_id(0)
+    cols = tl.arange(0, WIDTH)
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    for start in range(0, parts, ROWS):
+        i = start + tl.arange(0, ROWS)
+        place = part_ptr + (i.to(tl.int64)[:, None] * kept + j) * D + cols[None, :]
+        total += tl.load(place, mask=(i < parts)[:, None] & (cols < D)[None, :], other=0.0)
+    dpad = tl.sum(total, 0).to(dpad_ptr.dtype.element_ty)
+    tl.store(dpad_ptr + tl.load(heads_ptr + j) * D + cols, dpad, mask=cols < D)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Launches ``kdfast::pruned_attention``: out (B, K, N, D) and lse (B, K, N)."""
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    call = make_call(q, *arguments)
+    out = rows_first(q, call.kept)
+    lse = q.new_empty((call.batch, call.kept, call.tokens), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    with torch.cuda.device_of(q):
+        k = rotated(k, call)
+        pointers = (q, k, v, out, lse, call.heads, call.cos, call.sin, call.pad)
+        scaled = replace(call, scale=call.scale * math.log2(math.e))
+        scaled.launch(_fwd_kernel, "fwd", pointers, (q, k, v, out), HAS_PAD=call.has_pad)
+    return out, lse
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launches ``kdfast::pruned_attention_bwd``: dq, dk, dv (B, H, N, D) and dpad (H, D)."""
+    grad, q, k, v, out = (unit_stride(x) for x in (grad, q, k, v, out))
+    call = make_call(q, *arguments)
+    subset = call.kept < q.shape[1]
+    dq, dk, dv = (rows_first(x, x.shape[1], zero=subset) for x in (q, k, v))
+    dpad = torch.zeros_like(call.pad) if call.has_pad else q.new_empty(0)
+    if out.numel() == 0:
+        return dq, dk, dv, dpad
+    with torch.cuda.device_of(q):
+        delta = row_sums(grad, out, lse, dpad, call)
+        q, k = rotated(q, call), rotated(k, call)
+        inputs, tables = (q, k, v, grad, lse, delta), (call.heads, call.cos, call.sin)
+        call.launch(bwd_dq_kernel, "dq", (*inputs, dq, *tables), (q, k, v, grad, dq))
+        call.launch(bwd_dkdv_kernel, "dkdv", (*inputs, dk, dv, *tables), (q, k, v, grad, dk))
+    return dq, dk, dv, dpad
+
+
+def row_sums(grad: Tensor, out: Tensor, lse: Tensor, dpad: Tensor, call: Call) -> Tensor:
+    """delta = rowsum(grad * out), (B, K, N); fills the kept rows of dpad (H, D) if there is one."""
+    delta = torch.empty_like(lse)
+    width = power_of_two(call.head_dim)
+    parts = call.rows * call.batch
+    shape = (parts, call.kept, call.head_dim) if call.has_pad else (0,)
+    part = torch.empty(shape, dtype=torch.float32, device=grad.device)
+    _bwd_prepare_kernel[(parts * call.kept,)](
+        grad,
+        out,
+        lse,
+        delta,
+        part,
+        *grad.stride()[:3],
+        *out.stride()[:3],
+        call.kept,
+        call.tokens,
+        call.rows,
+        *call.grid,
+        D=call.head_dim,
+        WIDTH=width,
+        HAS_PAD=call.has_pad,
+        ROWS=PLAIN_ROWS,
+        UNIT=alignment(grad, out),
+    )
+    if call.has_pad:
+        _bwd_pad_kernel[(call.kept,)](
+            part,
+            dpad,
+            call.heads,
+            parts,
+            call.kept,
+            D=call.head_dim,
+            WIDTH=width,
+            ROWS=PLAIN_ROWS,
+        )
+    return delta

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels compiled for GPUs that are not here; each call in a process without the interpreter."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+# Bytes of local memory per thread; a few registers outside the loop cost nothing that shows.
+SPILL_BUDGET = 64
+# Every architecture's instruction for tensor cores, and shared memory of one block (99 KiB is what
+# sm_86 and sm_89 have; the table of block sizes keeps to it everywhere).
+SHARED = 99 << 10
+ATTENTION = {"_fwd_kernel", "bwd_dq_kernel", "bwd_dkdv_kernel"}
+
+
+def compiled(op: str, *arguments: str) -> list[dict[str, Any]]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kdfast.aot", op, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check_attention(rows: list[dict[str, Any]]) -> None:
+    assert {row["name"] for row in rows} >= ATTENTION
+    for row in rows:
+        assert row["spill_bytes"] <= SPILL_BUDGET, row
+        assert row["shared_bytes"] <= SHARED, row
+        assert (row["tensor_core"] > 0) == (row["name"] in ATTENTION), row
+        # The rest are row statistics, 4 bytes each, and the tables of a masked tail.
+        assert row["loads_16"] >= 0.4 * row["loads"], row
+
+
+def test_attention_compiles() -> None:
+    check_attention(compiled("pruned_attention", "--arch", "90"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dim", [16, 24, 64, 72, 80, 88, 96, 128])
+def test_attention_sweep(arch: int, dtype: str, dim: int) -> None:
+    common = ("--arch", str(arch), "--dtype", dtype, "--dim", str(dim))
+    check_attention(compiled("pruned_attention", *common))
+    if dim == 64:
+        check_attention(compiled("pruned_attention", *common, "--set", "window=16"))
+        check_attention(compiled("pruned_attention", *common, "--set", "layout=half", "tokens=197"))
+        check_attention(compiled("pruned_attention", *common, "--set", "layout=", "tokens=577"))
+
+
+def test_interpreter_and_compiler_do_not_mix() -> None:
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "kdfast.aot", "pruned_attention"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode != 0
+    assert "cannot compile with TRITON_INTERPRET set" in done.stderr
