@@ -162,6 +162,7 @@ class Display:
     def __init__(self, title: str, total: int, start: int, *, enabled: bool) -> None:
         self.title, self.total, self.first, self.enabled = title, total, start, enabled
         self.began = self.printed = time.monotonic()
+        self.text = ""
         self.bar: Progress | None = None
         if enabled and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
             self.bar = Progress(
@@ -174,19 +175,22 @@ class Display:
             self.bar.start()
             self.task = self.bar.add_task(title, total=total, completed=start, text="")
 
-    def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the newest values after a step; ``values`` may be those of an earlier one."""
+    def update(self, step: int, values: Mapping[str, float] | None) -> None:
+        """Show that a step is done, with its values where it ended a row of the log."""
         if not self.enabled:
             return
         now = time.monotonic()
         rate = (step - self.first) / max(now - self.began, 1e-9)
         eta = duration((self.total - step) / rate) if rate else "?"
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if values is not None:
+            self.text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, text=f"eta {eta}  {text}")
-        elif values and (now - self.printed >= QUIET_SECONDS or step in (1, self.total)):
+            self.bar.update(self.task, completed=step, text=f"eta {eta}  {self.text}")
+            return
+        due = now - self.printed >= QUIET_SECONDS or step in (1, self.total)
+        if values is not None and due:
             self.printed = now
-            LOG.info("%s %d/%d  eta %s  %s", self.title, step, self.total, eta, text)
+            LOG.info("%s %d/%d  eta %s  %s", self.title, step, self.total, eta, self.text)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

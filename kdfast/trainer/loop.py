@@ -89,7 +89,6 @@ class Loop:
         self.step = 0
         self.window: dict[str, float] = {}
         self.window_steps = 0
-        self.shown: dict[str, float] = {}
         self.signals = Signals()
 
     def fit(self, *, resume: bool = False) -> None:
@@ -237,8 +236,10 @@ class Loop:
             values["memory_mib"] = memory_mib(self.device)
             self.clock, self.images = now, 0
             self.records.step({"step": self.step, "epoch": epoch + 1, **values})
-            self.window, self.window_steps, self.shown = {}, 0, values
-        self.display.update(self.step, self.shown)
+            self.window, self.window_steps = {}, 0
+            self.display.update(self.step, values)
+        else:
+            self.display.update(self.step, None)
 
     def _snapshot(self) -> dict[str, Any]:
         """What changes during a step besides weights and optimiser, of this process."""
