@@ -17,9 +17,9 @@ from kdfast.ops._checks import head_list
 from kdfast.ops._library import LIB, fused_devices, not_compiled, use_fused
 from kdfast.ops.geometry import Rope, Window
 
-# Numbers that the fused op keeps per row, by kind: the log-sum-exp of the attention; those of both
-# maps at the temperature; the row sums that the gradient needs.
-STATS = {"kl": 3, "reverse_kl": 4, "jsd": 4, "mse": 4, "cosine": 5, "logit_mse": 1}
+# Numbers that the fused op keeps per row, by kind, in this order: the maximum of the scores and the
+# log-sum-exp above it; the latter at the temperature; both of the teacher; the gradient's row sums.
+STATS = {"kl": 5, "reverse_kl": 6, "jsd": 6, "mse": 6, "cosine": 7, "logit_mse": 2}
 
 
 def attention_distill(

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the boundary files of attention ops share: memory-safety checks, tables, work sharing.
+#pragma once
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <atomic>
+#include <optional>
+#include <vector>
+
+#include "cpu/attention_geometry.h"
+
+namespace kdfast::cpu {
+
+// A tensor (B, H, N, D) whose rows of D elements are contiguous; copies only if they are not.
+inline at::Tensor with_contiguous_rows(const at::Tensor& x) {
+  return x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous();
+}
+
+inline at::Tensor empty_heads(const at::Tensor& x, int64_t heads, bool zero) {
+  const auto shape = {x.size(0), x.size(2), heads, x.size(3)};
+  return (zero ? at::zeros(shape, x.options()) : at::empty(shape, x.options())).transpose(1, 2);
+}
+
+// The kept heads, each in [0, count); all of them if none are named.
+inline std::vector<int64_t> kept_heads(const char* op, at::OptionalIntArrayRef heads,
+                                       int64_t count) {
+  std::vector<int64_t> kept;
+  if (heads.has_value())
+    kept = heads->vec();
+  else
+    for (int64_t h = 0; h < count; ++h) kept.push_back(h);
+  for (const int64_t h : kept)
+    TORCH_CHECK_VALUE(h >= 0 && h < count, op, ": head must be in [0, ", count, "), got ", h);
+  return kept;
+}
+
+inline TokenGrid token_grid(const char* op, at::OptionalIntArrayRef grid, int64_t size,
+                            int64_t tokens) {
+  if (!grid.has_value()) return {1, tokens, tokens > 0 ? tokens : 1};
+  TORCH_CHECK_VALUE(grid->size() == 2 && (*grid)[0] > 0 && (*grid)[1] > 0 && size > 0 &&
+                        (*grid)[0] * (*grid)[1] == tokens,
+                    op, ": grid must hold ", tokens, " tokens and window be positive, got ", *grid,
+                    " and ", size);
+  return {(*grid)[0], (*grid)[1], size};
+}
+
+// Rotary tables in the dtype A of the sums, a row for each of `rows` tokens or places in a window;
+// owns the copies that `view` points into.
+template <class A>
+struct Tables {
+  at::Tensor cos, sin;
+  RotaryTable<A> view{nullptr, nullptr, 0, 0, true};
+
+  Tables(const char* op, const std::optional<at::Tensor>& cos_table,
+         const std::optional<at::Tensor>& sin_table, int64_t prefix, bool interleaved, int64_t rows,
+         int64_t dim) {
+    TORCH_CHECK_VALUE(cos_table.has_value() == sin_table.has_value(), op, ": cos needs sin");
+    if (!cos_table.has_value()) return;
+    cos = cos_table->to(c10::CppTypeToScalarType<A>::value).contiguous();
+    sin = sin_table->to(c10::CppTypeToScalarType<A>::value).contiguous();
+    TORCH_CHECK_VALUE(cos.dim() == 2 && cos.sizes() == sin.sizes() && cos.size(1) == dim &&
+                          dim % 2 == 0 && prefix >= 0 && prefix <= rows &&
+                          (cos.size(0) == rows || cos.size(0) == rows - prefix),
+                      op, ": cos and sin must be (", rows, " [- ", prefix, "], ", dim, "), got ",
+                      cos.sizes(), " and ", sin.sizes());
+    view = {cos.template const_data_ptr<A>(), sin.template const_data_ptr<A>(), prefix,
+            rows - cos.size(0), interleaved};
+  }
+};
+
+// Runs work(item, scratch) for every item in [0, items) on torch's threads. Threads take items one
+// by one, since windows differ in size; an item's result must not depend on its thread.
+template <class F>
+void share_items(int64_t items, int64_t scratch_bytes, const F& work) {
+  if (items == 0) return;
+  constexpr int64_t kAlign = 64;
+  const int64_t threads = std::min<int64_t>(items, at::get_num_threads());
+  const int64_t stride = (scratch_bytes + kAlign - 1) / kAlign * kAlign;
+  const at::Tensor memory = at::empty({threads * stride + kAlign}, at::kByte);
+  char* base = static_cast<char*>(memory.mutable_data_ptr());
+  base += (kAlign - reinterpret_cast<uintptr_t>(base) % kAlign) % kAlign;
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    for (int64_t i = next++; i < items; i = next++) work(i, base + begin * stride);
+  });
+}
+
+}  // namespace kdfast::cpu

@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/isa/attention_distill_kernel.h"
+
+namespace kdfast::cpu {
+DistillKernel<double> distill_generic_f64() { return distill_kernel<double>(); }
+DistillKernel<float> distill_generic() { return distill_kernel<float>(); }
+}  // namespace kdfast::cpu

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// fp16 and bf16 elements for files in isa/, which include no ATen: as bits, by integer arithmetic.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace kdfast::cpu {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+namespace {
+
+inline float as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+inline uint32_t as_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+template <class A>
+inline A load(double x) {
+  return static_cast<A>(x);
+}
+template <class A>
+inline A load(float x) {
+  return static_cast<A>(x);
+}
+template <class A>
+inline A load(Bf16 x) {
+  return as_float(static_cast<uint32_t>(x.bits) << 16);
+}
+template <class A>
+inline A load(Half x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+  // Moving the 10 + 5 bits up leaves the exponent 112 too small; a multiplication mends it for
+  // subnormals too. Infinity and NaN need the full exponent set.
+  float value = as_float(magnitude << 13) * as_float(0x77800000u);  // 2^112
+  if (magnitude >= 0x7c00u) value = as_float(0x7f800000u | magnitude << 13);
+  return as_float(sign | as_bits(value));
+}
+
+template <class T>
+inline T store(double x) {
+  return static_cast<T>(x);
+}
+template <class T>
+inline T store(float x) {
+  return static_cast<T>(x);
+}
+template <>
+inline Bf16 store<Bf16>(float x) {
+  const uint32_t bits = as_bits(x);
+  if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+inline Half store<Half>(float x) {
+  const uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // >= 65520
+  if (magnitude < 0x38800000u) {
+    // Below 2^-14: adding 0.5 rounds to a multiple of 2^-24, the subnormal step, in hardware.
+    return {static_cast<uint16_t>(sign | (as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u))};
+  }
+  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1);
+  return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
+}
+
+}  // namespace
+}  // namespace kdfast::cpu

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the CPU kernels of pruned_attention compute, and who has one. See docs/pruned_attention.md.
+#pragma once
+#include <cstdint>
+
+#include "cpu/attention_geometry.h"
+
+namespace kdfast::cpu {
+
+enum class Element { f64, f32, bf16, f16 };
+
+// Rows of one head, (tokens, D) with contiguous D; `step` elements from a token to the next.
+struct Rows {
+  const void* data;
+  int64_t step;
+};
+struct MutableRows {
+  void* data;
+  int64_t step;
+};
+
+// One head of one image inside one window. A: float, or double for f64.
+template <class A>
+struct AttentionHead {
+  Rows q, k, v;
+  WindowSpan span;
+  int64_t dim;
+  A scale;
+  RotaryTable<A> table;
+  const A* pad;  // (D,) value of the span.pads padded keys
+};
+
+template <class A>
+struct AttentionGrad {
+  Rows grad, out;
+  const A* lse;  // per token
+  MutableRows dq, dk, dv;
+  A* dpad;  // (D,), added to
+};
+
+// Kernels of one element type; queries [begin, end) are positions inside the window, and `scratch`
+// is 64-byte aligned.
+template <class A>
+struct AttentionKernel {
+  int64_t (*forward_bytes)(int64_t tokens, int64_t dim);
+  void (*forward)(const AttentionHead<A>& head, int64_t begin, int64_t end, MutableRows out, A* lse,
+                  char* scratch);
+  int64_t (*backward_bytes)(int64_t tokens, int64_t dim);
+  // Writes dq of the queries, adds to dpad, and adds the queries' share of dk and dv to
+  // sums (2, tokens, sum_columns(D)), chunk after chunk, or starts them if `first`.
+  void (*backward)(const AttentionHead<A>& head, const AttentionGrad<A>& grad, int64_t begin,
+                   int64_t end, bool first, A* sums, char* scratch);
+  // Writes dk and dv from `count` sums, which it adds up in order into the first.
+  void (*backward_keys)(const AttentionHead<A>& head, const AttentionGrad<A>& grad, A* sums,
+                        int64_t count);
+};
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kMaxQueryChunk = 320;
+
+static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+static inline int64_t sum_columns(int64_t dim) { return round_up(dim, kLanes); }
+
+// Queries that the backward takes at a time. It depends on the window alone, and a chunk's share of
+// dk and dv is summed up from zero, so splitting chunks over threads changes no bit.
+static inline int64_t query_chunk(int64_t tokens) {
+  const int64_t chunks = (tokens + kMaxQueryChunk - 1) / kMaxQueryChunk;
+  return round_up((tokens + chunks - 1) / chunks, 2 * kLanes);
+}
+
+AttentionKernel<double> attention_generic_f64();
+AttentionKernel<float> attention_generic(Element element);      // all but f64
+AttentionKernel<float> attention_avx512(Element element);       // all but f64, products in fp32
+AttentionKernel<float> attention_avx512_bf16(Element element);  // bf16, products in bf16
+
+}  // namespace kdfast::cpu

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of the width that the including file is compiled for, exp, log1p and a small GEMM.
+// Everything is local to the including file: two instruction sets must not share a symbol.
+#pragma once
+#include <cstdint>
+
+namespace kdfast::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t kVectorBytes = 64, kMaxVectors = 4;  // 24 accumulators of 32 registers
+#elif defined(__AVX__)
+constexpr int64_t kVectorBytes = 32, kMaxVectors = 2;  // 12 of 16
+#else
+constexpr int64_t kVectorBytes = 16, kMaxVectors = 2;
+#endif
+constexpr int64_t kRows = 6;  // rows of a GEMM step
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+constexpr int64_t kWidth = kVectorBytes / sizeof(T);
+template <class T>
+constexpr int64_t kPanel = kMaxVectors * kWidth<T>;
+
+template <class T>
+inline Vec<T> load_vector(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
+}
+template <class T>
+inline void store_vector(T* p, Vec<T> x) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = x;
+}
+template <class T>
+inline Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+template <class T>
+inline Vec<T> max(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+template <class T>
+inline T sum(Vec<T> x) {
+  T total = 0;
+  for (int64_t i = 0; i < kWidth<T>; ++i) total += x[i];
+  return total;
+}
+template <class T>
+inline T largest(Vec<T> x) {
+  T top = x[0];
+  for (int64_t i = 1; i < kWidth<T>; ++i) top = x[i] > top ? x[i] : top;
+  return top;
+}
+
+inline Vec<double> exp(Vec<double> x) {
+  for (int64_t i = 0; i < kWidth<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+// Relative error below 2e-7 for x <= 88; 0 below the smallest normal number.
+inline Vec<float> exp(Vec<float> x) {
+  typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
+  const Vec<float> low = splat(-87.0f), in = max<float>(x, low);
+  // Adding 1.5 * 2^23 rounds to an integer; x = n ln 2 + f with |f| <= ln(2) / 2.
+  const Vec<float> magic = splat(12582912.0f);
+  const Vec<float> n = (in * 1.44269504f + magic) - magic;
+  const Vec<float> f = (in - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec<float> y = f * (1 / 5040.0f) + 1 / 720.0f;
+  y = y * f + 1 / 120.0f;
+  y = y * f + 1 / 24.0f;
+  y = y * f + 1 / 6.0f;
+  y = y * f + 0.5f;
+  y = y * f + 1.0f;
+  y = y * f + 1.0f;
+  const Bits power = (__builtin_convertvector(n, Bits) + 127) << 23;
+  y *= reinterpret_cast<Vec<float>>(power);
+  return x < low ? Vec<float>{} : y;
+}
+
+inline Vec<double> log1p_unit(Vec<double> x) {
+  for (int64_t i = 0; i < kWidth<double>; ++i) x[i] = __builtin_log1p(x[i]);
+  return x;
+}
+
+// log(1 + x) for 0 <= x <= 1: twice artanh of z = x / (2 + x) <= 1/3, whose series ends early.
+inline Vec<float> log1p_unit(Vec<float> x) {
+  const Vec<float> z = x / (x + 2.0f), w = z * z;
+  Vec<float> y = w * (1 / 15.0f) + 1 / 13.0f;
+  y = y * w + 1 / 11.0f;
+  y = y * w + 1 / 9.0f;
+  y = y * w + 1 / 7.0f;
+  y = y * w + 1 / 5.0f;
+  y = y * w + 1 / 3.0f;
+  return 2.0f * (z + z * w * y);
+}
+
+// A: a[m * am + k * ak]. B: rows of `stride` values, in panels of kPanel columns `panel` apart.
+template <class T>
+struct Left {
+  const T* a;
+  int64_t am, ak;
+};
+template <class T>
+struct Right {
+  const T* b;
+  int64_t stride, panel;
+};
+
+// c (kRows, vectors) += or = a b, over `depth`.
+template <class T, int V, bool add>
+inline void gemm_step(int64_t depth, Left<T> a, const T* b, int64_t stride, T* c, int64_t ldc) {
+  Vec<T> acc[kRows][V];
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      acc[m][v] = add ? load_vector(c + m * ldc + v * kWidth<T>) : Vec<T>{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T> right[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) right[v] = load_vector(b + k * stride + v * kWidth<T>);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const Vec<T> left = splat(a.a[m * a.am + k * a.ak]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[m][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store_vector(c + m * ldc + v * kWidth<T>, acc[m][v]);
+}
+
+// c (rows, columns) += or = a b; writes whole steps of kRows rows and whole vectors of columns.
+template <class T, bool add>
+void gemm(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> b, T* c, int64_t ldc) {
+  for (int64_t j = 0; j < columns; j += kPanel<T>) {
+    const T* panel = b.b + j / kPanel<T> * b.panel;
+    const int64_t vectors = (columns - j + kWidth<T> - 1) / kWidth<T>;
+    for (int64_t i = 0; i < rows; i += kRows) {
+      const Left<T> left{a.a + i * a.am, a.am, a.ak};
+      T* out = c + i * ldc + j;
+      if constexpr (kMaxVectors == 4) {
+        if (vectors == 3) gemm_step<T, 3, add>(depth, left, panel, b.stride, out, ldc);
+        if (vectors >= 4) gemm_step<T, 4, add>(depth, left, panel, b.stride, out, ldc);
+      } else if (vectors >= 3) {
+        gemm_step<T, 2, add>(depth, left, panel, b.stride, out, ldc);
+      }
+      if (vectors == 2) gemm_step<T, 2, add>(depth, left, panel, b.stride, out, ldc);
+      if (vectors == 1) gemm_step<T, 1, add>(depth, left, panel, b.stride, out, ldc);
+    }
+  }
+}
+
+// x (rows, columns) row-major -> its transpose as panels of kPanel rows of x; past the last: zero.
+template <class T>
+void pack_transposed(const T* x, int64_t rows, int64_t columns, int64_t ldx, T* panels) {
+  for (int64_t i = 0; i < rows; i += kPanel<T>) {
+    T* to = panels + i * columns;
+    const int64_t used = rows - i < kPanel<T> ? rows - i : kPanel<T>;
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t r = 0; r < used; ++r) to[c * kPanel<T> + r] = x[(i + r) * ldx + c];
+      for (int64_t r = used; r < kPanel<T>; ++r) to[c * kPanel<T> + r] = 0;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kdfast::cpu
