@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from kdfast.ops import pruned_attention
+from kdfast.ops import feature_loss, kd_loss, pruned_attention
 from kdfast.ops.geometry import Rope, Window
 
 # Shared memory of one block, bytes (CUDA programming guide, compute capabilities).
@@ -158,7 +158,26 @@ def compile_attention(
     pruned_attention._cuda_bwd(out, q, k, v, out, lse, [1], *arguments)
 
 
-OPS: dict[str, Callable[..., None]] = {"pruned_attention": compile_attention}
+def compile_kd_loss(dtype: torch.dtype, classes: int, *, rows: int = 64, target: str = "") -> None:
+    """Launches ``kd_loss`` with its gradient; ``target``: none, "indices" or "probabilities"."""
+    logits = torch.zeros(rows, classes, dtype=dtype)
+    targets = {"indices": torch.zeros(rows, dtype=torch.int64), "probabilities": logits.float()}
+    kd_loss._cuda(logits, logits, targets.get(target), 4.0, 0.7, "batchmean", 0.1, -100, True)
+
+
+def compile_feature_loss(
+    dtype: torch.dtype, features: int, *, kind: str = "mse", normalize: str = "none"
+) -> None:
+    """Launches ``feature_loss`` with its gradient."""
+    x = torch.zeros(64, features, dtype=dtype)
+    feature_loss._cuda(x, x, kind, normalize, True)
+
+
+OPS: dict[str, Callable[..., None]] = {
+    "pruned_attention": compile_attention,
+    "kd_loss": compile_kd_loss,
+    "feature_loss": compile_feature_loss,
+}
 
 
 def main() -> None:

@@ -10,15 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.ops._library import LIB, fused_devices, not_compiled, use_fused
+from kdfast.ops._library import HAS_TRITON, LIB, fused_devices, not_compiled, use_fused
 from kdfast.ops._losses import FLOATING, accumulator, saved_dtype, scaled_gradient
 
 KINDS = ("mse", "cosine", "smooth_l1")
 NORMALIZATIONS = ("none", "layer", "channel")
-# Added to variances; repeated in csrc/cpu/feature_loss.cpp, as is ZERO_NORM.
+# Added to variances; repeated in csrc/cpu/feature_loss.cpp and kernels/feature_loss.py, as is
+# ZERO_NORM.
 EPS = 1e-6
 # A vector no longer than this has no direction.
 ZERO_NORM = 1e-8
+MAX_FEATURES = 8192  # of the CUDA kernel, which holds a position in registers
 
 
 def feature_loss(
@@ -105,6 +107,11 @@ def _check(student: Tensor, teacher: Tensor, kind: str, normalize: str | None, d
 
 def why_not(student: Tensor) -> str | None:
     """The reason why the compiled kernel cannot run this input, or None."""
+    if student.device.type == "cuda":
+        if student.dtype == torch.float64:
+            return "the CUDA kernel takes fp16, bf16 and fp32, not fp64"
+        if student.shape[-1] > MAX_FEATURES:
+            return f"the CUDA kernel takes up to {MAX_FEATURES} features, got {student.shape[-1]}"
     return not_compiled("feature_loss", student.device, FUSED_ON)
 
 
@@ -173,4 +180,15 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
 torch.library.register_autograd(
     "kdfast::feature_loss", _backward, setup_context=_setup_context, lib=LIB
 )
+
+
+if HAS_TRITON:
+
+    @torch.library.impl(LIB, "feature_loss", "CUDA")
+    def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
+        from kdfast.kernels.feature_loss import forward
+
+        return forward(*args)
+
+
 FUSED_ON = fused_devices("feature_loss")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.ops._library import LIB, fused_devices, not_compiled, use_fused
+from kdfast.ops._library import HAS_TRITON, LIB, fused_devices, not_compiled, use_fused
 from kdfast.ops._losses import FLOATING, accumulator, saved_dtype, scaled_gradient
 
 REDUCTIONS = ("batchmean", "sum", "none")
@@ -138,6 +138,8 @@ def _check_target(student: Tensor, target: Tensor, ignore_index: int) -> None:
 
 def why_not(student: Tensor) -> str | None:
     """The reason why the compiled kernel cannot run this input, or None."""
+    if student.device.type == "cuda" and student.dtype == torch.float64:
+        return "the CUDA kernel takes fp16, bf16 and fp32, not fp64"
     return not_compiled("kd_loss", student.device, FUSED_ON)
 
 
@@ -240,4 +242,15 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
 
 
 torch.library.register_autograd("kdfast::kd_loss", _backward, setup_context=_setup_context, lib=LIB)
+
+
+if HAS_TRITON:
+
+    @torch.library.impl(LIB, "kd_loss", "CUDA")
+    def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from kdfast.kernels.kd_loss import forward
+
+        return forward(*args)
+
+
 FUSED_ON = fused_devices("kd_loss")

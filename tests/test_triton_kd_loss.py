@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernel in the interpreter, against the reference."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdfast
+from kdfast.ops import kd_loss as op
+from kdfast.testing import assert_no_worse, interpreted_kernels, run
+
+kernels = interpreted_kernels("kd_loss")
+# NaN and infinity are what some of these tests are about; NumPy, which interprets, warns of them.
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning"),
+]
+
+
+class Launch(torch.autograd.Function):
+    """The function registered for CUDA, called on CPU tensors with the op's own arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, *args: Any) -> Any:
+        loss, kd, ce, grad = op._cuda(student, *args, True)
+        ctx.save_for_backward(grad)
+        ctx.dtype = student.dtype
+        ctx.mark_non_differentiable(kd, ce)
+        return loss, kd, ce
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
+        (grad,) = ctx.saved_tensors
+        upstream = upstream.unsqueeze(-1) if upstream.dim() else upstream
+        return (grad * upstream).to(ctx.dtype), *(None,) * 7
+
+
+def make_target(kind: str, shape: tuple[int, ...]) -> Tensor | None:
+    if kind == "none":
+        return None
+    if kind == "soft":
+        return torch.rand(shape)
+    label = torch.randint(shape[-1], shape[:-1])
+    label.flatten()[::3] = -100
+    return label
+
+
+def check(
+    shape: tuple[int, ...],
+    kind: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    temperature: float = 4.0,
+    reduction: str = "batchmean",
+    smoothing: float = 0.0,
+    spread: float = 1.0,
+) -> None:
+    target = make_target(kind, shape)
+    options = (temperature, 0.7, reduction, smoothing, -100)
+    logits = [spread * torch.randn(shape, dtype=torch.float64) for _ in range(2)]
+
+    def fused(s: Tensor, t: Tensor) -> Any:
+        return Launch.apply(s, t.detach(), target, *options)  # type: ignore[no-untyped-call]
+
+    def eager(s: Tensor, t: Tensor) -> Any:
+        soft = target is not None and target.is_floating_point()
+        q = target.to(op.accumulator(s.dtype)) if soft and target is not None else target
+        return op.reference(s, t, q, *options)
+
+    def loss_only(function: Any) -> Any:
+        # kd and ce carry no gradient; they are compared as values.
+        return lambda s, t: tuple(x if i == 0 else x.detach() for i, x in enumerate(function(s, t)))
+
+    low = [x.to(dtype) for x in logits]
+    got, want = run(loss_only(fused), low), run(loss_only(eager), low)
+    exact = run(loss_only(eager), logits)
+    for name, *triple in zip(("loss", "kd", "ce", "grad"), got, exact, want, strict=False):
+        assert_no_worse(name, *triple)
+
+
+@pytest.mark.parametrize("kind", ["none", "hard", "soft"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(7, 10), (2, 3, 65), (3, 1000), (2, 2)], ids=str)
+def test_one_tile(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
+    check(shape, kind, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", ["none", "hard", "soft"])
+@pytest.mark.parametrize("shape", [(3, 47), (2, 64)], ids=str)
+def test_many_tiles(shape: tuple[int, ...], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "ONE_TILE", 8)
+    monkeypatch.setattr(kernels, "TILE", 16)
+    check(shape, kind, spread=5.0)
+    check(shape, kind, smoothing=0.1, temperature=0.5)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_reductions(reduction: str, smoothing: float) -> None:
+    check((5, 12), "hard", reduction=reduction, smoothing=smoothing, temperature=2.0)
+
+
+def both(s: Tensor, t: Tensor, target: Tensor | None = None, reduction: str = "none") -> Any:
+    options = (2.0, 0.5, reduction, 0.0, -100)
+    got = op._cuda(s, t, target, *options, True)
+    leaf = s.clone().requires_grad_()
+    want = op.reference(leaf, t, target, *options)
+    want[0].sum().backward()
+    return got, (*(x.detach() for x in want), leaf.grad)
+
+
+@pytest.mark.parametrize("tile", [8192, 4])
+def test_infinities(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "ONE_TILE", tile)
+    monkeypatch.setattr(kernels, "TILE", 16)
+    inf = math.inf
+    s, t = torch.randn(4, 40), torch.randn(4, 40)
+    t[0, :20] = -inf  # ruled out by the teacher, a whole tile of it
+    s[1, 3] = -inf  # only by the student
+    s[2, :20], t[2, :20] = -inf, -inf  # by both
+    t[3, 5] = inf
+    got, want = both(s, t)
+    for a, b in zip(got[:3], want[:3], strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    assert got[1][1] == inf
+    assert got[1][3].isnan()
+    torch.testing.assert_close(got[3][0], want[3][0])
+    assert (got[3][0, :20] > 0).all()
+    torch.testing.assert_close(got[3][2], 0.5 * 2 * (s[2] / 2).softmax(0) - (t[2] / 2).softmax(0))
+
+
+def test_equal_rows_are_exactly_zero() -> None:
+    s = torch.randn(3, 50)
+    (loss, kd, ce, grad), _ = both(s, s, reduction="batchmean")
+    assert (loss.item(), kd.item(), ce.item()) == (0, 0, 0)
+    assert not grad.any()
+
+
+def test_all_rows_ignored() -> None:
+    s, t = torch.randn(3, 5), torch.randn(3, 5)
+    (loss, kd, ce, grad), (_, want, _, want_grad) = both(
+        s, t, torch.full((3,), -100), reduction="batchmean"
+    )
+    assert loss.isnan()
+    assert ce.isnan()
+    torch.testing.assert_close(kd, want)
+    torch.testing.assert_close(grad, want_grad)
+
+
+def test_strided_rows_and_no_rows() -> None:
+    wide = torch.randn(4, 24)
+    (loss, *_, grad), _ = both(wide[:, :10], wide[:, 12:22])
+    (want, *_, want_grad), _ = both(wide[:, :10].clone(), wide[:, 12:22].clone())
+    assert torch.equal(loss, want)
+    assert torch.equal(grad, want_grad)
+    empty = torch.zeros(0, 5)
+    loss, kd, ce, grad = op._cuda(empty, empty, None, 2.0, 0.5, "batchmean", 0.0, -100, True)
+    assert loss.isnan()
+    assert kd.isnan()
+    assert grad.shape == (0, 5)
+    assert op._cuda(empty, empty, None, 2.0, 0.5, "sum", 0.0, -100, False)[0] == 0
+    assert op._cuda(empty, empty, None, 2.0, 0.5, "none", 0.0, -100, False)[0].shape == (0,)
+
+
+def test_cuda_takes_the_kernel_or_says_why_not() -> None:
+    with torch._subclasses.FakeTensorMode():
+        logits = torch.empty(4, 10, device="cuda", requires_grad=True)
+        loss, _, _ = kdfast.kd_loss(logits, logits, backend="fused")
+        assert loss.grad_fn is not None
+        with pytest.raises(NotImplementedError, match="not fp64"):
+            kdfast.kd_loss(logits.double(), logits.double(), backend="fused")
