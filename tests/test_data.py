@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import kdfast.data as data
@@ -254,6 +255,24 @@ def test_corrupt_item(tmp_path, how, suffix):
     item = dataset[0]
     assert isinstance(item, data.Corrupt)
     assert item.path == str(path) and item.index == 0 and reason in item.reason
+
+
+def test_truncated_where_opencv_fills_the_rest(tmp_path, monkeypatch):
+    path = tmp_path / "a.jpg"
+    write(path)
+    code = path.read_bytes()
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: np.zeros((36, 64, 3), np.uint8))
+    assert not isinstance(read_bgr(path), str)
+    path.write_bytes(code[:-30])
+    assert "truncated" in read_bgr(path)
+
+
+def test_exif_rotation_is_ignored(tmp_path):
+    image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert read_bgr(tmp_path / "a.jpg").shape == (4, 6, 3)
 
 
 def test_trailing_bytes_are_not_corrupt(tmp_path):

@@ -167,6 +167,11 @@ def test_ground_materials():
     double = replace(road, style=3)
     assert kinds(double, [(9, 0), (9, 0.18), (9, -0.18)]) == [G_ROAD, G_MARK, G_MARK]
     assert kinds(replace(road, style=0), [(9, 0)]) == [G_ROAD]
+    wide = replace(road, lanes=2)
+    assert kinds(wide, [(1, 3.5), (4, 3.5), (1, -3.5), (1, 6.9), (1, 7.1)]) == [
+        G_MARK, G_ROAD, G_MARK, G_ROAD, G_CURB
+    ]  # fmt: skip
+    assert kinds(wide, [(1, 6.95)]) == kinds(replace(road, style=1), [(1, 3.45)]) == [G_ROAD]
     edged = replace(road, edge=True, parking=2.0)
     assert kinds(edged, [(9, 3.55), (9, 3.3), (9, 5.4), (9, 5.6)]) == [
         G_MARK, G_ROAD, G_ROAD, G_CURB
@@ -232,6 +237,18 @@ def test_near_hides_far():
         far = hit_box(0, SIZE, (19, -4.5, 0), (21, 4.5, 9))
         assert_mask(label == VEHICLE, near)
         assert_mask((label == BUILDING) | (label == VEHICLE), near | far)
+
+
+def test_figures_and_boxes_hide_each_other():
+    for near, far in ((8.0, 16.0), (16.0, 8.0)):
+        build = empty()
+        add_box(build, (near, 0.0, 0.0, 1.0, 3.0, 0.0, 3.0), VEHICLE)
+        zero = np.zeros(1)
+        figure = trapezium(zero + 1.0, zero, zero + 5.0)[:, None]
+        build.boards(zero + far, zero, figure, PEDESTRIAN, np.ones((1, 1, 3)), zero - far)
+        # Row 44 is just below the horizon: 1.6 m up at any distance, less a little.
+        expected = VEHICLE if near < far else PEDESTRIAN
+        assert labels(build)[44, 64] == expected
 
 
 def test_board_faces_every_camera():

@@ -224,8 +224,6 @@ def _shift_hsv(
     if saturation is not None:
         hsv[..., 1] = hsv[..., 1] * np.float32(saturation)
     if hue is not None:
-        turned = hsv[..., 0] + np.float32(hue)
-        turned[turned > 360] -= 360
-        turned[turned < 0] += 360
-        hsv[..., 0] = turned
+        # The way back takes any angle.
+        hsv[..., 0] = hsv[..., 0] + np.float32(hue)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR).astype(np.float32, copy=False)

@@ -208,7 +208,7 @@ def draw_layout(rng: np.random.Generator) -> Layout:
         style=int(u[14] * 4) if u[15] < 0.92 else 0,
         edge=u[16] < 0.45,
         zebra=u[17] < 0.65,
-        line=0.09 + 0.08 * u[18],
+        line=0.11 + 0.09 * u[18],
         dash=(5 + 5 * u[19], 0.35 + 0.3 * u[20]),
         wear=0.5 * u[21] ** 2,
         tiles=(0.9 + 3 * u[22], 0.05 + 0.04 * u[23] if u[22] < 0.5 else 0.0),

@@ -112,7 +112,7 @@ def people(build: Builder, walls: Floats) -> None:
     """
     rng, road = build.rng, build.layout
     count = int(rng.integers(3, 18))
-    x, place, where, lane = rng.uniform((-22, 0.1, 0, -1), (38, 0.9, 1, 1), (count, 4)).T
+    x, place, where, lane = rng.uniform((-16, 0.1, 0, -1), (26, 0.9, 1, 1), (count, 4)).T
     side = rng.integers(0, 2, count)
     wide = np.maximum(np.array(road.walk)[side], 0.8)
     s = (1 - 2 * side) * (road.half + np.array(road.verge)[side] + wide * place)
@@ -128,12 +128,12 @@ def people(build: Builder, walls: Floats) -> None:
         return
     tall, stride = rng.uniform(1.45, 1.9, count), rng.uniform(0.06, 0.15, count)
     zero = np.zeros(count)
-    leg = trapezium(zero + 0.17, zero, 0.5 * tall)
+    leg = trapezium(zero + 0.2, zero, 0.5 * tall)
     figure = np.stack(
         [
             leg,
             leg,
-            trapezium(zero + 0.5, 0.45 * tall, 0.87 * tall, 0.8),
+            trapezium(zero + 0.6, 0.45 * tall, 0.87 * tall, 0.8),
             discs(zero, 0.93 * tall, 0.12, 0.14),
         ],
         1,
@@ -158,14 +158,14 @@ def _pole_rows(build: Builder) -> NDArray[np.floating]:
         use = rng.random(2).tolist()
         if use[0] < 0.75:
             lamps = start + step * np.arange(7)
-            parts.append((lamps, sign * (road.half + 0.5), height, 0.2, _LAMP))
-        parts.append((rng.uniform(-20, 45, 3), sign * (road.half + 0.7), 2.6, 0.1, _SIGN))
+            parts.append((lamps, sign * (road.half + 0.5), height, 0.3, _LAMP))
+        parts.append((rng.uniform(-20, 45, 3), sign * (road.half + 0.7), 2.6, 0.18, _SIGN))
         if use[1] < 0.25:
             row = rng.uniform(-10, 25) + 2.0 * np.arange(6)
-            parts.append((row, sign * (road.half + 0.4), 0.95, 0.16, _BOLLARD))
+            parts.append((row, sign * (road.half + 0.4), 0.95, 0.24, _BOLLARD))
     if road.cross and rng.random() < 0.75:
         ends = road.cross + np.array([-1, 1]) * (road.cross_half + 1.5)
-        parts += [(ends, sign * (road.half + 0.8), 4.2, 0.2, _SIGNAL) for sign in (1.0, -1.0)]
+        parts += [(ends, sign * (road.half + 0.8), 4.2, 0.3, _SIGNAL) for sign in (1.0, -1.0)]
     out = np.empty((sum(len(part[0]) for part in parts), 5))
     start = 0
     for part in parts:
@@ -207,7 +207,7 @@ def poles(build: Builder, walls: Floats) -> None:
 def _lamps(build: Builder, place: Floats, metal: Floats) -> None:
     x, y, yaw, tall, key = place
     size = np.full(len(x), 2.0)
-    arm = (x + np.cos(yaw), y + np.sin(yaw), yaw, size, 0.12 * size, tall - 0.25, tall)
+    arm = (x + np.cos(yaw), y + np.sin(yaw), yaw, size, 0.18 * size, tall - 0.25, tall)
     build.boxes(arm, POLE, np.repeat(metal, len(x), 0), key + 0.01)
 
 
@@ -215,9 +215,9 @@ def _signs(build: Builder, place: Floats, metal: Floats) -> None:
     x, y, _, _, key = place
     rng, zero = build.rng, np.zeros((len(x), 1))
     if rng.random() < 0.5:
-        plate = discs(zero, 2.4, 0.35, 0.35)
+        plate = discs(zero, 2.4, 0.45, 0.45)
     else:
-        plate = trapezium(zero + 0.65, 2.0, 2.75)
+        plate = trapezium(zero + 0.8, 1.9, 2.8)
     colour = _SIGNS[rng.integers(0, 4, (len(x), 1))]
     build.boards(x, y, plate, POLE, colour, key + 0.01)
 
