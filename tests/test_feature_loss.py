@@ -7,9 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
+from kdfast.ops import _library
 
 KINDS = ["mse", "cosine", "smooth_l1"]
 NORMALIZATIONS = [None, "layer", "channel"]
+
+
+@pytest.fixture(autouse=True, params=["reference", "fused"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test of this file holds for both."""
+    if request.param == "fused":
+        request.getfixturevalue("compiled")
+    monkeypatch.setattr(_library, "DEFAULT_BACKEND", request.param)
 
 
 def composed(s: Tensor, t: Tensor, kind: str, normalize: str | None) -> Tensor:
@@ -26,15 +35,15 @@ def composed(s: Tensor, t: Tensor, kind: str, normalize: str | None) -> Tensor:
 
 def test_reference_literal() -> None:
     s, t = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[4.0, 3.0], [0.5, 2.0]])
-    call = {k: kdfast.feature_loss(s, t, kind=k, backend="reference").item() for k in KINDS}
+    call = {k: kdfast.feature_loss(s, t, kind=k).item() for k in KINDS}
     assert call["mse"] == (1 + 1 + 0.25) / 4
     assert call["smooth_l1"] == (0.5 + 0.5 + 0.125) / 4
     assert call["cosine"] == pytest.approx((1 - 24 / 25 + 1 - 4 / math.sqrt(17)) / 2)
     # Two features normalise to -1 and 1, whatever they were.
-    layer = kdfast.feature_loss(s, t, normalize="layer", backend="reference")
+    layer = kdfast.feature_loss(s, t, normalize="layer")
     assert layer.item() == pytest.approx((4 + 4 + 0 + 0) / 4, rel=1e-4)
     # Teacher variances: 1.75^2 and 0.5^2.
-    channel = kdfast.feature_loss(s, t, normalize="channel", backend="reference")
+    channel = kdfast.feature_loss(s, t, normalize="channel")
     assert channel.item() == pytest.approx((1.25 / 1.75**2 + 1 / 0.25) / 4, rel=1e-5)
 
 
@@ -118,6 +127,7 @@ def test_bad_values_are_not_hidden(kind: str) -> None:
     s[1, 2] = float("nan")
     assert kdfast.feature_loss(s, t, kind=kind).isnan()
     assert kdfast.feature_loss(t, s, kind=kind, normalize="channel").isnan()
+    assert kdfast.feature_loss(s, torch.zeros(3, 4), kind=kind).isnan()
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)

@@ -7,8 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
+from kdfast.ops import _library
 
 INF = float("inf")
+
+
+@pytest.fixture(autouse=True, params=["reference", "fused"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test of this file holds for both."""
+    if request.param == "fused":
+        request.getfixturevalue("compiled")
+    monkeypatch.setattr(_library, "DEFAULT_BACKEND", request.param)
 
 
 def composed(
@@ -35,11 +44,11 @@ def test_reference_literal() -> None:
     # Student odds 3:1, teacher 1:1, T = 1: KL = ln(2 / sqrt 3), cross-entropy = ln(4 / 3).
     s = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64)
     t = torch.zeros(1, 2, dtype=torch.float64)
-    call = kdfast.kd_loss(s, t, torch.tensor([0]), temperature=1.0, alpha=0.25, backend="reference")
+    call = kdfast.kd_loss(s, t, torch.tensor([0]), temperature=1.0, alpha=0.25)
     kl, ce = math.log(2 / math.sqrt(3)), math.log(4 / 3)
     assert [x.item() for x in call] == pytest.approx([0.25 * kl + 0.75 * ce, kl, ce], rel=1e-12)
     # T = 2 halves the logits and multiplies by 4: odds sqrt 3 : 1.
-    _, kd, _ = kdfast.kd_loss(s, t, temperature=2.0, backend="reference")
+    _, kd, _ = kdfast.kd_loss(s, t, temperature=2.0)
     odds = math.sqrt(3)
     assert kd.item() == pytest.approx(4 * math.log((1 + odds) / (2 * math.sqrt(odds))), rel=1e-12)
 
@@ -160,8 +169,29 @@ def test_no_rows() -> None:
     assert loss.shape == (0,)
     loss.sum().backward()
     assert s.grad is not None and s.grad.shape == (0, 5)
-    # As F.cross_entropy: the mean over nothing but ignored rows.
-    assert kdfast.kd_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.full((2,), -100))[2].isnan()
+
+
+def test_all_rows_ignored() -> None:
+    # As F.cross_entropy: the mean is NaN and its gradient is zero.
+    s = torch.zeros(2, 3, requires_grad=True)
+    ignored = torch.full((2,), -100)
+    t = torch.tensor([[1.0, 0.0, 0.0]]).repeat(2, 1)
+    loss, kd, ce = kdfast.kd_loss(s, t, ignored)
+    assert loss.isnan() and ce.isnan() and kd.item() > 0
+    loss.backward()
+    want = s.detach().clone().requires_grad_()
+    kdfast.kd_loss(want, t)[0].backward()
+    assert torch.equal(s.grad, want.grad)
+    assert kdfast.kd_loss(s, t, ignored, reduction="sum")[2].item() == 0
+
+
+def test_class_probabilities_of_zero_at_ruled_out_classes() -> None:
+    s = torch.tensor([[0.0, 0.0, -INF]], requires_grad=True)
+    loss, _, ce = kdfast.kd_loss(s, s.detach(), torch.tensor([[1.0, 0.0, 0.0]]))
+    loss.backward()
+    assert ce.item() == pytest.approx(math.log(2))
+    assert s.grad is not None
+    torch.testing.assert_close(s.grad, 0.3 * torch.tensor([[-0.5, 0.5, 0.0]]))
 
 
 S = torch.zeros(2, 3)

@@ -125,7 +125,8 @@ def reference(student: Tensor, teacher: Tensor, kind: str, normalize: str) -> Te
         return F.smooth_l1_loss(s, t)
     (s, no_s), (t, no_t) = _unit(s), _unit(t)
     # 1 - cos of unit vectors, in the form that loses no digits where they are close.
-    return torch.where(no_s ^ no_t, 1.0, 0.5 * (s - t).square().sum(-1)).mean()
+    square = (s - t).square().sum(-1)
+    return torch.where((no_s ^ no_t) & ~square.isnan(), 1.0, 0.5 * square).mean()
 
 
 def _normalized(s: Tensor, t: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
@@ -167,6 +168,8 @@ def _fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     # The gradient itself, so that neither input has to live until the backward pass.
     ctx.mark_non_differentiable(output[1])
+    # Or the backward pass would be handed zeros of that size for it.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
     ctx.dtype = inputs[0].dtype
 

@@ -158,42 +158,32 @@ def reference(
     s, t = student.to(dtype), teacher.detach().to(dtype)
     log_s, log_t = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
     kd = temperature**2 * _weighted(log_t.exp(), log_t - log_s).sum(-1)
-    ce = _cross_entropy_rows(s, target, label_smoothing, ignore_index)
-    if reduction == "batchmean":
-        kd, ce = kd.mean(), ce.sum() / _rows_of_ce(kd, target, ignore_index)
-    elif reduction == "sum":
-        kd, ce = kd.sum(), ce.sum()
+    kd = _reduced(kd, reduction)
+    if target is None:
+        ce = torch.zeros_like(kd)
+    elif target.is_floating_point():
+        weight = target.detach() * (1 - label_smoothing) + label_smoothing / s.shape[-1]
+        ce = _reduced(-_weighted(weight, F.log_softmax(s, -1)).sum(-1), reduction)
+    else:
+        ce = F.cross_entropy(
+            s.reshape(-1, s.shape[-1]),
+            target.reshape(-1),
+            ignore_index=ignore_index,
+            reduction="mean" if reduction == "batchmean" else reduction,
+            label_smoothing=label_smoothing,
+        ).view(kd.shape)
     return alpha * kd + (1 - alpha) * ce, kd.detach(), ce.detach()
+
+
+def _reduced(rows: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return rows
+    return rows.mean() if reduction == "batchmean" else rows.sum()
 
 
 def _weighted(weight: Tensor, x: Tensor) -> Tensor:
     """``weight * x``, and 0 where the weight is 0 even if x is infinite."""
     return torch.where(weight == 0, 0, weight * x)
-
-
-def _cross_entropy_rows(
-    s: Tensor, target: Tensor | None, label_smoothing: float, ignore_index: int
-) -> Tensor:
-    """(...) cross-entropy of each row, 0 for ignored rows."""
-    if target is None:
-        return s.new_zeros(s.shape[:-1])
-    if target.is_floating_point():
-        weight = target.detach() * (1 - label_smoothing) + label_smoothing / s.shape[-1]
-        return -_weighted(weight, F.log_softmax(s, -1)).sum(-1)
-    rows = F.cross_entropy(
-        s.reshape(-1, s.shape[-1]),
-        target.reshape(-1),
-        ignore_index=ignore_index,
-        reduction="none",
-        label_smoothing=label_smoothing,
-    )
-    return rows.view(target.shape)
-
-
-def _rows_of_ce(rows: Tensor, target: Tensor | None, ignore_index: int) -> Tensor | int:
-    if target is None or target.is_floating_point():
-        return rows.numel()
-    return (target != ignore_index).sum()
 
 
 LIB.define(
@@ -230,6 +220,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # The gradient itself, so that neither logits have to live until the backward pass.
     _, *logged, grad = output
     ctx.mark_non_differentiable(*logged, grad)
+    # Or the backward pass would be handed zeros of that size for it.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad)
     ctx.dtype = inputs[0].dtype
 

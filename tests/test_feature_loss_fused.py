@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled kernel of feature_loss against its reference."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kdfast
+from kdfast.benchmark import saved_bytes
+from kdfast.ops._library import EXTENSION
+from kdfast.testing import assert_no_worse, run
+
+pytestmark = pytest.mark.usefixtures("compiled")
+ISAS = EXTENSION.available_isas() if EXTENSION else ["generic"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+KINDS = ["mse", "cosine", "smooth_l1"]
+NORMALIZATIONS = [None, "layer", "channel"]
+NAMES = ["loss", "d student", "d teacher"]
+OP = torch.ops.kdfast.feature_loss.default
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = EXTENSION.cpu_isa()
+    EXTENSION.set_cpu_isa(request.param)
+    assert EXTENSION.cpu_isa() == request.param
+    yield request.param
+    EXTENSION.set_cpu_isa(before)
+
+
+def make(*shape: int) -> list[Tensor]:
+    t = 2 * torch.randn(shape) + 1
+    return [t + torch.randn(shape), t]
+
+
+def check(name: str, fused: Tensor, exact: Tensor, eager: Tensor) -> None:
+    # fp64 is its own reference, and of a single number the eager error is a matter of luck.
+    if fused.dtype == torch.float64:
+        torch.testing.assert_close(fused, exact, rtol=1e-12, atol=1e-13, msg=name)
+    elif fused.dim() == 0:
+        torch.testing.assert_close(fused.double(), exact, rtol=5e-7, atol=1e-7, msg=name)
+    else:
+        assert_no_worse(name, fused, exact, eager)
+
+
+def compare(inputs: list[Tensor], dtype: torch.dtype, **options: object) -> None:
+    """The loss and its gradients are no worse than the reference's in the same dtype."""
+    low = [x.to(dtype) for x in inputs]
+    call = partial(kdfast.feature_loss, **options)
+    fused = run(partial(call, backend="fused"), low)
+    eager = run(partial(call, backend="reference"), low)
+    best = run(partial(call, backend="reference"), [x.double() for x in low])
+    for name, *triple in zip(NAMES, fused, best, eager, strict=True):
+        check(name, *triple)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_worse(kind: str, normalize: str | None, dtype: torch.dtype, isa: str) -> None:
+    # A row shorter than a vector, one with a rest, a real one, and more than one block of rows.
+    for shape in ((5, 3), (2, 3, 37), (7, 1024), (600, 16)):
+        compare(make(*shape), dtype, kind=kind, normalize=normalize)
+
+
+@pytest.mark.parametrize("kind", ["mse", "smooth_l1"])
+def test_elements_in_chunks(kind: str) -> None:
+    # Two chunks and a rest, whose end is not the end of a vector.
+    compare(make(8205), torch.float32, kind=kind)
+    compare(make(3, 4096), torch.bfloat16, kind=kind)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    kind=st.sampled_from(KINDS),
+    normalize=st.sampled_from(NORMALIZATIONS),
+    axis=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(
+    shape: list[int], kind: str, normalize: str | None, axis: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    dim = axis % len(shape)
+    # One feature has no layer, and one position no variance: what is left is rounding.
+    shape[dim] += 1
+    shape.insert(dim, 3)
+    inputs = make(*shape)
+    options = {"kind": kind, "normalize": normalize, "dim": dim + 1}
+    got = run(partial(kdfast.feature_loss, backend="fused", **options), inputs)
+    inputs = [x.double() for x in inputs]
+    want = run(partial(kdfast.feature_loss, backend="reference", **options), inputs)
+    # The gradient through a layer of two features is nothing but cancellation.
+    for name, *pair in zip(NAMES, got, want, strict=True):
+        size = pair[1].abs().max().item()
+        torch.testing.assert_close(
+            pair[0].double(), pair[1], rtol=0, atol=1e-6 + 1e-5 * size, msg=name
+        )
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_exactly_zero_at_the_teacher(kind: str, normalize: str | None, isa: str) -> None:
+    for dtype in DTYPES:
+        t = torch.randn(7, 333).to(dtype)
+        s = t.clone().requires_grad_()
+        loss = kdfast.feature_loss(s, t, kind=kind, normalize=normalize, backend="fused")
+        loss.backward()
+        assert loss.item() == 0
+        assert s.grad is not None and not s.grad.any()
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["columns", "transposed", "expanded", "map"])
+def test_layout(layout: str, kind: str, normalize: str | None) -> None:
+    (s, t), dim = {
+        "columns": ((torch.randn(6, 50)[:, 3:40], torch.randn(6, 37)), -1),
+        "transposed": ((torch.randn(37, 6).t(), torch.randn(6, 37)), -1),
+        "expanded": ((torch.randn(6, 37), torch.randn(37).expand(6, 37)), 0),
+        "map": ((torch.randn(2, 5, 4, 3), torch.randn(2, 4, 3, 5).movedim(-1, 1)), 1),
+    }[layout]
+    options = {"kind": kind, "normalize": normalize, "dim": dim}
+    got = run(partial(kdfast.feature_loss, backend="fused", **options), [s, t])
+    want = run(partial(kdfast.feature_loss, backend="reference", **options), [s, t])
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_do_not_change_a_bit(kind: str, normalize: str | None) -> None:
+    inputs = make(1025, 65)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        call = partial(kdfast.feature_loss, kind=kind, normalize=normalize, backend="fused")
+        results.append(run(call, inputs))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("features", [1024, 1001])
+def test_gradients_larger_than_the_cache(features: int) -> None:
+    # Such gradients are written by other instructions, which depend on the address.
+    rows = (9 << 20) // (4 * features)
+    call = partial(kdfast.feature_loss, kind="cosine", backend="fused")
+    inputs = make(rows, features)
+    whole = run(call, inputs)[1]
+    small = run(call, [x[:512] for x in inputs])[1]
+    torch.testing.assert_close(whole[:512] * (rows / 512), small)
+
+
+def test_half_gradients_survive_until_the_loss_scale() -> None:
+    s, t = torch.full((4096, 64), 1e-3), torch.zeros(4096, 64)
+    s = s.half().requires_grad_()
+    loss = kdfast.feature_loss(s, t.half(), backend="fused")
+    (grad,) = torch.autograd.grad(loss * 65536.0, s)
+    assert grad.dtype == torch.float16
+    assert grad[0, 0].item() == pytest.approx(65536 * 2e-3 / (4096 * 64), rel=1e-2)
+
+
+def test_graph_keeps_the_gradient_only() -> None:
+    s, t = make(64, 100)
+    s.requires_grad_()
+    kept = saved_bytes(lambda: kdfast.feature_loss(s, t, normalize="layer", backend="fused"))
+    assert kept == s.nbytes
+    with torch.no_grad():
+        assert OP(s, t, "mse", "none", False)[1].shape == (0,)
+
+
+def test_no_second_derivative() -> None:
+    s, t = make(4, 9)
+    s.requires_grad_()
+    loss = kdfast.feature_loss(s, t, backend="fused")
+    with pytest.raises(NotImplementedError, match="feature_loss: .* no second derivative"):
+        torch.autograd.grad(loss, s, create_graph=True)
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer", "channel"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_registration(kind: str, normalize: str) -> None:
+    s, t = make(2, 3, 10)
+    torch.library.opcheck(OP, (s.requires_grad_(), t, kind, normalize, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_compile(dtype: torch.dtype) -> None:
+    def objective(s: Tensor, t: Tensor) -> Tensor:
+        return 3 * kdfast.feature_loss(s * 2, t, normalize="layer", dim=1, backend="fused")
+
+    s, t = (x.to(dtype) for x in make(2, 5, 3, 4))
+    s.requires_grad_()
+    got = torch.compile(objective, fullgraph=True, backend="aot_eager")(s, t)
+    want = objective(s, t)
+    assert torch.equal(got, want)
+    grads = [torch.autograd.grad(x, s)[0] for x in (got, want)]
+    assert torch.equal(*grads)
