@@ -174,8 +174,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.dtype = inputs[0].dtype
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if not ctx.needs_input_grad[0]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None or not ctx.needs_input_grad[0]:
         return (None,) * 5
     return scaled_gradient("feature_loss", ctx.saved_tensors[0], grad, ctx.dtype), *(None,) * 4
 

@@ -226,8 +226,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.dtype = inputs[0].dtype
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if not ctx.needs_input_grad[0]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None or not ctx.needs_input_grad[0]:
         return (None,) * 9
     upstream = grad.unsqueeze(-1) if grad.dim() else grad
     return scaled_gradient("kd_loss", ctx.saved_tensors[0], upstream, ctx.dtype), *(None,) * 8
