@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kd_loss forward and backward against its eager reference and torch.compile of it.
+
+The limit counts one read of both logits and one write of the gradient.
+"""
+
+import pytest
+import torch
+
+import kdfast
+from kdfast.ops import kd_loss as op
+
+SHAPES = [(1024, 1000), (4096, 1000), (256, 21841)]
+OPTIONS = (4.0, 0.7, "batchmean", 0.0, -100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def bench_forward_backward(  # type: ignore[no-untyped-def]
+    compare, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    student, teacher = ((3 * torch.randn(shape)).to(dtype) for _ in range(2))
+    target = torch.randint(0, shape[1], shape[:1])
+    student.requires_grad_()
+    compiled = torch.compile(op.reference)
+    losses = {
+        "kdfast": lambda: kdfast.kd_loss(student, teacher, target, backend="fused")[0],
+        "eager": lambda: op.reference(student, teacher, target, *OPTIONS)[0],
+        "compile": lambda: compiled(student, teacher, target, *OPTIONS)[0],
+    }
+    # A weight other than 1, as in a sum of losses: the backward pass has to scale the gradient.
+    losses["kdfast, weight"] = lambda: 0.5 * losses["kdfast"]()
+
+    def step(name: str) -> torch.Tensor:
+        return torch.autograd.grad(losses[name](), student)[0]
+
+    want = step("eager")
+    for name in ("kdfast", "compile"):
+        torch.testing.assert_close(step(name), want, rtol=2e-2, atol=1e-6, msg=name)
+    candidates = {name: lambda name=name: step(name) for name in losses}
+    compare("kd_loss", f"fwd+bwd {shape} {dtype}", candidates, nbytes=3 * want.nbytes, memory=True)
