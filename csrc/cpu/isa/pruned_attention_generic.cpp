@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+// Any CPU, any D, all element types: plain loops, one query row at a time.
+#include <cmath>
+#include <cstring>
+
+#include "cpu/isa/elements.h"
+#include "cpu/isa/pruned_attention.h"
+
+namespace kdfast::cpu {
+namespace {
+
+// Takes `count` elements off the scratch memory, 64-byte aligned.
+template <class A>
+A* take(char*& scratch, int64_t count) {
+  A* out = reinterpret_cast<A*>(scratch);
+  scratch += round_up(count * static_cast<int64_t>(sizeof(A)), 64);
+  return out;
+}
+
+template <class T, class A>
+void load_row(const Rows& rows, const AttentionHead<A>& head, int64_t i, bool rotate, A* out) {
+  const T* in = static_cast<const T*>(rows.data) + span_token(head.span, i) * rows.step;
+  for (int64_t d = 0; d < head.dim; ++d) out[d] = load<A>(in[d]);
+  if (!rotate || head.table.cos == nullptr) return;
+  rotate_row(head.table, span_table_row(head.span, i), head.dim, false, out);
+  for (int64_t d = 0; d < head.dim; ++d) out[d] = load<A>(store<T>(out[d]));
+}
+
+// Transposed, (D, tokens), so that the inner loops run over neighbouring keys.
+template <class T, class A>
+void load_columns(const Rows& rows, const AttentionHead<A>& head, bool rotate, A* row, A* out) {
+  const int64_t n = span_tokens(head.span);
+  for (int64_t j = 0; j < n; ++j) {
+    load_row<T>(rows, head, j, rotate, row);
+    for (int64_t d = 0; d < head.dim; ++d) out[d * n + j] = row[d];
+  }
+}
+
+// scores[j] = sum_d x[d] columns[d, j]
+template <class A>
+void products(const A* x, const A* columns, int64_t dim, int64_t n, A* scores) {
+  for (int64_t j = 0; j < n; ++j) scores[j] = 0;
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t j = 0; j < n; ++j) scores[j] += x[d] * columns[d * n + j];
+}
+
+// out[d] += sum_j weights[j] rows[j, d], and their sum to the return value. Summed up by blocks:
+// one long chain of fp32 additions would lose more than a matrix product does.
+template <class A>
+A add_rows(const A* weights, const A* rows, int64_t dim, int64_t n, A* part, A* out) {
+  constexpr int64_t kBlock = 64;
+  A total = 0;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t stop = start + kBlock < n ? start + kBlock : n;
+    A sum = 0;
+    for (int64_t d = 0; d < dim; ++d) part[d] = 0;
+    for (int64_t j = start; j < stop; ++j) {
+      sum += weights[j];
+      for (int64_t d = 0; d < dim; ++d) part[d] += weights[j] * rows[j * dim + d];
+    }
+    total += sum;
+    for (int64_t d = 0; d < dim; ++d) out[d] += part[d];
+  }
+  return total;
+}
+
+template <class A>
+int64_t forward_bytes(int64_t n, int64_t dim) {
+  return (2 * n * dim + n + 2 * dim) * static_cast<int64_t>(sizeof(A)) + 5 * 64;
+}
+
+template <class T, class A>
+void forward(const AttentionHead<A>& head, int64_t begin, int64_t end, MutableRows out, A* lse,
+             char* scratch) {
+  const int64_t n = span_tokens(head.span), dim = head.dim;
+  A* keys = take<A>(scratch, n * dim);
+  A* values = take<A>(scratch, n * dim);
+  A* p = take<A>(scratch, n);
+  A* row = take<A>(scratch, dim);
+  A* sum = take<A>(scratch, dim);
+  load_columns<T>(head.k, head, true, row, keys);
+  for (int64_t j = 0; j < n; ++j) load_row<T>(head.v, head, j, false, values + j * dim);
+  for (int64_t i = begin; i < end; ++i) {
+    load_row<T>(head.q, head, i, true, row);
+    products(row, keys, dim, n, p);
+    A top = head.span.pads ? A(0) : p[0] * head.scale;
+    for (int64_t j = 0; j < n; ++j) top = std::fmax(top, p[j] *= head.scale);
+    const A pads = head.span.pads ? head.span.pads * std::exp(-top) : A(0);
+    for (int64_t j = 0; j < n; ++j) p[j] = std::exp(p[j] - top);
+    for (int64_t d = 0; d < dim; ++d) sum[d] = head.span.pads ? pads * head.pad[d] : A(0);
+    const A total = pads + add_rows(p, values, dim, n, row, sum);
+    const int64_t token = span_token(head.span, i);
+    T* to = static_cast<T*>(out.data) + token * out.step;
+    for (int64_t d = 0; d < dim; ++d) to[d] = store<T>(sum[d] / total);
+    lse[token] = top + std::log(total);
+  }
+}
+
+template <class A>
+int64_t backward_bytes(int64_t n, int64_t dim) {
+  const int64_t chunk_sums = 2 * n * sum_columns(dim);
+  return (3 * n * dim + chunk_sums + 2 * n + 4 * dim) * static_cast<int64_t>(sizeof(A)) + 10 * 64;
+}
+
+template <class T, class A>
+void store_row(const AttentionHead<A>& head, int64_t i, bool rotated, A* x, MutableRows out) {
+  if (rotated) {
+    for (int64_t d = 0; d < head.dim; ++d) x[d] *= head.scale;
+    rotate_row(head.table, span_table_row(head.span, i), head.dim, true, x);
+  }
+  T* to = static_cast<T*>(out.data) + span_token(head.span, i) * out.step;
+  for (int64_t d = 0; d < head.dim; ++d) to[d] = store<T>(x[d]);
+}
+
+template <class T, class A>
+struct Backward {
+  const AttentionHead<A>& head;
+  const AttentionGrad<A>& grad;
+  A *keys, *key_columns, *value_columns, *p, *ds, *q, *g, *o, *dq;
+
+  void query(int64_t i, A* dk, A* dv) {
+    const int64_t n = span_tokens(head.span), dim = head.dim, columns = sum_columns(dim);
+    const A lse = grad.lse[span_token(head.span, i)];
+    load_row<T>(head.q, head, i, true, q);
+    load_row<T>(grad.grad, head, i, false, g);
+    load_row<T>(grad.out, head, i, false, o);
+    A delta = 0;
+    for (int64_t d = 0; d < dim; ++d) delta += g[d] * o[d];
+    products(q, key_columns, dim, n, p);
+    products(g, value_columns, dim, n, ds);
+    for (int64_t j = 0; j < n; ++j) {
+      p[j] = std::exp(p[j] * head.scale - lse);
+      ds[j] = p[j] * (ds[j] - delta);
+    }
+    for (int64_t d = 0; d < dim; ++d) dq[d] = 0;
+    add_rows(ds, keys, dim, n, o, dq);
+    for (int64_t j = 0; j < n; ++j) {
+      for (int64_t d = 0; d < dim; ++d) dk[j * columns + d] += ds[j] * q[d];
+      for (int64_t d = 0; d < dim; ++d) dv[j * columns + d] += p[j] * g[d];
+    }
+    if (head.span.pads) {
+      const A weight = head.span.pads * std::exp(-lse);
+      for (int64_t d = 0; d < dim; ++d) grad.dpad[d] += weight * g[d];
+    }
+    store_row<T>(head, i, true, dq, grad.dq);
+  }
+};
+
+template <class T, class A>
+void backward(const AttentionHead<A>& head, const AttentionGrad<A>& grad, int64_t begin,
+              int64_t end, bool first, A* sums, char* scratch) {
+  const int64_t n = span_tokens(head.span), dim = head.dim;
+  const int64_t part_size = n * sum_columns(dim), chunk = query_chunk(n);
+  A* keys = take<A>(scratch, n * dim);
+  A* key_columns = take<A>(scratch, n * dim);
+  A* value_columns = take<A>(scratch, n * dim);
+  A* part = take<A>(scratch, 2 * part_size);
+  A* p = take<A>(scratch, n);
+  A* ds = take<A>(scratch, n);
+  A* rows[4];
+  for (A*& row : rows) row = take<A>(scratch, dim);
+  load_columns<T>(head.k, head, true, rows[0], key_columns);
+  load_columns<T>(head.v, head, false, rows[0], value_columns);
+  for (int64_t j = 0; j < n; ++j) load_row<T>(head.k, head, j, true, keys + j * dim);
+  Backward<T, A> work{head, grad,    keys,    key_columns, value_columns, p,
+                      ds,   rows[0], rows[1], rows[2],     rows[3]};
+  for (int64_t start = begin; start < end; start += chunk) {
+    std::memset(part, 0, 2 * part_size * sizeof(A));
+    for (int64_t i = start; i < end && i < start + chunk; ++i)
+      work.query(i, part, part + part_size);
+    for (int64_t x = 0; x < 2 * part_size; ++x) sums[x] = first ? part[x] : sums[x] + part[x];
+    first = false;
+  }
+}
+
+template <class T, class A>
+void backward_keys(const AttentionHead<A>& head, const AttentionGrad<A>& grad, A* sums,
+                   int64_t count) {
+  const int64_t n = span_tokens(head.span), columns = sum_columns(head.dim);
+  const int64_t size = 2 * n * columns;
+  for (int64_t c = 1; c < count; ++c)
+    for (int64_t x = 0; x < size; ++x) sums[x] += sums[c * size + x];
+  for (int64_t j = 0; j < n; ++j) {
+    store_row<T>(head, j, true, sums + j * columns, grad.dk);
+    store_row<T>(head, j, false, sums + (n + j) * columns, grad.dv);
+  }
+}
+
+template <class T, class A>
+AttentionKernel<A> kernel() {
+  return {&forward_bytes<A>, &forward<T, A>, &backward_bytes<A>, &backward<T, A>,
+          &backward_keys<T, A>};
+}
+
+}  // namespace
+
+AttentionKernel<double> attention_generic_f64() { return kernel<double, double>(); }
+
+AttentionKernel<float> attention_generic(Element element) {
+  switch (element) {
+    case Element::bf16: return kernel<Bf16, float>();
+    case Element::f16: return kernel<Half, float>();
+    default: return kernel<float, float>();
+  }
+}
+
+}  // namespace kdfast::cpu

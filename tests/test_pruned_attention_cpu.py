@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kdfast
+from kdfast import Rope, Window, benchmark
+from kdfast.ops import pruned_attention as op
+from kdfast.ops._library import EXTENSION
+from kdfast.testing import SHAPES, assert_no_worse, run
+
+pytestmark = pytest.mark.usefixtures("compiled")
+ISAS = EXTENSION.available_isas() if EXTENSION else ["generic"]
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+NAMES = ("out", "dq", "dk", "dv", "dpad")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with every instruction set that this CPU has."""
+    before = EXTENSION.cpu_isa()
+    EXTENSION.set_cpu_isa(request.param)
+    assert EXTENSION.cpu_isa() == request.param
+    yield request.param
+    EXTENSION.set_cpu_isa(before)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: shape (B, H, N, D), kept heads, rotary layout and prefix, window side of a grid."""
+
+    shape: tuple[int, int, int, int]
+    heads: tuple[int, ...] | None = None
+    layout: str | None = None
+    prefix: int = 0
+    grid: tuple[int, int] | None = None
+    size: int = 0
+    padded: bool = False
+    scale: float | None = None
+
+    def inputs(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(7)
+        shapes = [self.shape] * 3 + [(self.shape[1], self.shape[3])] * self.padded
+        draw = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+        # Rounded first, so that runs in several dtypes see the same numbers.
+        return [x.to(dtype) for x in draw]
+
+    def call(self, backend: str) -> Callable[..., Tensor]:
+        def attention(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None) -> Tensor:
+            _, _, tokens, dim = self.shape
+            window = None if self.grid is None else Window(self.grid, self.size, pad)
+            rope = None
+            if self.layout is not None:
+                rows = self.size**2 if self.grid else tokens - self.prefix
+                # All columns differ, so that a swapped pair or a wrong row shows.
+                angle = torch.arange(rows)[:, None] * (0.3 + torch.arange(dim) / 7)
+                rope = Rope(angle.cos(), angle.sin(), self.prefix, self.layout)
+            return op.pruned_attention(
+                *(q, k, v),
+                heads=self.heads,
+                rope=rope,
+                scale=self.scale,
+                window=window,
+                backend=backend,
+            )
+
+        return attention
+
+
+CASES = {
+    **{name: Case(shape) for name, shape in SHAPES.items()},
+    "subset": Case((2, 4, 20, 64), heads=(3, 1), layout="interleaved", prefix=1),
+    "half": Case((1, 2, 33, 80), layout="half"),
+    "d72": Case((1, 2, 50, 72), layout="interleaved", scale=-0.3),
+    "d88": Case((1, 1, 19, 88), layout="half", prefix=5),
+    "d7": Case((1, 2, 18, 7)),
+    "d256": Case((1, 1, 40, 256), layout="interleaved"),
+    "long": Case((1, 1, 700, 32)),
+    "windows": Case((2, 3, 35, 16), (2, 0), "interleaved", 0, (5, 7), 3, True),
+    "cropped": Case((1, 2, 35, 24), layout="half", grid=(5, 7), size=4),
+    "orion": Case((1, 2, 600, 64), (1,), "interleaved", 0, (20, 30), 16, True),
+}
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_fused_is_no_worse(name: str, dtype: torch.dtype, isa: str) -> None:
+    case = CASES[name]
+    inputs = case.inputs(dtype)
+    fused, eager = (run(case.call(b), inputs) for b in ("fused", "reference"))
+    exact = run(case.call("reference"), [x.double() for x in inputs])
+    for label, *triple in zip(NAMES, fused, exact, eager, strict=False):
+        assert_no_worse(f"{name} {label} {dtype} {isa}", *triple)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fused_is_exact_in_double(name: str) -> None:
+    case = CASES[name]
+    fused, eager = (run(case.call(b), case.inputs()) for b in ("fused", "reference"))
+    for label, a, b in zip(NAMES, fused, eager, strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11, msg=lambda m, n=label: f"{n}: {m}")
+
+
+def test_gradcheck() -> None:
+    case = Case((1, 2, 6, 4), (1,), "half", 0, (2, 3), 2, True)
+    leaves = [x.requires_grad_() for x in case.inputs()]
+    assert torch.autograd.gradcheck(case.call("fused"), leaves)
+    out = case.call("fused")(*leaves)
+    (grad,) = torch.autograd.grad(out.sum(), leaves[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def gradients(case: Case, inputs: list[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
+    """Gradients with the strides of inputs and upstream as they are."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return torch.autograd.grad(case.call("fused")(*leaves), leaves, upstream)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_any_strides(dtype: torch.dtype, isa: str) -> None:
+    case = Case((2, 3, 37, 24), layout="interleaved")
+    plain = case.inputs(dtype)
+    weight = torch.randn(case.shape).to(dtype)
+    want = gradients(case, plain, weight)
+    qkv = torch.stack([x.transpose(1, 2) for x in plain], 2)
+    packed = [x.transpose(1, 2) for x in qkv.unbind(2)]
+    sparse = [torch.stack((x, x + 1), -1).flatten(-2)[..., ::2] for x in plain]
+    turned = [x.mT.contiguous().mT for x in plain]
+    for views in (packed, sparse, turned):
+        for a, b in zip(gradients(case, views, weight), want, strict=True):
+            assert torch.equal(a, b)
+    ones = torch.ones((), dtype=dtype).expand(case.shape)
+    want = gradients(case, plain, ones.contiguous())
+    for a, b in zip(gradients(case, plain, ones), want, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["long", "windows", "odd"])
+def test_threads_change_no_bit(name: str, dtype: torch.dtype, isa: str) -> None:
+    case = CASES[name]
+    results = []
+    for threads in (1, 2, 16):
+        torch.set_num_threads(threads)
+        results.append(run(case.call("fused"), case.inputs(dtype)))
+    for one, *others in zip(*results, strict=True):
+        for other in others:
+            assert torch.equal(one, other)
+
+
+def test_other_heads_are_not_read(isa: str) -> None:
+    case = CASES["orion"]
+    inputs = case.inputs(torch.bfloat16)
+    want = run(case.call("fused"), inputs)
+    for x in inputs[:3]:
+        x[:, 0] = torch.nan
+    inputs[3][0] = torch.nan
+    got = run(case.call("fused"), inputs)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    for grad in (*got[1:4], got[4][None]):
+        assert not grad[:, 0].any()
+        assert grad[:, 1].any()
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("level", [-1e4, 1e4])
+def test_extreme_logits(level: float, dtype: torch.dtype, isa: str) -> None:
+    q, k, v = Case((1, 2, 37, 16)).inputs(dtype)
+    # One large channel: logits of about `level` that differ by more than exp can hold.
+    q[..., 0], k[..., 0] = 100, (torch.arange(37) * 0.1 + 10) * level / 1e3
+    call = Case((1, 2, 37, 16), scale=1.0)
+    results = [run(call.call(b), [q, k, v]) for b in ("fused", "reference")]
+    exact = run(call.call("reference"), [q.double(), k.double(), v.double()])
+    for label, a, b, c in zip(NAMES, results[0], exact, results[1], strict=False):
+        assert_no_worse(f"{label} {level} {dtype}", a, b, c)
+
+
+def test_constant_rows(isa: str) -> None:
+    q, k, v = (torch.zeros(1, 1, 5, 16) for _ in range(3))
+    v[0, 0, :, 0] = torch.arange(5)
+    out = kdfast.pruned_attention(q, k, v, backend="fused")
+    torch.testing.assert_close(out[0, 0, :, 0], torch.full((5,), 2.0))
+    window = Window((1, 5), 5, torch.full((1, 16), 10.0))
+    out = kdfast.pruned_attention(q, k, v, window=window, backend="fused")
+    # Five real tokens sum to 10, twenty pads of 10 to 200.
+    torch.testing.assert_close(out[0, 0, :, 0], torch.full((5,), 210 / 25))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 4, 16), (2, 0, 4, 16), (1, 2, 0, 16)])
+def test_empty(shape: tuple[int, int, int, int]) -> None:
+    out, *grads = run(Case(shape).call("fused"), Case(shape).inputs(torch.float32))
+    assert out.shape == shape
+    assert all(grad.shape == shape for grad in grads)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    rows=st.integers(1, 9),
+    cols=st.integers(1, 23),
+    half_dim=st.integers(1, 50),
+    size=st.integers(0, 10),
+    layout=st.sampled_from(["interleaved", "half", None]),
+    padded=st.booleans(),
+    dtype=st.sampled_from([torch.float64, *LOW]),
+    seed=st.integers(0, 99),
+)
+def test_random_calls(
+    batch: int,
+    heads: int,
+    rows: int,
+    cols: int,
+    half_dim: int,
+    size: int,
+    layout: str | None,
+    padded: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    kept = tuple(torch.randperm(heads, generator=torch.Generator().manual_seed(seed)).tolist())
+    case = Case(
+        (batch, heads, rows * cols, 2 * half_dim),
+        kept[: 1 + seed % heads],
+        layout,
+        0,
+        (rows, cols) if size else None,
+        size,
+        padded and size > 0,
+    )
+    inputs = case.inputs(dtype)
+    fused = run(case.call("fused"), inputs)
+    exact = run(case.call("reference"), [x.double() for x in inputs])
+    # A wrong token, table row or pad is an error of order one, so rounding is not judged here: the
+    # yardstick is the reference in bf16 for every dtype.
+    eager = run(case.call("reference"), [x.bfloat16() for x in case.inputs()])
+    for label, *triple in zip(NAMES, fused, exact, eager, strict=False):
+        assert_no_worse(f"{label} {case}", *triple)
+
+
+def test_registration() -> None:
+    case = Case((1, 2, 6, 4), None, None, 0, (2, 3), 2, True)
+    q, k, v, pad = (x.requires_grad_() for x in case.inputs(torch.float32))
+    table = torch.randn(4, 4)
+    geometry = ([1], table, table, 0, True, 0.5, [2, 3], 2, pad)
+    torch.library.opcheck(torch.ops.kdfast.pruned_attention.default, (q, k, v, *geometry))
+    plain = (None, None, None, 0, True, 0.5, None, 0, None)
+    torch.library.opcheck(torch.ops.kdfast.pruned_attention.default, (q, k, v, *plain))
+    q, k, v, pad = (x.detach() for x in (q, k, v, pad))
+    geometry = (*geometry[:-1], pad)
+    out, lse = torch.ops.kdfast.pruned_attention.default(q, k, v, *geometry)
+    bwd = torch.ops.kdfast.pruned_attention_bwd.default
+    torch.library.opcheck(bwd, (torch.randn_like(out), q, k, v, out, lse, *geometry))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compile(autocast: bool) -> None:
+    case = CASES["windows"]
+
+    def step(*inputs: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return case.call("fused")(*inputs)
+
+    inputs = case.inputs(torch.float32)
+    compiled = run(torch.compile(step, fullgraph=True, backend="aot_eager"), inputs)
+    for a, b in zip(compiled, run(step, inputs), strict=True):
+        assert torch.equal(a, b)
+    assert compiled[0].dtype == (torch.bfloat16 if autocast else torch.float32)
+
+
+def test_no_square_matrix_is_held(isa: str) -> None:
+    leaves = [x.requires_grad_() for x in Case((1, 1, 2048, 16)).inputs(torch.float32)]
+    square = 2048**2 * 4
+
+    def step() -> None:
+        kdfast.pruned_attention(*leaves, backend="fused").sum().backward()
+
+    assert benchmark.peak_bytes(step) < square / 4
+    saved = benchmark.saved_bytes(lambda: kdfast.pruned_attention(*leaves, backend="fused"))
+    assert saved == 2048 * (4 * 16 + 1) * 4
