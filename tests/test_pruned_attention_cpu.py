@@ -74,6 +74,8 @@ class Case:
 
 CASES = {
     **{name: Case(shape) for name, shape in SHAPES.items()},
+    # More images than in SHAPES: of 128 numbers, eager's own largest error is a matter of luck.
+    "tiny": Case((32, 2, 4, 16)),
     "subset": Case((2, 4, 20, 64), heads=(3, 1), layout="interleaved", prefix=1),
     "half": Case((1, 2, 33, 80), layout="half"),
     "d72": Case((1, 2, 50, 72), layout="interleaved", scale=-0.3),
@@ -178,8 +180,10 @@ def test_extreme_logits(level: float, dtype: torch.dtype, isa: str) -> None:
     call = Case((1, 2, 37, 16), scale=1.0)
     results = [run(call.call(b), [q, k, v]) for b in ("fused", "reference")]
     exact = run(call.call("reference"), [q.double(), k.double(), v.double()])
-    for label, a, b, c in zip(NAMES, results[0], exact, results[1], strict=False):
-        assert_no_worse(f"{label} {level} {dtype}", a, b, c)
+    for label, *triple in zip(NAMES, results[0], exact, results[1], strict=False):
+        # bf16 products flush what is too small for a normal fp32; nobody needs that part.
+        fused, right, eager = (x.where(x.abs() > 1e-30, 0) for x in triple)
+        assert_no_worse(f"{label} {level} {dtype}", fused, right, eager)
 
 
 def test_constant_rows(isa: str) -> None:
@@ -241,8 +245,9 @@ def test_random_calls(
     # A wrong token, table row or pad is an error of order one, so rounding is not judged here: the
     # yardstick is the reference in bf16 for every dtype.
     eager = run(case.call("reference"), [x.bfloat16() for x in case.inputs()])
-    for label, *triple in zip(NAMES, fused, exact, eager, strict=False):
-        assert_no_worse(f"{label} {case}", *triple)
+    # Judged together, for a gradient that is exactly zero has no size of its own.
+    together = [torch.cat([x.flatten() for x in xs]) for xs in (fused, exact, eager)]
+    assert_no_worse(str(case), *together)
 
 
 def test_registration() -> None:

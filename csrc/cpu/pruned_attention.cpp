@@ -36,6 +36,11 @@ AttentionKernel<double> choose_kernel<double>(Element) {
 }
 template <>
 AttentionKernel<float> choose_kernel<float>(Element element) {
+#if defined(KDFAST_X86)
+  // fp16 has no products of its own: in bf16 it would lose three bits.
+  if (isa() >= Isa::avx512_bf16 && element == Element::bf16) return attention_avx512_bf16();
+  if (isa() >= Isa::avx512) return attention_avx512(element);
+#endif
   return attention_generic(element);
 }
 
@@ -185,7 +190,7 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& q, const at::Tenso
   const int64_t chunk = query_chunk(call.largest);
   const bool split = call.items() < at::get_num_threads();
   const int64_t parts = split ? (call.largest + chunk - 1) / chunk : 1;
-  const int64_t sums_size = 2 * call.largest * sum_columns(call.dim);
+  const int64_t sums_size = 2 * sum_rows(call.largest) * sum_columns(call.dim);
   const A* lse_data = lse.const_data_ptr<A>();
   std::vector<A> pads(call.pad.defined() ? call.items() * parts * call.dim : 0);
   const auto arguments = [&](int64_t item, int64_t part) -> AttentionGrad<A> {
@@ -224,7 +229,8 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& q, const at::Tenso
       const int64_t n = span_tokens(head.span), size = query_chunk(n);
       call.kernel.backward(
           head, arguments(item, part), part * size, std::min(n, (part + 1) * size), true,
-          sums + item * parts * sums_size + part * 2 * n * sum_columns(call.dim), scratch);
+          sums + item * parts * sums_size + part * 2 * sum_rows(n) * sum_columns(call.dim),
+          scratch);
     });
     share_items(items, 0, [&](int64_t item, char*) {
       const AttentionHead<A> head = call.head(item);

@@ -47,7 +47,7 @@ struct AttentionKernel {
                   char* scratch);
   int64_t (*backward_bytes)(int64_t tokens, int64_t dim);
   // Writes dq of the queries, adds to dpad, and adds the queries' share of dk and dv to
-  // sums (2, tokens, sum_columns(D)), chunk after chunk, or starts them if `first`.
+  // sums (2, sum_rows(tokens), sum_columns(D)), chunk after chunk, or starts them if `first`.
   void (*backward)(const AttentionHead<A>& head, const AttentionGrad<A>& grad, int64_t begin,
                    int64_t end, bool first, A* sums, char* scratch);
   // Writes dk and dv from `count` sums, which it adds up in order into the first.
@@ -56,10 +56,12 @@ struct AttentionKernel {
 };
 
 constexpr int64_t kLanes = 16;
+constexpr int64_t kSumRows = 48;
 constexpr int64_t kMaxQueryChunk = 320;
 
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 static inline int64_t sum_columns(int64_t dim) { return round_up(dim, kLanes); }
+static inline int64_t sum_rows(int64_t tokens) { return round_up(tokens, kSumRows); }
 
 // Queries that the backward takes at a time. It depends on the window alone, and a chunk's share of
 // dk and dv is summed up from zero, so splitting chunks over threads changes no bit.
@@ -69,8 +71,8 @@ static inline int64_t query_chunk(int64_t tokens) {
 }
 
 AttentionKernel<double> attention_generic_f64();
-AttentionKernel<float> attention_generic(Element element);      // all but f64
-AttentionKernel<float> attention_avx512(Element element);       // all but f64, products in fp32
-AttentionKernel<float> attention_avx512_bf16(Element element);  // bf16, products in bf16
+AttentionKernel<float> attention_generic(Element element);  // all but f64
+AttentionKernel<float> attention_avx512(Element element);   // all but f64, products in fp32
+AttentionKernel<float> attention_avx512_bf16();             // bf16, products in bf16
 
 }  // namespace kdfast::cpu

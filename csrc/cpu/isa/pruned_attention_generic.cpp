@@ -98,7 +98,7 @@ void forward(const AttentionHead<A>& head, int64_t begin, int64_t end, MutableRo
 
 template <class A>
 int64_t backward_bytes(int64_t n, int64_t dim) {
-  const int64_t chunk_sums = 2 * n * sum_columns(dim);
+  const int64_t chunk_sums = 2 * sum_rows(n) * sum_columns(dim);
   return (3 * n * dim + chunk_sums + 2 * n + 4 * dim) * static_cast<int64_t>(sizeof(A)) + 10 * 64;
 }
 
@@ -116,32 +116,30 @@ template <class T, class A>
 struct Backward {
   const AttentionHead<A>& head;
   const AttentionGrad<A>& grad;
-  A *keys, *key_columns, *value_columns, *p, *ds, *q, *g, *o, *dq;
+  A *keys, *key_columns, *value_columns, *p, *ds, *q, *g, *part, *dq;
 
   void query(int64_t i, A* dk, A* dv) {
     const int64_t n = span_tokens(head.span), dim = head.dim, columns = sum_columns(dim);
     const A lse = grad.lse[span_token(head.span, i)];
     load_row<T>(head.q, head, i, true, q);
     load_row<T>(grad.grad, head, i, false, g);
-    load_row<T>(grad.out, head, i, false, o);
-    A delta = 0;
-    for (int64_t d = 0; d < dim; ++d) delta += g[d] * o[d];
     products(q, key_columns, dim, n, p);
     products(g, value_columns, dim, n, ds);
-    for (int64_t j = 0; j < n; ++j) {
-      p[j] = std::exp(p[j] * head.scale - lse);
-      ds[j] = p[j] * (ds[j] - delta);
-    }
+    // The row is at hand, so P is normalised again, which undoes the rounding of lse, and delta is
+    // the sum of P dP: equal to <g, out>, but its error cancels in dP - delta.
+    A pads = head.span.pads ? head.span.pads * std::exp(-lse) : A(0), total = pads, delta = 0;
+    for (int64_t j = 0; j < n; ++j) total += p[j] = std::exp(p[j] * head.scale - lse);
+    pads /= total;
+    for (int64_t d = 0; head.span.pads && d < dim; ++d) delta += pads * g[d] * head.pad[d];
+    for (int64_t j = 0; j < n; ++j) delta += (p[j] /= total) * ds[j];
+    for (int64_t j = 0; j < n; ++j) ds[j] = p[j] * (ds[j] - delta);
     for (int64_t d = 0; d < dim; ++d) dq[d] = 0;
-    add_rows(ds, keys, dim, n, o, dq);
+    add_rows(ds, keys, dim, n, part, dq);
     for (int64_t j = 0; j < n; ++j) {
       for (int64_t d = 0; d < dim; ++d) dk[j * columns + d] += ds[j] * q[d];
       for (int64_t d = 0; d < dim; ++d) dv[j * columns + d] += p[j] * g[d];
     }
-    if (head.span.pads) {
-      const A weight = head.span.pads * std::exp(-lse);
-      for (int64_t d = 0; d < dim; ++d) grad.dpad[d] += weight * g[d];
-    }
+    for (int64_t d = 0; head.span.pads && d < dim; ++d) grad.dpad[d] += pads * g[d];
     store_row<T>(head, i, true, dq, grad.dq);
   }
 };
@@ -150,7 +148,7 @@ template <class T, class A>
 void backward(const AttentionHead<A>& head, const AttentionGrad<A>& grad, int64_t begin,
               int64_t end, bool first, A* sums, char* scratch) {
   const int64_t n = span_tokens(head.span), dim = head.dim;
-  const int64_t part_size = n * sum_columns(dim), chunk = query_chunk(n);
+  const int64_t part_size = sum_rows(n) * sum_columns(dim), chunk = query_chunk(n);
   A* keys = take<A>(scratch, n * dim);
   A* key_columns = take<A>(scratch, n * dim);
   A* value_columns = take<A>(scratch, n * dim);
@@ -177,12 +175,12 @@ template <class T, class A>
 void backward_keys(const AttentionHead<A>& head, const AttentionGrad<A>& grad, A* sums,
                    int64_t count) {
   const int64_t n = span_tokens(head.span), columns = sum_columns(head.dim);
-  const int64_t size = 2 * n * columns;
+  const int64_t size = 2 * sum_rows(n) * columns;
   for (int64_t c = 1; c < count; ++c)
     for (int64_t x = 0; x < size; ++x) sums[x] += sums[c * size + x];
   for (int64_t j = 0; j < n; ++j) {
     store_row<T>(head, j, true, sums + j * columns, grad.dk);
-    store_row<T>(head, j, false, sums + (n + j) * columns, grad.dv);
+    store_row<T>(head, j, false, sums + (sum_rows(n) + j) * columns, grad.dv);
   }
 }
 

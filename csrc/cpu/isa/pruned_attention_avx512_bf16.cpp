@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+// bf16 with products in bf16 and sums in fp32: AVX-512 with AVX512_BF16.
+#include "cpu/isa/pruned_attention_avx512.h"
+
+namespace kdfast::cpu {
+
+AttentionKernel<float> attention_avx512_bf16() { return avx512_kernel<Bf16, Bf16Math>(); }
+
+}  // namespace kdfast::cpu
