@@ -36,11 +36,18 @@ void load_columns(const Rows& rows, const AttentionHead<A>& head, bool rotate, A
   }
 }
 
-// scores[j] = sum_d x[d] columns[d, j]
+// scores[j] = sum_d x[d] columns[d, j], four d at a time: fewer passes, and shorter chains of sums.
 template <class A>
 void products(const A* x, const A* columns, int64_t dim, int64_t n, A* scores) {
   for (int64_t j = 0; j < n; ++j) scores[j] = 0;
-  for (int64_t d = 0; d < dim; ++d)
+  int64_t d = 0;
+  for (; d + 4 <= dim; d += 4) {
+    const A* c = columns + d * n;
+    for (int64_t j = 0; j < n; ++j)
+      scores[j] +=
+          (x[d] * c[j] + x[d + 1] * c[n + j]) + (x[d + 2] * c[2 * n + j] + x[d + 3] * c[3 * n + j]);
+  }
+  for (; d < dim; ++d)
     for (int64_t j = 0; j < n; ++j) scores[j] += x[d] * columns[d * n + j];
 }
 
