@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    # OpenMP reads this when torch is loaded, and its default, spinning, makes a step ten times
+    # slower as soon as another process wants one of the cores (docs/training.md).
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 import torch
 import torch.distributed as dist
@@ -72,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         LOG.info("%s; the state is saved, go on with --resume", stop)
         return 128 + stop.signum
+    except KeyboardInterrupt:
+        print("error: interrupted outside of training, nothing to save", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (ConfigError, CorruptDataError, NonFiniteLoss) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -139,7 +150,7 @@ def open_folder(config: Config, accelerator: Accelerator, resume: bool) -> Path:
     if resume:
         if not used:
             raise ConfigError([f"--resume: there is no run in {output}"])
-        chosen = [max(used, key=lambda path: (path / "train.log").stat().st_mtime)]
+        chosen = [max(used, key=lambda path: (path / "config.yaml").stat().st_mtime)]
     else:
         number = 2
         chosen = [output]

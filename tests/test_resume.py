@@ -40,7 +40,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times models once instead of for half a second each, and draws no curves."""
     monkeypatch.setattr(
-        report, "interleave", lambda calls, rounds: {name: [(1e-3, True)] for name in calls}
+        report, "interleave", lambda calls, **_: {name: [(1e-3, True)] for name in calls}
     )
     monkeypatch.setattr(loop, "draw_curves", lambda folder: None)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +25,8 @@ from kdfast.benchmark import interleave, peak_bytes, summarize
 from kdfast.data.preprocess import MEAN, STD
 from kdfast.pruning import pruning_report
 
-ROUNDS = 9
+# Samples per model in the final table: many for small models, few where a forward takes seconds.
+ROUNDS, FEW_ROUNDS, PATIENCE_SECONDS = 9, 3, 20.0
 # Pixels that a picture is at least wide in the sheet of predictions.
 MIN_TILE = 160
 
@@ -54,7 +58,7 @@ def measure(
     models: Mapping[str, nn.Module],
     quality: Mapping[str, float],
     image: Tensor,
-    autocast: Callable[[], object],
+    autocast: Callable[[], AbstractContextManager[Any]],
 ) -> list[Line]:
     """Size, cost and speed of backbones, timed in turns on the same image.
 
@@ -67,7 +71,7 @@ def measure(
 
     def call(model: nn.Module) -> Callable[[], object]:
         def forward() -> object:
-            with torch.inference_mode(), autocast():  # type: ignore[attr-defined]
+            with torch.inference_mode(), autocast():
                 return model(image)
 
         return forward
@@ -75,7 +79,11 @@ def measure(
     # The profiler behind ``peak_bytes`` would write to the terminal.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     calls = {name: call(model) for name, model in models.items()}
-    samples = interleave(calls, rounds=ROUNDS)
+    # The measurement of memory is also the first warm-up.
+    began = time.monotonic()
+    peaks = {name: peak_bytes(forward) for name, forward in calls.items()}
+    slow = (time.monotonic() - began) * (ROUNDS + 2) > PATIENCE_SECONDS
+    samples = interleave(calls, rounds=FEW_ROUNDS if slow else ROUNDS, warmup=0 if slow else 2)
     height, width = image.shape[-2:]
     lines = []
     for name, model in models.items():
@@ -89,7 +97,7 @@ def measure(
                 params=cost.params,
                 gflop=cost.flops / 1e9,
                 ms=summarize(samples[name])["ms"],
-                peak_mib=(weights + peak_bytes(calls[name])) / 2**20,
+                peak_mib=(weights + peaks[name]) / 2**20,
             )
         )
     return lines
