@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's examples run as they stand, on a small model and small tensors."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from kdfast.models import EVAViT, load_backbone, save_backbone
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_pruning_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = EVAViT(
+        img_size=64,
+        embed_dim=128,
+        depth=3,
+        num_heads=2,
+        window_size=3,
+        window_block_indexes=(0, 1),
+        pt_hw_seq_len=3,
+    )
+    save_backbone(model, tmp_path / "orion.safetensors", orion_keys=True)
+    state = load_file(tmp_path / "orion.safetensors")
+    torch.save({"meta": {}, "state_dict": state}, tmp_path / "orion.pth")
+    scope: dict[str, Any] = {}
+    exec(python_blocks()[0], scope)
+    assert [len(heads) for heads in load_backbone("student.safetensors").heads] == [1, 1, 1]
+
+
+def test_attention_example() -> None:
+    batch, tokens, heads = 2, 17, 16
+    scope: dict[str, Any] = {
+        "qkv": torch.randn(batch, tokens, 3 * heads * 64),
+        "B": batch,
+        "N": tokens,
+        "cos": torch.randn(tokens - 1, 64),
+        "sin": torch.randn(tokens - 1, 64),
+        "proj": nn.Linear(3 * 64, 1024),
+    }
+    exec(f"import kdfast\n{python_blocks()[1]}", scope)
+    assert scope["x"].shape == (batch, tokens, 1024)
+    assert scope["out"].transpose(1, 2).flatten(2).data_ptr() == scope["out"].data_ptr()
