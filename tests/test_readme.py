@@ -28,7 +28,6 @@ def test_pruning_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         num_heads=2,
         window_size=3,
         window_block_indexes=(0, 1),
-        pt_hw_seq_len=3,
     )
     save_backbone(model, tmp_path / "orion.safetensors", orion_keys=True)
     state = load_file(tmp_path / "orion.safetensors")
