@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from kdfast.ops import feature_loss, kd_loss, pruned_attention
+from kdfast.ops import attention_distill, feature_loss, kd_loss, pruned_attention
 from kdfast.ops.geometry import Rope, Window
 
 # Shared memory of one block, bytes (CUDA programming guide, compute capabilities).
@@ -158,6 +158,18 @@ def compile_attention(
     pruned_attention._cuda_bwd(out, q, k, v, out, lse, [1], *arguments)
 
 
+def compile_distill(
+    dtype: torch.dtype, dim: int, *, tokens: int = 257, kind: str = "kl", temperature: int = 1
+) -> None:
+    """Launches ``attention_distill`` and its backward, with RoPE on both sides."""
+    q, k, v = torch.zeros(1, tokens, 3, 2, dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind()
+    table = torch.zeros(tokens, dim)
+    student = pruned_attention.geometry_args(Rope(table, table), None, dim**-0.5)
+    every = (q, k, v, q, k, [1], [1], *student, *student[:5], float(temperature), kind)
+    out, loss, stats = attention_distill._cuda(*every)
+    attention_distill._cuda_bwd(out, loss, out, stats, *every)
+
+
 def compile_kd_loss(dtype: torch.dtype, classes: int, *, rows: int = 64, target: str = "") -> None:
     """Launches ``kd_loss`` with its gradient; ``target``: none, "indices" or "probabilities"."""
     logits = torch.zeros(rows, classes, dtype=dtype)
@@ -175,6 +187,7 @@ def compile_feature_loss(
 
 OPS: dict[str, Callable[..., None]] = {
     "pruned_attention": compile_attention,
+    "attention_distill": compile_distill,
     "kd_loss": compile_kd_loss,
     "feature_loss": compile_feature_loss,
 }

@@ -20,6 +20,7 @@ from kdfast.kernels._attention import (
 )
 from kdfast.kernels._common import (
     PLAIN_ROWS,
+    Tiles,
     alignment,
     choose_tiles,
     chunks,
@@ -81,6 +82,8 @@ class Call:
     kept: int
     tokens: int
     head_dim: int
+    width: int  # head dim and bytes of an element that blocks have to suit
+    itemsize: int
     lengths: tuple[int, ...]
     grid: tuple[int, int, int]  # (h, w, size)
     prefix: int
@@ -92,17 +95,19 @@ class Call:
         """Blocks of an element-wise kernel."""
         return -(-self.tokens // PLAIN_ROWS)
 
+    def tiles(self, kernel: str) -> Tiles:
+        """Blocks of a kernel of ``BLOCKS``."""
+        return choose_tiles(kernel, self.lengths, self.width, self.itemsize)
+
     def launch(
         self,
         kernel: Any,
-        name: str,
+        tiles: Tiles,
         pointers: Sequence[Tensor],
         strided: Sequence[Tensor],
         **options: Any,
     ) -> None:
         """Runs an attention kernel whose tensors after ``pointers`` have three strides each."""
-        dtype = pointers[0].dtype
-        tiles = choose_tiles(name, self.lengths, self.head_dim, dtype.itemsize)
         blocks = -(-max(self.lengths) // tiles.rows)
         low, high = chunks(self.head_dim)
         kernel[(blocks * len(self.lengths) * self.kept * self.batch,)](
@@ -127,7 +132,7 @@ class Call:
             COL_TAIL=tiles.col_tail,
             STAGES=tiles.stages,
             UNIT=alignment(*strided),
-            PRECISION=dot_precision(dtype),
+            PRECISION=dot_precision(pointers[0].dtype),
             num_warps=tiles.warps,
             **options,
         )
@@ -160,6 +165,8 @@ def make_call(
         kept=len(kept),
         tokens=tokens,
         head_dim=head_dim,
+        width=head_dim,
+        itemsize=q.dtype.itemsize,
         lengths=window_lengths(tokens, None if grid is None else tuple(grid), window),
         grid=(1, tokens, tokens) if grid is None else (grid[0], grid[1], window),
         prefix=prefix,

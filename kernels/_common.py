@@ -46,6 +46,19 @@ BLOCKS: dict[tuple[str, int, int], tuple[tuple[tuple[int, int], ...], int, int]]
     ("dkdv", 128, 2): (((64, 8), (32, 4)), 32, 2),
     ("dkdv", 64, 4): (((64, 8), (32, 4)), 32, 1),
     ("dkdv", 128, 4): (((32, 8),), 16, 1),
+    # With the distance to a teacher's maps, and the kernel of its row sums.
+    ("dq_rider", 64, 2): (((64, 4), (32, 4)), 32, 2),
+    ("dq_rider", 128, 2): (((64, 8), (32, 4)), 32, 1),
+    ("dq_rider", 64, 4): (((32, 8),), 32, 1),
+    ("dq_rider", 128, 4): (((32, 8),), 16, 1),
+    ("dkdv_rider", 64, 2): (((64, 8), (32, 4)), 32, 2),
+    ("dkdv_rider", 128, 2): (((32, 8),), 32, 1),
+    ("dkdv_rider", 64, 4): (((32, 8),), 16, 1),
+    ("dkdv_rider", 128, 4): (((16, 8),), 16, 1),
+    ("distance", 64, 2): (((64, 4), (32, 4)), 64, 2),
+    ("distance", 128, 2): (((64, 8), (32, 4)), 32, 2),
+    ("distance", 64, 4): (((64, 8), (32, 4)), 32, 1),
+    ("distance", 128, 4): (((32, 8),), 32, 1),
 }
 # Rows of the element-wise kernels.
 PLAIN_ROWS = 32
@@ -85,7 +98,7 @@ def choose_tiles(kernel: str, lengths: tuple[int, ...], head_dim: int, itemsize:
     """Blocks for windows of ``lengths`` tokens: the first choice with a useful share of 75 %.
 
     Args:
-        kernel: "fwd", "dq" or "dkdv".
+        kernel: As in ``BLOCKS``.
         lengths: Tokens of every window, or the one length of global attention.
         head_dim: At most 128.
         itemsize: Bytes of an element, 2 or 4.

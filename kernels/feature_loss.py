@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.kernels._common import power_of_two, unit_stride
+from kdfast.kernels._sums import SUM_BLOCK, total_kernel
 
 # Must equal those of kdfast/ops/feature_loss.py, as a test asserts.
 EPS = tl.constexpr(1e-6)
@@ -23,7 +24,6 @@ NONE, LAYER, CHANNEL = (tl.constexpr(i) for i in range(3))
 # Features that a program takes at once, and positions and channels of one program of statistics.
 TILE = 1024
 STAT_ROWS, STAT_COLS = 128, 32
-SUM_BLOCK = 4096
 
 
 @triton.jit
@@ -169,16 +169,6 @@ def _statistics_kernel(
     tl.store(factor_ptr + cols, 1.0 / tl.sqrt(square / positions + EPS), mask=ok)
 
 
-@triton.jit
-def _total_kernel(part_ptr, loss_ptr, parts, divisor, BLOCK: tl.constexpr):
-    """The sum of the parts over ``divisor``, in fp64 and in one order."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, parts, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        total += tl.load(part_ptr + i, mask=i < parts, other=0.0).to(tl.float64)
-    tl.store(loss_ptr, (tl.sum(total, 0) / divisor).to(tl.float32))
-
-
 def channel_statistics(t: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(variance + EPS), fp32, of each channel of t (P, C)."""
     positions, features = t.shape
@@ -234,5 +224,5 @@ def forward(
             UNIT=math.gcd(16, features, s.stride(0), t.stride(0)),
             num_warps=max(4, min(16, rows * cols // 512)),
         )
-        _total_kernel[(1,)](part, loss, programs, float(divisor), BLOCK=SUM_BLOCK)
+        total_kernel[(1,)](part, loss, programs, float(divisor), BLOCK=SUM_BLOCK)
     return loss, grad

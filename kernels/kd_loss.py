@@ -13,11 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.kernels._common import power_of_two, unit_stride
+from kdfast.kernels._sums import SUM_BLOCK
 
 ONE_TILE = 8192
 TILE = 4096
-# Rows that the single program of a sum adds at a time.
-SUM_BLOCK = 4096
 # Values of the constexpr TARGET.
 NO_TARGET, INDICES, PROBABILITIES = (tl.constexpr(i) for i in range(3))
 

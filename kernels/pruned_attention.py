@@ -34,7 +34,7 @@ from kdfast.kernels._common import PLAIN_ROWS, alignment, power_of_two, unit_str
 
 
 @triton.jit
-def _fwd_kernel(
+def fwd_kernel(
     q_ptr,  # (B, H, N, D)
     k_ptr,  # (B, H, N, D); with ROPE (B, K, N, D), rotated and in pair order
     v_ptr,  # (B, H, N, D)
@@ -79,8 +79,9 @@ def _fwd_kernel(
     STAGES: tl.constexpr,
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    VALUES: tl.constexpr = True,
 ):
-    """Output and log-sum-exp of one block of queries."""
+    """Output and log-sum-exp of one block of queries; without VALUES only the latter."""
     block, window, j, b = program(blocks, windows, kept)
     first, length, count = window_span(window, tokens, grid_h, grid_w, size, WINDOWED)
     head = tl.load(heads_ptr + j)
@@ -114,6 +115,7 @@ def _fwd_kernel(
                 pads = size * size - count
                 m = tl.where(pads > 0, tl.zeros_like(m), m)
                 total += pads
+            if HAS_PAD and VALUES:
                 lo, hi = tl.arange(0, LO), LO + tl.arange(0, HI if HI else 16)
                 pad_ptr += head * D
                 acc_lo += pads * tl.load(pad_ptr + lo, lo < D, other=0.0).to(tl.float32)[None, :]
@@ -143,17 +145,21 @@ def _fwd_kernel(
                     p = tl.exp2(s - m_new[:, None])
                     m = m_new
                     total = total * decay + tl.sum(p, 1)
-                    at = row_offsets(keys, stride_vn, UNIT)
-                    v_lo = load_tile(v_ptr, at, there, D, 0, LO, REST)
-                    p = p.to(v_lo.dtype)
-                    acc_lo = tl.dot(p, v_lo, acc_lo * decay[:, None], input_precision=PRECISION)
-                    if HI:
-                        v_hi = load_tile(v_ptr, at, there, D, LO, HI, REST)
-                        acc_hi = tl.dot(p, v_hi, acc_hi * decay[:, None], input_precision=PRECISION)
-            rows = row_offsets(token, stride_on, UNIT)
-            store_tile(out_ptr, rows, ok, acc_lo / total[:, None], D, 0, LO, NONE)
-            if HI:
-                store_tile(out_ptr, rows, ok, acc_hi / total[:, None], D, LO, HI, NONE)
+                    if VALUES:
+                        at = row_offsets(keys, stride_vn, UNIT)
+                        v_lo = load_tile(v_ptr, at, there, D, 0, LO, REST)
+                        p = p.to(v_lo.dtype)
+                        acc_lo = tl.dot(p, v_lo, acc_lo * decay[:, None], input_precision=PRECISION)
+                        if HI:
+                            v_hi = load_tile(v_ptr, at, there, D, LO, HI, REST)
+                            acc_hi = tl.dot(
+                                p, v_hi, acc_hi * decay[:, None], input_precision=PRECISION
+                            )
+            if VALUES:
+                rows = row_offsets(token, stride_on, UNIT)
+                store_tile(out_ptr, rows, ok, acc_lo / total[:, None], D, 0, LO, NONE)
+                if HI:
+                    store_tile(out_ptr, rows, ok, acc_hi / total[:, None], D, LO, HI, NONE)
             tl.store(lse_ptr + token, (m + tl.log2(total)) * LN_2, mask=ok)
 
 
@@ -238,7 +244,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, T
         k = rotated(k, call)
         pointers = (q, k, v, out, lse, call.heads, call.cos, call.sin, call.pad)
         scaled = replace(call, scale=call.scale * math.log2(math.e))
-        scaled.launch(_fwd_kernel, "fwd", pointers, (q, k, v, out), HAS_PAD=call.has_pad)
+        tiles = call.tiles("fwd")
+        scaled.launch(fwd_kernel, tiles, pointers, (q, k, v, out), HAS_PAD=call.has_pad)
     return out, lse
 
 
@@ -248,17 +255,37 @@ def backward(
     """Launches ``kdfast::pruned_attention_bwd``: dq, dk, dv (B, H, N, D) and dpad (H, D)."""
     grad, q, k, v, out = (unit_stride(x) for x in (grad, q, k, v, out))
     call = make_call(q, *arguments)
+    with torch.cuda.device_of(q):
+        return gradients(grad, q, k, v, out, lse, call)
+
+
+def gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    call: Call,
+    rider: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv (B, H, N, D) and dpad (H, D); ``rider``: of the distance to a teacher's maps."""
     subset = call.kept < q.shape[1]
     dq, dk, dv = (rows_first(x, x.shape[1], zero=subset) for x in (q, k, v))
     dpad = torch.zeros_like(call.pad) if call.has_pad else q.new_empty(0)
     if out.numel() == 0:
         return dq, dk, dv, dpad
-    with torch.cuda.device_of(q):
-        delta = row_sums(grad, out, lse, dpad, call)
-        q, k = rotated(q, call), rotated(k, call)
-        inputs, tables = (q, k, v, grad, lse, delta), (call.heads, call.cos, call.sin)
-        call.launch(bwd_dq_kernel, "dq", (*inputs, dq, *tables), (q, k, v, grad, dq))
-        call.launch(bwd_dkdv_kernel, "dkdv", (*inputs, dk, dv, *tables), (q, k, v, grad, dk))
+    rider = rider or {}
+    delta = row_sums(grad, out, lse, dpad, call)
+    q, k = rotated(q, call), rotated(k, call)
+    inputs, tables = (q, k, v, grad, lse, delta), (call.heads, call.cos, call.sin)
+    for kernel, name, results in (
+        (bwd_dq_kernel, "dq", (dq,)),
+        (bwd_dkdv_kernel, "dkdv", (dk, dv)),
+    ):
+        tiles = call.tiles(f"{name}_rider" if rider else name)
+        pointers = (*inputs, *results, *tables)
+        call.launch(kernel, tiles, pointers, (q, k, v, grad, results[0]), **rider)
     return dq, dk, dv, dpad
 
 

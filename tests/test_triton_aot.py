@@ -18,7 +18,7 @@ SPILL_BUDGET = 64
 # Every architecture's instruction for tensor cores, and shared memory of one block (99 KiB is what
 # sm_86 and sm_89 have; the table of block sizes keeps to it everywhere).
 SHARED = 99 << 10
-ATTENTION = {"_fwd_kernel", "bwd_dq_kernel", "bwd_dkdv_kernel"}
+ATTENTION = {"fwd_kernel", "bwd_dq_kernel", "bwd_dkdv_kernel"}
 
 
 def compiled(op: str, *arguments: str) -> list[dict[str, Any]]:
@@ -41,6 +41,32 @@ def check_attention(rows: list[dict[str, Any]], wide_loads: float = 0.4) -> None
 
 def test_attention_compiles() -> None:
     check_attention(compiled("pruned_attention", "--arch", "90"))
+
+
+def check_distill(rows: list[dict[str, Any]]) -> None:
+    streaming = {"fwd_kernel", "_distance_kernel", "bwd_dq_kernel", "bwd_dkdv_kernel"}
+    assert {row["name"] for row in rows} >= streaming
+    for row in rows:
+        assert row["spill_bytes"] <= SPILL_BUDGET, row
+        assert row["shared_bytes"] <= SHARED, row
+        assert (row["tensor_core"] > 0) == (row["name"] in streaming), row
+
+
+def test_distill_compiles() -> None:
+    check_distill(compiled("attention_distill", "--arch", "90"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dim", [16, 64, 72, 128])
+def test_distill_sweep(arch: int, dtype: str, dim: int) -> None:
+    common = ("--arch", str(arch), "--dtype", dtype, "--dim", str(dim))
+    check_distill(compiled("attention_distill", *common))
+    if dim == 64:
+        for kind in ("reverse_kl", "jsd", "mse", "cosine", "logit_mse"):
+            choice = ("--set", f"kind={kind}", "temperature=2")
+            check_distill(compiled("attention_distill", *common, *choice))
 
 
 def check_losses(rows: list[dict[str, Any]], main: str, wide: bool) -> None:

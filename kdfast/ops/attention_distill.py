@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdfast.ops import pruned_attention as attention
 from kdfast.ops._checks import head_list
-from kdfast.ops._library import LIB, fused_devices, not_compiled, use_fused
+from kdfast.ops._library import HAS_TRITON, LIB, fused_devices, not_compiled, use_fused
 from kdfast.ops.geometry import Rope, Window
 
 # Numbers that the fused op keeps per row, by kind, in this order: the maximum of the scores and the
@@ -103,7 +103,9 @@ def attention_distill(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     teacher_scale = teacher_q.shape[3] ** -0.5 if teacher_scale is None else float(teacher_scale)
     with torch.autocast(device, enabled=False):
-        if use_fused("attention_distill", backend, why_not(q), compiled=device in FUSED_ON):
+        if use_fused(
+            "attention_distill", backend, why_not(q, teacher_q), compiled=device in FUSED_ON
+        ):
             op = torch.ops.kdfast.attention_distill.default
             student = attention.geometry_args(rope, window, scale)
             teacher = attention.geometry_args(teacher_rope, None, teacher_scale)[:5]
@@ -170,8 +172,10 @@ def _teacher_heads(
     return mapped
 
 
-def why_not(q: Tensor) -> str | None:
+def why_not(q: Tensor, teacher_q: Tensor) -> str | None:
     """The reason why the compiled kernel cannot run this input, or None."""
+    if q.device.type == "cuda":
+        return attention.why_not(q) or attention.why_not(teacher_q)
     return not_compiled("attention_distill", q.device, FUSED_ON)
 
 
@@ -314,4 +318,21 @@ torch.library.register_autograd(
     "kdfast::attention_distill", _backward, setup_context=_setup_context, lib=LIB
 )
 torch.library.register_autograd("kdfast::attention_distill_bwd", _twice, lib=LIB)
+
+
+if HAS_TRITON:
+
+    @torch.library.impl(LIB, "attention_distill", "CUDA")
+    def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        from kdfast.kernels.attention_distill import forward
+
+        return forward(*args)
+
+    @torch.library.impl(LIB, "attention_distill_bwd", "CUDA")
+    def _cuda_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from kdfast.kernels.attention_distill import backward
+
+        return backward(*args)
+
+
 FUSED_ON = fused_devices("attention_distill")

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention, and the distance of its maps to a teacher's. See docs/attention_distill.md.
+
+B batch, H heads, K kept heads, N tokens, D head dim; Ht, TD the teacher's. The forward pass is that
+of pruned_attention, a log-sum-exp of the teacher's scores, and row sums over both maps; the
+gradient rides on the kernels of pruned_attention's backward pass.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdfast.kernels import pruned_attention
+from kdfast.kernels._attention import (
+    NONE,
+    head_base,
+    load_tile,
+    program,
+    row_offsets,
+    scores,
+    window_span,
+    window_tokens,
+)
+from kdfast.kernels._attention_call import Call, make_call, rotated
+from kdfast.kernels._attention_maps import (
+    COSINE,
+    JSD,
+    KINDS,
+    KL,
+    LOGIT_MSE,
+    MSE,
+    load_stats,
+    map_terms,
+    row_results,
+)
+from kdfast.kernels._common import alignment, chunks, dot_precision, unit_stride
+from kdfast.kernels._sums import SUM_BLOCK, total_kernel
+
+# Planes of the op's stats, as many as STATS of kdfast.ops.attention_distill says. Here they are
+# lse, a_lse, b_lse, x, y; the rest is not used (the CPU kernel keeps the scores' maxima apart).
+PLANES = {"kl": 5, "reverse_kl": 6, "jsd": 6, "mse": 6, "cosine": 7, "logit_mse": 2}
+
+
+@triton.jit
+def _distance_kernel(
+    q_ptr,  # (B, H, N, D); with ROPE (B, K, N, D), rotated and in pair order, as is k
+    k_ptr,
+    distance_ptr,  # (B, K, N)
+    heads_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    kept,
+    tokens,
+    blocks,
+    windows,
+    grid_h,
+    grid_w,
+    size,
+    prefix,
+    skipped,
+    scale,
+    D: tl.constexpr,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
+    ROPE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROW_TAIL: tl.constexpr,
+    COLS: tl.constexpr,
+    COL_TAIL: tl.constexpr,
+    STAGES: tl.constexpr,
+    UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_PAD: tl.constexpr,
+    # The teacher; as in the kernels of the backward pass.
+    teacher_q_ptr,
+    teacher_k_ptr,
+    teacher_heads_ptr,
+    stats_ptr,
+    grad_loss_ptr,
+    stride_tqb,
+    stride_tqh,
+    stride_tqn,
+    stride_tkb,
+    stride_tkh,
+    stride_tkn,
+    plane,
+    teacher_scale,
+    temperature,
+    weight,
+    KIND: tl.constexpr,
+    TROPE: tl.constexpr,
+    TD: tl.constexpr,
+    TLO: tl.constexpr,
+    THI: tl.constexpr,
+    TUNIT: tl.constexpr,
+    TPRECISION: tl.constexpr,
+):
+    """Distances of one block of queries; fills the planes of stats that the gradient needs."""
+    block, window, j, b = program(blocks, windows, kept)
+    first, length, count = window_span(window, tokens, grid_h, grid_w, size, WINDOWED)
+    head = j if ROPE != NONE else tl.load(heads_ptr + j)
+    teacher = j if TROPE else tl.load(teacher_heads_ptr + j)
+    q_ptr = head_base(q_ptr, b, head, stride_qb, stride_qh, UNIT)
+    k_ptr = head_base(k_ptr, b, head, stride_kb, stride_kh, UNIT)
+    teacher_q_ptr = head_base(teacher_q_ptr, b, teacher, stride_tqb, stride_tqh, TUNIT)
+    teacher_k_ptr = head_base(teacher_k_ptr, b, teacher, stride_tkb, stride_tkh, TUNIT)
+    stats = (b.to(tl.int64) * kept + j) * tokens
+    left = count - block * ROWS
+    for PART in tl.static_range(2 if ROW_TAIL else 1):
+        if (left > 0 and left < ROWS) if PART else left >= ROWS:
+            i = block * ROWS + tl.arange(0, ROW_TAIL if PART else ROWS)
+            ok = i < count
+            token = window_tokens(tl.minimum(i, count - 1), first, length, grid_w, WINDOWED)
+            rows = row_offsets(token, stride_qn, UNIT)
+            q_lo = load_tile(q_ptr, rows, ok, D, 0, LO)
+            q_hi = load_tile(q_ptr, rows, ok, D, LO, HI) if HI else q_lo
+            rows = row_offsets(token, stride_tqn, TUNIT)
+            tq_lo = load_tile(teacher_q_ptr, rows, ok, TD, 0, TLO)
+            tq_hi = load_tile(teacher_q_ptr, rows, ok, TD, TLO, THI) if THI else tq_lo
+            a_lse, b_lse, x, y = load_stats(
+                stats_ptr + stats, plane, token, ok, LOGIT_MSE if KIND == LOGIT_MSE else KL
+            )
+            one = tl.zeros(token.shape, tl.float32)
+            two, three = one, one
+            if HAS_PAD and KIND != LOGIT_MSE:
+                # A padded key is an entry of logit 0 of both maps.
+                pads = size * size - count
+                u, v, w = map_terms(one, one, a_lse, b_lse, KIND)
+                one, two, three = pads * u, pads * v, pads * w
+            full = count // COLS * COLS
+            for REST in tl.static_range(2 if COL_TAIL else 1):
+                for c in tl.range(
+                    full if REST else 0,
+                    count if REST else full,
+                    COL_TAIL if REST else COLS,
+                    num_stages=1 if REST else STAGES,
+                ):
+                    n = c + tl.arange(0, COL_TAIL if REST else COLS)
+                    there = n < count
+                    keys = n
+                    if REST:
+                        keys = tl.minimum(n, count - 1)
+                    keys = window_tokens(keys, first, length, grid_w, WINDOWED)
+                    at = row_offsets(keys, stride_kn, UNIT)
+                    k_lo = load_tile(k_ptr, at, there, D, 0, LO, REST)
+                    k_hi = load_tile(k_ptr, at, there, D, LO, HI, REST) if HI else k_lo
+                    at = row_offsets(keys, stride_tkn, TUNIT)
+                    tk_lo = load_tile(teacher_k_ptr, at, there, TD, 0, TLO, REST)
+                    tk_hi = tk_lo
+                    if THI:
+                        tk_hi = load_tile(teacher_k_ptr, at, there, TD, TLO, THI, REST)
+                    s = scores(q_lo, q_hi, k_lo, k_hi, HI, PRECISION) * (scale / temperature)
+                    t = scores(tq_lo, tq_hi, tk_lo, tk_hi, THI, TPRECISION) * teacher_scale
+                    u, v, w = map_terms(s, t, a_lse[:, None], b_lse[:, None], KIND)
+                    one += tl.sum(tl.where(there[None, :], u, 0.0) if REST else u, 1)
+                    if KIND == JSD or KIND == MSE or KIND == COSINE:
+                        two += tl.sum(tl.where(there[None, :], v, 0.0) if REST else v, 1)
+                    if KIND == COSINE:
+                        three += tl.sum(tl.where(there[None, :], w, 0.0) if REST else w, 1)
+            distance, x, y = row_results(one, two, three, count, KIND)
+            tl.store(distance_ptr + stats + token, distance, mask=ok)
+            place = stats_ptr + stats + token
+            if KIND != LOGIT_MSE and KIND != KL:
+                tl.store(place + 3 * tl.cast(plane, tl.int64), x, mask=ok)
+            if KIND == COSINE:
+                tl.store(place + 4 * tl.cast(plane, tl.int64), y, mask=ok)
+
+
+def calls(
+    q: Tensor,
+    teacher_q: Tensor,
+    heads: list[int] | None,
+    teacher_heads: list[int],
+    arguments: tuple[Any, ...],
+) -> tuple[Call, Call, float, str]:
+    """The student's call, the teacher's, the temperature and the kind, from the op's arguments."""
+    *student, cos, sin, prefix, interleaved, scale = arguments[:-2]
+    call = make_call(q, heads, *student)
+    teacher = make_call(
+        teacher_q, teacher_heads, cos, sin, prefix, interleaved, scale, *student[-3:]
+    )
+    # Blocks have to suit both sides.
+    width = max(call.head_dim, teacher.head_dim)
+    itemsize = max(q.dtype.itemsize, teacher_q.dtype.itemsize)
+    return replace(call, width=width, itemsize=itemsize), teacher, *arguments[-2:]
+
+
+def log_sums(q: Tensor, k: Tensor, call: Call, temperature: float) -> Tensor:
+    """Log-sum-exp (B, K, N) of the scores over the temperature; k as ``rotated`` gives it."""
+    lse = torch.empty((call.batch, call.kept, call.tokens), dtype=torch.float32, device=q.device)
+    pointers = (q, k, q, q, lse, call.heads, call.cos, call.sin, call.pad)
+    own = replace(call, width=call.head_dim, itemsize=q.dtype.itemsize)
+    scaled = replace(own, scale=call.scale / temperature * math.log2(math.e))
+    scaled.launch(
+        pruned_attention.fwd_kernel,
+        own.tiles("fwd"),
+        pointers,
+        (q, k, q, q),
+        HAS_PAD=call.has_pad,
+        VALUES=False,
+    )
+    return lse
+
+
+def rider(
+    q: Tensor,
+    k: Tensor,
+    teacher: Call,
+    stats: Tensor,
+    grad_loss: Tensor,
+    temperature: float,
+    kind: str,
+) -> dict[str, Any]:
+    """What the kernels have to know of the teacher; q, k as ``rotated`` gives them."""
+    low, high = chunks(teacher.head_dim)
+    names = [f"stride_t{side}{axis}" for side in "qk" for axis in "bhn"]
+    strides = [*q.stride()[:3], *k.stride()[:3]]
+    rows = stats[0].numel()
+    return dict(zip(names, strides, strict=True)) | {
+        "teacher_q_ptr": q,
+        "teacher_k_ptr": k,
+        "teacher_heads_ptr": teacher.heads,
+        "stats_ptr": stats,
+        "grad_loss_ptr": grad_loss,
+        "plane": rows,
+        "teacher_scale": teacher.scale / temperature,
+        "temperature": float(temperature),
+        "weight": 1 / (rows * temperature),
+        "KIND": KINDS.index(kind),
+        "TROPE": teacher.rope,
+        "TD": teacher.head_dim,
+        "TLO": low,
+        "THI": high,
+        "TUNIT": alignment(q, k),
+        "TPRECISION": dot_precision(q.dtype),
+    }
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    heads: list[int] | None,
+    teacher_heads: list[int],
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches ``kdfast::attention_distill``: out (B, K, N, D), loss () and stats."""
+    q, k, teacher_q, teacher_k = (unit_stride(x) for x in (q, k, teacher_q, teacher_k))
+    call, teacher, temperature, kind = calls(q, teacher_q, heads, teacher_heads, arguments)
+    out, lse = pruned_attention.forward(q, k, v, heads, *arguments[:8])
+    stats = torch.empty((PLANES[kind], *lse.shape), dtype=torch.float32, device=q.device)
+    loss = torch.zeros((), dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, loss, stats
+    stats[0] = lse
+    with torch.cuda.device_of(q):
+        k, teacher_k = rotated(k, call), rotated(teacher_k, teacher)
+        if kind != "logit_mse":
+            stats[1] = lse if temperature == 1 else log_sums(q, k, call, temperature)
+            stats[2] = log_sums(teacher_q, teacher_k, teacher, temperature)
+        q, teacher_q = rotated(q, call), rotated(teacher_q, teacher)
+        distance = torch.empty_like(lse)
+        call.launch(
+            _distance_kernel,
+            call.tiles("distance"),
+            (q, k, distance, call.heads),
+            (q, k),
+            HAS_PAD=call.has_pad,
+            **rider(teacher_q, teacher_k, teacher, stats, loss, temperature, kind),
+        )
+        rows = distance.numel()
+        total_kernel[(1,)](distance, loss, rows, float(rows), BLOCK=SUM_BLOCK)
+    return out, loss, stats
+
+
+def backward(
+    grad_out: Tensor,
+    grad_loss: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    heads: list[int] | None,
+    teacher_heads: list[int],
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launches ``kdfast::attention_distill_bwd``: dq, dk, dv (B, H, N, D) and dpad (H, D)."""
+    grad_out, out, q, k, v = (unit_stride(x) for x in (grad_out, out, q, k, v))
+    teacher_q, teacher_k = unit_stride(teacher_q), unit_stride(teacher_k)
+    call, teacher, temperature, kind = calls(q, teacher_q, heads, teacher_heads, arguments)
+    with torch.cuda.device_of(q):
+        extra = None
+        if out.numel():
+            teacher_q, teacher_k = rotated(teacher_q, teacher), rotated(teacher_k, teacher)
+            extra = rider(teacher_q, teacher_k, teacher, stats, grad_loss, temperature, kind)
+        return pruned_attention.gradients(grad_out, q, k, v, out, stats[0], call, extra)
