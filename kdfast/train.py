@@ -45,7 +45,7 @@ from kdfast.trainer.signals import Interrupted
 from kdfast.trainer.state import load_checkpoint, newest
 from kdfast.trainer.teacher import get_teacher
 
-VIEWS = 5
+VIEWS = 4
 # What a resumed run may change: it moves files or stops elsewhere, but computes the same.
 FREE = {
     "": ("name", "output", "note"),

@@ -49,32 +49,33 @@ def orion50_scenes() -> Config:
     Same code and same objective as ``orion50``; it needs no file and a few minutes on two cores.
     """
     vit = VitConfig(
-        img_size=96,
+        img_size=80,
         patch_size=8,
-        embed_dim=256,
+        embed_dim=128,
         depth=6,
         num_heads=16,
-        window_size=5,
+        window_size=4,
         window_block_indexes=(0, 1, 3, 4),
-        pt_hw_seq_len=5,
-        pretrain_img_size=96,
+        pt_hw_seq_len=4,
+        pretrain_img_size=80,
     )
+    # Batches of 8: a third cheaper per image on two cores than batches of 16, and more steps.
     fit = FitTeacherConfig(
         model=vit,
         head_dim=64,
         epochs=6,
-        batch_size=16,
-        optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup=50, clip=1.0),
+        batch_size=8,
+        optim=OptimConfig(lr=1.5e-3, weight_decay=0.05, warmup=100, clip=1.0),
     )
     return Config(
         name="orion50_scenes",
         output="runs/orion50",
         teacher=TeacherConfig(checkpoint=None, fit=fit),
         data=DataConfig(
-            kind="scenes", size=(96, 96), augment=False, cache=True, frames=400, val_frames=60
+            kind="scenes", size=(80, 80), augment=False, cache=True, frames=240, val_frames=40
         ),
-        prune=PruneConfig(method="taylor", keep=0.5, scope="block", batches=8, batch_size=16),
+        prune=PruneConfig(method="taylor", keep=0.5, scope="block", batches=16, batch_size=8),
         distill=DistillConfig(),
-        optim=OptimConfig(lr=5e-4, warmup=20),
-        run=RunConfig(epochs=3, batch_size=16),
+        optim=OptimConfig(lr=7e-4, warmup=50),
+        run=RunConfig(epochs=3, batch_size=8, save_every=200),
     )
