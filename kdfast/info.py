@@ -77,10 +77,12 @@ def ops() -> Rows:
     """For every op: on which devices a compiled kernel runs, and why not on the others."""
     rows = []
     for op in OPS:
-        fused_on = importlib.import_module(f"kdfast.ops.{op}").FUSED_ON
+        module = importlib.import_module(f"kdfast.ops.{op}")
         states = []
         for device in ("cpu", "cuda"):
-            reason = None if device in fused_on else "no compiled kernel"
+            reason = None if device in module.FUSED_ON else "no compiled kernel"
+            if device == "cpu" and _library.CPU_ISA in getattr(module, "PLAIN_ISAS", ()):
+                reason = f"its {_library.CPU_ISA} kernel is slower than eager"
             if _library.DEFAULT_BACKEND == "reference":
                 reason = "KDFAST_BACKEND=reference"
             states.append(f"{device} {'fused' if reason is None else f'reference ({reason})'}")

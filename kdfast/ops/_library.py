@@ -17,7 +17,7 @@ class FallbackWarning(UserWarning):
 
 
 class NotCompiledWarning(FallbackWarning):
-    """An op has no compiled kernel at all for the device that its tensors are on."""
+    """An op has no compiled kernel for the device, or none that beats the reference on it."""
 
 
 def _load_extension() -> ModuleType | None:
@@ -44,6 +44,8 @@ EXTENSION = _load_extension()
 # Only looked up here; the kernels import it when they first run.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEFAULT_BACKEND = _default_backend()
+# Read once: a call into the extension would break torch.compile(fullgraph=True).
+CPU_ISA: str | None = EXTENSION.cpu_isa() if EXTENSION else None
 LIB = torch.library.Library("kdfast", "DEF")
 _warned: set[tuple[str, str]] = set()
 
@@ -62,7 +64,14 @@ def not_compiled(op: str, device: torch.device, fused_on: frozenset[str]) -> str
     return f"{op} has no compiled kernel for {device.type} in this build"
 
 
-def use_fused(op: str, backend: str | None, reason: str | None, *, compiled: bool = True) -> bool:
+def use_fused(
+    op: str,
+    backend: str | None,
+    reason: str | None,
+    *,
+    compiled: bool = True,
+    slower: str | None = None,
+) -> bool:
     """Decides between the compiled kernel and the eager reference.
 
     Args:
@@ -70,6 +79,8 @@ def use_fused(op: str, backend: str | None, reason: str | None, *, compiled: boo
         backend: The caller's choice; ``KDFAST_BACKEND`` if None.
         reason: Why the compiled kernel cannot run this input, or None.
         compiled: False if the reason is that no kernel exists for the device.
+        slower: Why the kernel would lose to the reference here, or None: "auto" then takes the
+            reference, "fused" still the kernel.
 
     Returns:
         True for the compiled kernel.
@@ -83,10 +94,12 @@ def use_fused(op: str, backend: str | None, reason: str | None, *, compiled: boo
         raise ValueError(f"{op}: backend must be one of {BACKENDS} or None, got {backend!r}")
     if backend == "reference":
         return False
-    if reason is None:
+    if reason is None and (slower is None or backend == "fused"):
         return True
     if backend == "fused":
         raise NotImplementedError(f"{op}: backend='fused' cannot run here: {reason}")
+    compiled = compiled and reason is not None
+    reason = reason or slower or ""
     # A Python warning would break torch.compile(fullgraph=True); `kdfast.info` still lists it.
     if not torch.compiler.is_compiling() and (op, reason) not in _warned:
         _warned.add((op, reason))

@@ -12,10 +12,19 @@ import torch
 from torch import Tensor
 
 from kdfast.ops._checks import head_list
-from kdfast.ops._library import HAS_TRITON, LIB, fused_devices, not_compiled, use_fused
+from kdfast.ops._library import (
+    CPU_ISA,
+    HAS_TRITON,
+    LIB,
+    fused_devices,
+    not_compiled,
+    use_fused,
+)
 from kdfast.ops.geometry import Rope, Window
 
 MAX_HEAD_DIM = 128  # of the CUDA kernel
+# Instruction sets for which the only kernel is the plain one, written to be right on any CPU.
+PLAIN_ISAS = ("generic", "avx2")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -75,7 +84,8 @@ def pruned_attention(
     kept = None if heads is None else head_list("pruned_attention", "heads", heads, q.shape[1])
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     reason = why_not(q)
-    if use_fused("pruned_attention", backend, reason, compiled=kind in FUSED_ON):
+    slower = slower_here(q)
+    if use_fused("pruned_attention", backend, reason, compiled=kind in FUSED_ON, slower=slower):
         op = torch.ops.kdfast.pruned_attention.default
         out: Tensor = op(q, k, v, kept, *geometry_args(rope, window, scale))[0]
         return out
@@ -142,6 +152,13 @@ def why_not(q: Tensor) -> str | None:
         if q.shape[3] > MAX_HEAD_DIM:
             return f"the CUDA kernel takes head dims up to {MAX_HEAD_DIM}, got {q.shape[3]}"
     return not_compiled("pruned_attention", q.device, FUSED_ON)
+
+
+def slower_here(q: Tensor) -> str | None:
+    """The reason why the compiled kernel would lose to the reference on this machine, or None."""
+    if q.device.type == "cpu" and CPU_ISA in PLAIN_ISAS and q.dtype != torch.float64:
+        return f"the {CPU_ISA} kernel is slower than eager; backend='fused' runs it in O(N) memory"
+    return None
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:
