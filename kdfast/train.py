@@ -128,7 +128,9 @@ def run(config: Config, *, resume: bool = False) -> int:
         meta={"stage": "distil", "config": identity(config), "heads": heads},
         evaluate=lambda: {evaluate.name: evaluate(student)},
     )
-    Loop(job, accelerator).fit(resume=resume)
+    with as_config_error():
+        loop = Loop(job, accelerator)
+    loop.fit(resume=resume)
     accelerator.free_memory()
     quality["distilled"] = evaluate(student)
     if accelerator.is_main_process:
