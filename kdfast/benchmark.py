@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Interleaved timing of candidates, memory counting, and the machine facts of a result file."""
 
+import os
 import platform
 import statistics
 import subprocess
@@ -186,6 +187,8 @@ def peak_bytes(call: Callable[[], object]) -> int:
         call()
         _sync()
         return torch.cuda.max_memory_allocated() - before
+    # The profiler's library would write its own log to the terminal.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = call()

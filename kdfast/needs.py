@@ -127,7 +127,7 @@ def needed_memory(config: "Config", model: EVAViT, teacher: int, student: int) -
     block without. The eager reference of an op adds its N x N maps of one block to that.
     """
     shape, depth = model.config, len(model.heads)
-    item = 4 if config.run.precision == "no" else 2
+    item = 4 if config.run.precision == "fp32" else 2
     tokens = config.run.batch_size
     for side in config.data.size:
         tokens *= side // shape["patch_size"]

@@ -96,7 +96,10 @@ def run(config: Config, *, resume: bool = False) -> int:
         # An earlier run in this process may have had another device or precision.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-    accelerator = Accelerator(mixed_precision=config.run.precision, cpu=config.run.device == "cpu")
+    accelerator = Accelerator(
+        mixed_precision="no" if config.run.precision == "fp32" else config.run.precision,
+        cpu=config.run.device == "cpu",
+    )
     folder = open_folder(config, accelerator, resume)
     show_start(config, accelerator, folder, resume)
     with as_config_error():

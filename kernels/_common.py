@@ -31,7 +31,7 @@ class Tiles:
 
 
 # Chosen from compiled binaries, not timed on a GPU: no spills, and at most 99 KiB of shared memory,
-# which every GPU from sm_80 to sm_100 has (docs/gpu_static.md). (kernel, widest head dim, bytes per
+# which every GPU from sm_80 to sm_100 has. (kernel, widest head dim, bytes per
 # element): (row block, warps) in order of preference; column block; stages of the pipeline.
 BLOCKS: dict[tuple[str, int, int], tuple[tuple[tuple[int, int], ...], int, int]] = {
     ("fwd", 64, 2): (((128, 8), (64, 4), (32, 4)), 64, 3),

@@ -91,7 +91,7 @@ def _positions_kernel(
         v, _, no_t = _unit(t)
         d = u - v
         apart = 0.5 * tl.sum(d * d, 1)
-        loss = tl.where(no_s != no_t, 1.0, apart)
+        loss = tl.where((no_s != no_t) & (apart == apart), 1.0, apart)
         g = (d - u * apart[:, None]) * tl.where(no_t, 0.0, length)[:, None]
     else:
         d = s - t

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton decides when it is imported, which several packages do: before any of them.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import kdfast
 from kdfast.ops._library import EXTENSION
 

@@ -81,7 +81,7 @@ def check(config: Config) -> list[str]:
         found.append("distill: feature, attention and output must not all be 0")
     cuda = run.device == "cuda" or (run.device == "auto" and torch.cuda.is_available())
     if run.precision == "fp16" and not cuda:
-        found.append("run.precision: fp16 needs a GPU for loss scaling; use bf16 or no")
+        found.append("run.precision: fp16 needs a GPU for loss scaling; use bf16 or fp32")
     if run.device == "cuda" and not torch.cuda.is_available():
         found.append("run.device: torch finds no GPU")
     return found

@@ -188,7 +188,7 @@ class RunConfig:
         epochs: Passes over the training data.
         batch_size: Images per process and forward.
         accumulate: Forwards per optimiser step.
-        precision: ``no`` (fp32), or autocast in ``bf16`` or ``fp16`` (with loss scaling, on a GPU).
+        precision: ``fp32``, or autocast in ``bf16`` or ``fp16`` (with loss scaling, on a GPU).
         checkpointing: Recompute the student's blocks in the backward.
         max_steps: Stop and save after so many optimiser steps; the schedules keep their length.
         save_every: Optimiser steps between checkpoints; one is also saved after each epoch.
@@ -200,7 +200,7 @@ class RunConfig:
     epochs: Count = 3
     batch_size: Count = 4
     accumulate: Count = 1
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     checkpointing: bool = False
     max_steps: Count | None = None
     save_every: Count = 500

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -76,8 +75,6 @@ def measure(
 
         return forward
 
-    # The profiler behind ``peak_bytes`` would write to the terminal.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     calls = {name: call(model) for name, model in models.items()}
     # The measurement of memory is also the first warm-up.
     began = time.monotonic()
