@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m bench.report FILE``: a Markdown table of a result file, slower rows included."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+OURS = "kdfast"
+
+
+def table(results: dict[str, Any]) -> str:
+    """One line per comparison: our time, the best other one, the ratio, the share of the limit.
+
+    Candidates whose name starts with "kdfast" are ours; those that are no rival but a yardstick
+    (native heads, attention alone) stay in the file only.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        groups.setdefault((row["op"], row["case"]), []).append(row)
+    lines = [
+        "| op | case | kdfast ms | best other | ms | ratio | of limit |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (op, case), rows in groups.items():
+        rivals = [r for r in rows if r["candidate"] in RIVALS]
+        ours = next((r for r in rows if r["candidate"] == OURS), None)
+        if ours is None or not rivals:
+            continue
+        best = min(rivals, key=lambda r: r["ms"])
+        share = "" if ours["limit_share"] is None else f"{100 * ours['limit_share']:.0f} %"
+        lines.append(
+            f"| {op} | {case.replace('torch.', '')} | {ours['ms']:.2f} | {best['candidate']} | "
+            f"{best['ms']:.2f} | {best['ms'] / ours['ms']:.2f} | {share} |"
+        )
+    return "\n".join(lines)
+
+
+def headline(results: dict[str, Any]) -> str:
+    """Machine, versions and commit of the rows, as one line."""
+    m = results["machine"]
+    changes = " with changes" if m["dirty"] else ""
+    return (
+        f"{m['gpu'] or m['cpu']}, {m['isa']}, {m['threads']} threads, torch {m['torch']}, "
+        f"commit {m['commit']}{changes}, {m['date']}"
+    )
+
+
+RIVALS = ("eager", "sdpa", "compile", "index_select")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the table of the file named on the command line."""
+    if len(argv) != 1:
+        print("usage: python -m bench.report FILE", file=sys.stderr)
+        return 2
+    results = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    print(headline(results), table(results), sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
