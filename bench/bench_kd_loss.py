@@ -36,6 +36,7 @@ def bench_forward_backward(  # type: ignore[no-untyped-def]
 
     want = step("eager")
     for name in ("kdfast", "compile"):
-        torch.testing.assert_close(step(name), want, rtol=2e-2, atol=1e-6, msg=name)
+        error = (step(name).double() - want.double()).norm() / want.double().norm()
+        assert error < 2e-2, f"{name}: relative error {error:.2e}"
     candidates = {name: lambda name=name: step(name) for name in losses}
     compare("kd_loss", f"fwd+bwd {shape} {dtype}", candidates, nbytes=3 * want.nbytes, memory=True)
