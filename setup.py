@@ -54,6 +54,7 @@ class CMakeBuild(build_ext):
             "KDFAST_TORCH_VERSION": torch.__version__,
             "KDFAST_TORCH_CUDA": torch.version.cuda or "",
             "KDFAST_CUDA": os.environ.get("KDFAST_CUDA", "AUTO"),
+            "KDFAST_CUDA_ARCHS": os.environ.get("KDFAST_CUDA_ARCHS", ""),
             "KDFAST_SANITIZE": os.environ.get("KDFAST_SANITIZE", "OFF"),
         }
         definitions = [f"-D{key}={value}" for key, value in options.items()]

@@ -93,3 +93,12 @@ def test_extension_has_no_build_path() -> None:
     if done.returncode:
         pytest.skip("readelf is not here")
     assert "RUNPATH" not in done.stdout and "RPATH" not in done.stdout
+
+
+def test_cuda_is_built_for_every_architecture() -> None:
+    if EXTENSION is None or not EXTENSION.build_info()["cuda"]:
+        pytest.skip("kdfast._C is built without CUDA")
+    if os.environ.get("KDFAST_CUDA_ARCHS"):
+        pytest.skip("KDFAST_CUDA_ARCHS chose other architectures")
+    built = EXTENSION.build_info()["cuda_archs"]
+    assert [arch.split("-")[0] for arch in built.split()][:4] == ["80", "86", "89", "90"]

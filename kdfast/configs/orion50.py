@@ -63,7 +63,7 @@ def orion50_scenes() -> Config:
     fit = FitTeacherConfig(
         model=vit,
         head_dim=64,
-        epochs=6,
+        epochs=5,
         batch_size=8,
         optim=OptimConfig(lr=1.5e-3, weight_decay=0.05, warmup=100, clip=1.0),
     )
