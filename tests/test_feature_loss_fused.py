@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kdfast
-from kdfast.benchmark import saved_bytes
+from kdfast.benchmark import peak_bytes, saved_bytes
 from kdfast.ops._library import EXTENSION
 from kdfast.testing import assert_no_worse, run
 
@@ -151,6 +151,35 @@ def test_gradients_larger_than_the_cache(features: int) -> None:
     whole = run(call, inputs)[1]
     small = run(call, [x[:512] for x in inputs])[1]
     torch.testing.assert_close(whole[:512] * (rows / 512), small)
+
+
+def test_a_kept_graph_can_be_used_again() -> None:
+    s, t = make(64, 100)
+    s.requires_grad_()
+    loss = kdfast.feature_loss(s, t, backend="fused")
+    (one,) = torch.autograd.grad(loss, s, retain_graph=True)
+    three = [torch.autograd.grad(3 * loss, s, retain_graph=True)[0] for _ in range(2)]
+    # The graph's own buffer, once nobody can ask for it again.
+    (last,) = torch.autograd.grad(3 * loss, s)
+    for grad in (*three, last):
+        torch.testing.assert_close(grad, 3 * one)
+
+
+def test_a_weight_costs_no_memory() -> None:
+    s, t = make(64, 100)
+    s.requires_grad_()
+    loss = 3 * kdfast.feature_loss(s, t, backend="fused")
+    assert peak_bytes(lambda: torch.autograd.grad(loss, s)) < s.nbytes
+
+
+def test_batched_upstream() -> None:
+    s, t = make(64, 100)
+    s.requires_grad_()
+    loss = kdfast.feature_loss(s, t, backend="fused")
+    (one,) = torch.autograd.grad(loss, s, retain_graph=True)
+    weights = torch.tensor([1.0, 2.0, -3.0])
+    (many,) = torch.autograd.grad(loss, s, weights, is_grads_batched=True)
+    torch.testing.assert_close(many, weights[:, None, None] * one)
 
 
 def test_half_gradients_survive_until_the_loss_scale() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kdfast
-from kdfast.benchmark import saved_bytes
+from kdfast.benchmark import peak_bytes, saved_bytes
 from kdfast.ops._library import EXTENSION
 from kdfast.testing import assert_no_worse, run
 
@@ -180,6 +180,35 @@ def test_backward_scales() -> None:
     rows = kdfast.kd_loss(s, t, y, reduction="none", backend="fused")[0]
     (row,) = torch.autograd.grad(rows[2], s)
     assert row[2].any() and not row[[0, 1, 3]].any()
+
+
+def test_a_kept_graph_can_be_used_again() -> None:
+    s, t, y = make(64, 100, "hard")
+    s.requires_grad_()
+    loss = kdfast.kd_loss(s, t, y, backend="fused")[0]
+    (one,) = torch.autograd.grad(loss, s, retain_graph=True)
+    three = [torch.autograd.grad(3 * loss, s, retain_graph=True)[0] for _ in range(2)]
+    # The graph's own buffer, once nobody can ask for it again.
+    (last,) = torch.autograd.grad(3 * loss, s)
+    for grad in (*three, last):
+        torch.testing.assert_close(grad, 3 * one)
+
+
+def test_a_weight_costs_no_memory() -> None:
+    s, t, y = make(64, 100, "hard")
+    s.requires_grad_()
+    loss = 3 * kdfast.kd_loss(s, t, y, backend="fused")[0]
+    assert peak_bytes(lambda: torch.autograd.grad(loss, s)) < s.nbytes
+
+
+def test_batched_upstream() -> None:
+    s, t, y = make(64, 100, "hard")
+    s.requires_grad_()
+    loss = kdfast.kd_loss(s, t, y, backend="fused")[0]
+    (one,) = torch.autograd.grad(loss, s, retain_graph=True)
+    weights = torch.tensor([1.0, 2.0, -3.0])
+    (many,) = torch.autograd.grad(loss, s, weights, is_grads_batched=True)
+    torch.testing.assert_close(many, weights[:, None, None] * one)
 
 
 def test_half_gradients_survive_until_the_loss_scale() -> None:

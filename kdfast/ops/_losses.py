@@ -28,9 +28,21 @@ def scaled_gradient(op: str, saved: Tensor, upstream: Tensor, dtype: torch.dtype
         raise NotImplementedError(
             f"{op}: the fused kernel has no second derivative; use backend='reference'"
         )
-    # The usual upstream of loss.backward(); spares a pass. Looking would stall a GPU and cannot be
-    # traced, where tensors are subclasses.
-    plain = type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.dim() == 0
-    if plain and not torch.compiler.is_compiling() and upstream.item() == 1:
+    # Neither can be looked at while it is traced or batched.
+    plain = _is_plain(saved) and _is_plain(upstream) and not torch.compiler.is_compiling()
+    # A graph that is not kept will not be asked again, so its buffer can be given away: the pages
+    # of a fresh one would cost more than the arithmetic.
+    if not plain or torch._C._autograd._get_current_graph_task_keep_graph():
+        return (saved * upstream).to(dtype)
+    # The usual upstream of loss.backward(); spares a pass. Looking would stall a GPU.
+    if upstream.device.type == "cpu" and upstream.dim() == 0 and upstream.item() == 1:
         return saved.to(dtype)
-    return (saved * upstream).to(dtype)
+    return saved.mul_(upstream).to(dtype)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """False for subclasses and under vmap, which ``is_grads_batched`` uses in its older form."""
+    wrapped = torch._C._functorch
+    return type(x) is Tensor and not (
+        wrapped.is_functorch_wrapped_tensor(x) or wrapped.is_legacy_batchedtensor(x)
+    )
