@@ -19,8 +19,10 @@ from kdfast.ops.geometry import Rope, Window
 from kdfast.ops.head_gather import head_gather
 from kdfast.ops.kd_loss import kd_loss
 from kdfast.ops.pruned_attention import pruned_attention
+from kdfast.ops.sdpa import scaled_dot_product_attention
 
 if TYPE_CHECKING:
+    from kdfast.nn import AccelerateReport, accelerate, restore
     from kdfast.pruning import (
         HeadScores,
         head_scores,
@@ -30,12 +32,14 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AccelerateReport",
     "FallbackWarning",
     "HeadScores",
     "NotCompiledWarning",
     "Rope",
     "Window",
     "__version__",
+    "accelerate",
     "attention_distill",
     "feature_loss",
     "head_gather",
@@ -44,13 +48,15 @@ __all__ = [
     "prune_heads",
     "pruned_attention",
     "pruning_report",
+    "restore",
+    "scaled_dot_product_attention",
     "select_heads",
 ]
 
 _LAZY = dict.fromkeys(
     ("HeadScores", "head_scores", "prune_heads", "pruning_report", "select_heads"),
     "kdfast.pruning",
-)
+) | dict.fromkeys(("AccelerateReport", "accelerate", "restore"), "kdfast.nn")
 
 
 def __getattr__(name: str) -> Any:

@@ -7,9 +7,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from kdfast.nn.heads import HeadAxis
 from kdfast.ops._checks import head_list
 from kdfast.ops.head_gather import head_gather
-from kdfast.pruning.adapter import Adapter, HeadAxis, adapter_of
+from kdfast.pruning.adapter import Adapter, adapter_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -79,7 +80,7 @@ def _pruned_state(
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if name in cuts:
-            (dim, parts), kept = cuts[name]
+            (dim, parts, _), kept = cuts[name]
             held = tensor.shape[dim] // (parts * head_dim)
             heads = [part * held + head for part in range(parts) for head in kept]
             state[name] = head_gather(tensor.detach(), heads, head_dim=head_dim, dim=dim)

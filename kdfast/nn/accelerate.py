@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts fused attention modules into a model, and takes them out again. See docs/accelerate.md."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from kdfast.nn.attention import FusedAttention, qualified_name
+from kdfast.nn.table import FUSED, unfused_reason
+from kdfast.ops._library import BACKENDS
+
+
+class Site(NamedTuple):
+    """One attention of a model.
+
+    Attributes:
+        name: Its name in the model; empty for the model itself.
+        source: Qualified name of the class that it had or has.
+        detail: What replaced it, or why it was left.
+    """
+
+    name: str
+    source: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class AccelerateReport:
+    """What ``accelerate`` did; prints as a table.
+
+    Attributes:
+        replaced: Attentions that run fused now, in the order of the model.
+        left: Attentions that were left as they were, and exactly why.
+    """
+
+    replaced: tuple[Site, ...]
+    left: tuple[Site, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether there are attentions and all of them run fused."""
+        return bool(self.replaced) and not self.left
+
+    def __str__(self) -> str:
+        total = len(self.replaced) + len(self.left)
+        title = f"kdfast.accelerate: {len(self.replaced)} of {total} attention modules run fused"
+        rows = [("", "modules", "class", "now, or why not", "first")]
+        for mark, sites in (("fused", self.replaced), ("left", self.left)):
+            for (source, detail), count in Counter((s.source, s.detail) for s in sites).items():
+                first = next(s.name for s in sites if (s.source, s.detail) == (source, detail))
+                rows.append((mark, str(count), source, detail, first or "the model itself"))
+        if len(rows) == 1:
+            return title
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join([title, *(line.rstrip() for line in lines)])
+
+
+def accelerate(model: nn.Module, *, backend: str | None = None) -> AccelerateReport:
+    """Runs a model's attentions on the fused kernels, in place and without changing its results.
+
+    Attention *instances* are replaced by modules on the same parameters, buffers, submodules and
+    hooks; state-dict keys stay, so checkpoints load both ways. No class is patched. Optimizers,
+    DDP or FSDP wrappers and ``torch.compile`` may come before or after, except that a module that
+    is compiled itself is left. Calling it again is harmless.
+
+    Args:
+        model: Any module; the attentions of timm and torchvision models that the kernels
+            can run are replaced, see docs/support.md.
+        backend: "auto", "fused" or "reference" for every replaced module; ``KDFAST_BACKEND`` if
+            None. With "auto" torch's own attention runs where the kernel is missing or slower.
+
+    Returns:
+        What was replaced, and what was left and why.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: ``backend`` is not one of the three.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_backend(backend)
+    replaced: list[Site] = []
+    left: list[Site] = []
+    fused: dict[nn.Module, FusedAttention] = {}
+    inside: set[nn.Module] = set()
+    for name, module in list(model.named_modules()):
+        if module in inside:
+            continue
+        source = qualified_name(module)
+        if isinstance(module, FusedAttention):
+            module.backend = backend
+            replaced.append(Site(name, module.source, type(module).__name__))
+            inside.update(module.modules())
+        elif reason := _reason(name, module):
+            left.append(Site(name, source, reason))
+        elif source in FUSED:
+            fused[module] = FUSED[source].adopt(module, backend)
+            replaced.append(Site(name, source, type(fused[module]).__name__))
+            inside.update(module.modules())
+    _substitute(model, fused)
+    return AccelerateReport(tuple(replaced), tuple(left))
+
+
+def restore(model: nn.Module) -> int:
+    """Puts the original attention modules back, with the tensors as they are now.
+
+    Args:
+        model: One that ``accelerate`` changed, or any other, to which nothing happens.
+
+    Returns:
+        Number of modules put back.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: An attention lost heads since, so its original no longer exists; or the model
+            is itself such a module. Nothing is changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore: model must be a torch.nn.Module, got {type(model).__name__}")
+    originals: dict[nn.Module, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FusedAttention):
+            if module is model:
+                raise ValueError("restore: model must hold the attention, got the attention itself")
+            original = module.original()
+            if original is None:
+                raise ValueError(f"restore: {name} must hold all its heads, got {module.heads}")
+            originals[module] = original
+    _substitute(model, originals)
+    return len(originals)
+
+
+def check_backend(backend: str | None) -> None:
+    """Raises ValueError unless ``backend`` is None or the name of one."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"accelerate: backend must be one of {BACKENDS} or None, got {backend!r}")
+
+
+def _reason(name: str, module: nn.Module) -> str | None:
+    """Why a module that is an attention has to stay; None if it can go, or is none."""
+    source = qualified_name(module)
+    if source not in FUSED:
+        return unfused_reason(module)
+    if not name:
+        return "it is the model itself, which nothing holds; accelerate a module around it"
+    if "forward" in module.__dict__:
+        return "its instance has a forward of its own"
+    if module.__dict__.get("_compiled_call_impl") is not None:
+        return "it is compiled already; accelerate first, then compile"
+    return FUSED[source].why_not(module)
+
+
+def _substitute(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Replaces submodules wherever they are registered, also in several places."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in new:
+                parent._modules[name] = new[child]

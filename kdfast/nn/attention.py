@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base of every fused attention module. See docs/accelerate.md.
+
+B batch, H heads, N tokens, D head dim, C channels.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from kdfast.nn.heads import AttentionCall, HeadAxis
+from kdfast.ops._checks import head_list
+from kdfast.ops._library import FallbackWarning
+from kdfast.ops.pruned_attention import rotated
+from kdfast.ops.sdpa import self_attention
+
+_warned: set[tuple[str, str]] = set()
+
+
+def qualified_name(module: nn.Module) -> str:
+    """Where the module's class is defined: ``package.module.Class``."""
+    cls = type(module)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+class FusedAttention(nn.Module):
+    """Stands in for an attention module of some library, on that module's own tensors.
+
+    An instance is made by ``adopt``, never by its class: it takes over the original's tables of
+    parameters, buffers, submodules and hooks. So the state dict keeps its keys, whatever is done to
+    a tensor through one of the two (``to``, ``load_state_dict``) is done to the other, and the
+    original can be put back at any time.
+
+    A subclass states ``axes``, ``why_not`` and ``project``, and where they differ from the usual
+    ``finish`` and ``forward``.
+
+    Attributes:
+        axes: For each tensor that holds heads, by its name in the state dict, where they lie.
+            Tensors that an instance lacks are to be skipped.
+        num_heads: H, the heads that the instance holds; 0 leaves the output projection's bias.
+        head_dim: D; does not change when heads are removed. H * D need not be C.
+        heads: Original index of each of the H heads, ascending.
+        kv_group: Number of consecutive query heads that share a key/value head.
+        scale: Factor of the logits.
+        source: Qualified class name of the original.
+        backend: As in ``kdfast.pruned_attention``, or None.
+    """
+
+    axes: ClassVar[Mapping[str, HeadAxis]] = {}
+
+    num_heads: int
+    head_dim: int
+    heads: list[int]
+    kv_group: int
+    scale: float
+    source: str
+    backend: str | None
+    # In a tuple, so that the original is not registered as a submodule; empty after pruning.
+    _original: tuple[nn.Module, ...]
+
+    if TYPE_CHECKING:
+        # The submodules and attributes of the original, whatever it has.
+        def __getattr__(self, name: str) -> Any: ...
+
+    @classmethod
+    def why_not(cls, original: nn.Module) -> str | None:
+        """The reason why this class cannot stand in for ``original``, or None."""
+        raise NotImplementedError(f"{cls.__name__} must say what it cannot replace")
+
+    @classmethod
+    def adopt(cls, original: nn.Module, backend: str | None = None) -> Self:
+        """A module that computes what ``original`` does, on the same tensors.
+
+        Args:
+            original: Of the class that this one stands in for.
+            backend: "auto", "fused" or "reference"; ``KDFAST_BACKEND`` if None.
+
+        Raises:
+            NotImplementedError: ``why_not`` has a reason.
+        """
+        if reason := cls.why_not(original):
+            raise NotImplementedError(f"{qualified_name(original)}: {reason}")
+        self = cls.__new__(cls)
+        # The tables themselves, not copies: neither module can then miss a change to a tensor.
+        self.__dict__.update(original.__dict__)
+        self._original = (original,)
+        self.source = qualified_name(original)
+        self.backend = backend
+        self.kv_group = 1
+        self._configure()
+        self.heads = list(range(self.num_heads))
+        return self
+
+    def _configure(self) -> None:
+        """Sets ``num_heads``, ``head_dim``, ``kv_group`` and ``scale`` where names differ."""
+
+    def original(self) -> nn.Module | None:
+        """The module that this one stands in for; None once heads were removed."""
+        if not self._original:
+            return None
+        (original,) = self._original
+        original.training = self.training
+        return original
+
+    def projection(self) -> nn.Module:
+        """The module whose input (B, N, H * D) is the heads' outputs side by side."""
+        return cast(nn.Module, self.proj)
+
+    def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
+        """Queries, keys and values of a call with these arguments of ``forward``; H is not 0."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it projects")
+
+    def attend(
+        self, call: AttentionCall, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """The heads' outputs, (B, N, H * D).
+
+        By the fused kernel; with a mask, in causal calls and while attention weights are dropped
+        by torch's function, as the original does, which a FallbackWarning says once.
+
+        Args:
+            call: From ``project``.
+            attn_mask: Boolean or additive mask that broadcasts to (B, H, N, N).
+            is_causal: Whether a token sees only itself and the tokens before it.
+        """
+        q, k, v = call.q, call.k, cast(Tensor, call.v)
+        dropout_p = self.dropout_p() if self.training else 0.0
+        if attn_mask is None and not is_causal and not dropout_p:
+            out = self_attention(q, k, v, rope=call.rope, scale=call.scale, backend=self.backend)
+        else:
+            what = "a mask" if attn_mask is not None else "a causal call"
+            self._say_once(f"attention dropout {dropout_p}" if dropout_p else what)
+            q, k = rotated(q, call.rope, None), rotated(k, call.rope, None)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask, dropout_p, is_causal, scale=call.scale
+            )
+        return out.transpose(1, 2).flatten(2)
+
+    def dropout_p(self) -> float:
+        """Probability to drop an attention weight in training, as the original has it now."""
+        drop = self._modules.get("attn_drop")
+        return drop.p if isinstance(drop, nn.Dropout) else 0.0
+
+    def _say_once(self, what: str) -> None:
+        if self.backend == "fused":
+            raise NotImplementedError(f"{self.source}: backend='fused' cannot run {what}")
+        # A Python warning would break torch.compile(fullgraph=True).
+        if torch.compiler.is_compiling() or (self.source, what) in _warned:
+            return
+        _warned.add((self.source, what))
+        warnings.warn(
+            f"{self.source}: the fused kernel cannot run {what}; such calls run torch's attention",
+            FallbackWarning,
+            stacklevel=3,
+        )
+
+    @torch.no_grad()
+    def keep_heads(self, heads: Sequence[int]) -> None:
+        """Removes all other heads, in place: every tensor of ``axes`` is cut and copied.
+
+        The original cannot be put back afterwards. The submodules are shared with it: deep-copy a
+        model first that is still needed whole. ``requires_grad`` stays; gradients are dropped.
+
+        Args:
+            heads: Original indices, a subset of ``self.heads`` (perhaps none); whole groups where
+                query heads share a key/value head. Order has no meaning.
+
+        Raises:
+            TypeError: Not integers.
+            ValueError: A head is not held or repeated, or a group is not kept or dropped as one.
+        """
+        name = f"{type(self).__name__}.keep_heads"
+        kept = (
+            head_list(name, "heads", heads, max(self.heads, default=-1) + 1) if len(heads) else []
+        )
+        if missing := sorted(set(kept) - set(self.heads)):
+            raise ValueError(f"{name}: heads must be held, {missing} are not in {self.heads}")
+        positions = [i for i, head in enumerate(self.heads) if head in set(kept)]
+        groups = sorted({i // self.kv_group for i in positions})
+        if len(groups) * self.kv_group != len(positions):
+            raise ValueError(
+                f"{name}: heads must be whole groups of {self.kv_group} that share a key/value "
+                f"head, got {sorted(kept)}"
+            )
+        for tensor_name, axis in self.axes.items() if self.num_heads else ():
+            if axis.grouped:
+                self._cut(tensor_name, axis, self.num_heads // self.kv_group, groups)
+            else:
+                self._cut(tensor_name, axis, self.num_heads, positions)
+        self.heads = sorted(kept)
+        self.num_heads = len(kept)
+        self._original = ()
+        self._resize()
+
+    def _cut(self, name: str, axis: HeadAxis, blocks: int, positions: Sequence[int]) -> None:
+        """Keeps the blocks at ``positions``, if there is such a tensor."""
+        path, _, leaf = name.rpartition(".")
+        owner: nn.Module | None = self
+        for step in path.split(".") if path else ():
+            owner = None if owner is None else owner._modules.get(step)
+        old = None if owner is None else getattr(owner, leaf, None)
+        if owner is None or old is None:
+            return
+        index = torch.tensor(positions, dtype=torch.long, device=old.device)
+        size = old.shape[axis.dim] // (axis.parts * blocks)
+        tall = old.detach().unflatten(axis.dim, (axis.parts, blocks, size))
+        new = tall.index_select(axis.dim + 1, index).flatten(axis.dim, axis.dim + 2)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(owner, leaf, new)
+        if isinstance(owner, nn.Linear) and leaf == "weight":
+            owner.out_features, owner.in_features = new.shape
+        elif hasattr(owner, "normalized_shape"):
+            setattr(owner, "normalized_shape", tuple(new.shape))  # noqa: B010
+
+    def _resize(self) -> None:
+        """Brings attributes of the original that follow from the number of heads up to date."""
+        width = self.num_heads * self.head_dim
+        for attribute, value in (("attn_dim", width), ("all_head_dim", width)):
+            if attribute in self.__dict__:
+                setattr(self, attribute, value)
+
+    def extra_repr(self) -> str:
+        """The source, and what the heads are."""
+        return f"{self.source}, num_heads={self.num_heads}, head_dim={self.head_dim}"

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch's scaled_dot_product_attention, by the fused kernel where the call is one that it has.
+
+See docs/accelerate.md. B batch, H heads, N tokens, M key tokens, D head dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdfast.ops._library import BACKENDS, DEFAULT_BACKEND
+from kdfast.ops.geometry import Rope
+from kdfast.ops.pruned_attention import pruned_attention, rotated, slower_here, why_not
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention``, fused where that is the same thing.
+
+    Fused: query, key and value of one shape (B, H, N, D), no mask, no dropout, not causal, on a
+    device whose compiled kernel is there and not known to be slower. Everything else is torch's
+    own function, so the call never fails where torch's works; ``backend="fused"`` asks for the
+    kernel or an error. While ``torch.export`` traces, "auto" keeps torch's function too, so that
+    the exported graph needs no kdfast.
+
+    Args:
+        query: (B, H, N, D), fp16, bf16, fp32 or fp64.
+        key: (B, H, M, D).
+        value: (B, H, M, D).
+        attn_mask: Boolean or additive mask that broadcasts to (B, H, N, M).
+        dropout_p: Probability to drop an attention weight; applied whenever it is above 0.
+        is_causal: Whether a token sees only itself and the tokens before it.
+        scale: Multiplies the scores; D ** -0.5 if None.
+        enable_gqa: Whether key and value may have fewer heads than query.
+        backend: "auto", "fused" or "reference"; ``KDFAST_BACKEND`` if None. The reference is
+            eager and holds the whole score matrix.
+
+    Returns:
+        (B, H, N, D) in query's dtype.
+
+    Raises:
+        ValueError: ``backend`` is not one of the three, or torch's function refuses the call.
+        NotImplementedError: ``backend="fused"`` and the kernel lacks something (it says what).
+
+    Gradients: query, key, value; attn_mask by torch's function.
+    """
+    if reason := unfused(query, key, value, attn_mask, dropout_p, is_causal):
+        if _choice(backend) == "fused":
+            raise NotImplementedError(
+                f"scaled_dot_product_attention: backend='fused' cannot run here: {reason}"
+            )
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    return self_attention(query, key, value, scale=scale, backend=backend)
+
+
+def unfused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+) -> str | None:
+    """What the call has that no kernel of this package does, or None."""
+    if attn_mask is not None:
+        return "the kernels take no mask"
+    if is_causal:
+        return "the kernels are not causal"
+    if dropout_p > 0:
+        return f"the kernels have no dropout of attention weights, got dropout_p={dropout_p}"
+    if query.dim() != 4:
+        return f"the kernels take 4 dimensions, got {query.dim()}"
+    if not query.shape == key.shape == value.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+        return f"the kernels take query, key and value of one shape, got {shapes}"
+    return None
+
+
+def self_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rope: Rope | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``pruned_attention`` of all heads, or torch's function where that is the better fallback.
+
+    Args:
+        q: (B, H, N, D).
+        k: (B, H, N, D).
+        v: (B, H, N, D).
+        rope: Tables for q and k.
+        scale: Multiplies the scores; D ** -0.5 if None.
+        backend: As in ``pruned_attention``, except that "auto" takes torch's function, not the
+            reference with its whole score matrix, where the kernel is missing or slower, and while
+            ``torch.export`` traces.
+
+    Returns:
+        (B, H, N, D) in q's dtype.
+    """
+    if _choice(backend) == "auto":
+        exporting = torch.compiler.is_exporting()
+        if exporting or why_not(q) is not None or slower_here(q) is not None:
+            q, k = rotated(q, rope, None), rotated(k, rope, None)
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return pruned_attention(q, k, v, rope=rope, scale=scale, backend=backend)
+
+
+def _choice(backend: str | None) -> str:
+    backend = DEFAULT_BACKEND if backend is None else backend
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"scaled_dot_product_attention: backend must be one of {BACKENDS} or None, "
+            f"got {backend!r}"
+        )
+    return backend
