@@ -7,6 +7,7 @@ import numpy as np
 
 # One stream per use: the same (seed, epoch, index) never feeds two purposes.
 CROP, PHOTOMETRIC, GRIDMASK, ORDER, WORLD, SENSOR, FLIP, NOISE = range(1, 9)
+SPLIT, AUGMENT = range(9, 11)
 
 _WORD = 2**32
 

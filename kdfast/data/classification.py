@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classification sets: replayable pictures with targets. See docs/classification_data.md."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kdfast.data.augment import AugmentSpec, augmented, finish, short_side
+from kdfast.data.embedded import read_digits, read_fashion_mnist, read_mnist5k
+from kdfast.data.imagefolder import read_imagefolder
+from kdfast.data.pictures import Store
+from kdfast.data.raw import Raw, split
+
+__all__ = ["AugmentSpec", "Classification", "KINDS", "LabelledImages", "build_classification"]
+
+Item = dict[str, Any]
+
+_READERS: dict[str, Callable[[str | Path | None], Raw]] = {
+    "digits": read_digits,
+    "mnist5k": read_mnist5k,
+    "fashion_mnist": read_fashion_mnist,
+    "imagefolder": read_imagefolder,
+}
+KINDS = tuple(_READERS)
+TASKS = ("multiclass", "binary", "multilabel", "ordinal")
+
+
+class LabelledImages(Dataset[Item]):
+    """Map-style dataset of pictures with targets.
+
+    An item is ``{"image": (3, S, S) float32 in [0, 1], "target": () int64 or (C,) float32,
+    "index": int, "variant": int}``. It follows from the dataset, its index and its variant
+    alone: not from workers, order or any global random state.
+
+    Attributes:
+        size: S.
+        targets: (N,) int64 class numbers, or (N, C) float32 ones and zeros.
+        variants: Number of different augmentations of a picture that are replayed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        targets: Tensor,
+        size: int,
+        *,
+        spec: AugmentSpec | None = None,
+        seed: int = 0,
+        variants: int = 1,
+    ) -> None:
+        """Set up; ``spec`` None is the evaluation transform, which has one variant."""
+        self.store, self.targets, self.size = store, targets, size
+        self.spec, self.seed, self.variants = spec, seed, variants
+        # Shared memory: workers that outlive an epoch must see the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self.store)
+
+    @property
+    def variant(self) -> int:
+        """Variant that an index alone stands for."""
+        return int(self._epoch) % self.variants
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to variant ``epoch % variants``, in running workers too; call it between epochs."""
+        if epoch < 0:
+            raise ValueError(f"set_epoch: epoch must be >= 0, got {epoch}")
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, at: int | tuple[int, int]) -> Item:
+        """The item of an index, in the epoch's variant, or of a pair (index, variant)."""
+        index, variant = at if isinstance(at, tuple) else (at, self.variant)
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: must be in [0, {len(self)}), got {index}")
+        if not 0 <= variant < self.variants:
+            raise IndexError(f"variant: must be in [0, {self.variants}), got {variant}")
+        picture = self.store[index]
+        if self.spec is None:
+            image = finish(picture, self.size)
+        else:
+            image = augmented(
+                picture, self.size, self.spec, seed=self.seed, index=index, variant=variant
+            )
+        return {
+            "image": image,
+            "target": self.targets[index],
+            "index": index,
+            "variant": variant,
+        }
+
+
+@dataclass(frozen=True)
+class Classification:
+    """A classification set.
+
+    Attributes:
+        name: Of the set.
+        task: "multiclass" and "ordinal": one of the classes; "binary": one of two; "multilabel":
+            any of the classes.
+        class_names: In the order of the numbers.
+        train: Augmented, ``variants`` times.
+        val: For choosing.
+        test: For the result.
+        facts: What the pictures of ``train`` follow from, for the key of a teacher cache.
+    """
+
+    name: str
+    task: str
+    class_names: list[str]
+    train: LabelledImages
+    val: LabelledImages
+    test: LabelledImages
+    facts: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Hash of ``facts``: equal keys have equal training items at every (index, variant)."""
+        text = json.dumps(self.facts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def build_classification(
+    kind: str,
+    root: str | Path | None = None,
+    *,
+    size: int,
+    seed: int,
+    val_fraction: float = 0.1,
+    test_fraction: float | None = None,
+    augment: str | AugmentSpec = "default",
+    variants: int = 1,
+    memory: float = 1.5,
+) -> Classification:
+    """Read a classification set; docs/classification_data.md describes the kinds.
+
+    Args:
+        kind: One of ``KINDS``.
+        root: Folder or file with the data; None for what a package ships.
+        size: Side S of the square items, whatever the size of the pictures.
+        seed: Of the split, where the set has none, and of the augmentation.
+        val_fraction: Part of train that becomes val where the set has none.
+        test_fraction: Likewise for test; by default 0.2 for the sets of packages, otherwise
+            ``val_fraction``.
+        augment: "default", "none", or the steps.
+        variants: How many augmentations of each picture are replayed, one an epoch in turn.
+            As many as epochs: never the same; 1: the same in every epoch.
+        memory: GiB that the resized pictures of a split may take; above, they are read and
+            resized every time they are used.
+
+    Returns:
+        The set; its items are not normalised, as models differ in that.
+
+    Raises:
+        FileNotFoundError: Data is missing; the message says how to get it.
+        ImportError: The package that ships the set is missing.
+        CorruptDataError: A picture cannot be read.
+        ValueError: The kind is unknown, an option is out of range, or data is not of its format.
+    """
+    if kind not in _READERS:
+        raise ValueError(f"kind: must be one of {KINDS}, got {kind!r}")
+    _check(size, val_fraction, test_fraction, variants, memory)
+    raw = _READERS[kind](root)
+    spec = _spec(augment, raw)
+    if test_fraction is None:
+        test_fraction = val_fraction if raw.test_fraction is None else raw.test_fraction
+    parts = split(raw, seed=seed, val=val_fraction, test=test_fraction)
+    short = short_side("auto" if spec is None else spec.crop, size)
+    stores = [Store(part, short, int(memory * 2**30)) for part in parts]
+    train, val, test = (
+        LabelledImages(store, part.targets, size) for store, part in zip(stores, parts, strict=True)
+    )
+    if spec is not None:
+        train = LabelledImages(
+            stores[0], parts[0].targets, size, spec=spec, seed=seed, variants=variants
+        )
+    facts = {
+        "data": raw.name,
+        "content": stores[0].digest,
+        "size": size,
+        "short side": short,
+        "augmentation": "none" if spec is None else asdict(spec),
+        "seed": None if spec is None else seed,
+        "variants": train.variants,
+        "torchvision": torchvision.__version__,
+    }
+    return Classification(raw.name, raw.task, raw.classes, train, val, test, facts)
+
+
+def _check(
+    size: int, val_fraction: float, test_fraction: float | None, variants: int, memory: float
+) -> None:
+    if size < 8:
+        raise ValueError(f"size: must be 8 or more, got {size}")
+    for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        if value is not None and not 0 < value <= 0.4:
+            raise ValueError(f"{name}: must be in (0, 0.4], got {value}")
+    if variants < 1:
+        raise ValueError(f"variants: must be 1 or more, got {variants}")
+    if memory < 0:
+        raise ValueError(f"memory: must be 0 GiB or more, got {memory}")
+
+
+def _spec(augment: str | AugmentSpec, raw: Raw) -> AugmentSpec | None:
+    if isinstance(augment, AugmentSpec):
+        return augment
+    if augment == "none":
+        return None
+    if augment != "default":
+        raise ValueError(f"augment: must be 'default', 'none' or an AugmentSpec, got {augment!r}")
+    return AugmentSpec(flip=0.5 if raw.mirrored else 0.0)
+
+
+def worker_init(worker: int) -> None:
+    """For ``DataLoader(worker_init_fn=...)``: one thread, and own seeds for Python and numpy.
+
+    The items need no seed; this is for transforms that users add.
+    """
+    del worker
+    seed = torch.initial_seed()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.set_num_threads(1)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a classification set: read, resized once, and kept in memory where they fit."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from kdfast.data.base import CorruptDataError
+
+
+class Source(Protocol):
+    """Where pictures come from, by row number."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def read(self, row: int) -> Tensor:
+        """The picture of one row, (1 or 3, h, w) uint8."""
+
+    def stamp(self, row: int) -> str:
+        """What changes when the picture of a row does, without reading it."""
+
+
+class ArraySource:
+    """Pictures of one array.
+
+    Attributes:
+        array: (N, h, w) or (N, h, w, 3) uint8.
+    """
+
+    def __init__(self, array: NDArray[np.uint8], name: str) -> None:
+        if array.dtype != np.uint8:
+            raise TypeError(f"{name}: pictures must be uint8, got {array.dtype}")
+        if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3)):
+            raise ValueError(
+                f"{name}: pictures must be (N, h, w) or (N, h, w, 3), got {array.shape}"
+            )
+        self.array = array if array.ndim == 4 else array[..., None]
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def read(self, row: int) -> Tensor:
+        """See ``Source``."""
+        # A copy: arrays read from files are not writable, which tensors cannot express.
+        return torch.from_numpy(self.array[row].copy()).permute(2, 0, 1)
+
+    def stamp(self, row: int) -> str:
+        """See ``Source``; pictures that do not change on disk are named by their bytes."""
+        return hashlib.sha256(np.ascontiguousarray(self.array[row]).data).hexdigest()
+
+
+class EncodedSource(ABC):
+    """Pictures of image files, wherever their bytes are.
+
+    Attributes:
+        names: Of the files, for messages.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    @abstractmethod
+    def fetch(self, row: int) -> bytes:
+        """The bytes of the file of a row."""
+
+    @abstractmethod
+    def stamp(self, row: int) -> str:
+        """See ``Source``."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, row: int) -> Tensor:
+        """See ``Source``; three channels, EXIF rotation ignored.
+
+        Raises:
+            CorruptDataError: The file is not a whole picture.
+        """
+        try:
+            with Image.open(BytesIO(self.fetch(row))) as image:
+                return F.pil_to_tensor(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise CorruptDataError(
+                f"picture: {self.names[row]} must be a readable picture, got: {error}; "
+                f"replace or remove the file"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split before it is resized.
+
+    Attributes:
+        source: The pictures.
+        rows: (M,) rows of the source that belong to it.
+        targets: (M,) int64, or (M, C) float32 for several labels.
+    """
+
+    source: Source
+    rows: NDArray[np.int64]
+    targets: Tensor
+
+    @classmethod
+    def whole(cls, source: Source, targets: NDArray[np.generic] | Tensor) -> Part:
+        """All rows of a source."""
+        targets = torch.as_tensor(targets)
+        if len(targets) != len(source):
+            raise ValueError(
+                f"labels: there must be one for each of {len(source)} pictures, got {len(targets)}"
+            )
+        return cls(source, np.arange(len(source)), targets)
+
+    def take(self, chosen: NDArray[np.int64]) -> Part:
+        """The rows at these positions."""
+        return Part(self.source, self.rows[chosen], self.targets[torch.from_numpy(chosen)])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Store:
+    """The pictures of a split, short side resized, in one uint8 buffer or read every time.
+
+    Attributes:
+        held: Whether they are in memory; what an item looks like does not depend on it.
+        digest: Hash of the pictures and targets; of names, sizes and dates where not held.
+    """
+
+    def __init__(self, part: Part, short: int, budget: int) -> None:
+        """Read and resize all pictures, unless that takes more than ``budget`` bytes."""
+        self.short = short
+        self.length = len(part)
+        self._shapes = np.zeros((len(part), 3), np.int64)
+        self._offsets = np.zeros(len(part) + 1, np.int64)
+        buffer = self._fill(part, budget)
+        self.held = buffer is not None
+        self._buffer = torch.empty(0, dtype=torch.uint8) if buffer is None else buffer
+        # Workers started by spawn get a copy of all that hangs on the dataset: only the needed.
+        self._part = None if self.held else part
+        self.digest = self._digest(part)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Tensor:
+        """(1 or 3, h, w) uint8 with the short side of the store."""
+        if self._part is not None:
+            return self._resized(self._part, index)
+        start, end = self._offsets[index : index + 2].tolist()
+        channels, height, width = self._shapes[index].tolist()
+        return self._buffer[start:end].view(channels, height, width)
+
+    def _resized(self, part: Part, index: int) -> Tensor:
+        image = part.source.read(int(part.rows[index]))
+        if min(image.shape[-2:]) != self.short:
+            image = F.resize(image, [self.short], antialias=True)
+        return image
+
+    def _fill(self, part: Part, budget: int) -> Tensor | None:
+        buffer, end = torch.empty(0, dtype=torch.uint8), 0
+        for index in range(self.length):
+            image = self._resized(part, index)
+            start, end = end, end + image.numel()
+            if end > len(buffer):
+                # Pictures of one set have mostly one size: what is left takes about as much.
+                size = end + image.numel() * (self.length - index - 1)
+                if size > budget:
+                    return None
+                buffer = torch.cat([buffer, torch.empty(size - len(buffer), dtype=torch.uint8)])
+            buffer[start:end] = image.reshape(-1)
+            self._shapes[index] = image.shape
+            self._offsets[index + 1] = end
+        return buffer[:end]
+
+    def _digest(self, part: Part) -> str:
+        digest = hashlib.sha256(np.ascontiguousarray(part.targets.numpy()).data)
+        if not self.held:
+            for row in part.rows.tolist():
+                digest.update(part.source.stamp(row).encode())
+        else:
+            digest.update(self._shapes.data)
+            digest.update(self._buffer.numpy().data)
+        return digest.hexdigest()
