@@ -6,10 +6,12 @@
 
 namespace kdfast::cpu {
 
-enum class Isa { generic, avx2, avx512, avx512_bf16, amx };
+enum class Isa { generic, avx2, avx512, avx512_bf16, amx, amx_emulated };
 
-// In rising order of preference; `generic` is always first.
+// What this CPU can run, in rising order of preference; `generic` is always first.
 std::vector<Isa> available_isas();
+// The same and amx_emulated, which is for tests and never chosen by itself.
+std::vector<Isa> testable_isas();
 Isa isa();
 // Throws std::invalid_argument for a name that is unknown or that this CPU cannot run.
 void set_isa(const std::string& name);

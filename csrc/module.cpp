@@ -9,10 +9,10 @@
 
 namespace {
 
-std::vector<std::string> isa_names() {
-  std::vector<std::string> names;
-  for (const auto isa : kdfast::cpu::available_isas()) names.push_back(kdfast::cpu::isa_name(isa));
-  return names;
+std::vector<std::string> names(const std::vector<kdfast::cpu::Isa>& isas) {
+  std::vector<std::string> out;
+  for (const auto isa : isas) out.push_back(kdfast::cpu::isa_name(isa));
+  return out;
 }
 
 std::map<std::string, std::string> build_info() {
@@ -25,7 +25,12 @@ std::map<std::string, std::string> build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("available_isas", &isa_names, "CPU instruction sets that can run here, best last.");
+  m.def(
+      "available_isas", [] { return names(kdfast::cpu::available_isas()); },
+      "CPU instruction sets that can run here, best last.");
+  m.def(
+      "testable_isas", [] { return names(kdfast::cpu::testable_isas()); },
+      "The same, and those that are emulated for tests.");
   m.def(
       "cpu_isa", [] { return std::string(kdfast::cpu::isa_name(kdfast::cpu::isa())); },
       "The instruction set that the CPU kernels use.");

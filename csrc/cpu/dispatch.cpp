@@ -13,13 +13,16 @@
 namespace kdfast::cpu {
 namespace {
 
-constexpr Isa kAll[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
+constexpr Isa kAll[] = {Isa::generic,     Isa::avx2, Isa::avx512,
+                        Isa::avx512_bf16, Isa::amx,  Isa::amx_emulated};
 
 #if defined(__x86_64__)
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 bool has_amx_bf16() {
   unsigned a = 7, b = 0, c = 0, d = 0;
@@ -41,8 +44,9 @@ bool supported(Isa isa) {
     case Isa::generic: return true;
     case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case Isa::avx512: return has_avx512();
-    case Isa::avx512_bf16: return has_avx512() && __builtin_cpu_supports("avx512bf16");
-    case Isa::amx: return has_avx512() && has_amx_bf16();
+    case Isa::avx512_bf16:
+    case Isa::amx_emulated: return has_avx512_bf16();
+    case Isa::amx: return has_avx512_bf16() && has_amx_bf16();
   }
 #endif
   return isa == Isa::generic;
@@ -72,10 +76,16 @@ std::atomic<Isa>& current() {
 
 }  // namespace
 
-std::vector<Isa> available_isas() {
+std::vector<Isa> testable_isas() {
   std::vector<Isa> out;
   for (const Isa isa : kAll)
     if (supported(isa)) out.push_back(isa);
+  return out;
+}
+
+std::vector<Isa> available_isas() {
+  std::vector<Isa> out = testable_isas();
+  std::erase(out, Isa::amx_emulated);
   return out;
 }
 
@@ -89,6 +99,7 @@ const char* isa_name(Isa isa) {
     case Isa::avx512: return "avx512";
     case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::amx: return "amx";
+    case Isa::amx_emulated: return "amx_emulated";
     default: return "generic";
   }
 }

@@ -38,7 +38,11 @@ template <>
 AttentionKernel<float> choose_kernel<float>(Element element) {
 #if defined(KDFAST_X86)
   // fp16 has no products of its own: in bf16 it would lose three bits.
-  if (isa() >= Isa::avx512_bf16 && element == Element::bf16) return attention_avx512_bf16();
+  if (element == Element::bf16) {
+    if (isa() == Isa::amx) return attention_amx();
+    if (isa() == Isa::amx_emulated) return attention_amx_emulated();
+    if (isa() == Isa::avx512_bf16) return attention_avx512_bf16();
+  }
   if (isa() >= Isa::avx512) return attention_avx512(element);
 #endif
   return attention_generic(element);
