@@ -41,7 +41,7 @@ class FusedAttention(nn.Module):
 
     Attributes:
         axes: For each tensor that holds heads, by its name in the state dict, where they lie.
-            Tensors that an instance lacks are to be skipped.
+            Tensors that an instance lacks are to be skipped. Empty: heads cannot be removed.
         num_heads: H, the heads that the instance holds; 0 leaves the output projection's bias.
         head_dim: D; does not change when heads are removed. H * D need not be C.
         heads: Original index of each of the H heads, ascending.
@@ -173,8 +173,11 @@ class FusedAttention(nn.Module):
         Raises:
             TypeError: Not integers.
             ValueError: A head is not held or repeated, or a group is not kept or dropped as one.
+            NotImplementedError: Heads cannot be removed from this kind of module.
         """
         name = f"{type(self).__name__}.keep_heads"
+        if not self.axes:
+            raise NotImplementedError(f"{name}: the heads of {self.source} cannot be removed")
         kept = (
             head_list(name, "heads", heads, max(self.heads, default=-1) + 1) if len(heads) else []
         )

@@ -6,11 +6,19 @@ import re
 from torch import nn
 
 from kdfast.nn.attention import FusedAttention, qualified_name
-from kdfast.nn.timm_attention import TimmAttention
+from kdfast.nn.timm_attention import (
+    TimmAttention,
+    TimmEvaAttention,
+    TimmParallelBlock,
+    TimmRopeAttention,
+)
 
 # By qualified name, so that no library has to be imported to be known.
 FUSED: dict[str, type[FusedAttention]] = {
     "timm.layers.attention.Attention": TimmAttention,
+    "timm.layers.attention.AttentionRope": TimmRopeAttention,
+    "timm.models.eva.EvaAttention": TimmEvaAttention,
+    "timm.models.vision_transformer.ParallelScalingBlock": TimmParallelBlock,
 }
 
 # Exact reasons for classes that have no stand-in.

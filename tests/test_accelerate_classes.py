@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every class that accelerate replaces against its original: values, all gradients, compile."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import Attention, AttentionRope, RmsNorm
+from timm.models.eva import EvaAttention
+from timm.models.vision_transformer import ParallelScalingBlock
+from torch import Tensor, nn
+
+import kdfast
+from kdfast.nn import FusedAttention
+from kdfast.testing import assert_no_worse, run
+
+Make = Callable[[], nn.Module]
+LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
+B, N, C = 2, 11, 24
+
+
+def table(*lead: int, prefix: int = 1, dim: int = 8, half: bool = False) -> Tensor:
+    """Sines, then cosines, (*lead, N - prefix, 2 * dim), as timm's rotary embeddings give them."""
+    angles = torch.randn(*lead, N - prefix, dim // 2, generator=torch.Generator().manual_seed(2))
+    angles = torch.cat((angles, angles), -1) if half else angles.repeat_interleave(2, -1)
+    return torch.cat((angles.sin(), angles.cos()), -1)
+
+
+def rope(**kwargs: Any) -> nn.Module:
+    return AttentionRope(C, 3, norm_layer=LAYER_NORM, **kwargs)
+
+
+def eva(**kwargs: Any) -> nn.Module:
+    return EvaAttention(C, 3, norm_layer=LAYER_NORM, **kwargs)
+
+
+CASES: dict[str, tuple[Make, tuple[Tensor, ...]]] = {
+    "plain": (lambda: Attention(C, 3), ()),
+    "everything": (
+        lambda: Attention(
+            C, 3, attn_head_dim=10, dim_out=20, qkv_bias=True, qk_norm=True, scale_norm=True,
+            gated=True, norm_layer=LAYER_NORM,
+        ),
+        (),
+    ),
+    "rms q/k norm": (lambda: Attention(C, 3, qk_norm=True, norm_layer=RmsNorm), ()),
+    "one head of odd size": (lambda: Attention(7, 1), ()),
+    "no output bias": (lambda: Attention(C, 4, proj_bias=False), ()),
+    "rope": (rope, (table(),)),
+    "rope without tables": (rope, ()),
+    "rope half, no prefix": (
+        lambda: rope(rotate_half=True, num_prefix_tokens=0), (table(prefix=0, half=True),)
+    ),
+    "rope all options": (
+        lambda: rope(qk_norm=True, scale_norm=True, gated=True, attn_head_dim=12, dim_out=20),
+        (table(dim=12),),
+    ),
+    "rope per head": (rope, (table(3),)),
+    "rope per head and image": (rope, (table(B, 3),)),
+    "rope per image": (rope, (table(B, 1),)),
+    "rope split": (lambda: rope(qkv_fused=False, qkv_bias=False), (table(),)),
+    "rope grouped": (
+        lambda: AttentionRope(C, 6, num_kv_heads=2, qkv_fused=False, attn_head_dim=8), (table(),)
+    ),
+    "eva02": (lambda: eva(qkv_fused=False), (table(),)),
+    "eva": (lambda: eva(scale_norm=False), (table(),)),
+    "eva without bias": (lambda: eva(qkv_bias=False, scale_norm=False), (table(),)),
+    "eva separate bias": (lambda: eva(qkv_bias_separate=True), (table(),)),
+    "dinov3": (
+        lambda: eva(rotate_half=True, num_prefix_tokens=5, scale_norm=False),
+        (table(prefix=5, half=True),),
+    ),
+    "eva gated q/k norm": (lambda: eva(gated=True, qk_norm=True), (table(),)),
+    "parallel": (lambda: ParallelScalingBlock(C, 3, qk_norm=True, norm_layer=LAYER_NORM), ()),
+    "parallel biased": (lambda: ParallelScalingBlock(C, 3, qkv_bias=True, init_values=0.1), ()),
+    "parallel one output": (lambda: ParallelScalingBlock(C, 3, fuse_out_proj=True), ()),
+}  # fmt: skip
+
+
+def build(case: str) -> tuple[nn.Sequential, list[Tensor]]:
+    """The module, its parameters far from their special values, and its inputs, in fp64."""
+    make, extra = CASES[case]
+    holder = nn.Sequential(make()).double()
+    with torch.no_grad():
+        for parameter in holder.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    width = next(m.in_features for m in holder.modules() if isinstance(m, nn.Linear))
+    return holder, [torch.randn(B, N, width, dtype=torch.float64), *extra]
+
+
+def step(holder: nn.Sequential, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Output and gradients of the input and of all parameters."""
+    holder = copy.deepcopy(holder).to(dtype)
+    names = [name for name, _ in holder.named_parameters()]
+
+    def call(x: Tensor, *parameters: Tensor) -> Tensor:
+        state = {n.removeprefix("0."): p for n, p in zip(names, parameters, strict=True)}
+        return torch.func.functional_call(holder[0], state, (x, *inputs[1:]))
+
+    return run(call, [inputs[0].to(dtype), *(p.detach() for p in holder.parameters())])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(case: str) -> None:
+    holder, inputs = build(case)
+    exact = step(holder, inputs, torch.float64)
+    plain = {dtype: step(holder, inputs, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    keys = list(holder.state_dict())
+    assert kdfast.accelerate(holder).complete
+    assert list(holder.state_dict()) == keys
+    names = ["out", "dx", *(name for name, _ in holder.named_parameters())]
+    for dtype, eager in plain.items():
+        for name, *triple in zip(names, step(holder, inputs, dtype), exact, eager, strict=True):
+            if name.endswith(NO_GRADIENT):
+                continue
+            assert_no_worse(f"{name} {dtype}", *triple)
+
+
+# A key bias moves all scores of a query alike, so its gradient is 0 and all that is seen is noise.
+NO_GRADIENT = ("k_proj.bias",)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_eval_and_restore(case: str) -> None:
+    holder, inputs = build(case)
+    holder.float().eval()
+    x = inputs[0].float()
+    want = holder[0](x, *inputs[1:])
+    kdfast.accelerate(holder)
+    with torch.no_grad():
+        torch.testing.assert_close(holder[0](x, *inputs[1:]), want, rtol=1e-4, atol=1e-5)
+    assert kdfast.restore(holder) == 1
+    assert torch.equal(holder[0](x, *inputs[1:]), want)
+
+
+@pytest.mark.parametrize(
+    "case", ["everything", "rope grouped", "rope per head", "eva02", "parallel"]
+)
+def test_compile_and_export(case: str) -> None:
+    holder, inputs = build(case)
+    holder.float()
+    args = (inputs[0].float(), *inputs[1:])
+    kdfast.accelerate(holder)
+    want = holder[0](*args)
+    compiled = torch.compile(holder[0], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), want, rtol=1e-4, atol=1e-5)
+    compiled(*args).sum().backward()
+    program = torch.export.export(holder[0], args)
+    torch.testing.assert_close(program.module()(*args), want, rtol=1e-4, atol=1e-5)
+    assert "kdfast" not in str(program.graph)
+
+
+@pytest.mark.parametrize("case", ["everything", "rope all options", "eva02", "parallel"])
+def test_autocast(case: str) -> None:
+    holder, inputs = build(case)
+    holder.float()
+    x = inputs[0].float()
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        want = holder[0](x, *inputs[1:])
+        kdfast.accelerate(holder)
+        out = holder[0](x, *inputs[1:])
+    assert out.dtype == want.dtype
+    torch.testing.assert_close(out, want, rtol=3e-2, atol=3e-2)
+
+
+def test_learned_tables_get_their_gradient() -> None:
+    holder, inputs = build("rope per head")
+    tables = [inputs[1].double().requires_grad_() for _ in range(2)]
+    weight = torch.randn(B, N, C, dtype=torch.float64)
+    (holder[0](inputs[0], tables[0]) * weight).sum().backward()
+    kdfast.accelerate(holder)
+    (holder[0](inputs[0], tables[1]) * weight).sum().backward()
+    torch.testing.assert_close(tables[1].grad, tables[0].grad)
+
+
+PRUNED = {
+    "everything": [1], "rope per head": [0, 2], "rope grouped": [3, 4, 5], "eva": [2],
+    "eva02": [0, 1], "eva separate bias": [1, 2], "dinov3": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PRUNED)
+def test_keep_heads(case: str) -> None:
+    """Equal to the whole module with the contexts of the other heads at zero."""
+    heads = PRUNED[case]
+    holder, inputs = build(case)
+    kdfast.accelerate(holder)
+    attn = holder[0]
+    assert isinstance(attn, FusedAttention)
+    attn.norm = nn.Identity()
+    mask = torch.zeros(attn.num_heads, 1, dtype=torch.float64)
+    mask[heads] = 1
+    hook = attn.projection().register_forward_pre_hook(
+        lambda _, args: (args[0].unflatten(-1, (len(mask), -1)) * mask).flatten(-2)
+    )
+    want = attn(*inputs)
+    hook.remove()
+    attn.keep_heads(heads)
+    torch.testing.assert_close(attn(*inputs), want)
+    for name, axis in attn.axes.items():
+        if attn.num_heads and name in dict(attn.named_parameters()):
+            size = attn.get_parameter(name).shape[axis.dim]
+            group = attn.kv_group if axis.grouped else 1
+            assert size == axis.parts * len(heads) // group * attn.head_dim, name
+
+
+def test_keep_heads_needs_whole_groups() -> None:
+    holder, _ = build("rope grouped")
+    kdfast.accelerate(holder)
+    with pytest.raises(ValueError, match="whole groups of 3 that share a key/value head"):
+        holder[0].keep_heads([0, 1, 3])
+    holder, _ = build("parallel")
+    kdfast.accelerate(holder)
+    with pytest.raises(NotImplementedError, match="ParallelScalingBlock cannot be removed"):
+        holder[0].keep_heads([0])
+
+
+def test_scale_norm_shrinks_with_the_heads() -> None:
+    holder, inputs = build("eva02")
+    kdfast.accelerate(holder)
+    holder[0].keep_heads([0, 2])
+    assert holder[0].norm.normalized_shape == (16,) and holder[0].norm.weight.shape == (16,)
+    assert torch.isfinite(holder[0](*inputs)).all()
+
+
+def test_project_is_before_the_rotation() -> None:
+    holder, inputs = build("eva02")
+    kdfast.accelerate(holder)
+    call = holder[0].project(*inputs)
+    torch.testing.assert_close(call.k.transpose(1, 2).flatten(2), holder[0].k_proj(inputs[0]))
+    assert call.rope is not None and call.rope.prefix == 1 and call.scale == 8**-0.5
+    torch.testing.assert_close(
+        kdfast.pruned_attention(call.q, call.k, call.v, rope=call.rope, scale=call.scale),
+        holder[0].attend(call).unflatten(-1, (3, 8)).transpose(1, 2),
+    )
