@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import Attention, AttentionRope, RmsNorm
+from timm.layers import Attention, AttentionPoolLatent, AttentionRope, RmsNorm
+from timm.models.cait import ClassAttn
+from timm.models.crossvit import CrossAttention
 from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import ParallelScalingBlock
+from timm.models.volo import ClassAttention
 from torch import Tensor, nn
 
 import kdfast
@@ -77,6 +80,20 @@ CASES: dict[str, tuple[Make, tuple[Tensor, ...]]] = {
     "eva gated q/k norm": (lambda: eva(gated=True, qk_norm=True), (table(),)),
     "parallel": (lambda: ParallelScalingBlock(C, 3, qk_norm=True, norm_layer=LAYER_NORM), ()),
     "parallel biased": (lambda: ParallelScalingBlock(C, 3, qkv_bias=True, init_values=0.1), ()),
+    "latent pool": (lambda: AttentionPoolLatent(C, num_heads=3, mlp_ratio=2), ()),
+    "latent pool, all options": (
+        lambda: AttentionPoolLatent(
+            C, 20, num_heads=3, latent_len=2, latent_dim=10, feat_size=N, pos_embed="abs",
+            pool_type="avg", norm_layer=LAYER_NORM,
+        ),
+        (),
+    ),
+    "latent pool, not pooled": (
+        lambda: AttentionPoolLatent(C, num_heads=3, latent_len=2, pool_type="", qkv_bias=False), ()
+    ),
+    "class attention": (lambda: ClassAttn(C, 3, qkv_bias=True), ()),
+    "class attention of VOLO": (lambda: ClassAttention(C, 3, head_dim=10), ()),
+    "cross attention": (lambda: CrossAttention(C, 3, qkv_bias=True), ()),
     "parallel one output": (lambda: ParallelScalingBlock(C, 3, fuse_out_proj=True), ()),
 }  # fmt: skip
 
@@ -88,7 +105,8 @@ def build(case: str) -> tuple[nn.Sequential, list[Tensor]]:
     with torch.no_grad():
         for parameter in holder.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    width = next(m.in_features for m in holder.modules() if isinstance(m, nn.Linear))
+    linears = [m for m in holder.modules() if isinstance(m, nn.Linear)]
+    width = max(m.in_features for m in linears if m.in_features in (7, C))
     return holder, [torch.randn(B, N, width, dtype=torch.float64), *extra]
 
 
@@ -121,7 +139,7 @@ def test_values_and_gradients(case: str) -> None:
 
 
 # A key bias moves all scores of a query alike, so its gradient is 0 and all that is seen is noise.
-NO_GRADIENT = ("k_proj.bias",)
+NO_GRADIENT = ("k_proj.bias", "0.k.bias", "0.wk.bias")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -179,7 +197,9 @@ def test_learned_tables_get_their_gradient() -> None:
 
 PRUNED = {
     "everything": [1], "rope per head": [0, 2], "rope grouped": [3, 4, 5], "eva": [2],
-    "eva02": [0, 1], "eva separate bias": [1, 2], "dinov3": [],
+    "eva02": [0, 1], "eva separate bias": [1, 2], "class attention": [0, 2],
+    "cross attention": [1], "class attention of VOLO": [2], "latent pool": [0, 1],
+    "latent pool, all options": [], "dinov3": [],
 }  # fmt: skip
 
 
@@ -191,7 +211,8 @@ def test_keep_heads(case: str) -> None:
     kdfast.accelerate(holder)
     attn = holder[0]
     assert isinstance(attn, FusedAttention)
-    attn.norm = nn.Identity()
+    if "norm.weight" in attn.axes:
+        attn.norm = nn.Identity()
     mask = torch.zeros(attn.num_heads, 1, dtype=torch.float64)
     mask[heads] = 1
     hook = attn.projection().register_forward_pre_hook(

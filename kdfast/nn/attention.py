@@ -130,11 +130,17 @@ class FusedAttention(nn.Module):
         """
         q, k, v = call.q, call.k, cast(Tensor, call.v)
         dropout_p = self.dropout_p() if self.training else 0.0
-        if attn_mask is None and not is_causal and not dropout_p:
+        what = None
+        if dropout_p:
+            what = f"attention dropout {dropout_p}"
+        elif attn_mask is not None or is_causal:
+            what = "a causal call" if attn_mask is None else "a mask"
+        elif q.shape != k.shape:
+            what = "queries that are not one per key"
+        if what is None:
             out = self_attention(q, k, v, rope=call.rope, scale=call.scale, backend=self.backend)
         else:
-            what = "a mask" if attn_mask is not None else "a causal call"
-            self._say_once(f"attention dropout {dropout_p}" if dropout_p else what)
+            self._say_once(what)
             q, k = rotated(q, call.rope, None), rotated(k, call.rope, None)
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask, dropout_p, is_causal, scale=call.scale

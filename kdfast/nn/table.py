@@ -6,6 +6,12 @@ import re
 from torch import nn
 
 from kdfast.nn.attention import FusedAttention, qualified_name
+from kdfast.nn.pool import (
+    TimmClassAttention,
+    TimmCrossAttention,
+    TimmLatentPool,
+    TimmPackedClassAttention,
+)
 from kdfast.nn.timm_attention import (
     TimmAttention,
     TimmEvaAttention,
@@ -19,6 +25,10 @@ FUSED: dict[str, type[FusedAttention]] = {
     "timm.layers.attention.AttentionRope": TimmRopeAttention,
     "timm.models.eva.EvaAttention": TimmEvaAttention,
     "timm.models.vision_transformer.ParallelScalingBlock": TimmParallelBlock,
+    "timm.layers.attention_pool.AttentionPoolLatent": TimmLatentPool,
+    "timm.models.cait.ClassAttn": TimmClassAttention,
+    "timm.models.crossvit.CrossAttention": TimmCrossAttention,
+    "timm.models.volo.ClassAttention": TimmPackedClassAttention,
 }
 
 # Exact reasons for classes that have no stand-in.
