@@ -18,6 +18,7 @@ from kdfast.ops.feature_loss import feature_loss
 from kdfast.ops.geometry import Rope, Window
 from kdfast.ops.head_gather import head_gather
 from kdfast.ops.kd_loss import kd_loss
+from kdfast.ops.linear_kd_loss import linear_kd_loss
 from kdfast.ops.pruned_attention import pruned_attention
 from kdfast.ops.sdpa import scaled_dot_product_attention
 
@@ -45,6 +46,7 @@ __all__ = [
     "head_gather",
     "head_scores",
     "kd_loss",
+    "linear_kd_loss",
     "prune_heads",
     "pruned_attention",
     "pruning_report",

@@ -16,7 +16,14 @@ from kdfast.benchmark import cpu_name
 from kdfast.needs import gib, print_needs
 from kdfast.ops import _library
 
-OPS = ("pruned_attention", "attention_distill", "kd_loss", "feature_loss", "head_gather")
+OPS = (
+    "pruned_attention",
+    "attention_distill",
+    "kd_loss",
+    "linear_kd_loss",
+    "feature_loss",
+    "head_gather",
+)
 PACKAGES = (
     "torch",
     "timm",

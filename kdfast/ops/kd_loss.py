@@ -66,9 +66,10 @@ def kd_loss(
     of both logits. Deterministic: yes. Source: arXiv 1503.02531.
     """
     _check_logits(student_logits, teacher_logits)
-    _check_options(temperature, alpha, reduction, label_smoothing)
+    check_options("kd_loss", temperature, alpha, reduction, label_smoothing)
     if target is not None:
-        _check_target(student_logits, target, ignore_index)
+        shape, device = student_logits.shape, student_logits.device
+        check_target("kd_loss", shape, device, target, ignore_index)
     dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
     student, teacher = student_logits.to(dtype), teacher_logits.detach().to(dtype)
     if target is not None and target.is_floating_point():
@@ -103,36 +104,39 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def _check_options(temperature: float, alpha: float, reduction: str, smoothing: float) -> None:
+def check_options(
+    op: str, temperature: float, alpha: float, reduction: str, smoothing: float
+) -> None:
+    """Raises ValueError, in the name of ``op``, for an option out of range."""
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"kd_loss: temperature must be above 0 and finite, got {temperature}")
+        raise ValueError(f"{op}: temperature must be above 0 and finite, got {temperature}")
     if not 0 <= alpha <= 1:
-        raise ValueError(f"kd_loss: alpha must be in [0, 1], got {alpha}")
+        raise ValueError(f"{op}: alpha must be in [0, 1], got {alpha}")
     if reduction not in REDUCTIONS:
-        raise ValueError(f"kd_loss: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+        raise ValueError(f"{op}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if not 0 <= smoothing <= 1:
-        raise ValueError(f"kd_loss: label_smoothing must be in [0, 1], got {smoothing}")
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {smoothing}")
 
 
-def _check_target(student: Tensor, target: Tensor, ignore_index: int) -> None:
+def check_target(
+    op: str, shape: torch.Size, device: torch.device, target: Tensor, ignore_index: int
+) -> None:
+    """Raises, in the name of ``op``, for a target that does not fit logits of ``shape``."""
     soft = target.dtype in FLOATING
     if not soft and target.dtype != torch.int64:
-        raise TypeError(f"kd_loss: target must be int64 or one of {FLOATING}, got {target.dtype}")
-    want = student.shape if soft else student.shape[:-1]
+        raise TypeError(f"{op}: target must be int64 or one of {FLOATING}, got {target.dtype}")
+    want = shape if soft else shape[:-1]
     if target.shape != want:
         kind = "class probabilities" if soft else "class indices"
+        raise ValueError(f"{op}: target of {kind} must be {tuple(want)}, got {tuple(target.shape)}")
+    if target.device != device:
         raise ValueError(
-            f"kd_loss: target of {kind} must be {tuple(want)}, got {tuple(target.shape)}"
-        )
-    if target.device != student.device:
-        raise ValueError(
-            "kd_loss: target must be on the device of student_logits, "
-            f"got {target.device} and {student.device}"
+            f"{op}: target must be on the device of the student, got {target.device} and {device}"
         )
     if soft and ignore_index >= 0:
         raise ValueError(
-            "kd_loss: ignore_index must be negative with class probabilities, which it cannot "
-            f"mark, got {ignore_index}"
+            f"{op}: ignore_index must be negative with class probabilities, which it cannot mark, "
+            f"got {ignore_index}"
         )
 
 

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_kd_loss forward and backward against the layer with its eager reference, and compiled.
+
+The limit counts the three products of the student's layer and the one of the teacher's.
+"""
+
+import pytest
+import torch
+
+import kdfast
+from kdfast.ops import linear_kd_loss as op
+
+SHAPES = [(1024, 1000, 768), (1024, 21841, 768), (2048, 50257, 384)]
+OPTIONS = (4.0, 0.7, "batchmean", 0.0, -100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def bench_forward_backward(  # type: ignore[no-untyped-def]
+    compare, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    rows, classes, dim = shape
+    hidden, teacher_hidden = (torch.randn(rows, dim).to(dtype) for _ in range(2))
+    weight, teacher_weight = ((0.1 * torch.randn(classes, dim)).to(dtype) for _ in range(2))
+    target = torch.randint(0, classes, (rows,))
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    tensors = (hidden, weight, None, None, teacher_hidden, teacher_weight, None, target)
+    compiled = torch.compile(op.reference)
+    teacher = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
+    losses = {
+        "kdfast": lambda: kdfast.linear_kd_loss(
+            hidden, weight, None, target, backend="fused", **teacher
+        )[0],
+        "eager": lambda: op.reference(*tensors, *OPTIONS)[0],
+        "compile": lambda: compiled(*tensors, *OPTIONS)[0],
+    }
+
+    def step(name: str) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(losses[name](), leaves)
+
+    want = step("eager")
+    for name in ("kdfast", "compile"):
+        for got, expected in zip(step(name), want, strict=True):
+            error = (got.double() - expected.double()).norm() / expected.double().norm()
+            assert error < 2e-2, f"{name}: relative error {error:.2e}"
+    candidates = {name: lambda name=name: step(name) for name in losses}
+    flops = 4 * 2 * rows * classes * dim
+    compare(
+        "linear_kd_loss",
+        f"fwd+bwd {rows}x{classes}x{dim} {dtype}",
+        candidates,
+        flops=flops,
+        dtype=dtype,
+        memory=True,
+    )
