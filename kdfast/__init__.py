@@ -25,8 +25,11 @@ from kdfast.ops.sdpa import scaled_dot_product_attention
 if TYPE_CHECKING:
     from kdfast.nn import AccelerateReport, accelerate, restore
     from kdfast.pruning import (
+        HeadGates,
         HeadScores,
+        evaluate_selections,
         head_scores,
+        mlp_scores,
         prune_heads,
         pruning_report,
         select_heads,
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AccelerateReport",
     "FallbackWarning",
+    "HeadGates",
     "HeadScores",
     "NotCompiledWarning",
     "Rope",
@@ -42,11 +46,13 @@ __all__ = [
     "__version__",
     "accelerate",
     "attention_distill",
+    "evaluate_selections",
     "feature_loss",
     "head_gather",
     "head_scores",
     "kd_loss",
     "linear_kd_loss",
+    "mlp_scores",
     "prune_heads",
     "pruned_attention",
     "pruning_report",
@@ -56,7 +62,16 @@ __all__ = [
 ]
 
 _LAZY = dict.fromkeys(
-    ("HeadScores", "head_scores", "prune_heads", "pruning_report", "select_heads"),
+    (
+        "HeadGates",
+        "HeadScores",
+        "evaluate_selections",
+        "head_scores",
+        "mlp_scores",
+        "prune_heads",
+        "pruning_report",
+        "select_heads",
+    ),
     "kdfast.pruning",
 ) | dict.fromkeys(("AccelerateReport", "accelerate", "restore"), "kdfast.nn")
 

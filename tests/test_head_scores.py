@@ -306,7 +306,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     [
         ({"format": "else"}, "must have format 'kdfast.head_scores/1', got 'else'"),
         ({"scores": []}, "at least one block"),
-        ({"scores": [[1.0], []]}, r"block 1 must be \(H,\)"),
+        ({"scores": [[1.0], [[1.0]]]}, r"block 1 must be \(H,\)"),
         ({"scores": [[1.0, float("inf")]]}, "scores of block 0 must be finite"),
     ],
 )
@@ -357,5 +357,7 @@ def test_rejects(
 
 
 def test_unknown_family_is_named() -> None:
-    with pytest.raises(TypeError, match="head_scores: model must be one of EVAViT, got .*Linear"):
+    with pytest.raises(
+        TypeError, match="head_scores: model must be one of EVAViT, .*, got .*Linear"
+    ):
         head_scores(nn.Linear(2, 2), "magnitude")

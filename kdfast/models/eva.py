@@ -55,10 +55,13 @@ class EVAViT(nn.Module):
         with_cp: Recompute the blocks in the backward; only in training mode.
         frozen: No parameter requires grad and the model never leaves eval mode.
         heads: Original indices of the kept heads, ascending: a list per block, or one list for
-            all; None keeps every head.
+            all; None keeps every head. A block may keep none: its attention is then the bias of
+            ``proj``.
+        mlp_hidden: Hidden units that the MLPs hold: a width per block, or one for all; None is the
+            full width of ``mlp_ratio``.
 
     Raises:
-        TypeError: ``heads`` are not integers.
+        TypeError: ``heads`` or ``mlp_hidden`` are not integers.
         ValueError: A value does not fit; the message names the argument.
         NotImplementedError: An argument that ORION takes but does not use has another value.
     """
@@ -96,6 +99,7 @@ class EVAViT(nn.Module):
         with_cp: bool = True,
         frozen: bool = False,
         heads: Sequence[Sequence[int]] | Sequence[int] | None = None,
+        mlp_hidden: Sequence[int] | int | None = None,
     ) -> None:
         # Every argument, and nothing else: this must stay the first statement.
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -119,7 +123,7 @@ class EVAViT(nn.Module):
             size = window_size if i in window_block_indexes else 0
             attn = Attention(embed_dim, kept, head_dim, qkv_bias, size)
             rate = drop_path_rate * i / max(depth - 1, 1)
-            self.blocks.append(Block(attn, embed_dim, int(embed_dim * mlp_ratio), rate))
+            self.blocks.append(Block(attn, embed_dim, self.config["mlp_hidden"][i], rate))
         self.fill_rope()
         if frozen:
             self.requires_grad_(False)
@@ -129,6 +133,11 @@ class EVAViT(nn.Module):
     def heads(self) -> list[list[int]]:
         """Original indices of the heads that every block holds."""
         return [list(block.attn.heads) for block in self._blocks()]
+
+    @property
+    def mlp_hidden(self) -> list[int]:
+        """Hidden units that every block's MLP holds."""
+        return [block.mlp.w1.out_features for block in self._blocks()]
 
     def train(self, mode: bool = True) -> "EVAViT":
         """Sets training mode; a frozen model stays in eval mode."""

@@ -32,13 +32,13 @@ POSITIVE = (
 
 
 def checked_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Constructor arguments as plain JSON values, ``heads`` spelled out per block.
+    """Constructor arguments as plain JSON values, ``heads`` and ``mlp_hidden`` per block.
 
     Args:
         arguments: Every argument of ``EVAViT``.
 
     Raises:
-        TypeError: ``heads`` are not integers.
+        TypeError: ``heads`` or ``mlp_hidden`` are not integers.
         ValueError: A value does not fit.
         NotImplementedError: An argument that can have only one value has another.
     """
@@ -56,6 +56,8 @@ def checked_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     del config["norm_layer"], config["act_layer"]
     _check_sizes(config)
     config["heads"] = head_lists(config["heads"], config["depth"], config["num_heads"])
+    full = int(config["embed_dim"] * config["mlp_ratio"])
+    config["mlp_hidden"] = mlp_widths(config["mlp_hidden"], config["depth"], full)
     return config
 
 
@@ -103,8 +105,8 @@ def head_lists(
 
     Raises:
         TypeError: Not integers.
-        ValueError: Not one list per block; a list that is empty, out of range or not strictly
-            ascending.
+        ValueError: Not one list per block; a list that is out of range or not strictly ascending,
+            or the one list for all blocks is empty.
     """
     entries: list[Any] = list(range(num_heads) if heads is None else heads)
     if entries and all(type(entry) is int for entry in entries):
@@ -120,10 +122,37 @@ def head_lists(
             raise TypeError(f"EVAViT: heads[{block}] must be a list of ints, got {entry!r}")
         kept = list(entry)
         ascending = all(a < b for a, b in zip(kept, kept[1:], strict=False))
-        if not kept or not ascending or kept[0] < 0 or kept[-1] >= num_heads:
+        if not ascending or (kept and (kept[0] < 0 or kept[-1] >= num_heads)):
             raise ValueError(
-                f"EVAViT: heads[{block}] must name one or more heads of [0, {num_heads}) in "
-                f"ascending order, got {kept}"
+                f"EVAViT: heads[{block}] must name heads of [0, {num_heads}) in ascending order, "
+                f"got {kept}"
             )
         lists.append(kept)
     return lists
+
+
+def mlp_widths(widths: Sequence[int] | int | None, depth: int, full: int) -> list[int]:
+    """Hidden units of every block's MLP.
+
+    Args:
+        widths: A width per block, one for all, or None for the full one.
+        depth: Number of blocks.
+        full: Width before pruning.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: Not one per block, or out of range.
+    """
+    entries: list[Any]
+    if widths is None or type(widths) is int:
+        entries = [full if widths is None else widths] * depth
+    elif isinstance(widths, Sequence) and all(type(width) is int for width in widths):
+        entries = list(widths)
+    else:
+        raise TypeError(f"EVAViT: mlp_hidden must be an int or a list of ints, got {widths!r}")
+    if len(entries) != depth or not all(1 <= width <= full for width in entries):
+        raise ValueError(
+            f"EVAViT: mlp_hidden must be one width of [1, {full}] per block ({depth}), "
+            f"got {entries}"
+        )
+    return entries

@@ -4,6 +4,7 @@
 B batch, K kept heads, N tokens, D head dim, C channels.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -52,7 +53,8 @@ class Attention(nn.Module):
     """Self-attention over the kept heads of a block, on the real tokens of its windows only.
 
     Attributes:
-        heads: Original indices of the K heads whose slices the projections hold, ascending.
+        heads: Original indices of the K heads whose slices the projections hold, ascending; may be
+            empty, then the output is the bias of ``proj``.
         head_dim: D; does not change when heads are removed.
         window_size: Side of the windows; 0: one window over the whole grid.
     """
@@ -68,12 +70,15 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.window_size = window_size
         width = len(self.heads) * head_dim
-        self.q_proj = nn.Linear(dim, width, bias=False)
-        self.k_proj = nn.Linear(dim, width, bias=False)
-        self.v_proj = nn.Linear(dim, width, bias=False)
+        with warnings.catch_warnings():
+            # Without heads there is nothing to initialise, which torch finds suspicious.
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+            self.q_proj = nn.Linear(dim, width, bias=False)
+            self.k_proj = nn.Linear(dim, width, bias=False)
+            self.v_proj = nn.Linear(dim, width, bias=False)
+            self.proj = nn.Linear(width, dim)
         self.q_bias = nn.Parameter(torch.zeros(width)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(width)) if qkv_bias else None
-        self.proj = nn.Linear(width, dim)
 
     def _split(self, x: Tensor, proj: nn.Linear, bias: Tensor | None) -> Tensor:
         if bias is not None:
@@ -104,14 +109,16 @@ class Attention(nn.Module):
 
         Returns:
             Output (B, N, C); queries and keys before the rotation, (B, K, N, D); the loss against
-            ``target``, or None.
+            ``target``, or None, also where there are no heads to compare.
         """
         q = self._split(x, self.q_proj, self.q_bias)
         k = self._split(x, self.k_proj, None)
         v = self._split(x, self.v_proj, self.v_bias)
         window = self._window(grid, v)
         loss = None
-        if target is None:
+        if not self.heads:
+            out = v
+        elif target is None:
             out = pruned_attention(q, k, v, rope=rope, window=window)
         else:
             out, loss = attention_distill(

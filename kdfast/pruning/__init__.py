@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Head scores, selection, surgery and accounting. See docs/pruning.md."""
+"""Head and hidden-unit scores, selection, surgery and accounting. See docs/pruning.md."""
 
+from kdfast.pruning.evaluate import evaluate_selections
+from kdfast.pruning.gates import HeadGates
 from kdfast.pruning.report import PruningReport, pruning_report
-from kdfast.pruning.scores import HeadScores, head_scores
+from kdfast.pruning.scores import HeadScores, head_scores, mlp_scores
 from kdfast.pruning.select import select_heads
 from kdfast.pruning.surgery import prune_heads
 
 __all__ = [
+    "HeadGates",
     "HeadScores",
     "PruningReport",
+    "evaluate_selections",
     "head_scores",
+    "mlp_scores",
     "prune_heads",
     "pruning_report",
     "select_heads",

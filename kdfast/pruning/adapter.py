@@ -5,12 +5,14 @@ B batch, H heads, N tokens, D head dim, C channels, U hidden units.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from kdfast.nn.heads import AttentionCall, HeadAxis
+from kdfast.nn.table import unfused_reason
 
 
 class HeadWeights(NamedTuple):
@@ -43,6 +45,7 @@ class Site:
         projection: The linear layer whose input (B, N, len(held) * size) is the slices' outputs
             side by side.
         group: Number of consecutive slices that can only go together.
+        norm: The norm over all slices before ``projection``, if there is one.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Site:
     held: list[int]
     projection: nn.Module
     group: int = 1
+    norm: nn.Module | None = None
 
     def tensors(self) -> dict[str, tuple[HeadAxis, Tensor]]:
         """The axes and tensors that the module has."""
@@ -121,6 +125,9 @@ class Adapter(Protocol):
     ) -> AttentionCall:
         """Reads a forward call of ``site.module`` from its arguments and its output."""
 
+    def running(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, every site's projection and norm are called as modules, so hooks see them."""
+
     def empty(
         self, model: nn.Module, heads: Sequence[Sequence[int]], widths: Sequence[int]
     ) -> nn.Module:
@@ -167,4 +174,10 @@ def adapter_of(function: str, model: nn.Module) -> Adapter:
                 raise TypeError(f"{function}: cannot prune a {got}: {reason}")
             return adapter
     names = ", ".join(adapter.family for adapter in known)
-    raise TypeError(f"{function}: model must be one of {names}, got {got}")
+    reasons = dict.fromkeys(
+        f"{type(module).__module__}.{type(module).__qualname__}: {reason}"
+        for module in model.modules()
+        if (reason := unfused_reason(module))
+    )
+    why = f" ({'; '.join(reasons)})" if reasons else ", which holds no attention"
+    raise TypeError(f"{function}: model must be one of {names}, got {got}{why}")

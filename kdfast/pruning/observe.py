@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a model on data and watches its heads. B batch, H heads, N tokens, D head dim."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-from kdfast.pruning.adapter import Adapter
+from kdfast.pruning.adapter import Adapter, Site
 from kdfast.pruning.entropy import attention_entropy
 
 Loss = Callable[[Any, Any], Tensor]
@@ -31,11 +31,19 @@ class Observer(Protocol):
 
 
 def observe(
-    model: nn.Module, observer: Observer, data: Iterable[Any], batches: int | None, progress: bool
+    function: str,
+    adapter: Adapter,
+    model: nn.Module,
+    observer: Observer,
+    data: Iterable[Any],
+    batches: int | None,
+    progress: bool,
 ) -> tuple[list[Tensor], dict[str, int]]:
     """Mean of the observer's scores over all images, and how many there were.
 
     Args:
+        function: Name of the caller, for messages.
+        adapter: Of that model.
         model: Left as it was, also when an error is raised.
         observer: Of that model.
         data: As in ``head_scores``.
@@ -55,50 +63,53 @@ def observe(
     bar = tqdm(
         islice(data, batches),
         total=total,
-        desc="head scores",
+        desc=function.replace("_", " "),
         unit="batch",
         disable=None if progress else True,
     )
-    with bar, _frozen_eval(model):
+    with bar, adapter.running(model), frozen_eval(model):
         try:
             handles += observer.attach()
             for batch in bar:
                 batch = _moved(batch, device)
-                pixels = _images(batch)
+                pixels = _images(function, batch)
                 observer.run(pixels, batch)
-                _check_finite(observer.totals, count)
+                _check_finite(function, observer.totals, count)
                 count, images = count + 1, images + len(pixels)
                 bar.set_postfix(images=images)
         finally:
             for handle in handles:
                 handle.remove()
     if count == 0:
-        raise ValueError("head_scores: data must give at least one batch, got none")
+        raise ValueError(f"{function}: data must give at least one batch, got none")
     means = [(row / images).cpu() for row in observer.totals]
     return means, {"batches": count, "images": images}
 
 
 class ContextObserver:
-    """Taylor and gradient scores from the input of every output projection."""
+    """Taylor and gradient scores from the input of every site's projection.
 
-    def __init__(self, adapter: Adapter, model: nn.Module, method: str, loss: Loss) -> None:
-        self.adapter, self.model, self.method, self.loss = adapter, model, method, loss
+    One forward and one backward a batch give the scores of all slices of all sites: the gradient
+    at the projections' inputs is a by-product of the backward, whatever their number.
+    """
+
+    def __init__(self, sites: Sequence[Site], model: nn.Module, method: str, loss: Loss) -> None:
+        self.sites, self.model, self.method, self.loss = sites, model, method, loss
         self.totals: list[Tensor] = []
         self._contexts: dict[int, Tensor] = {}
 
     def attach(self) -> list[RemovableHandle]:
-        attentions = self.adapter.attentions(self.model).values()
         return [
-            self.adapter.projection(attn).register_forward_pre_hook(partial(self._keep, block))
-            for block, attn in enumerate(attentions)
+            site.projection.register_forward_pre_hook(partial(self._keep, index))
+            for index, site in enumerate(self.sites)
         ]
 
-    def _keep(self, block: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _keep(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         context = args[0]
         if not context.requires_grad:
             # The first block: all parameters are frozen, so the graph starts here.
             context = context.detach().requires_grad_()
-        self._contexts[block] = context
+        self._contexts[index] = context
         return context, *args[1:]
 
     def run(self, images: Tensor, batch: Any) -> None:
@@ -106,18 +117,18 @@ class ContextObserver:
         with torch.inference_mode(False), torch.enable_grad():
             loss = self.loss(self.model(images), batch)
             _check_loss(loss)
-            contexts = [self._contexts.pop(block) for block in sorted(self._contexts)]
+            contexts = [self._contexts.pop(index) for index in sorted(self._contexts)]
             grads = torch.autograd.grad(loss, contexts)
         # The loss is a mean over images: times B, the gradient is that of each image's own loss.
         rows = [
-            self._scores(c.detach(), len(images) * g) for c, g in zip(contexts, grads, strict=True)
+            self._scores(site, c.detach(), len(images) * g)
+            for site, c, g in zip(self.sites, contexts, grads, strict=True)
         ]
         _add(self.totals, rows)
 
-    def _scores(self, context: Tensor, grad: Tensor) -> Tensor:
+    def _scores(self, site: Site, context: Tensor, grad: Tensor) -> Tensor:
         """(H,): sums over images of the mean over tokens; context and grad are (B, N, H * D)."""
-        heads = (-1, self.adapter.head_dim(self.model))
-        context, grad = (x.double().unflatten(-1, heads) for x in (context, grad))
+        context, grad = (split(x.double(), site) for x in (context, grad))
         if self.method == "taylor":
             change = (context * grad).sum(-1).abs()
         else:
@@ -125,23 +136,58 @@ class ContextObserver:
         return change.mean(1).sum(0)
 
 
+class MeanObserver:
+    """Mean over tokens of the input of every site's projection, (H * D,)."""
+
+    def __init__(self, sites: Sequence[Site], model: nn.Module) -> None:
+        self.sites, self.model = sites, model
+        self.totals: list[Tensor] = []
+        self._rows: dict[int, Tensor] = {}
+
+    def attach(self) -> list[RemovableHandle]:
+        return [
+            site.projection.register_forward_pre_hook(partial(self._keep, index))
+            for index, site in enumerate(self.sites)
+        ]
+
+    def _keep(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self._rows[index] = args[0].detach().double().flatten(1, -2).mean(1).sum(0)
+
+    def run(self, images: Tensor, batch: Any) -> None:
+        self._rows.clear()
+        with torch.no_grad():
+            self.model(images)
+        _add(self.totals, [self._rows[index] for index in sorted(self._rows)])
+
+
 class EntropyObserver:
     """Entropy of the attention rows, as a score that grows with importance."""
 
     def __init__(self, adapter: Adapter, model: nn.Module, important: str, unit: str) -> None:
         self.adapter, self.model, self.important, self.unit = adapter, model, important, unit
+        self.sites = adapter.attentions(model)
         self.totals: list[Tensor] = []
         self._rows: dict[int, Tensor] = {}
 
     def attach(self) -> list[RemovableHandle]:
-        attentions = self.adapter.attentions(self.model).values()
         return [
-            attn.register_forward_hook(partial(self._score, block))
-            for block, attn in enumerate(attentions)
+            site.module.register_forward_hook(partial(self._score, block), with_kwargs=True)
+            for block, site in enumerate(self.sites)
         ]
 
-    def _score(self, block: int, attn: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        call = self.adapter.call(attn, args, output)
+    def _score(
+        self,
+        block: int,
+        _: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+    ) -> None:
+        site = self.sites[block]
+        if not site.held:
+            self._rows[block] = next(self.model.parameters()).new_zeros(0, dtype=torch.float64)
+            return
+        call = self.adapter.call(site, args, kwargs, output)
         entropy, limit = attention_entropy(
             call.q, call.k, rope=call.rope, window=call.window, scale=call.scale
         )
@@ -171,7 +217,8 @@ class RandomProjection:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, output: Any, batch: Any) -> Tensor:
-        """Scalar loss of an output (B, C, ...) or (B, C)."""
+        """Scalar loss of an output (B, C, ...) or (B, C), or of one that holds such a tensor."""
+        output = main_output(output)
         if not isinstance(output, Tensor) or output.dim() < 2:
             got = type(output).__name__
             raise TypeError(
@@ -189,8 +236,24 @@ class RandomProjection:
         return loss
 
 
+def main_output(output: Any) -> Any:
+    """The tensor that an output of Hugging Face is about: logits or features, channels second."""
+    if not isinstance(output, Mapping):
+        return output
+    for name in ("logits", "image_embeds", "last_hidden_state"):
+        tensor = output.get(name)
+        if isinstance(tensor, Tensor):
+            return tensor.transpose(1, -1) if tensor.dim() == 3 else tensor
+    return output
+
+
+def split(context: Tensor, site: Site) -> Tensor:
+    """(B, ..., H * D) to (B, N, H, D) of a site; all dimensions between are tokens."""
+    return context.unflatten(-1, (len(site.held), site.size)).flatten(1, -3)
+
+
 @contextmanager
-def _frozen_eval(model: nn.Module) -> Iterator[None]:
+def frozen_eval(model: nn.Module) -> Iterator[None]:
     """Eval mode and no parameter gradients inside; every flag as before afterwards."""
     training = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -218,19 +281,19 @@ def _moved(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _images(batch: Any) -> Tensor:
+def _images(function: str, batch: Any) -> Tensor:
     images = batch
     if isinstance(batch, Mapping):
-        images = batch.get("image")
+        images = batch.get("image", batch.get("pixel_values"))
     elif isinstance(batch, list):
         images = batch[0] if batch else None
     if not isinstance(images, Tensor):
         raise TypeError(
-            "head_scores: a batch must be a tensor, a dict with a tensor 'image', or a list or "
+            f"{function}: a batch must be a tensor, a dict with a tensor 'image', or a list or "
             f"tuple that starts with one, got {_kind(batch)}"
         )
     if len(images) == 0:
-        raise ValueError("head_scores: a batch must hold at least one image, got none")
+        raise ValueError(f"{function}: a batch must hold at least one image, got none")
     return images
 
 
@@ -250,10 +313,10 @@ def _check_loss(loss: Any) -> None:
         raise ValueError("head_scores: loss must depend on the model's output, got a constant")
 
 
-def _check_finite(totals: list[Tensor], batch: int) -> None:
+def _check_finite(function: str, totals: list[Tensor], batch: int) -> None:
     for block, row in enumerate(totals):
         if not torch.isfinite(row).all():
             raise ValueError(
-                f"head_scores: scores must be finite, got {row.tolist()} in block {block} after "
+                f"{function}: scores must be finite, got {row.tolist()} in block {block} after "
                 f"batch {batch}"
             )

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from kdfast.pruning.adapter import Adapter, BlockSpec, adapter_of
+from kdfast.pruning.adapter import Adapter, adapter_of
 from kdfast.pruning.select import kept_counts
 
 Keep = int | float | Sequence[int]
@@ -58,13 +58,15 @@ class ModelCost:
         keep: The request it answers; None for the model as it was given.
         blocks: In order.
         params: All parameters of the model.
-        embed: FLOPs before the first block.
+        embed: FLOPs outside the blocks.
+        mlp_keep: The request for hidden units; None if they all stay.
     """
 
     keep: int | float | list[int] | None
     blocks: list[BlockCost]
     params: int
     embed: int
+    mlp_keep: int | float | list[int] | None = None
 
     @property
     def heads(self) -> int:
@@ -147,9 +149,10 @@ class PruningReport:
         h, w = self.image_size
         title = (
             f"{self.family}, {len(self.full.blocks)} blocks, one {h} x {w} image; "
-            "GFLOP = 2e-9 multiply-adds of matrix products\n"
-            "ratios are to the full model with pads computed, as ORION runs it"
+            "GFLOP = 2e-9 multiply-adds of matrix products"
         )
+        if self._padded:
+            title += "\nratios are to the full model with pads computed, as ORION runs it"
         limit = self.full.flops_padded / self.flops_without_heads
         floor = (
             f"without any head: {self.flops_without_heads / 1e9:.2f} GFLOP, {limit:.3f}x: "
@@ -157,26 +160,27 @@ class PruningReport:
         )
         return "\n".join((title, "", *self._totals(), "", *self._blocks(), "", floor))
 
+    @property
+    def _padded(self) -> bool:
+        return self.full.flops_padded != self.full.flops
+
     def _totals(self) -> list[str]:
-        rows = [
-            ("kept", "heads", "parameters", "saved", "in attention")
-            + ("GFLOP padded", "ratio", "GFLOP pad-skip", "ratio")
-        ]
+        first = ("kept", "heads", "parameters", "saved", "in attention")
+        pads = ("GFLOP padded", "ratio", "GFLOP pad-skip", "ratio")
+        rows: list[tuple[str, ...]] = [first + (pads if self._padded else ("GFLOP", "ratio"))]
         base = self.full
         for cost in (base, *self.pruned):
-            rows.append(
-                (
-                    _label(cost.keep),
-                    str(cost.heads),
-                    f"{cost.params:,}",
-                    f"{1 - cost.params / base.params:.2%}",
-                    f"{cost.attention_params:,}",
-                    f"{cost.flops_padded / 1e9:.3f}",
-                    f"{base.flops_padded / cost.flops_padded:.3f}x",
-                    f"{cost.flops / 1e9:.3f}",
-                    f"{base.flops_padded / cost.flops:.3f}x",
-                )
+            cells: tuple[str, ...] = (
+                _request(cost),
+                str(cost.heads),
+                f"{cost.params:,}",
+                f"{1 - cost.params / base.params:.2%}",
+                f"{cost.attention_params:,}",
             )
+            flops = (cost.flops_padded, cost.flops) if self._padded else (cost.flops,)
+            for count in flops:
+                cells += (f"{count / 1e9:.3f}", f"{base.flops_padded / count:.3f}x")
+            rows.append(cells)
         return _aligned(rows)
 
     def _blocks(self) -> list[str]:
@@ -185,7 +189,7 @@ class PruningReport:
         groups: dict[tuple[BlockCost, ...], list[int]] = {}
         for index in range(len(self.full.blocks)):
             groups.setdefault(tuple(cost.blocks[index] for cost in costs), []).append(index)
-        labels = [_label(cost.keep) for cost in costs]
+        labels = [_request(cost) for cost in costs]
         rows = [("attention", *(f"heads, GFLOP at {label}" for label in labels), "blocks")]
         for same, indices in groups.items():
             kind = f"windows of {same[0].window}" if same[0].window else "global"
@@ -198,17 +202,20 @@ def pruning_report(
     model: nn.Module,
     keep: Sequence[Keep] = (0.25, 0.5, 0.75, 1.0),
     *,
+    mlp_keep: Keep | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> PruningReport:
     """Counts what is left of a model for several numbers of kept heads.
 
     Every count is taken from the modules of the pruned architecture, built without memory on the
-    meta device; FLOPs follow the shapes of its linear layers. Element-wise work is not counted.
+    meta device. FLOPs are those of matrix products; element-wise work is not counted.
 
     Args:
-        model: An EVAViT on any device, already pruned or not; not changed.
+        model: Of a family in docs/pruning.md, on any device, already pruned or not; not changed.
         keep: Requests as in ``select_heads`` with scope "block", relative to the heads that the
-            model holds.
+            model holds; an int or a list may be 0.
+        mlp_keep: The same for the hidden units of every block's MLP, in every request; None keeps
+            them all.
         image_size: Side, or (height, width), of the image; None: what the model is configured for.
 
     Raises:
@@ -218,15 +225,27 @@ def pruning_report(
     adapter = adapter_of("pruning_report", model)
     size = adapter.image_size(model) if image_size is None else image_size
     size = (size, size) if isinstance(size, int) else (size[0], size[1])
-    held = adapter.heads(model)
+    held = [site.held for site in adapter.attentions(model)]
+    widths = [len(site.held) for site in adapter.mlps(model)]
+    units = None
+    if mlp_keep is not None:
+        if not widths:
+            raise ValueError("pruning_report: mlp_keep must be None, no MLP can be pruned here")
+        widths = kept_counts("pruning_report", mlp_keep, widths)
+        units = _stored(mlp_keep)
     costs = []
     for request in keep:
-        counts = kept_counts("pruning_report", request, [len(heads) for heads in held])
+        least = 0 if not isinstance(request, float) else 1
+        counts = kept_counts("pruning_report", request, [len(heads) for heads in held], least)
         # Which heads stay has no influence on any cost.
         heads = [heads[:count] for heads, count in zip(held, counts, strict=True)]
-        stored = list(request) if isinstance(request, Sequence) else request
-        costs.append(_cost(adapter, adapter.empty(model, heads), size, stored))
-    return PruningReport(adapter.family, size, _cost(adapter, model, size, None), costs)
+        pruned = adapter.empty(model, heads, widths)
+        costs.append(_cost(adapter, pruned, size, _stored(request), units))
+    return PruningReport(adapter.family, size, _cost(adapter, model, size, None, None), costs)
+
+
+def _stored(request: Keep) -> int | float | list[int]:
+    return list(request) if isinstance(request, Sequence) else request
 
 
 def _cost(
@@ -234,36 +253,31 @@ def _cost(
     model: nn.Module,
     image_size: tuple[int, int],
     keep: int | float | list[int] | None,
+    mlp_keep: int | float | list[int] | None,
 ) -> ModelCost:
-    spec = adapter.spec(model, image_size)
-    blocks = [_block_cost(block) for block in spec.blocks]
-    return ModelCost(keep, blocks, _params(model), spec.embed_flops)
-
-
-def _block_cost(spec: BlockSpec) -> BlockCost:
-    tokens = sum(spec.spans)
-    full = [spec.window**2 or span for span in spec.spans]
-    own, width = _linear(spec.attention), 4 * spec.heads * spec.head_dim
-    return BlockCost(
-        heads=spec.heads,
-        window=spec.window,
-        params=_params(spec.block),
-        attention_params=_params(spec.attention),
-        gemm=2 * tokens * own,
-        attention=width * sum(span**2 for span in spec.spans),
-        gemm_padded=2 * sum(full) * own,
-        attention_padded=width * sum(span**2 for span in full),
-        mlp=2 * tokens * (_linear(spec.block) - own),
-    )
+    flops, outside = adapter.flops(model, image_size)
+    attentions = adapter.attentions(model)
+    blocks = [
+        BlockCost(
+            heads=len(site.held),
+            params=_params(block),
+            attention_params=_params(site.module),
+            **asdict(counts),
+        )
+        for block, site, counts in zip(adapter.blocks(model), attentions, flops, strict=True)
+    ]
+    return ModelCost(keep, blocks, _params(model), outside, mlp_keep)
 
 
 def _params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _linear(module: nn.Module) -> int:
-    """Weights of all linear layers: multiply-adds per token."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+def _request(cost: ModelCost) -> str:
+    units = (
+        "" if cost.mlp_keep is None else f" + mlp {_label(cost.mlp_keep).removesuffix(' heads')}"
+    )
+    return _label(cost.keep) + units
 
 
 def _label(keep: int | float | list[int] | None) -> str:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How important every attention head is, by one of four criteria. See docs/pruning.md.
+"""How important every attention head or hidden unit is. See docs/pruning.md.
 
 B batch, H heads, N tokens, D head dim, C channels.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.pruning.adapter import Adapter, HeadWeights, adapter_of
+from kdfast.pruning.adapter import Adapter, HeadWeights, Site, adapter_of
+from kdfast.pruning.evaluate import Metric, SelectionObserver, leave_one_out
 from kdfast.pruning.observe import (
     ContextObserver,
     EntropyObserver,
@@ -23,18 +24,21 @@ from kdfast.pruning.observe import (
     observe,
 )
 
-METHODS = ("magnitude", "gradient", "taylor", "entropy")
+METHODS = ("magnitude", "gradient", "taylor", "entropy", "leave_one_out")
+MLP_METHODS = ("magnitude", "gradient", "taylor")
 FORMAT = "kdfast.head_scores/1"
 
 
 @dataclass(frozen=True, eq=False)
 class HeadScores:
-    """Importance of every head of a model; higher is more important.
+    """Importance of every head, or hidden unit, of a model; higher is more important.
 
     Attributes:
-        scores: (H,) fp64 per block, by the head's position in the scored model.
+        scores: (H,) fp64 per block, by the head's position in the scored model; a block without
+            heads has an empty row.
         method: What they measure.
-        metadata: JSON values: options, model, original head indices, batches and images seen.
+        metadata: JSON values: options, model, original head indices, batches and images seen;
+            "groups" where heads can only go in groups, their size per block.
     """
 
     scores: list[Tensor]
@@ -47,11 +51,8 @@ class HeadScores:
         for block, row in enumerate(self.scores):
             if row.dtype != torch.float64:
                 raise TypeError(f"HeadScores: block {block} must be float64, got {row.dtype}")
-            if row.dim() != 1 or row.numel() == 0:
-                raise ValueError(
-                    f"HeadScores: block {block} must be (H,) with at least one head, "
-                    f"got {tuple(row.shape)}"
-                )
+            if row.dim() != 1:
+                raise ValueError(f"HeadScores: block {block} must be (H,), got {tuple(row.shape)}")
             if not torch.isfinite(row).all():
                 raise ValueError(
                     f"HeadScores: {self.method} scores of block {block} must be finite, "
@@ -89,6 +90,7 @@ def head_scores(
     data: Iterable[Any] | None = None,
     *,
     loss: Callable[[Any, Any], Tensor] | None = None,
+    metric: Metric | None = None,
     batches: int | None = None,
     important: str = "low",
     unit: str = "share",
@@ -102,15 +104,19 @@ def head_scores(
     then images. With c the head's context at the input of the output projection, D channels of one
     token, and g the gradient of an image's loss there: "taylor" is ``|c . g|``, the first-order
     change of the loss if the head is removed at that token; "gradient" is ``||g||``. "entropy" is
-    the exact entropy of the attention rows, padded keys included.
+    the exact entropy of the attention rows, padded keys included. "leave_one_out" is how much the
+    metric drops when that head alone is silenced: one partial forward per head.
 
     Args:
-        model: An EVAViT, already pruned or not.
-        method: "magnitude", "gradient", "taylor" or "entropy".
-        data: Batches: the images (B, 3, H, W), a dict with them under "image", or a tuple or list
-            that starts with them. Tensors are moved to the model's device. None for "magnitude".
+        model: Of a family in docs/pruning.md, already pruned or not.
+        method: "magnitude", "gradient", "taylor", "entropy" or "leave_one_out".
+        data: Batches: the images (B, 3, H, W), a dict with them under "image" or "pixel_values",
+            or a tuple or list that starts with them. Tensors are moved to the model's device. None
+            for "magnitude".
         loss: ``loss(model output, batch)``, a scalar that is the mean over the batch's images. For
             "gradient" and "taylor" only. None: a random projection of the output, see docs.
+        metric: ``metric(model output, batch)``, the mean over the batch's images, higher is
+            better. For "leave_one_out" only. None: minus the relative change of the output.
         batches: Use at most so many; None: all.
         important: For "entropy", which heads score high: "low" (focused) or "high" (spread).
         unit: For "entropy": "share" of the largest possible value, or "nats".
@@ -119,10 +125,12 @@ def head_scores(
 
     Returns:
         Scores in [0, inf), higher is more important; for "entropy" with "low" the distance to the
-        largest entropy, which is KL(attention || uniform).
+        largest entropy, which is KL(attention || uniform). Those of "leave_one_out" with a metric
+        are negative where the model is better without the head.
 
     Raises:
-        TypeError: The model's family is not known, or a batch or a loss is of another kind.
+        TypeError: The model's family is not known, or a batch, a loss or a metric is of another
+            kind.
         ValueError: An option is unknown or does not belong to the method, there is no batch, or a
             loss or a score is not finite.
 
@@ -130,29 +138,90 @@ def head_scores(
     an error is raised.
     """
     adapter = adapter_of("head_scores", model)
-    _check_options(method, loss, batches, important, unit)
-    metadata: dict[str, Any] = {"model": adapter.family, "heads": adapter.heads(model)}
-    if method == "magnitude":
-        if data is not None:
-            raise ValueError(
-                "head_scores: data must be None for 'magnitude', which reads no images"
-            )
-        return HeadScores(_magnitude(adapter, model), method, metadata)
+    _check_options(method, loss, metric, batches, important, unit)
+    sites = adapter.attentions(model)
+    metadata: dict[str, Any] = {"model": adapter.family, "heads": [site.held for site in sites]}
+    if any(site.group > 1 for site in sites):
+        metadata["groups"] = [site.group for site in sites]
+    data = _needed("head_scores", method, data)
     if data is None:
-        raise ValueError(f"head_scores: data must be given for {method!r}, got None")
+        return HeadScores(_magnitude(adapter, sites), method, metadata)
     observer: Observer
+    if method == "leave_one_out":
+        metadata["metric"] = _name(metric) if metric else "minus relative change of the output"
+        observer = SelectionObserver(adapter, model, leave_one_out(sites), metric)
+        (values,), seen = observe("head_scores", adapter, model, observer, data, batches, progress)
+        return HeadScores(_drops(values, sites), method, {**metadata, **seen})
     if method == "entropy":
         observer = EntropyObserver(adapter, model, important, unit)
         metadata.update(important=important, unit=unit)
     else:
-        observer = ContextObserver(adapter, model, method, loss or RandomProjection(seed))
+        observer = ContextObserver(sites, model, method, loss or RandomProjection(seed))
         metadata["loss"] = _name(loss) if loss else f"random projection, seed {seed}"
-    scores, seen = observe(model, observer, data, batches, progress)
+    scores, seen = observe("head_scores", adapter, model, observer, data, batches, progress)
     return HeadScores(scores, method, {**metadata, **seen})
 
 
+def mlp_scores(
+    model: nn.Module,
+    method: str,
+    data: Iterable[Any] | None = None,
+    *,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    batches: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> HeadScores:
+    """Scores every hidden unit of a model's MLPs, for ``select_heads`` and ``prune_heads(mlp=)``.
+
+    A unit is one channel of the input of the MLP's last projection. "magnitude" is the geometric
+    mean of the norms of its rows, with their biases, its norm weight and its column. "taylor" and
+    "gradient" are those of ``head_scores`` with a unit in place of a head.
+
+    Args:
+        model: Of a family whose MLPs can be pruned, see docs/pruning.md.
+        method: "magnitude", "gradient" or "taylor".
+        data: As in ``head_scores``.
+        loss: As in ``head_scores``.
+        batches: As in ``head_scores``.
+        seed: Of the random projection.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        Scores in [0, inf), one per hidden unit, higher is more important.
+
+    Raises:
+        TypeError: As ``head_scores``.
+        ValueError: As ``head_scores``, or the model has no MLP that can be pruned.
+    """
+    adapter = adapter_of("mlp_scores", model)
+    if method not in MLP_METHODS:
+        raise ValueError(f"mlp_scores: method must be one of {MLP_METHODS}, got {method!r}")
+    if loss is not None and method == "magnitude":
+        raise ValueError("mlp_scores: loss must be None for 'magnitude', which has no gradient")
+    sites = adapter.mlps(model)
+    if not sites:
+        raise ValueError(f"mlp_scores: no MLP of this {adapter.family} can be pruned")
+    metadata: dict[str, Any] = {"model": adapter.family, "part": "mlp"}
+    data = _needed("mlp_scores", method, data)
+    if data is None:
+        return HeadScores([_unit_magnitudes(site).cpu() for site in sites], method, metadata)
+    observer = ContextObserver(sites, model, method, loss or RandomProjection(seed))
+    metadata["loss"] = _name(loss) if loss else f"random projection, seed {seed}"
+    scores, seen = observe("mlp_scores", adapter, model, observer, data, batches, progress)
+    return HeadScores(scores, method, {**metadata, **seen})
+
+
+def _needed(function: str, method: str, data: Iterable[Any] | None) -> Iterable[Any] | None:
+    if method == "magnitude" and data is not None:
+        raise ValueError(f"{function}: data must be None for 'magnitude', which reads no images")
+    if method != "magnitude" and data is None:
+        raise ValueError(f"{function}: data must be given for {method!r}, got None")
+    return data
+
+
 def _check_options(
-    method: str, loss: object, batches: int | None, important: str, unit: str
+    method: str, loss: object, metric: object, batches: int | None, important: str, unit: str
 ) -> None:
     for name, value, known in (
         ("method", method, METHODS),
@@ -161,8 +230,10 @@ def _check_options(
     ):
         if value not in known:
             raise ValueError(f"head_scores: {name} must be one of {known}, got {value!r}")
-    if loss is not None and method in ("magnitude", "entropy"):
+    if loss is not None and method not in ("gradient", "taylor"):
         raise ValueError(f"head_scores: loss must be None for {method!r}, which has no gradient")
+    if metric is not None and method != "leave_one_out":
+        raise ValueError(f"head_scores: metric must be None for {method!r}, which has none")
     if batches is not None and batches < 1:
         raise ValueError(f"head_scores: batches must be at least 1, got {batches}")
 
@@ -171,9 +242,19 @@ def _name(loss: Callable[..., Any]) -> str:
     return getattr(loss, "__qualname__", type(loss).__qualname__)
 
 
-def _magnitude(adapter: Adapter, model: nn.Module) -> list[Tensor]:
-    weights = (adapter.weights(attention) for attention in adapter.attentions(model).values())
-    return [_magnitudes(HeadWeights(*(w.double() for w in block))).cpu() for block in weights]
+def _drops(values: Tensor, sites: Sequence[Site]) -> list[Tensor]:
+    """Metric of the whole model minus that without each head; a group shares its drop equally."""
+    rows, start = [], 1
+    for site in sites:
+        count = len(site.held) // site.group
+        drops = (values[0] - values[start : start + count]) / site.group
+        rows.append(drops.repeat_interleave(site.group))
+        start += count
+    return rows
+
+
+def _magnitude(adapter: Adapter, sites: Sequence[Site]) -> list[Tensor]:
+    return [_magnitudes(adapter.weights(site)).cpu() for site in sites]
 
 
 def _magnitudes(weights: HeadWeights) -> Tensor:
@@ -181,12 +262,27 @@ def _magnitudes(weights: HeadWeights) -> Tensor:
 
     ||A B||_F^2 = <A^T A, B B^T>, so the C x C products are never formed: D x D ones suffice.
     """
-    q, k, v, proj = weights
+    q, k, v, proj = (None if w is None else w.double() for w in weights)
 
     def gram(rows: Tensor) -> Tensor:
         return rows @ rows.transpose(-1, -2)
 
-    write = (gram(proj.transpose(-1, -2)) * gram(v)).sum((-1, -2))
-    look = (gram(q) * gram(k)).sum((-1, -2))
+    write = (gram(proj.transpose(-1, -2)) * gram(v)).sum((-1, -2))  # type: ignore[union-attr, arg-type]
+    # A norm of queries and keys hides their size: then every head looks as hard as any other.
+    look = torch.ones_like(write) if q is None or k is None else (gram(q) * gram(k)).sum((-1, -2))
     # The squares of both norms: their product to the power 1/4 is the geometric mean.
     return (write * look).clamp_min(0) ** 0.25
+
+
+def _unit_magnitudes(site: Site) -> Tensor:
+    """(U,): geometric mean of the norms of everything that belongs to a hidden unit."""
+    squares: dict[tuple[str, int], Tensor] = {}
+    for name, (axis, tensor) in site.tensors().items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "bias" and site.module.get_submodule(owner) is site.norm:
+            continue  # what a norm adds is the same for every input
+        rows = tensor.detach().double().movedim(axis.dim, 0).unflatten(0, (axis.parts, -1))
+        for part, row in enumerate(rows):
+            square = row.flatten(1).square().sum(1) if row.dim() > 1 else row.square()
+            squares[owner, part] = squares.get((owner, part), 0) + square
+    return torch.stack([square.sqrt().log() for square in squares.values()]).mean(0).exp()

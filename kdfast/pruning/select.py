@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses which heads to keep. See docs/pruning.md."""
+"""Chooses which heads, or hidden units, to keep. See docs/pruning.md."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,13 @@ def select_heads(
     keep: int | float | Sequence[int],
     scope: str = "block",
     min_heads: int = 1,
+    *,
+    relative: bool = True,
 ) -> list[list[int]]:
     """Positions of the heads with the highest scores.
+
+    Scores of ``mlp_scores`` are treated the same, with hidden units for heads. Heads that share a
+    key/value head stay or go together, by the sum of their scores.
 
     Args:
         scores: Importance per block and head; higher is more important.
@@ -26,7 +32,10 @@ def select_heads(
         scope: "block": the best heads of every block. "global": as many heads in all, but the
             best of the whole model by score / mean score of the block; an int is then the average
             per block.
-        min_heads: No block keeps fewer; a fraction that gives fewer is raised to it.
+        min_heads: No block keeps fewer; a fraction that gives fewer is raised to it. 0 lets a block
+            lose its whole attention.
+        relative: In global scope, divide by the mean score of the block. False compares the scores
+            as they are, which makes sense where they are in one unit, as for "leave_one_out".
 
     Returns:
         For every block the positions of the kept heads in the scored model, ascending. Of equal
@@ -36,9 +45,12 @@ def select_heads(
     Raises:
         TypeError: ``keep`` or ``min_heads`` is of another kind.
         ValueError: The request cannot be met, or scores are not finite, or are negative in global
-            scope.
+            scope where they are divided.
     """
     rows = scores.scores if isinstance(scores, HeadScores) else _rows(scores)
+    groups = scores.metadata.get("groups", []) if isinstance(scores, HeadScores) else []
+    if groups and max(groups) > 1:
+        return _select_groups(rows, groups, keep, scope, min_heads, relative)
     sizes = [len(row) for row in rows]
     if scope not in SCOPES:
         raise ValueError(f"select_heads: scope must be one of {SCOPES}, got {scope!r}")
@@ -46,7 +58,7 @@ def select_heads(
     if scope == "block":
         counts = kept_counts("select_heads", keep, sizes, min_heads)
         return [_best(row, count) for row, count in zip(rows, counts, strict=True)]
-    return _best_of_all(rows, _budget(keep, sizes, min_heads), min_heads)
+    return _best_of_all(rows, _budget(keep, sizes, min_heads), min_heads, relative)
 
 
 def kept_counts(
@@ -66,7 +78,7 @@ def kept_counts(
     """
     if isinstance(keep, float):
         _check_fraction(function, keep)
-        counts = [max(min_heads, _share(keep, size)) for size in sizes]
+        counts = [min(size, max(min_heads, _share(keep, size))) for size in sizes]
     elif _is_int(keep):
         counts = [keep] * len(sizes)  # type: ignore[list-item]
     elif isinstance(keep, Sequence) and not isinstance(keep, str):
@@ -80,9 +92,10 @@ def kept_counts(
     else:
         raise TypeError(f"{function}: keep must be an int, a float or a list, got {keep!r}")
     for block, (count, size) in enumerate(zip(counts, sizes, strict=True)):
-        if not min_heads <= count <= size:
+        if not min(min_heads, size) <= count <= size:
             raise ValueError(
-                f"{function}: keep must be in [{min_heads}, {size}] for block {block}, got {count}"
+                f"{function}: keep must be in [{min(min_heads, size)}, {size}] for block {block}, "
+                f"got {count}"
             )
     return counts
 
@@ -107,9 +120,10 @@ def _check_fraction(function: str, keep: float) -> None:
 def _check_min_heads(min_heads: int, sizes: Sequence[int]) -> None:
     if not _is_int(min_heads):
         raise TypeError(f"select_heads: min_heads must be an int, got {min_heads!r}")
-    if not 1 <= min_heads <= min(sizes):
+    smallest = min((size for size in sizes if size), default=0)
+    if not 0 <= min_heads <= smallest:
         raise ValueError(
-            f"select_heads: min_heads must be in [1, {min(sizes)}], the heads of the smallest "
+            f"select_heads: min_heads must be in [0, {smallest}], the heads of the smallest "
             f"block, got {min_heads}"
         )
 
@@ -141,18 +155,46 @@ def _best(row: Tensor, count: int) -> list[int]:
     return sorted(_ranked(row)[:count])
 
 
-def _best_of_all(rows: Sequence[Tensor], budget: int, min_heads: int) -> list[list[int]]:
+def _best_of_all(
+    rows: Sequence[Tensor], budget: int, min_heads: int, relative: bool
+) -> list[list[int]]:
     kept = [_ranked(row)[:min_heads] for row in rows]
     rest = []
     for block, row in enumerate(rows):
-        if row.min() < 0:
-            raise ValueError(
-                f"select_heads: scores must not be negative in global scope, got "
-                f"{row.min().item()} in block {block}"
-            )
-        # A block whose scores are all zero has nothing worth keeping: it stays at zero.
-        relative = (row / row.mean().clamp_min(torch.finfo(row.dtype).tiny)).tolist()
-        rest += [(-relative[head], head, block) for head in _ranked(row)[min_heads:]]
-    for _, head, block in sorted(rest)[: budget - min_heads * len(rows)]:
+        values = row
+        if relative and len(row):
+            if row.min() < 0:
+                raise ValueError(
+                    f"select_heads: scores must not be negative in global scope, got "
+                    f"{row.min().item()} in block {block}; relative=False compares them as they are"
+                )
+            # A block whose scores are all zero has nothing worth keeping: it stays at zero.
+            values = row / row.mean().clamp_min(torch.finfo(row.dtype).tiny)
+        rest += [(-values[head].item(), head, block) for head in _ranked(row)[min_heads:]]
+    for _, head, block in sorted(rest)[: budget - sum(map(len, kept))]:
         kept[block].append(head)
     return [sorted(heads) for heads in kept]
+
+
+def _select_groups(
+    rows: Sequence[Tensor],
+    groups: Sequence[int],
+    keep: int | float | Sequence[int],
+    scope: str,
+    min_heads: int,
+    relative: bool,
+) -> list[list[int]]:
+    """The same for groups of heads, each scored by the sum of its heads."""
+    size = groups[0]
+    counts = keep if isinstance(keep, Sequence) else [] if isinstance(keep, float) else [keep]
+    if len(set(groups)) > 1 or any(count % size for count in counts):
+        raise ValueError(
+            f"select_heads: keep must be a multiple of {size}, the heads that share a key/value "
+            f"head, got {keep}"
+        )
+    fewer: Any = keep
+    if not isinstance(keep, float):
+        fewer = [c // size for c in counts] if isinstance(keep, Sequence) else keep // size
+    sums = [row.unflatten(0, (-1, size)).sum(1) for row in rows]
+    chosen = select_heads(sums, fewer, scope, -(-min_heads // size), relative=relative)
+    return [[g * size + i for g in row for i in range(size)] for row in chosen]

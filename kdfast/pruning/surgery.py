@@ -1,99 +1,183 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds a physically smaller model from the kept heads. See docs/pruning.md."""
+"""Builds a physically smaller model from the kept heads and hidden units. See docs/pruning.md."""
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kdfast.nn.heads import HeadAxis
 from kdfast.ops._checks import head_list
-from kdfast.ops.head_gather import head_gather
-from kdfast.pruning.adapter import Adapter, adapter_of
+from kdfast.ops.head_gather import MAX_HEADS, head_gather
+from kdfast.pruning.adapter import Site, adapter_of
+from kdfast.pruning.observe import MeanObserver, observe
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def prune_heads(model: Model, selection: Sequence[Sequence[int]]) -> Model:
+def prune_heads(
+    model: Model,
+    selection: Sequence[Sequence[int]] | None,
+    *,
+    mlp: Sequence[Sequence[int]] | None = None,
+    mean_context: bool = False,
+    data: Iterable[Any] | None = None,
+    batches: int | None = None,
+    progress: bool = True,
+) -> Model:
     """A new model that holds only the selected heads; the given one is not changed.
 
-    The result computes exactly what the model computes with the context of all other heads set to
-    zero before the output projection, whose bias stays whole.
+    The result computes exactly what the model computes with the context of all other heads (and
+    the other hidden units) set to zero before the projection that reads them, whose bias stays
+    whole. A norm between them, over all heads or hidden units, is taken over the kept ones.
 
     Args:
-        model: An EVAViT, already pruned or not.
+        model: Of a family in docs/pruning.md, already pruned or not.
         selection: For every block the positions of the heads to keep among those that the model
-            holds, so 0 is its first head, whatever its original index. Order has no meaning: heads
-            stay in ascending order.
+            holds, so 0 is its first head, whatever its original index; a block may keep none.
+            Order has no meaning: heads stay in ascending order. None keeps every head.
+        mlp: The same for the hidden units of every block's MLP; None keeps them all.
+        mean_context: Add to each projection's bias what the removed slices write on average over
+            ``data``, instead of nothing.
+        data: Batches as in ``head_scores``, for ``mean_context`` only.
+        batches: Use at most so many; None: all.
+        progress: Show a progress bar on a terminal.
 
     Returns:
-        A model of the same class with its own memory. Types, devices, ``requires_grad`` and the
-        training mode of every module are those of the model; hooks and gradients are not copied.
-        ``attn.heads`` holds original indices, so pruning twice names the same heads as once.
+        A model with its own memory, of the same class; attention modules of a library may be
+        replaced, see docs. Types, devices, ``requires_grad`` and the training mode of every module
+        are those of the model; gradients are not copied. Original indices of the heads are kept,
+        so pruning twice names the same heads as once.
 
     Raises:
-        TypeError: The model's family is not known, or ``selection`` is not a list of lists of ints.
-        ValueError: Not one list per block, or a position is out of range or repeated, or a block
-            would keep no head.
+        TypeError: The model's family is not known, or a selection is not a list of lists of ints.
+        ValueError: Not one list per block, or a position is out of range or repeated, a group of
+            heads that share keys is split, or ``data`` and ``mean_context`` do not go together.
     """
     adapter = adapter_of("prune_heads", model)
-    positions = _positions(selection, [len(kept) for kept in adapter.heads(model)])
-    originals = [
-        [held[position] for position in kept]
-        for held, kept in zip(adapter.heads(model), positions, strict=True)
-    ]
-    student = adapter.empty(model, originals)
-    # Strict: a tensor that was missed, is left over or has another shape is an error.
-    student.load_state_dict(_pruned_state(adapter, model, positions), strict=True, assign=True)
-    adapter.refresh(student)
+    if mean_context != (data is not None):
+        raise ValueError("prune_heads: data must be given with mean_context=True, and only then")
+    attentions, mlps = adapter.attentions(model), adapter.mlps(model)
+    kept = _positions("selection", selection, attentions)
+    if mlp is not None and not mlps:
+        raise ValueError(f"prune_heads: mlp must be None, no MLP of {_name(model)} can be pruned")
+    units = _positions("mlp", mlp, mlps)
+    for block, row in enumerate(units):
+        if not row:
+            raise ValueError(f"prune_heads: mlp[{block}] must name at least one unit, got none")
+    originals = [[site.held[p] for p in row] for site, row in zip(attentions, kept, strict=True)]
+    student = adapter.empty(model, originals, [len(row) for row in units])
+    cuts = list(zip((*attentions, *mlps), (*kept, *units), strict=True))
+    _fill(student, _pruned_state(model, cuts))
+    adapter.refresh(model, student)
     _copy_flags(model, student)
+    if data is not None:
+        observer = MeanObserver([site for site, _ in cuts], model)
+        means, _ = observe("prune_heads", adapter, model, observer, data, batches, progress)
+        targets = (*adapter.attentions(student), *adapter.mlps(student))
+        for (site, row), mean, target in zip(cuts, means, targets, strict=True):
+            _fold(site, row, mean, target)
     return student  # type: ignore[return-value]
 
 
-def _positions(selection: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[list[int]]:
+def _name(model: nn.Module) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
+def _positions(
+    name: str, selection: Sequence[Sequence[int]] | None, sites: Sequence[Site]
+) -> list[list[int]]:
+    sizes = [len(site.held) for site in sites]
+    if selection is None:
+        return [list(range(size)) for size in sizes]
     if not isinstance(selection, Sequence) or not all(isinstance(x, Sequence) for x in selection):
         raise TypeError(
-            "prune_heads: selection must be a list of lists of ints, one per block, "
-            f"got {selection!r}"
+            f"prune_heads: {name} must be a list of lists of ints, one per block, got {selection!r}"
         )
     if len(selection) != len(sizes):
         raise ValueError(
-            f"prune_heads: selection must have one list per block ({len(sizes)}), "
-            f"got {len(selection)}"
+            f"prune_heads: {name} must have one list per block ({len(sizes)}), got {len(selection)}"
         )
-    return [
-        sorted(head_list("prune_heads", f"selection[{block}]", kept, size))
+    rows = [
+        sorted(head_list("prune_heads", f"{name}[{block}]", kept, size)) if len(kept) else []
         for block, (kept, size) in enumerate(zip(selection, sizes, strict=True))
     ]
+    for block, (row, site) in enumerate(zip(rows, sites, strict=True)):
+        if len({position // site.group for position in row}) * site.group != len(row):
+            raise ValueError(
+                f"prune_heads: {name}[{block}] must hold whole groups of {site.group} heads that "
+                f"share a key/value head, got {row}"
+            )
+    return rows
 
 
 @torch.no_grad()
 def _pruned_state(
-    adapter: Adapter, model: nn.Module, positions: Sequence[Sequence[int]]
+    model: nn.Module, cuts: Sequence[tuple[Site, Sequence[int]]]
 ) -> dict[str, Tensor]:
-    """Copies of every tensor of the state dict, those that hold heads cut to the kept ones."""
-    cuts: dict[str, tuple[HeadAxis, Sequence[int]]] = {}
-    for prefix, kept in zip(adapter.attentions(model), positions, strict=True):
-        cuts.update({f"{prefix}.{name}": (axis, kept) for name, axis in adapter.axes.items()})
-    head_dim = adapter.head_dim(model)
+    """Copies of every tensor of the state dict, those that hold slices cut to the kept ones.
+
+    Tensors that the model shares between names are shared again.
+    """
+    axes = {
+        f"{site.name}.{name}": (site, axis, row)
+        for site, row in cuts
+        for name, axis in site.axes.items()
+    }
+    copies: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if name in cuts:
-            (dim, parts, _), kept = cuts[name]
-            held = tensor.shape[dim] // (parts * head_dim)
-            heads = [part * held + head for part in range(parts) for head in kept]
-            state[name] = head_gather(tensor.detach(), heads, head_dim=head_dim, dim=dim)
-        else:
-            state[name] = tensor.detach().clone()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in copies:
+            copy = _cut(tensor.detach(), *axes[name]) if name in axes else tensor.detach().clone()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            copies[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+        state[name] = copies[id(tensor)]
     return state
 
 
+def _cut(tensor: Tensor, site: Site, axis: HeadAxis, row: Sequence[int]) -> Tensor:
+    group = site.group if axis.grouped else 1
+    blocks, kept = len(site.held) // group, sorted({position // group for position in row})
+    if not kept:
+        return tensor.narrow(axis.dim, 0, 0).clone()
+    slices = [part * blocks + block for part in range(axis.parts) for block in kept]
+    size = tensor.shape[axis.dim] // (axis.parts * blocks)
+    # The kernel is for heads; hidden units are too many for its table of indices.
+    backend = "reference" if axis.parts * blocks > MAX_HEADS else None
+    return head_gather(tensor, slices, head_dim=size, dim=axis.dim, backend=backend)
+
+
+def _fill(student: nn.Module, state: dict[str, Tensor]) -> None:
+    # Strict: a tensor that was missed, is left over or has another shape is an error.
+    student.load_state_dict(state, strict=True, assign=True)
+
+
 def _copy_flags(source: nn.Module, target: nn.Module) -> None:
-    requires_grad = {name: p.requires_grad for name, p in source.named_parameters()}
+    requires_grad = {
+        name: p.requires_grad for name, p in source.named_parameters(remove_duplicate=False)
+    }
     for name, parameter in target.named_parameters():
         parameter.requires_grad_(requires_grad[name])
-    training = {name: module.training for name, module in source.named_modules()}
+    training = {
+        name: module.training for name, module in source.named_modules(remove_duplicate=False)
+    }
     for name, module in target.named_modules():
         # Not train(): it would set the children too, and a frozen model refuses it.
         module.training = training[name]
+
+
+@torch.no_grad()
+def _fold(site: Site, row: Sequence[int], mean: Tensor, target: Site) -> None:
+    """Adds what the removed slices write on average to the bias of the student's projection."""
+    removed = [p for p in range(len(site.held)) if p not in set(row)]
+    if not removed:
+        return
+    weight, bias = site.projection.weight, target.projection.bias
+    if not isinstance(bias, Tensor):
+        raise ValueError(f"prune_heads: mean_context needs a bias in the projection of {site.name}")
+    columns = weight.detach().double()  # type: ignore[operator]
+    columns = columns.unflatten(1, (-1, site.size))[:, removed]
+    context = mean.to(columns).unflatten(0, (-1, site.size))[removed]
+    written = torch.einsum("csd,sd->c", columns, context)
+    bias.add_(written.to(bias.dtype))

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of models without memory, narrower layers, and MLPs that can lose hidden units."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdfast.nn.attention import qualified_name
+from kdfast.nn.heads import HeadAxis
+from kdfast.pruning.adapter import BlockFlops, Site
+
+_PLAIN = {
+    "fc1.weight": HeadAxis(0),
+    "fc1.bias": HeadAxis(0),
+    "norm.weight": HeadAxis(0),
+    "norm.bias": HeadAxis(0),
+    "fc2.weight": HeadAxis(1),
+}
+_PACKED = {**_PLAIN, "fc1.weight": HeadAxis(0, parts=2), "fc1.bias": HeadAxis(0, parts=2)}
+_SPLIT = {
+    "fc1_g.weight": HeadAxis(0),
+    "fc1_g.bias": HeadAxis(0),
+    "fc1_x.weight": HeadAxis(0),
+    "fc1_x.bias": HeadAxis(0),
+    "norm.weight": HeadAxis(0),
+    "norm.bias": HeadAxis(0),
+    "fc2.weight": HeadAxis(1),
+}
+_SEQUENTIAL = {"0.weight": HeadAxis(0), "0.bias": HeadAxis(0), "3.weight": HeadAxis(1)}
+_GATED = {
+    "gate_proj.weight": HeadAxis(0),
+    "gate_proj.bias": HeadAxis(0),
+    "up_proj.weight": HeadAxis(0),
+    "up_proj.bias": HeadAxis(0),
+    "down_proj.weight": HeadAxis(1),
+}
+# Axes and last projection of every MLP class whose hidden units can be removed.
+MLPS: dict[str, tuple[Mapping[str, HeadAxis], str]] = {
+    "timm.layers.mlp.Mlp": (_PLAIN, "fc2"),
+    "timm.layers.mlp.GluMlp": (_PACKED, "fc2"),
+    "timm.layers.mlp.SwiGLU": (_SPLIT, "fc2"),
+    "torchvision.models.vision_transformer.MLPBlock": (_SEQUENTIAL, "3"),
+    **{
+        f"transformers.models.{path}MLP": (_PLAIN, "fc2")
+        for path in (
+            "vit.modeling_vit.ViT",
+            "deit.modeling_deit.DeiT",
+            "dinov2.modeling_dinov2.Dinov2",
+            "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegisters",
+            "clip.modeling_clip.CLIP",
+            "siglip.modeling_siglip.Siglip",
+            "siglip2.modeling_siglip2.Siglip2",
+            "ijepa.modeling_ijepa.IJepa",
+            "vit_mae.modeling_vit_mae.ViTMAE",
+        )
+    },
+    "transformers.models.dinov2.modeling_dinov2.Dinov2SwiGLUFFN": (_GATED, "down_proj"),
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTMLP": (_GATED, "down_proj"),
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTGatedMLP": (_GATED, "down_proj"),
+}
+
+
+def mlp_sites(model: nn.Module, attentions: list[Site]) -> list[Site]:
+    """The MLP beside each attention; empty unless every attention has one that can be pruned."""
+    sites = []
+    for attention in attentions:
+        prefix = attention.name.rpartition(".")[0]
+        block = model.get_submodule(prefix)
+        found = [
+            site
+            for leaf, module in block.named_children()
+            if (site := _mlp_site(f"{prefix}.{leaf}".lstrip("."), module)) is not None
+        ]
+        if len(found) != 1:
+            return []
+        sites += found
+    return sites
+
+
+def _mlp_site(name: str, module: nn.Module) -> Site | None:
+    if qualified_name(module) not in MLPS:
+        return None
+    axes, last = MLPS[qualified_name(module)]
+    projection: Any = module.get_submodule(last)
+    norm: nn.Module | None = getattr(module, "norm", None)
+    if not isinstance(projection, nn.Linear):
+        return None
+    if isinstance(norm, nn.Identity):
+        norm = None
+    if norm is not None and not hasattr(norm, "normalized_shape"):
+        return None
+    return Site(name, module, axes, 1, list(range(projection.in_features)), projection, norm=norm)
+
+
+def meta_copy(model: nn.Module) -> Any:
+    """A deep copy whose parameters and buffers have no memory; gradients are left out."""
+    memo: dict[int, Any] = {}
+    for tensor in model.parameters():
+        memo[id(tensor)] = nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(model, memo)
+
+
+@torch.no_grad()
+def narrow(site: Site, count: int) -> None:
+    """Makes room for ``count`` slices only; which ones the tensors then hold has no meaning."""
+    for name, (axis, tensor) in site.tensors().items():
+        path, _, leaf = name.rpartition(".")
+        owner: Any = site.module.get_submodule(path)
+        shape = list(tensor.shape)
+        shape[axis.dim] = shape[axis.dim] // len(site.held) * count
+        new = tensor.new_empty(shape)
+        if isinstance(tensor, nn.Parameter):
+            new = nn.Parameter(new, tensor.requires_grad)
+        setattr(owner, leaf, new)
+        if isinstance(owner, nn.Linear) and leaf == "weight":
+            owner.out_features, owner.in_features = new.shape
+        elif hasattr(owner, "normalized_shape"):
+            owner.normalized_shape = tuple(new.shape)
+
+
+def copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Copies the buffers that the state dict lacks, such as tables of positions."""
+    ours = dict(target.named_buffers(remove_duplicate=False))
+    for name, buffer in source.named_buffers(remove_duplicate=False):
+        if name in ours and ours[name].device.type == "meta":
+            path, _, leaf = name.rpartition(".")
+            target.get_submodule(path)._buffers[leaf] = buffer.detach().clone()
+
+
+def counted_flops(
+    family: str, model: nn.Module, sites: list[Site], image_size: tuple[int, int]
+) -> tuple[list[BlockFlops], int]:
+    """FLOPs of every block and of the rest, from one forward pass on the meta device.
+
+    The blocks' own are computed from the shapes of their layers and the number of tokens that they
+    see; the rest is what torch counts in all without them.
+
+    Args:
+        family: For messages.
+        model: On the meta device; attentions run as separate modules.
+        sites: Its attentions.
+        image_size: (height, width).
+
+    Raises:
+        ValueError: The model does not run on such an image.
+    """
+    tokens: dict[str, int] = {}
+    linears: dict[str, int] = {site.name: 0 for site in sites}
+    handles = []
+    for site in sites:
+
+        def see(_: nn.Module, args: Any, kwargs: Any, name: str = site.name) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            tokens[name] = hidden.shape[0] * hidden.shape[1]
+
+        handles.append(site.module.register_forward_pre_hook(see, with_kwargs=True))
+        prefix = site.name.rpartition(".")[0]
+        inside = set(site.module.modules())
+        for layer in model.get_submodule(prefix).modules():
+            if isinstance(layer, nn.Linear) and layer not in inside:
+
+                def add(m: Any, _: Any, out: Tensor, name: str = site.name) -> None:
+                    linears[name] += 2 * out.numel() * m.in_features
+
+                handles.append(layer.register_forward_hook(add))
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    like = next(model.parameters())
+    channels = 3 if first is None else first.in_channels
+    image = torch.empty((1, channels, *image_size), dtype=like.dtype, device="meta")
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(image)
+    except (RuntimeError, AssertionError, ValueError, TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f"{family}: the model must run on an image of {image_size} on the meta device, "
+            f"got {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    blocks = [_block_flops(site, tokens[site.name], linears[site.name]) for site in sites]
+    inside_flops = sum(block.gemm + block.attention + block.mlp for block in blocks)
+    return blocks, counter.get_total_flops() - inside_flops
+
+
+def _block_flops(site: Site, tokens: int, mlp: int) -> BlockFlops:
+    matrices = sum(t.numel() for _, t in site.tensors().values() if t.dim() == 2)
+    gemm = 2 * tokens * matrices
+    attention = 4 * len(site.held) * site.size * tokens**2
+    return BlockFlops(0, gemm, attention, gemm, attention, mlp)
