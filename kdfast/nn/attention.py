@@ -224,6 +224,8 @@ class FusedAttention(nn.Module):
         setattr(owner, leaf, new)
         if isinstance(owner, nn.Linear) and leaf == "weight":
             owner.out_features, owner.in_features = new.shape
+        elif isinstance(owner, nn.Conv2d) and leaf == "weight":
+            owner.out_channels, owner.in_channels = new.shape[:2]
         elif hasattr(owner, "normalized_shape"):
             setattr(owner, "normalized_shape", tuple(new.shape))  # noqa: B010
 

@@ -18,6 +18,14 @@ from kdfast.nn.timm_attention import (
     TimmParallelBlock,
     TimmRopeAttention,
 )
+from kdfast.nn.timm_grid import (
+    TimmBlockAttention,
+    TimmConvAttention,
+    TimmDiffAttention,
+    TimmMaskUnitAttention,
+    TimmPlainAttention,
+    TimmScaleAttention,
+)
 
 # By qualified name, so that no library has to be imported to be known.
 FUSED: dict[str, type[FusedAttention]] = {
@@ -26,6 +34,13 @@ FUSED: dict[str, type[FusedAttention]] = {
     "timm.models.eva.EvaAttention": TimmEvaAttention,
     "timm.models.vision_transformer.ParallelScalingBlock": TimmParallelBlock,
     "timm.layers.attention_pool.AttentionPoolLatent": TimmLatentPool,
+    "timm.layers.diff_attention.DiffAttention": TimmDiffAttention,
+    "timm.models.davit.WindowAttention": TimmPlainAttention,
+    "timm.models.hiera.MaskUnitAttention": TimmMaskUnitAttention,
+    "timm.models.hieradet_sam2.MultiScaleAttention": TimmScaleAttention,
+    "timm.models.metaformer.Attention": TimmPlainAttention,
+    "timm.models.nest.Attention": TimmBlockAttention,
+    "timm.models.visformer.Attention": TimmConvAttention,
     "timm.models.cait.ClassAttn": TimmClassAttention,
     "timm.models.crossvit.CrossAttention": TimmCrossAttention,
     "timm.models.volo.ClassAttention": TimmPackedClassAttention,
