@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 import kdfast
+from kdfast import benchmark
 
 D = 64
-SHAPES = [(8, 8, 257), (8, 12, 197), (1, 8, 1600)]
+SHAPES = benchmark.sized([(8, 8, 257), (8, 12, 197), (1, 8, 1600)], [(1, 1, 20)])
+DTYPES = benchmark.sized([torch.float32, torch.bfloat16], [torch.float32])
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,13 +25,15 @@ def eager(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor) -> tuple[Tens
     return log_map.exp().to(v.dtype) @ v, rows.mean()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_kl(compare, shape: tuple[int, int, int], dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
-    inputs = [torch.randn(*shape, D).to(dtype) for _ in range(5)]
+def bench_kl(  # type: ignore[no-untyped-def]
+    compare, device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    inputs = [torch.randn(*shape, D).to(device, dtype) for _ in range(5)]
     leaves = [x.requires_grad_() for x in inputs[:3]]
-    weight = torch.randn(*shape, D).to(dtype)
-    compiled = torch.compile(eager, dynamic=False)
+    weight = torch.randn(*shape, D).to(device, dtype)
+    compiled = benchmark.compiled(eager)
     candidates = {
         "kdfast": lambda: kdfast.attention_distill(*inputs, backend="fused"),
         "eager": lambda: eager(*inputs),

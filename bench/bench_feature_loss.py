@@ -8,20 +8,23 @@ import pytest
 import torch
 
 import kdfast
+from kdfast import benchmark
 from kdfast.ops import feature_loss as op
 
 CASES = [("mse", None), ("cosine", None), ("smooth_l1", None), ("mse", "layer"), ("mse", "channel")]
+SHAPE = benchmark.sized((64 * 257, 1024), (6, 40))
+DTYPES = benchmark.sized([torch.float32, torch.bfloat16], [torch.float32])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kind", "normalize"), CASES)
 def bench_forward_backward(  # type: ignore[no-untyped-def]
-    compare, kind: str, normalize: str | None, dtype: torch.dtype
+    compare, device: torch.device, kind: str, normalize: str | None, dtype: torch.dtype
 ) -> None:
-    student, teacher = (torch.randn(64 * 257, 1024).to(dtype) for _ in range(2))
+    student, teacher = (torch.randn(SHAPE).to(device, dtype) for _ in range(2))
     student.requires_grad_()
     options = {"kind": kind, "normalize": normalize}
-    compiled = torch.compile(op.reference)
+    compiled = benchmark.compiled(op.reference)
     norm = normalize or "none"
     losses = {
         "kdfast": lambda: kdfast.feature_loss(student, teacher, backend="fused", **options),
@@ -39,5 +42,5 @@ def bench_forward_backward(  # type: ignore[no-untyped-def]
     for name in ("kdfast", "compile"):
         torch.testing.assert_close(step(name), want, rtol=2e-2, atol=1e-3 * size, msg=name)
     candidates = {name: lambda name=name: step(name) for name in losses}
-    case = f"fwd+bwd 16448x1024 {kind} {norm} {dtype}"
+    case = f"fwd+bwd {SHAPE[0]}x{SHAPE[1]} {kind} {norm} {dtype}"
     compare("feature_loss", case, candidates, nbytes=3 * want.nbytes, memory=True)

@@ -17,13 +17,15 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def bench_gather(compare, case: str, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+def bench_gather(  # type: ignore[no-untyped-def]
+    compare, device: torch.device, case: str, dtype: torch.dtype
+) -> None:
     shape, dim = CASES[case]
-    x = torch.randn(shape).to(dtype)
+    x = torch.randn(shape).to(device, dtype)
     args = {"head_dim": 64, "dim": dim}
     positive = dim % x.dim()
     index = torch.tensor(HEADS)
-    rows = (index[:, None] * 64 + torch.arange(64)).flatten()
+    rows = (index[:, None] * 64 + torch.arange(64)).flatten().to(device)
     candidates = {
         "kdfast": lambda: kdfast.head_gather(x, HEADS, backend="fused", **args),
         "eager": lambda: op.reference(x, HEADS, 64, positive),

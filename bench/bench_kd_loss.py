@@ -8,21 +8,23 @@ import pytest
 import torch
 
 import kdfast
+from kdfast import benchmark
 from kdfast.ops import kd_loss as op
 
-SHAPES = [(1024, 1000), (4096, 1000), (256, 21841)]
+SHAPES = benchmark.sized([(1024, 1000), (4096, 1000), (256, 21841)], [(6, 40)])
+DTYPES = benchmark.sized([torch.float32, torch.bfloat16], [torch.float32])
 OPTIONS = (4.0, 0.7, "batchmean", 0.0, -100)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def bench_forward_backward(  # type: ignore[no-untyped-def]
-    compare, shape: tuple[int, int], dtype: torch.dtype
+    compare, device: torch.device, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    student, teacher = ((3 * torch.randn(shape)).to(dtype) for _ in range(2))
-    target = torch.randint(0, shape[1], shape[:1])
+    student, teacher = ((3 * torch.randn(shape)).to(device, dtype) for _ in range(2))
+    target = torch.randint(0, shape[1], shape[:1]).to(device)
     student.requires_grad_()
-    compiled = torch.compile(op.reference)
+    compiled = benchmark.compiled(op.reference)
     losses = {
         "kdfast": lambda: kdfast.kd_loss(student, teacher, target, backend="fused")[0],
         "eager": lambda: op.reference(student, teacher, target, *OPTIONS)[0],

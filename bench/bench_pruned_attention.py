@@ -6,6 +6,7 @@ recomputed) at the rate of a large matmul of the same dtype in the same session;
 memory come on top.
 """
 
+import importlib.util
 from collections.abc import Callable
 
 import pytest
@@ -14,20 +15,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
-from kdfast import Rope, Window
+from kdfast import Rope, Window, benchmark
+from kdfast.testing import DRY_RUN
 
 D = 64
-SHAPES = [
-    (8, 12, 197),
-    (8, 3, 197),
-    (8, 8, 257),
-    (9, 8, 256),
-    (4, 8, 577),
-    (1, 8, 1600),
-    (1, 16, 1600),
-    (1, 3, 197),
-]
-DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = benchmark.sized(
+    [
+        (8, 12, 197),
+        (8, 3, 197),
+        (8, 8, 257),
+        (9, 8, 256),
+        (4, 8, 577),
+        (1, 8, 1600),
+        (1, 16, 1600),
+        (1, 3, 197),
+        *([(64, 16, 257), (8, 16, 1600)] if torch.cuda.is_available() else []),
+    ],
+    [(1, 2, 20)],
+)
+DTYPES = benchmark.sized([torch.float32, torch.bfloat16], [torch.float32])
+# ORION: a grid of 40 x 40 tokens in windows of 16, padded to 48.
+HEADS, SIDE, SIZE, PADDED = benchmark.sized((16, 40, 16, 48), (1, 3, 2, 4))
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -36,9 +44,36 @@ def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q * D**-0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
-def packed(batch: int, heads: int, tokens: int, dtype: torch.dtype) -> list[Tensor]:
+def libraries(dtype: torch.dtype, inputs: list[Tensor], missing: list[str]) -> dict[str, Attention]:
+    """FlexAttention and flash-attn where they run; ``missing`` gets the reason where not."""
+    if dtype == torch.float32 and not DRY_RUN:
+        return {}  # flash-attn has none, and FlexAttention's is for TF32
+    from torch.nn.attention.flex_attention import flex_attention
+
+    found: dict[str, Attention] = {"flex": benchmark.compiled(flex_attention)}
+    if importlib.util.find_spec("flash_attn") is None:
+        missing.append("flash-attn: not installed")
+    else:
+        from flash_attn import flash_attn_func
+
+        def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+        found["flash-attn"] = flash
+    for name in list(found):
+        try:
+            with_backward(found[name], inputs, torch.ones_like(inputs[0]))()
+        except Exception as error:  # whatever a library says is the reason
+            missing.append(f"{name} {tuple(inputs[0].shape)} {dtype}: {error!r:.200}")
+            del found[name]
+    return found
+
+
+def packed(
+    batch: int, heads: int, tokens: int, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
     """q, k, v as views of one projection (B, N, 3, H, D), as most ViTs make them."""
-    qkv = torch.randn(batch, tokens, 3, heads, D).to(dtype).requires_grad_()
+    qkv = torch.randn(batch, tokens, 3, heads, D).to(device, dtype).requires_grad_()
     return list(qkv.permute(2, 0, 3, 1, 4).unbind(0))
 
 
@@ -71,18 +106,25 @@ def check(candidates: dict[str, Attention], inputs: list[Tensor], exact: Tensor)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def bench_attention(  # type: ignore[no-untyped-def]
-    compare, shape: tuple[int, int, int], dtype: torch.dtype, phase: str
+    compare,
+    results: benchmark.Results,
+    device: torch.device,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    phase: str,
 ) -> None:
     batch, heads, tokens = shape
-    inputs = packed(*shape, dtype)
+    inputs = packed(*shape, dtype, device)
     candidates: dict[str, Attention] = {
         "kdfast": lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"),
         "eager": eager,
         "sdpa": F.scaled_dot_product_attention,
-        "compile": torch.compile(eager, dynamic=False),
+        "compile": benchmark.compiled(eager),
     }
+    if device.type == "cuda" or DRY_RUN:
+        candidates |= libraries(dtype, inputs, results.left_out)
     check(candidates, inputs, eager(*(x.detach().double() for x in inputs)))
-    weight = torch.randn(batch, heads, tokens, D).to(dtype)
+    weight = torch.randn(batch, heads, tokens, D).to(device, dtype)
     calls = {
         name: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
         for name, call in candidates.items()
@@ -95,23 +137,26 @@ def bench_attention(  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("phase", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def bench_orion_windows(compare, dtype: torch.dtype, phase: str) -> None:  # type: ignore[no-untyped-def]
+def bench_orion_windows(  # type: ignore[no-untyped-def]
+    compare, device: torch.device, dtype: torch.dtype, phase: str
+) -> None:
     """16 x 16 windows with zero-padded keys and RoPE on a 40 x 40 grid, 16 heads."""
-    inputs = packed(1, 16, 1600, dtype)
-    cos, sin = torch.randn(256, D), torch.randn(256, D)
-    pad = torch.randn(16, D).to(dtype)
-    rope, window = Rope(cos, sin), Window((40, 40), 16, pad)
+    tokens, across = SIDE**2, PADDED // SIZE
+    inputs = packed(1, HEADS, tokens, dtype, device)
+    cos, sin = (torch.randn(SIZE**2, D).to(device) for _ in range(2))
+    pad = torch.randn(HEADS, D).to(device, dtype)
+    rope, window = Rope(cos, sin), Window((SIDE, SIDE), SIZE, pad)
 
     def partition(x: Tensor, value: Tensor | None) -> Tensor:
-        x = x.view(1, 16, 40, 40, D)
+        x = x.view(1, HEADS, SIDE, SIDE, D)
         if value is None:
-            x = F.pad(x, (0, 0, 0, 8, 0, 8))
+            x = F.pad(x, (0, 0, 0, PADDED - SIDE, 0, PADDED - SIDE))
         else:
-            full = value.view(1, 16, 1, 1, D).expand(1, 16, 48, 48, D).clone()
-            full[:, :, :40, :40] = x
+            full = value.view(1, HEADS, 1, 1, D).expand(1, HEADS, PADDED, PADDED, D).clone()
+            full[:, :, :SIDE, :SIDE] = x
             x = full
-        x = x.view(16, 3, 16, 3, 16, D).permute(1, 3, 0, 2, 4, 5)
-        return x.reshape(9, 16, 256, D)
+        x = x.view(HEADS, across, SIZE, across, SIZE, D).permute(1, 3, 0, 2, 4, 5)
+        return x.reshape(across**2, HEADS, SIZE**2, D)
 
     def rotate(x: Tensor) -> Tensor:
         turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
@@ -119,12 +164,13 @@ def bench_orion_windows(compare, dtype: torch.dtype, phase: str) -> None:  # typ
 
     def by_tensor_ops(attention: Attention) -> Attention:
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.reshape(1, 16, 40, 40, D) for x in (q, k, v))
+            q, k, v = (x.reshape(1, HEADS, SIDE, SIDE, D) for x in (q, k, v))
             out = attention(
                 rotate(partition(q, None)), rotate(partition(k, None)), partition(v, pad)
             )
-            out = out.view(3, 3, 16, 16, 16, D).permute(2, 0, 3, 1, 4, 5)
-            return out.reshape(1, 16, 48, 48, D)[:, :, :40, :40].reshape(1, 16, 1600, D)
+            out = out.view(across, across, HEADS, SIZE, SIZE, D).permute(2, 0, 3, 1, 4, 5)
+            out = out.reshape(1, HEADS, PADDED, PADDED, D)[:, :, :SIDE, :SIDE]
+            return out.reshape(1, HEADS, tokens, D)
 
         return run
 
@@ -138,11 +184,11 @@ def bench_orion_windows(compare, dtype: torch.dtype, phase: str) -> None:  # typ
     exact = kdfast.pruned_attention(
         *(x.detach().double() for x in inputs),
         rope=Rope(cos.double(), sin.double()),
-        window=Window((40, 40), 16, pad.double()),
+        window=Window((SIDE, SIDE), SIZE, pad.double()),
         backend="reference",
     )
     check(candidates, inputs, exact)
-    weight = torch.randn(1, 16, 1600, D).to(dtype)
+    weight = torch.randn(1, HEADS, tokens, D).to(device, dtype)
     calls = {
         name: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
         for name, call in candidates.items()
@@ -151,17 +197,21 @@ def bench_orion_windows(compare, dtype: torch.dtype, phase: str) -> None:  # typ
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def bench_kept_heads(compare, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+def bench_kept_heads(  # type: ignore[no-untyped-def]
+    compare, device: torch.device, dtype: torch.dtype
+) -> None:
     """8 of 16 heads by index against 8 heads that are alone, and against all 16."""
-    wide, narrow = packed(8, 16, 257, dtype), packed(8, 8, 257, dtype)
-    kept = list(range(0, 16, 2))
+    heads, batch, tokens = benchmark.sized((16, 8, 257), (2, 1, 20))
+    wide = packed(batch, heads, tokens, dtype, device)
+    narrow = packed(batch, heads // 2, tokens, dtype, device)
+    kept = list(range(0, heads, 2))
     calls = {
         "kdfast": forward(
             lambda q, k, v: kdfast.pruned_attention(q, k, v, heads=kept, backend="fused"), wide
         ),
-        "native 8": forward(
+        "native half": forward(
             lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"), narrow
         ),
-        "all 16": forward(lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"), wide),
+        "all": forward(lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"), wide),
     }
     compare("pruned_attention", f"fwd 8 of 16 heads {dtype}", calls)

@@ -3,6 +3,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -10,14 +11,39 @@ import pytest
 import torch
 
 from kdfast import benchmark
+from kdfast.testing import DRY_RUN, launch_on_cpu
 
 Compare = Callable[..., dict[str, benchmark.Row]]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+STARTED = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--save", metavar="FILE", help="write the rows of this session to a JSON file")
     parser.addoption("--rounds", type=int, default=15, help="samples per candidate")
+    parser.addoption("--budget", type=float, help="seconds after which no comparison is begun")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the inputs have to be."""
+    return DEVICE
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreted() -> Iterator[None]:
+    """In a dry run the Triton kernels take the place of those for the CPU."""
+    registered = launch_on_cpu() if DRY_RUN else None
+    yield
+    del registered
+
+
+@pytest.fixture(autouse=True)
+def _in_time(request: pytest.FixtureRequest, results: benchmark.Results) -> None:
+    budget = request.config.getoption("--budget")
+    if budget is not None and time.monotonic() - STARTED > budget:
+        results.left_out.append(f"{request.node.name}: the budget of {budget:.0f} s was used up")
+        pytest.skip(results.left_out[-1])
 
 
 @pytest.fixture(scope="session")
@@ -38,8 +64,10 @@ def _save(request: pytest.FixtureRequest, results: benchmark.Results) -> Iterato
 @pytest.fixture(scope="session")
 def peaks() -> dict[str, float]:
     """Matmul rates of this session in FLOP/s, by dtype name."""
-    dtypes = (torch.float32, torch.bfloat16)
-    return {str(d).removeprefix("torch."): benchmark.matmul_peak(DEVICE, d) for d in dtypes}
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    # A GPU is not full before that.
+    size = benchmark.sized(8192 if DEVICE.type == "cuda" else 1024, 64)
+    return {str(d).removeprefix("torch."): benchmark.matmul_peak(DEVICE, d, size) for d in dtypes}
 
 
 @pytest.fixture

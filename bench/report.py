@@ -47,7 +47,7 @@ def headline(results: dict[str, Any]) -> str:
     )
 
 
-RIVALS = ("eager", "sdpa", "compile", "index_select")
+RIVALS = ("eager", "sdpa", "compile", "flex", "flash-attn", "index_select")
 
 
 def main(argv: Sequence[str]) -> int:

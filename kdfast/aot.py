@@ -31,6 +31,8 @@ SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 2
 # Warps and KiB of shared memory of one SM; its registers are 65536 everywhere.
 SM_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64}
 SM_SHARED = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10}
+# Bytes of local memory per thread; a few registers outside the loop cost nothing that shows.
+SPILL_BUDGET = 64
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 
 

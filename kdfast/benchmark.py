@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kdfast._version import __version__
 from kdfast.ops._library import EXTENSION
+from kdfast.testing import DRY_RUN
 
 Candidate = Callable[[], object]
 # A sample is quiet when other processes used less than this share of one core during it.
@@ -49,10 +50,30 @@ class Results:
 
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # what was not timed, and why
 
     def to_json(self) -> dict[str, Any]:
         """Plain containers for ``json.dump``."""
-        return {"machine": self.machine, "rows": [asdict(row) for row in self.rows]}
+        rows = [asdict(row) for row in self.rows]
+        return {"machine": self.machine, "rows": rows, "left_out": self.left_out}
+
+
+T = TypeVar("T")
+
+
+def sized(full: T, tiny: T) -> T:
+    """The cases of a benchmark: ``tiny`` ones in a dry run, whose times mean nothing."""
+    return tiny if DRY_RUN else full
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` of a candidate for the shapes it is called with.
+
+    What was compiled before is forgotten: after eight shapes of one function torch would run the
+    ninth uncompiled.
+    """
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False, backend="eager" if DRY_RUN else "inductor")
 
 
 def machine_facts() -> dict[str, Any]:
@@ -104,15 +125,29 @@ def _sync() -> None:
         torch.cuda.synchronize()
 
 
-def _sample(call: Candidate, repeats: int) -> tuple[float, bool]:
-    """Seconds per call over ``repeats`` calls, and whether the machine was quiet meanwhile."""
-    machine, own = _cpu_seconds()
-    _sync()
+def _seconds(call: Candidate, repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         call()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(call: Candidate, repeats: int) -> float:
+    """By events on the stream: launches that the CPU makes in time are not counted."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _sync()
-    seconds = time.perf_counter() - start
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    _sync()
+    return start.elapsed_time(end) / 1e3
+
+
+def _sample(call: Candidate, repeats: int) -> tuple[float, bool]:
+    """Seconds per call over ``repeats`` calls, and whether the machine was quiet meanwhile."""
+    machine, own = _cpu_seconds()
+    seconds = _cuda_seconds(call, repeats) if torch.cuda.is_available() else _seconds(call, repeats)
     machine_after, own_after = _cpu_seconds()
     foreign = (machine_after - machine) - (own_after - own)
     # /proc/stat counts in 10 ms ticks, so short samples need that much slack.
@@ -132,8 +167,8 @@ def interleave(
     Returns:
         Name to (seconds per call, was the machine quiet) per round.
     """
-    repeats = {}
-    for name, call in candidates.items():
+    repeats = dict.fromkeys(candidates, 1)
+    for name, call in {} if DRY_RUN else candidates.items():
         for _ in range(warmup):
             call()
         repeats[name] = max(1, round(SAMPLE_SECONDS / max(_sample(call, 1)[0], 1e-7)))

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 from unittest import SkipTest
 
 import torch
@@ -20,7 +21,14 @@ SHAPES = {
 }
 
 
-def assert_no_worse(name: str, fused: Tensor, exact: Tensor, eager: Tensor) -> None:
+# With this set, checks that are written for a GPU run small on the CPU, in Triton's interpreter.
+DRY_RUN = os.environ.get("KDFAST_DRY_RUN", "0") == "1"
+TRITON_OPS = ("pruned_attention", "attention_distill", "kd_loss", "feature_loss")
+
+
+def assert_no_worse(
+    name: str, fused: Tensor, exact: Tensor, eager: Tensor, *, eps: float | None = None
+) -> None:
     """Raises AssertionError unless ``fused`` is finite and at most twice as wrong as ``eager``.
 
     The rule, in the maximum and in the root mean square: err(fused) <= 2 * err(eager) + eps *
@@ -32,6 +40,7 @@ def assert_no_worse(name: str, fused: Tensor, exact: Tensor, eager: Tensor) -> N
         fused: Result under test, any shape, low precision or fp32.
         exact: The same result of the reference in fp64.
         eager: The same result of the reference in the dtype under test.
+        eps: In place of the dtype's own.
     """
     if fused.shape != exact.shape:
         raise AssertionError(f"{name}: shape {tuple(fused.shape)}, want {tuple(exact.shape)}")
@@ -39,7 +48,7 @@ def assert_no_worse(name: str, fused: Tensor, exact: Tensor, eager: Tensor) -> N
         raise AssertionError(f"{name}: not finite")
     if fused.numel() == 0:
         return
-    eps = torch.finfo(eager.dtype).eps
+    eps = torch.finfo(eager.dtype).eps if eps is None else eps
     norms: dict[str, Callable[[Tensor], Tensor]] = {
         "max": lambda x: x.abs().max(),
         "rms": lambda x: x.square().mean().sqrt(),
@@ -95,3 +104,23 @@ def interpreted_kernels(op: str) -> ModuleType:
     if type(language.max).__name__ != "InterpretedFunction":
         raise SkipTest("triton was imported before, without its interpreter")
     return kernels
+
+
+def launch_on_cpu() -> torch.library.Library:
+    """From now on ``backend="fused"`` on CPU tensors means the Triton kernels, interpreted.
+
+    Returns:
+        What holds the registration: keep it for as long as that shall last.
+
+    Raises:
+        SkipTest: As ``interpreted_kernels``.
+    """
+    library = torch.library.Library("kdfast", "IMPL")
+    for name in TRITON_OPS:
+        interpreted_kernels(name)
+        op: Any = importlib.import_module(f"kdfast.ops.{name}")
+        library.impl(name, op._cuda, "CPU")
+        if hasattr(op, "_cuda_bwd"):
+            library.impl(f"{name}_bwd", op._cuda_bwd, "CPU")
+        op.FUSED_ON = op.FUSED_ON | {"cpu"}
+    return library
