@@ -185,9 +185,7 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize(
-    "case", ["eva02", pytest.param("everything", marks=pytest.mark.slow), *SLOW]
-)
+@pytest.mark.parametrize("case", ["eva02", *SLOW])
 def test_compile(case: str) -> None:
     holder, inputs = build(case)
     holder.float()
@@ -199,9 +197,7 @@ def test_compile(case: str) -> None:
     compiled(*args).sum().backward()
 
 
-@pytest.mark.parametrize(
-    "case", ["everything", pytest.param("eva02", marks=pytest.mark.slow), *SLOW]
-)
+@pytest.mark.parametrize("case", ["everything", *SLOW])
 def test_export_needs_no_kdfast(case: str) -> None:
     holder, inputs = build(case)
     holder.float()
