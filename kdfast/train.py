@@ -2,6 +2,7 @@
 """``python -m kdfast.train --config NAME``: prune a teacher's heads and distil the loss away.
 
 Teacher, head scores, pruned student, training, report; docs/training.md explains all of it.
+Configs of chains go to ``kdfast.chain``; docs/vit_chain.md.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdfast.configs import CONFIGS, Config, ConfigError, load, plain, save
+from kdfast.configs import CONFIGS, ChainConfig, Config, ConfigError, load, plain, save
 from kdfast.data.base import Corrupt, CorruptDataError, ViewDataset
 from kdfast.data.scenes import PALETTE
 from kdfast.distill import Distiller
@@ -90,16 +91,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         close_log()
 
 
-def run(config: Config, *, resume: bool = False) -> int:
+def run(config: Config | ChainConfig, *, resume: bool = False) -> int:
     """Everything that ``main`` does after the command line; raises instead of printing."""
+    if isinstance(config, ChainConfig):
+        # Imported here: metrics take seconds to import, and pruning runs need none.
+        from kdfast.chain.run import run_chain
+
+        return run_chain(config, make_accelerator(config.precision, config.device), resume=resume)
+    return run_pruning(config, make_accelerator(config.run.precision, config.run.device), resume)
+
+
+def make_accelerator(precision: str, device: str) -> Accelerator:
+    """Device and precision of a run, also where this process had others before."""
     if not dist.is_initialized():
-        # An earlier run in this process may have had another device or precision.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision="no" if config.run.precision == "fp32" else config.run.precision,
-        cpu=config.run.device == "cpu",
+    return Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision, cpu=device == "cpu"
     )
+
+
+def run_pruning(config: Config, accelerator: Accelerator, resume: bool) -> int:
+    """Prune a teacher's heads and distil: teacher, scores, student, training, report."""
     folder = open_folder(config, accelerator, resume)
     show_start(config, accelerator, folder, resume)
     with as_config_error():

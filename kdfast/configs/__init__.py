@@ -7,23 +7,35 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from kdfast.configs.base import Config
+from kdfast.configs.chain import ChainConfig
+from kdfast.configs.chain_check import check_chain, check_device
+from kdfast.configs.cnn_chain import cnn_chain, cnn_chain_digits
 from kdfast.configs.fields import ConfigError, build, keys, plain, unknown
 from kdfast.configs.orion50 import orion50, orion50_scenes
 from kdfast.configs.smoke import smoke
+from kdfast.configs.vit_chain import cifar10, vit_chain, vit_chain_digits
 
-__all__ = ["CONFIGS", "Config", "ConfigError", "load", "plain", "save"]
+__all__ = ["CONFIGS", "ChainConfig", "Config", "ConfigError", "load", "plain", "save"]
 
-CONFIGS: dict[str, Callable[[], Config]] = {f.__name__: f for f in (orion50, orion50_scenes, smoke)}
+CONFIGS: dict[str, Callable[[], Config | ChainConfig]] = {
+    f.__name__: f
+    for f in (
+        *(orion50, orion50_scenes, smoke),
+        *(vit_chain, vit_chain_digits, cnn_chain, cnn_chain_digits, cifar10),
+    )
+}
 # A config that needs files, and the one that stands in for it where none of them is there.
-STAND_INS = {"orion50": "orion50_scenes"}
-KNOWN = keys(Config)
+STAND_INS = {
+    "orion50": "orion50_scenes",
+    "vit_chain": "vit_chain_digits",
+    "cnn_chain": "cnn_chain_digits",
+}
 
 
-def load(source: str, changes: Sequence[str] = ()) -> Config:
+def load(source: str, changes: Sequence[str] = ()) -> Config | ChainConfig:
     """The resolved config of a name or a YAML file.
 
     Args:
@@ -40,13 +52,15 @@ def load(source: str, changes: Sequence[str] = ()) -> Config:
     if not isinstance(name, str) or name not in CONFIGS:
         complaint = f"name: must be one of {', '.join(CONFIGS)}, got {name!r}"
         raise ConfigError([*problems, f"{complaint} (a file ends in .yaml)"])
-    user = _flatten(tree, problems) | _parse(changes, problems)
+    kind = type(CONFIGS[name]())
+    known = keys(kind)
+    user = _flatten(tree, problems, known) | _parse(changes, problems, known)
     user.pop("name", None)
-    name, note = _stand_in(name, user, problems)
+    name, note = _stand_in(name, user)
     values = plain(CONFIGS[name]()) | ({"note": note} if note else {})
     for key, value in user.items():
         _put(values, key, value)
-    config = build(Config, values, problems)
+    config = build(kind, values, problems)
     if config is not None:
         problems += check(config)
     if problems or config is None:
@@ -54,15 +68,18 @@ def load(source: str, changes: Sequence[str] = ()) -> Config:
     return config
 
 
-def save(config: Config, path: Path) -> None:
+def save(config: Config | ChainConfig, path: Path) -> None:
     """Write a config as YAML that ``load`` reads."""
-    head = "# Resolved config of a run; use it with --config. docs/training.md explains the keys.\n"
+    page = "docs/vit_chain.md" if isinstance(config, ChainConfig) else "docs/training.md"
+    head = f"# Resolved config of a run; use it with --config. {page} explains the keys.\n"
     note = f"# {config.note}\n" if config.note else ""
     path.write_text(head + note + yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
 
 
-def check(config: Config) -> list[str]:
+def check(config: Config | ChainConfig) -> list[str]:
     """Problems that involve more than one key, or the file system."""
+    if isinstance(config, ChainConfig):
+        return check_chain(config)
     found: list[str] = []
     teacher, data, run = config.teacher, config.data, config.run
     if teacher.checkpoint is None and teacher.fit is None:
@@ -79,12 +96,7 @@ def check(config: Config) -> list[str]:
         found.append("data.cache: needs data.augment false, got true")
     if config.distill.feature + config.distill.attention + config.distill.output == 0:
         found.append("distill: feature, attention and output must not all be 0")
-    cuda = run.device == "cuda" or (run.device == "auto" and torch.cuda.is_available())
-    if run.precision == "fp16" and not cuda:
-        found.append("run.precision: fp16 needs a GPU for loss scaling; use bf16 or fp32")
-    if run.device == "cuda" and not torch.cuda.is_available():
-        found.append("run.device: torch finds no GPU")
-    return found
+    return found + check_device(run.device, run.precision, "run.")
 
 
 def _is_file(source: str) -> bool:
@@ -104,15 +116,15 @@ def _read(source: str, problems: list[str]) -> dict[str, Any]:
     return tree
 
 
-def _parse(changes: Sequence[str], problems: list[str]) -> dict[str, Any]:
+def _parse(changes: Sequence[str], problems: list[str], known: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:
             problems.append(f"--set {change}: must be key=value")
             continue
-        if key not in KNOWN or key == "name":
-            problems.append(unknown(key, KNOWN))
+        if key not in known or key == "name":
+            problems.append(unknown(key, known))
             continue
         try:
             value = yaml.safe_load(text)
@@ -120,21 +132,23 @@ def _parse(changes: Sequence[str], problems: list[str]) -> dict[str, Any]:
             problems.append(f"{key}: not a YAML value: {text}")
             continue
         if isinstance(value, Mapping):
-            found |= _flatten(value, problems, f"{key}.")
+            found |= _flatten(value, problems, known, f"{key}.")
         else:
             found[key] = value
     return found
 
 
-def _flatten(tree: Mapping[Any, Any], problems: list[str], prefix: str = "") -> dict[str, Any]:
+def _flatten(
+    tree: Mapping[Any, Any], problems: list[str], known: list[str], prefix: str = ""
+) -> dict[str, Any]:
     """Dotted keys and values; unknown keys are reported and left out."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if key not in KNOWN:
-            problems.append(unknown(key, KNOWN))
+        if key not in known:
+            problems.append(unknown(key, known))
         elif isinstance(value, Mapping):
-            found |= _flatten(value, problems, f"{key}.")
+            found |= _flatten(value, problems, known, f"{key}.")
         else:
             found[key] = value
     return found
@@ -151,7 +165,7 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     values[leaf] = value
 
 
-def _stand_in(name: str, user: Mapping[str, Any], problems: list[str]) -> tuple[str, str]:
+def _stand_in(name: str, user: Mapping[str, Any]) -> tuple[str, str]:
     """The config to start from and the note about it.
 
     The stand-in is used only where the user named neither the checkpoint nor the data and both
@@ -160,6 +174,8 @@ def _stand_in(name: str, user: Mapping[str, Any], problems: list[str]) -> tuple[
     if name not in STAND_INS:
         return name, ""
     default = CONFIGS[name]()
+    if isinstance(default, ChainConfig):
+        return _chain_stand_in(name, str(default.data.root), user)
     checkpoint, root = str(default.teacher.checkpoint), str(default.data.root)
     if "teacher.checkpoint" in user:
         return name, ""
@@ -172,3 +188,13 @@ def _stand_in(name: str, user: Mapping[str, Any], problems: list[str]) -> tuple[
         note = f"EMBEDDED DEFAULT: no {absent}, so this is {STAND_INS[name]}: rendered scenes"
         return STAND_INS[name], f"{note} and a small EVA-ViT teacher trained here"
     return name, ""
+
+
+def _chain_stand_in(name: str, root: str, user: Mapping[str, Any]) -> tuple[str, str]:
+    """The embedded default of a chain if the user named no data and the default is absent."""
+    digits = user.get("data.kind") == "digits"
+    if not digits and ("data.kind" in user or "data.root" in user or Path(root).exists()):
+        return name, ""
+    why = "data.kind is digits" if digits else f"no {root}"
+    note = f"EMBEDDED DEFAULT: {why}, so this is {STAND_INS[name]}: scikit-learn's digits"
+    return STAND_INS[name], f"{note} and small models trained here"

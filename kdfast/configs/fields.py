@@ -161,6 +161,10 @@ def convert(value: Any, hint: Any) -> Any:
         return value
     if origin is tuple:
         return _tuple(value, args)
+    if origin is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise _BadValue("must be keys and values such as {depth: 6}")
+        return dict(value)
     return _scalar(value, hint)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,30 @@ class Batch:
     index: list[int]
     path: list[str]
     weight: float
+
+
+class Counter(Protocol):
+    """State of a feed that belongs into checkpoints."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to values of ``state_dict``."""
+
+
+class BatchFeed(Protocol):
+    """What a loop trains on."""
+
+    @property
+    def counter(self) -> Counter:
+        """State that is saved."""
+
+    def __len__(self) -> int:
+        """Whole batches of this process in an epoch."""
+
+    def batches(self, epoch: int, done: int = 0) -> Iterator[Batch]:
+        """Batches of an epoch from number ``done`` on."""
 
 
 class Feed:

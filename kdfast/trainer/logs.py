@@ -91,12 +91,20 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 class Records:
     """CSV and TensorBoard of one stage; a disabled one (other ranks) ignores everything."""
 
-    def __init__(self, folder: Path, resume_step: int | None, *, enabled: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        resume_step: int | None,
+        *,
+        enabled: bool,
+        epochs_file: str = "epochs.csv",
+    ) -> None:
         self.folder, self.enabled = folder, enabled
         if not enabled:
             return
+        folder.mkdir(parents=True, exist_ok=True)
         self.steps = Table(folder / "steps.csv", resume_step)
-        self.epochs = Table(folder / "epochs.csv", resume_step)
+        self.epochs = Table(folder / epochs_file, resume_step)
         self.board = SummaryWriter(
             str(folder / "tensorboard"),
             purge_step=None if resume_step is None else resume_step + 1,

@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from kdfast.configs.base import OptimConfig, RunConfig
+from kdfast.configs.chain import ChainOptimConfig
 from kdfast.configs.fields import ConfigError
-from kdfast.trainer.feed import Batch, Feed
+from kdfast.trainer.feed import Batch, BatchFeed
 from kdfast.trainer.logs import LOG, Display, Records, draw_curves, memory_mib
 from kdfast.trainer.optim import WARMUP_SHARE, adamw, param_groups, schedule
 from kdfast.trainer.signals import Interrupted, Signals
@@ -48,17 +49,21 @@ class Job:
         run: Epochs, accumulation, intervals.
         meta: Plain values to keep in the checkpoint: what is needed to build ``module`` again.
         evaluate: Called after each epoch on every process; its values are logged.
+        logs: Folder of the records; ``folder`` if None.
+        epochs_file: Name of the CSV with a row per epoch.
     """
 
     title: str
     folder: Path
     module: nn.Module
     depth: int
-    feed: Feed
-    optim: OptimConfig
+    feed: BatchFeed
+    optim: OptimConfig | ChainOptimConfig
     run: RunConfig
     meta: dict[str, Any]
     evaluate: Callable[[], dict[str, float]] | None = None
+    logs: Path | None = None
+    epochs_file: str = "epochs.csv"
 
 
 class Loop:
@@ -82,14 +87,31 @@ class Loop:
             )
         self.total = self.per_epoch * run.epochs
         self.stop = min(self.total, run.max_steps or self.total)
-        groups = param_groups(job.module, job.optim, job.depth)
-        self.trainable = [p for group in groups for p in group["params"]]
-        self.factor = schedule(job.optim, self.total)
-        self.module, self.optimizer = accelerator.prepare(job.module, adamw(groups, job.optim))
+        optimizer = self._optimizer()
+        self.trainable = [p for group in optimizer.param_groups for p in group["params"]]
+        self.module, self.optimizer = accelerator.prepare(job.module, optimizer)
         self.step = 0
         self.window: dict[str, float] = {}
         self.window_steps = 0
         self.signals = Signals()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser of the job's module, and what ``_set_lr`` needs."""
+        optim = self.job.optim
+        if not isinstance(optim, OptimConfig):
+            raise TypeError(f"Loop: optim must be OptimConfig, got {type(optim).__name__}")
+        self.factor = schedule(optim, self.total)
+        if self.main and optim.warmup > self.total * WARMUP_SHARE:
+            cut = int(self.total * WARMUP_SHARE)
+            LOG.info("warm-up of %d steps cut to %d of %d", optim.warmup, cut, self.total)
+        return adamw(param_groups(self.job.module, optim, self.job.depth), optim)
+
+    def _set_lr(self) -> float:
+        """Set the learning rate of the step that comes; returns its largest value."""
+        lr = self.job.optim.lr * self.factor(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["factor"]
+        return lr
 
     def fit(self, *, resume: bool = False) -> None:
         """Train until the end of the run or ``max_steps``.
@@ -103,10 +125,10 @@ class Loop:
         """
         job = self.job
         resumed = self._load() if resume else False
-        if self.main and job.optim.warmup > self.total * WARMUP_SHARE:
-            cut = int(self.total * WARMUP_SHARE)
-            LOG.info("warm-up of %d steps cut to %d of %d", job.optim.warmup, cut, self.total)
-        self.records = Records(job.folder, self.step if resumed else None, enabled=self.main)
+        logs = job.folder if job.logs is None else job.logs
+        self.records = Records(
+            logs, self.step if resumed else None, enabled=self.main, epochs_file=job.epochs_file
+        )
         self.display = Display(job.title, self.stop, self.step, enabled=self.main)
         self.clock, self.images = time.monotonic(), 0
         job.module.train()
@@ -118,7 +140,7 @@ class Loop:
             self.display.close()
             self.records.close()
             if self.main:
-                draw_curves(job.folder)
+                draw_curves(logs)
         if self.signals.caught:
             raise Interrupted(self.signals.caught)
 
@@ -130,20 +152,24 @@ class Loop:
         while self.step < end:
             self._train_step(batches, epoch)
             finished = self.step == (epoch + 1) * self.per_epoch
-            if finished and self.job.evaluate is not None:
-                values = self.job.evaluate()
-                self.job.module.train()
-                self.records.epoch({"step": self.step, "epoch": epoch + 1, **values})
-                text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-                LOG.info("%s epoch %d  %s", self.job.title, epoch + 1, text)
+            if finished:
+                self._finish_epoch(epoch)
             if finished or self.step % run.save_every == 0 or self.step == self.stop:
                 self.save(self._snapshot())
 
+    def _finish_epoch(self, epoch: int) -> None:
+        """Evaluate and log; called before the checkpoint of an epoch is saved."""
+        if self.job.evaluate is None:
+            return
+        values = self.job.evaluate()
+        self.job.module.train()
+        self.records.epoch({"step": self.step, "epoch": epoch + 1, **values})
+        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        LOG.info("%s epoch %d  %s", self.job.title, epoch + 1, text)
+
     def _train_step(self, batches: Iterator[Batch], epoch: int) -> None:
         before = self._snapshot()
-        lr = self.job.optim.lr * self.factor(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["factor"]
+        lr = self._set_lr()
         losses, used = self._backward(batches, epoch)
         status, norm = self._judge(losses)
         if status == GOING:
@@ -267,9 +293,17 @@ class Loop:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "ranks": snapshots,
+                **self._extra(),
             }
             save_checkpoint(self.job.folder, state)
         self.accelerator.wait_for_everyone()
+
+    def _extra(self) -> dict[str, Any]:
+        """What else a checkpoint holds, of the first process."""
+        return {}
+
+    def _load_extra(self, state: dict[str, Any]) -> None:
+        """Go back to what ``_extra`` put into a checkpoint."""
 
     def _load(self) -> bool:
         path = newest(self.job.folder)
@@ -290,6 +324,7 @@ class Loop:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
+        self._load_extra(state)
         mine = state["ranks"][self.rank]
         set_rng_state(mine["rng"])
         self.job.feed.counter.load_state_dict(mine["corrupt"])

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of a chain: all links in one table, file and picture, over the seeds."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from kdfast._version import __version__
+from kdfast.chain.plots import draw_comparison
+
+VALUES = ("test_accuracy", "test_f1_score", "test_auc", "val_accuracy", "seconds", "peak_mib")
+
+
+def compare(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each role, in the order of the results.
+
+    Args:
+        results: Summaries of links: ``role``, ``model``, ``params``, ``seed`` and ``VALUES``.
+
+    Returns:
+        Rows with ``seeds``, ``values`` (a list for each name, one entry a seed), ``mean`` and
+        ``spread`` (sample standard deviation; None with one seed).
+    """
+    rows: list[dict[str, Any]] = []
+    for role in dict.fromkeys(result["role"] for result in results):
+        mine = [result for result in results if result["role"] == role]
+        values = {name: [float(result[name]) for result in mine] for name in VALUES}
+        rows.append(
+            {
+                "role": role,
+                "model": mine[0]["model"],
+                "params": mine[0]["params"],
+                "seeds": [result["seed"] for result in mine],
+                "values": values,
+                "mean": {name: statistics.fmean(x) for name, x in values.items()},
+                "spread": {
+                    name: statistics.stdev(x) if len(x) > 1 else None for name, x in values.items()
+                },
+            }
+        )
+    return rows
+
+
+def gain(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What distillation brought the student over its twin; None without a twin.
+
+    Returns:
+        ``margin`` of the mean test accuracies, the larger ``spread`` of the two, and whether the
+        former exceeds the latter (None with one seed).
+    """
+    by_role = {row["role"]: row for row in rows}
+    if not {"student", "student_ce"} <= by_role.keys():
+        return None
+    student, twin = by_role["student"], by_role["student_ce"]
+    margin = student["mean"]["test_accuracy"] - twin["mean"]["test_accuracy"]
+    spreads = [row["spread"]["test_accuracy"] for row in (student, twin)]
+    known = [spread for spread in spreads if spread is not None]
+    spread = max(known) if known else None
+    return {
+        "margin": margin,
+        "spread": spread,
+        "beats": None if spread is None else margin > spread,
+    }
+
+
+def write_comparison(
+    root: Path, results: Sequence[Mapping[str, Any]], name: str, facts: Mapping[str, Any]
+) -> tuple[str, dict[str, Path]]:
+    """Write ``comparison.{csv,json,png,txt}`` of the links that are done.
+
+    Args:
+        root: Output of the chain.
+        results: As in ``compare``.
+        name: Of the data.
+        facts: Further content of the JSON file.
+
+    Returns:
+        The text for the terminal, and the files by kind.
+    """
+    rows = compare(results)
+    paths = {kind: root / f"comparison.{kind}" for kind in ("csv", "json", "png", "txt")}
+    better = gain(rows)
+    content = {
+        **facts,
+        "machine": {
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "kdfast": __version__,
+        },
+        "links": rows,
+        "gain": better,
+    }
+    paths["json"].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with paths["csv"].open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["role", "model", "params", "seed", *VALUES])
+        for row in rows:
+            for i, seed in enumerate(row["seeds"]):
+                numbers = [f"{row['values'][value][i]:.6g}" for value in VALUES]
+                writer.writerow([row["role"], row["model"], row["params"], seed, *numbers])
+    draw_comparison(rows, paths["png"], f"{name}: links of the chain on the test images")
+    text = _text(rows, name, better)
+    paths["txt"].write_text(text + "\n", encoding="utf-8")
+    return text, paths
+
+
+def _text(rows: Sequence[Mapping[str, Any]], name: str, better: dict[str, Any] | None) -> str:
+    table = Table(box=box.SIMPLE_HEAD, title=f"{name}, test images, mean +- spread over seeds")
+    heads = ("link", "model", "params", "seeds", "accuracy %", "macro F1 %", "AUC %", "val %", "s")
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("link", "model") else "right")
+    for row in rows:
+        cells = [_spread(row, value) for value in ("test_accuracy", "test_f1_score", "test_auc")]
+        table.add_row(
+            *(row["role"], row["model"], f"{row['params']:,}", str(len(row["seeds"]))),
+            *(*cells, _spread(row, "val_accuracy"), f"{row['mean']['seconds']:.0f}"),
+        )
+    console = Console(width=130, file=None, record=False)
+    with console.capture() as capture:
+        console.print(table)
+    text = "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines())
+    if better is not None:
+        spread = "" if better["spread"] is None else f", larger spread {better['spread']:.2f}"
+        text += (
+            f"\n\nstudent with distillation minus its twin without: {better['margin']:+.2f} points "
+            f"of test accuracy{spread}"
+        )
+    return text
+
+
+def _spread(row: Mapping[str, Any], name: str) -> str:
+    mean, spread = row["mean"][name], row["spread"][name]
+    if mean != mean:
+        return "-"
+    return f"{mean:.2f}" if spread is None else f"{mean:.2f} +- {spread:.2f}"
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

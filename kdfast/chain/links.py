@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The links of a chain: what they are, how they are built, and how checkpoints are verified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from kdfast.configs.chain import ChainConfig
+from kdfast.configs.chain_check import INITS, per_link, roles
+from kdfast.configs.fields import ConfigError
+from kdfast.data.classification import Classification
+from kdfast.trainer.logs import LOG
+from kdfast.trainer.state import load_checkpoint
+
+# Names of what a link starts from, as folders.
+FOLDERS = {"pretrained": "imagenet_pretrained", "scratch": "from_scratch"}
+
+
+@dataclass(frozen=True)
+class Link:
+    """One model of a chain.
+
+    Attributes:
+        index: Position in the chain.
+        role: ``teacher``, ``assistant``, ``student``, or ``student_ce`` for the twin.
+        model: timm name.
+        args: Keyword arguments of ``timm.create_model``.
+        init: ``scratch``, ``pretrained``, or a file.
+        epochs: Passes over the training data.
+        distilled: Whether the link before it teaches.
+    """
+
+    index: int
+    role: str
+    model: str
+    args: dict[str, Any]
+    init: str
+    epochs: int
+    distilled: bool
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of this link's kind of start."""
+        return FOLDERS.get(self.init, "from_checkpoint")
+
+
+def links_of(config: ChainConfig) -> list[Link]:
+    """All links of a chain, without the twin."""
+    names = roles(len(config.chain))
+    return [
+        Link(
+            index=i,
+            role=names[i],
+            model=model,
+            args=per_link(config.model_args, i) if config.model_args else {},
+            init=per_link(config.init, i),
+            epochs=per_link(config.epochs, i),
+            distilled=i > 0,
+        )
+        for i, model in enumerate(config.chain)
+    ]
+
+
+class LinkModel(nn.Module):
+    """A timm model behind its own resize and normalisation.
+
+    Attributes:
+        net: The timm model.
+        size: Side that the images are resized to; None: they stay as they are.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        data = resolve_model_data_config(net)
+        # Facts of the model, not weights: they are no part of its state.
+        for name in ("mean", "std"):
+            value = torch.tensor(data[name]).view(-1, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+        embed = getattr(net, "patch_embed", None)
+        fixed = (
+            getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", True) else None
+        )
+        self.size = None if fixed is None else (int(fixed[0]), int(fixed[1]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of images (B, 3, H, W) in [0, 1], not normalised."""
+        if self.size is not None and tuple(images.shape[-2:]) != self.size:
+            images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
+        logits: Tensor = self.net((images - self.mean) / self.std)
+        return logits
+
+
+def build_link(link: Link, classes: int, *, checkpointing: bool = False) -> LinkModel:
+    """The model of a link with the weights that it starts from.
+
+    Raises:
+        ConfigError: timm cannot build the model, or the weights cannot be had or do not fit.
+    """
+    try:
+        net = timm.create_model(
+            link.model, pretrained=link.init == "pretrained", num_classes=classes, **link.args
+        )
+    except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
+        hint = ""
+        if link.init == "pretrained":
+            hint = "; without a network, init can name a local checkpoint instead"
+        raise ConfigError(
+            [f"chain: {link.role}: timm cannot build {link.model} {link.args}: {error}{hint}"]
+        ) from error
+    if checkpointing:
+        if not hasattr(net, "set_grad_checkpointing"):
+            raise ConfigError([f"checkpointing: {link.model} does not support it"])
+        try:
+            net.set_grad_checkpointing(True)
+        except AssertionError as error:
+            raise ConfigError([f"checkpointing: {link.model}: {error}"]) from error
+    model = LinkModel(net)
+    if link.init not in INITS:
+        load_weights(model, Path(link.init).expanduser(), link)
+    return model
+
+
+def load_weights(model: LinkModel, path: Path, link: Link) -> None:
+    """Load a chain's checkpoint, or a state dict that timm reads, into a new model.
+
+    Only a classifier of another size is left at its random start; anything else must fit.
+
+    Raises:
+        ConfigError: The file does not fit the model.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # safetensors and others, for which timm has a reader
+        state = None
+    if isinstance(state, dict) and "meta" in state and "module" in state:
+        saved = state["meta"].get("link", {})
+        if (saved.get("model"), saved.get("args")) != (link.model, link.args):
+            raise ConfigError(
+                [
+                    f"init: {path} must hold {link.model} {link.args}, "
+                    f"got {saved.get('model')} {saved.get('args')}"
+                ]
+            )
+        weights = weights_of(state)
+    else:
+        try:
+            weights = timm.models.load_state_dict(str(path), weights_only=True)
+        except (RuntimeError, ValueError, KeyError, EOFError) as error:
+            raise ConfigError([f"init: {path} is no checkpoint: {error}"]) from error
+    mine = model.net.state_dict()
+    config: Any = model.net.pretrained_cfg
+    heads = config.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    for name in [name for head in heads for name in (f"{head}.weight", f"{head}.bias")]:
+        if name in weights and name in mine and weights[name].shape != mine[name].shape:
+            LOG.info("init: %s has another number of classes; the classifier starts anew", path)
+            weights[name] = mine[name]
+    try:
+        model.net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ConfigError(
+            [f"init: {path} does not fit {link.model} {link.args}: {error}"]
+        ) from error
+
+
+def weights_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The timm model's weights in a checkpoint: the averaged ones where there are such."""
+    module, prefix = state["module"], "student.net."
+    if state.get("ema") is not None:
+        module, prefix = state["ema"], "net."
+    return {k[len(prefix) :]: v for k, v in module.items() if k.startswith(prefix)}
+
+
+def facts(link: Link, data: Classification) -> dict[str, Any]:
+    """What a checkpoint says about its model and its data, and a later link verifies."""
+    return {
+        "link": {"role": link.role, "model": link.model, "args": link.args},
+        "data": {
+            "name": data.name,
+            "task": data.task,
+            "classes": list(data.class_names),
+            "content": data.facts["content"],
+        },
+    }
+
+
+def load_teacher(path: Path, link: Link, data: Classification) -> LinkModel:
+    """The finished model of the link before, frozen; its checkpoint must be what is expected.
+
+    Args:
+        path: Its ``best.pt``.
+        link: The link before.
+        data: The images of the run.
+
+    Raises:
+        ConfigError: There is no such file, or its architecture, classes or data differ.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            [f"stage: needs the {link.role}'s checkpoint {path}; train it first: stage={link.role}"]
+        )
+    state = load_checkpoint(path)
+    saved, mine = state["meta"], facts(link, data)
+    found: list[str] = []
+    for group, names in (("link", ("model", "args")), ("data", ("name", "task", "classes"))):
+        for name in names:
+            have, want = saved[group].get(name), mine[group][name]
+            if have != want:
+                found.append(f"{link.role}: {path} must have {name} {want!r}, got {have!r}")
+    if not found and saved["data"]["content"] != mine["data"]["content"]:
+        found.append(
+            f"{link.role}: {path} was trained on other images of {data.name} (another split or "
+            "version), so its training set may hold this run's validation images"
+        )
+    if found:
+        raise ConfigError(found)
+    # The weights come from the file, wherever the link itself started.
+    model = build_link(
+        Link(**{**link.__dict__, "init": "scratch"}), len(data.class_names), checkpointing=False
+    )
+    model.net.load_state_dict(weights_of(state))
+    return model.requires_grad_(False).eval()

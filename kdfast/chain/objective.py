@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The objective of a link: task, distillation, attention and feature terms; docs/vit_chain.md.
+
+B batch, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdfast.chain.capture import (
+    Capture,
+    attention_layers,
+    feature_layers,
+    head_groups,
+    paired,
+    relation_heads,
+)
+from kdfast.chain.links import LinkModel
+from kdfast.configs.chain import ChainDistillConfig
+from kdfast.ops.attention_distill import attention_distill
+from kdfast.ops.feature_loss import feature_loss
+from kdfast.ops.kd_loss import kd_loss
+
+
+def alpha_at(epoch: int, epochs: int, config: ChainDistillConfig) -> float:
+    """Weight of distillation in an epoch, counted from 0; ``alpha_end`` in the last one.
+
+    Args:
+        epoch: In [0, epochs).
+        epochs: Of the whole link.
+        config: ``alpha``, ``alpha_end`` and ``schedule``.
+    """
+    if config.schedule == "constant" or epochs == 1:
+        return config.alpha
+    part = epoch / (epochs - 1)
+    if config.schedule == "cosine":
+        part = 0.5 * (1 - math.cos(math.pi * part))
+    return config.alpha + (config.alpha_end - config.alpha) * part
+
+
+def task_loss(logits: Tensor, target: Tensor, task: str, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy, or for "multilabel" the binary one averaged over images and classes.
+
+    Args:
+        logits: (B, C).
+        target: (B,) int64, or (B, C): class probabilities, or ones and zeros of "multilabel".
+        task: Of ``Classification``.
+        smoothing: Label smoothing of the former.
+    """
+    if task == "multilabel":
+        return F.binary_cross_entropy_with_logits(logits.float(), target.float())
+    return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
+
+
+def distill_loss(
+    logits: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    task: str,
+    *,
+    temperature: float,
+    alpha: float,
+    smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``kdfast.kd_loss`` of a task: (loss, kd, task's loss), the last two detached.
+
+    For "multilabel" a logit z is the two-class logits (z, 0), since softmax((z, 0) / T) is
+    sigmoid(z / T): ``kd = T^2 mean_bc KL(Bern(sigmoid(t / T)) || Bern(sigmoid(s / T)))``, and the
+    cross-entropy of these is the binary one.
+
+    Args:
+        logits: (B, C) of the student.
+        teacher: (B, C).
+        target: As in ``task_loss``.
+        task: Of ``Classification``.
+        temperature: T.
+        alpha: Weight of ``kd``.
+        smoothing: Label smoothing; not of "multilabel".
+    """
+    if task == "multilabel":
+        logits, teacher = (torch.stack([x, torch.zeros_like(x)], -1) for x in (logits, teacher))
+        target, smoothing = (target < 0.5).long(), 0.0
+    return kd_loss(
+        logits,
+        teacher,
+        target,
+        temperature=temperature,
+        alpha=alpha,
+        label_smoothing=smoothing,
+    )
+
+
+class Objective(nn.Module):
+    """Student and losses as one module; the teacher is no submodule and is never trained.
+
+    Attributes:
+        student: The model that is trained.
+        projections: Linear maps from the student's to the teacher's width, one for each compared
+            layer; empty where there is no feature term or the widths are equal.
+    """
+
+    def __init__(
+        self,
+        student: LinkModel,
+        teacher: LinkModel | None,
+        task: str,
+        config: ChainDistillConfig,
+        *,
+        epochs: int,
+        distilled: bool,
+    ) -> None:
+        """Pair the layers of both models.
+
+        Args:
+            student: The model to train.
+            teacher: Frozen; None: there is none, or its logits come from a cache.
+            task: Of ``Classification``.
+            config: Weights and kinds.
+            epochs: Of the link, for the schedule of alpha.
+            distilled: False: plain training on the targets.
+
+        Raises:
+            ValueError: A term does not fit the models.
+        """
+        super().__init__()
+        self.student, self.task, self.config = student, task, config
+        self.epochs, self.distilled = epochs, distilled
+        # A tuple hides it from nn.Module.
+        self._frozen = (teacher,)
+        self.attention: list[tuple[str, str]] = []
+        self.features: list[tuple[str, str]] = []
+        self.projections = nn.ModuleList()
+        if teacher is None:
+            return
+        nets = (student.net, teacher.net)
+        if config.attention:
+            mine, other = (attention_layers(n, type(n).__name__) for n in nets)
+            pairs = paired(len(mine), len(other), config.layers)
+            self.attention = [(mine[i], other[j]) for i, j in pairs]
+        if config.feature:
+            (mine, widths), (other, wide) = (feature_layers(n, type(n).__name__) for n in nets)
+            pairs = paired(len(mine), len(other), config.layers)
+            self.features = [(mine[i], other[j]) for i, j in pairs]
+            self.projections.extend(
+                nn.Linear(widths[i], wide[j]) if widths[i] != wide[j] else nn.Identity()
+                for i, j in pairs
+            )
+
+    @property
+    def teacher(self) -> LinkModel | None:
+        """The frozen teacher."""
+        return self._frozen[0]
+
+    def forward(
+        self, images: Tensor, target: Tensor, epoch: int, teacher_logits: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Losses of one batch, and the student's logits.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1]; teacher and student see the same ones.
+            target: As in ``task_loss``.
+            epoch: Counted from 0.
+            teacher_logits: (B, C) of a cache; None: the teacher runs.
+
+        Returns:
+            Scalars ``total``, the only one with a gradient, ``task`` and, with a teacher, ``kd``,
+            ``attention`` and ``feature`` where they have a weight, and ``alpha``; and ``logits``.
+        """
+        config = self.config
+        if not self.distilled:
+            logits = self.student(images)
+            total = task_loss(logits, target, self.task, config.label_smoothing)
+            return {"total": total, "task": total.detach(), "logits": logits.detach()}
+        theirs = self._run_teacher(images) if teacher_logits is None else None
+        names = ([s for s, _ in self.attention], [s for s, _ in self.features])
+        with Capture(self.student.net, *names) as mine:
+            logits = self.student(images)
+        if theirs is not None:
+            teacher_logits = theirs[0]
+        assert teacher_logits is not None  # one of the two is there
+        alpha = alpha_at(epoch, self.epochs, config)
+        total, kd, task = distill_loss(
+            logits,
+            teacher_logits.to(logits.dtype),
+            target,
+            self.task,
+            temperature=config.temperature,
+            alpha=alpha,
+            smoothing=config.label_smoothing,
+        )
+        losses = {"task": task, "kd": kd}
+        if theirs is not None and self.attention:
+            losses["attention"] = self._attention(mine, theirs[1])
+            total = total + config.attention * losses["attention"]
+        if theirs is not None and self.features:
+            losses["feature"] = self._feature(mine, theirs[1])
+            total = total + config.feature * losses["feature"]
+        logged = {name: value.detach() for name, value in losses.items()}
+        return {
+            "total": total,
+            **logged,
+            "alpha": total.new_tensor(alpha),
+            "logits": logits.detach(),
+        }
+
+    @torch.no_grad()
+    def _run_teacher(self, images: Tensor) -> tuple[Tensor, Capture]:
+        if self.teacher is None:
+            raise ValueError("Objective: without a teacher its logits must be given, got None")
+        names = ([t for _, t in self.attention], [t for _, t in self.features])
+        with Capture(self.teacher.net, *names) as seen:
+            logits = self.teacher(images)
+        return logits, seen
+
+    def _attention(self, mine: Capture, theirs: Capture) -> Tensor:
+        """Mean over the layers of the distance of the attention maps."""
+        config, losses = self.config, []
+        for student, teacher in self.attention:
+            (q, k), (tq, tk) = mine.qk[student], theirs.qk[teacher]
+            heads: list[int] | None = head_groups(q.shape[1], tq.shape[1])
+            if config.attention_map == "relation":
+                count, heads = config.relation_heads, None
+                q, k = (relation_heads(x, count, "student") for x in (q, k))
+                tq, tk = (relation_heads(x, count, "teacher") for x in (tq, tk))
+            # The output of this attention is not used: it gets no gradient.
+            _, loss = attention_distill(
+                q, k, k.detach(), tq, tk, teacher_heads=heads, kind=config.attention_kind
+            )
+            losses.append(loss)
+        return torch.stack(losses).mean()
+
+    def _feature(self, mine: Capture, theirs: Capture) -> Tensor:
+        """Mean over the layers of the distance of the features."""
+        losses = []
+        for (student, teacher), project in zip(self.features, self.projections, strict=True):
+            s, t = project(mine.features[student]), theirs.features[teacher]
+            if s.shape[1] != t.shape[1]:
+                raise ValueError(
+                    f"distill.feature: {student} must have as many positions as {teacher}, "
+                    f"got {s.shape[1]} and {t.shape[1]}"
+                )
+            losses.append(
+                feature_loss(
+                    s,
+                    t,
+                    kind=self.config.feature_kind,
+                    normalize=self.config.feature_normalize,
+                )
+            )
+        return torch.stack(losses).mean()

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a chain: curves of a link, its confusion matrix, and the links side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from kdfast.trainer.logs import read_rows
+
+DPI = 110
+# Largest matrix whose cells are labelled with their counts.
+LABELLED = 15
+PANELS = (
+    ("accuracy, %", "accuracy"),
+    ("loss", "loss"),
+    ("F1 (macro), %", "f1_score"),
+    ("precision and recall (macro), %", "precision", "recall"),
+)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_curves(log: Path, path: Path, title: str, note: str) -> Path | None:
+    """Accuracy, loss, F1, precision and recall of training and validation over the epochs.
+
+    Args:
+        log: The link's CSV.
+        path: PNG file.
+        title: Above the picture.
+        note: Title of the loss, which differs between training and validation.
+    """
+    rows = read_rows(log) if log.is_file() else []
+    if not rows:
+        return None
+    figure = _figure(9, 6)
+    epochs = [int(row["epoch"]) for row in rows]
+    for (label, *names), axes in zip(PANELS, figure.subplots(2, 2).flat, strict=True):
+        for name, style in zip(names, ("-", "--"), strict=False):
+            for split, colour in (("train", "tab:blue"), ("val", "tab:orange")):
+                values = [float(row[f"{split}_{name}"]) for row in rows]
+                text = split if len(names) == 1 else f"{split} {name}"
+                axes.plot(epochs, values, style, color=colour, label=text, marker=".", ms=3)
+        axes.set_title(f"{label} ({note})" if names == ["loss"] else label, fontsize=10)
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=DPI)
+    return path
+
+
+def draw_confusion(counts: Tensor, names: Sequence[str], path: Path, title: str) -> Path:
+    """Share of every true class (rows) that was predicted as each class (columns).
+
+    Args:
+        counts: (C, C); or (C, 2, 2) of several labels per image, shown as one row a label.
+        names: Of the classes.
+        path: PNG file.
+        title: Above the picture.
+    """
+    columns = list(names)
+    if counts.dim() == 3:
+        counts, columns = counts.flatten(1), ["true neg.", "false pos.", "false neg.", "true pos."]
+    table = counts.double().numpy()
+    share = table / np.maximum(table.sum(1, keepdims=True), 1)
+    side = min(12.0, 2.5 + 0.55 * len(names))
+    figure = _figure(side + 1, side)
+    axes = figure.subplots()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    figure.colorbar(image, ax=axes, label="share of the true class")
+    if len(names) <= LABELLED:
+        for (row, column), value in np.ndenumerate(table):
+            colour = "white" if share[row, column] > 0.5 else "black"
+            text = f"{int(value)}" if value else ""
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+    if len(names) <= 4 * LABELLED:
+        axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_xlabel("predicted" if len(columns) == len(names) else "")
+    axes.set_ylabel("true")
+    axes.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=DPI)
+    return path
+
+
+def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path:
+    """Test accuracy and macro F1 of every link: mean as a bar, seeds as dots, spread as a line.
+
+    Args:
+        rows: Of ``compare``, with ``values`` of each seed.
+        path: PNG file.
+        title: Above the picture.
+    """
+    figure = _figure(9, 3.8)
+    left, right = figure.subplots(1, 2)
+    labels = [f"{row['role']}\n{row['params'] / 1e6:.2f}M" for row in rows]
+    colours = ["tab:gray", "tab:purple", "tab:blue", "tab:orange", "tab:green", "tab:brown"]
+    panels = (
+        (left, "test_accuracy", "test accuracy, %"),
+        (right, "test_f1_score", "test F1 (macro), %"),
+    )
+    for axes, name, text in panels:
+        seeds = [row["values"][name] for row in rows]
+        means = [float(np.mean(values)) for values in seeds]
+        spread = [float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for v in seeds]
+        fill = [colours[i % len(colours)] for i in range(len(rows))]
+        axes.bar(labels, means, yerr=spread, color=fill, alpha=0.6, capsize=5)
+        for i, values in enumerate(seeds):
+            axes.plot([i] * len(values), values, "k.", ms=5)
+            axes.text(i + 0.06, means[i], f" {means[i]:.2f}", fontsize=8, va="bottom")
+        low = min(min(values) for values in seeds)
+        high = max(max(values) for values in seeds)
+        # The bars start where the differences can be seen; the axis says where that is.
+        margin = max(0.5, high - low)
+        axes.set_ylim(max(0.0, low - margin), min(101.0, high + margin))
+        axes.set_title(text, fontsize=10)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(axis="y", alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=DPI)
+    return path

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a chain: its links one after the other, for every seed, and the comparison at the end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from kdfast.chain.compare import write_comparison
+from kdfast.chain.links import Link, links_of
+from kdfast.chain.memory import release
+from kdfast.chain.stage import Stage, train_link
+from kdfast.configs import ChainConfig, ConfigError, plain, save
+from kdfast.configs.chain_check import stages
+from kdfast.data.classification import Classification, build_classification
+from kdfast.trainer.logs import LOG, open_log
+
+TWIN = "student_ce"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files of a run are.
+
+    Attributes:
+        root: Output of the chain.
+        seeds: Whether each seed has a folder of its own.
+    """
+
+    root: Path
+    seeds: bool
+
+    def of(self, link: Link, seed: int, data: str) -> Path:
+        """Folder of a link: [seed<seed>/]<init>/<data>/<role>."""
+        top = self.root / f"seed{seed}" if self.seeds else self.root
+        return top / link.folder / data / link.role
+
+
+def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) -> int:
+    """Train the links that ``config.stage`` names.
+
+    Args:
+        config: The chain.
+        accelerator: Device, precision and processes.
+        resume: Go on with the newest run of ``config.output``: finished links are kept.
+
+    Raises:
+        ConfigError: The config, the data or a checkpoint cannot be used.
+        Interrupted: A signal came; the state was saved.
+        NonFiniteLoss: A training broke; the state before was saved.
+    """
+    chosen = stages(config)
+    root = open_root(config, accelerator, resume or chosen[0] > 0)
+    place = Place(root, len(config.seeds) > 1)
+    _show_start(config, accelerator, root, resume)
+    sets: dict[int, Classification] = {}
+    results: list[dict[str, Any]] = []
+    for seed in config.seeds:
+        data_seed = _data_seed(config, seed)
+        if data_seed not in sets:
+            sets.clear()
+            sets[data_seed] = read_data(config, data_seed)
+        for link, teacher in plan(config, chosen, seed):
+            known = sets[data_seed]
+            before = None if teacher is None else (teacher, _seed_of(config, teacher, seed))
+            stage = Stage(
+                config=config,
+                link=link,
+                seed=seed,
+                folder=place.of(link, seed, known.name),
+                teacher=None if before is None else before[0],
+                teacher_folder=None if before is None else place.of(*before, known.name),
+                data=known,
+            )
+            finished = train_link(stage, accelerator, resume=resume)
+            # Everything of the link was local to the call: now its memory can go.
+            accelerator.free_memory()
+            release(accelerator.device)
+            if finished is None:
+                LOG.info("max_steps reached in %s; go on with --resume", link.role)
+                return 0
+            results.append(finished)
+    if accelerator.is_main_process:
+        _finish(config, root, results, sets[data_seed].name)
+    accelerator.wait_for_everyone()
+    return 0
+
+
+def plan(config: ChainConfig, chosen: list[int], seed: int) -> list[tuple[Link, Link | None]]:
+    """The links to train for a seed, each with the one that teaches it."""
+    links = links_of(config)
+    jobs: list[tuple[Link, Link | None]] = []
+    for i in chosen:
+        if config.vary == "student" and i < len(links) - 1 and seed != config.seeds[0]:
+            continue
+        jobs.append((links[i], links[i - 1] if i else None))
+    if config.twin and len(links) - 1 in chosen:
+        jobs.append((replace(links[-1], role=TWIN, distilled=False), None))
+    return jobs
+
+
+def _seed_of(config: ChainConfig, link: Link, seed: int) -> int:
+    """Seed that a teacher was trained with."""
+    return config.seeds[0] if config.vary == "student" else seed
+
+
+def _data_seed(config: ChainConfig, seed: int) -> int:
+    if config.data.seed is not None:
+        return config.data.seed
+    return config.seeds[0] if config.vary == "student" else seed
+
+
+def read_data(config: ChainConfig, seed: int) -> Classification:
+    """The images of a config.
+
+    Raises:
+        ConfigError: They are missing or not what they should be.
+    """
+    data = config.data
+    root = None if data.root is None else Path(data.root).expanduser()
+    try:
+        return build_classification(
+            data.kind,
+            root,
+            size=data.size,
+            seed=seed,
+            val_fraction=data.val_fraction,
+            augment=data.augment,
+            variants=data.variants,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError([f"data: {error}"]) from error
+
+
+def open_root(config: ChainConfig, accelerator: Accelerator, existing: bool) -> Path:
+    """Root of the files: ``output``, or ``output-2`` and so on where that holds a run already.
+
+    Args:
+        config: Names ``output``.
+        accelerator: All processes get the same answer.
+        existing: Take the newest run there is.
+
+    Raises:
+        ConfigError: There is no run to go on with.
+    """
+    output = Path(config.output).expanduser().absolute()
+    runs = [output, *output.parent.glob(f"{output.name}-[0-9]*")]
+    used = [path for path in runs if (path / "config.yaml").is_file()]
+    chosen = [output]
+    if existing:
+        if not used:
+            raise ConfigError(
+                [f"stage: {config.stage} needs an earlier run, there is no run in {output}"]
+            )
+        chosen = [max(used, key=lambda path: (path / "config.yaml").stat().st_mtime)]
+    number = 2
+    while not existing and chosen[0] in used:
+        chosen = [output.with_name(f"{output.name}-{number}")]
+        number += 1
+    broadcast_object_list(chosen)
+    if accelerator.is_main_process:
+        chosen[0].mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    return chosen[0]
+
+
+def _show_start(config: ChainConfig, accelerator: Accelerator, root: Path, resume: bool) -> None:
+    if not accelerator.is_main_process:
+        open_log(None)
+        return
+    open_log(root)
+    save(config, root / "config.yaml")
+    if config.note:
+        width = max(map(len, config.note.split(": ")))
+        LOG.warning("\n%s\n%s\n%s", "=" * width, config.note.replace(": ", "\n"), "=" * width)
+    LOG.info("%s %s in %s", "resuming" if resume else "starting", config.name, root)
+    LOG.info(
+        "%s, stage %s, seeds %s, data %s %s, %d x %s, precision %s",
+        *(" -> ".join(config.chain), config.stage, list(config.seeds), config.data.kind),
+        *(config.data.root or "", accelerator.num_processes, accelerator.device),
+        config.precision,
+    )
+
+
+def _finish(config: ChainConfig, root: Path, results: list[dict[str, Any]], name: str) -> None:
+    """Compare the links, those of earlier stages included, and say where everything is."""
+    known = {(result["role"], result["seed"]) for result in results}
+    for path in sorted(root.rglob("summary.json")):
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if (saved["role"], saved["seed"]) not in known and saved["data"] == name:
+            results.append(saved)
+    order = [link.role for link in links_of(config)] + [TWIN]
+    results.sort(key=lambda result: (order.index(result["role"]), result["seed"]))
+    text, paths = write_comparison(root, results, name, {"config": plain(config)})
+    if config.report is not None:
+        copy = Path(config.report).expanduser()
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(paths["json"].read_text(encoding="utf-8"), encoding="utf-8")
+        paths["report"] = copy
+    LOG.info("\n\n%s\n", text)
+    for result in results:
+        LOG.info("%-12s %s", result["role"], result["folder"])
+    for kind, path in paths.items():
+        LOG.info("%-12s %s", kind, path)

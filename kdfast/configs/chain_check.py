@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Problems of a chain's config that involve more than one key, or the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdfast.configs.chain import ChainConfig
+
+INITS = ("scratch", "pretrained")
+
+
+def roles(count: int) -> list[str]:
+    """Names of the links of a chain: teacher, assistant (or assistant1, ...), student."""
+    middle = [f"assistant{i}" for i in range(1, count - 1)] if count > 3 else ["assistant"]
+    return ["teacher", *middle[: max(0, count - 2)], "student"][:count]
+
+
+def per_link(value: Any, index: int) -> Any:
+    """Entry of a link in a value that is given once, as a list of one, or as a list of all."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return value[0 if len(value) == 1 else index]
+
+
+def stages(config: ChainConfig) -> list[int]:
+    """Indices of the links that ``stage`` names; empty for a name that there is not."""
+    names = roles(len(config.chain))
+    if config.stage == "all":
+        return list(range(len(names)))
+    return [
+        i
+        for i, name in enumerate(names)
+        if config.stage in (name, name.rstrip("0123456789") if "assistant" in name else name)
+    ]
+
+
+def check_chain(config: ChainConfig) -> list[str]:
+    """One line for everything that is wrong."""
+    found: list[str] = []
+    count = len(config.chain)
+    if not count:
+        found.append("chain: must name at least one model, got none")
+    for name in ("model_args", "init", "batch", "epochs"):
+        value = getattr(config, name)
+        fits = not isinstance(value, tuple) or len(value) in (1, count)
+        if not fits and (value or name != "model_args"):
+            found.append(
+                f"{name}: must have one entry, or one for each of the {count} links, "
+                f"got {len(value)}"
+            )
+    inits = (config.init,) if isinstance(config.init, str) else config.init
+    for init in inits:
+        if init not in INITS and not Path(init).expanduser().is_file():
+            found.append(f"init: must be {' or '.join(INITS)}, or a file, got {init!r}")
+    if not stages(config):
+        known = ", ".join(["all", *roles(count)])
+        found.append(f"stage: must be one of {known}, got {config.stage!r}")
+    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
+        found.append(f"seeds: must be different numbers, at least one, got {list(config.seeds)}")
+    if config.twin and count < 2:
+        found.append("twin: needs a chain of two or more links")
+    found += _check_training(config)
+    return found + check_device(config.device, config.precision)
+
+
+def _check_training(config: ChainConfig) -> list[str]:
+    found: list[str] = []
+    optim, distill = config.optim, config.distill
+    mixing = optim.mixup > 0 or optim.cutmix > 0
+    if config.cache and mixing:
+        found.append(
+            "cache: needs images that come again, but optim.mixup and optim.cutmix make new ones; "
+            "set them to 0, or cache to false"
+        )
+    if config.cache and (distill.attention or distill.feature):
+        found.append(
+            "cache: holds the teacher's logits only; set distill.attention and distill.feature to 0"
+        )
+    if config.epochs is not None and optim.sched != "none":
+        epochs = config.epochs if isinstance(config.epochs, tuple) else (config.epochs,)
+        if optim.warmup_epochs and any(optim.warmup_epochs >= e for e in epochs):
+            found.append(
+                f"optim.warmup_epochs: must be below epochs, got {optim.warmup_epochs} of "
+                f"{min(epochs)}"
+            )
+    batches = config.batch if isinstance(config.batch, tuple) else (config.batch,)
+    if mixing and any(isinstance(b, int) and b % 2 for b in batches):
+        found.append("batch: must be even for optim.mixup and optim.cutmix")
+    return found
+
+
+def check_device(device: str, precision: str, prefix: str = "") -> list[str]:
+    """Problems of a device and a precision on this machine."""
+    found: list[str] = []
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if precision == "fp16" and not cuda:
+        found.append(f"{prefix}precision: fp16 needs a GPU for loss scaling; use bf16 or fp32")
+    if device == "cuda" and not torch.cuda.is_available():
+        found.append(f"{prefix}device: torch finds no GPU")
+    return found

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ViT-Base -> Small -> Tiny, its small stand-in for machines without data, and a CIFAR-10 run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdfast.configs.chain import (
+    ChainConfig,
+    ChainDataConfig,
+    ChainDistillConfig,
+    ChainOptimConfig,
+)
+
+CIFAR10 = "data/cifar10"
+
+
+def _small(dim: int, depth: int, heads: int) -> dict[str, Any]:
+    """Arguments that turn a timm ViT into one for 32 x 32 pixels in patches of 4."""
+    return {
+        "img_size": 32,
+        "patch_size": 4,
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": heads,
+    }
+
+
+def vit_chain() -> ChainConfig:
+    """The chain of the source document: CIFAR-10 at 224 x 224, batches of 8, 16 and 32."""
+    return ChainConfig(
+        name="vit_chain",
+        output="runs/vit_chain",
+        data=ChainDataConfig(kind="cifar10", root=CIFAR10),
+    )
+
+
+def vit_chain_digits() -> ChainConfig:
+    """The embedded default: scikit-learn's digits and small ViTs; no file, minutes on two cores."""
+    return ChainConfig(
+        name="vit_chain_digits",
+        output="runs/vit_chain",
+        model_args=(_small(128, 6, 8), _small(96, 4, 6), _small(64, 3, 4)),
+        twin=True,
+        seeds=(0, 1, 2),
+        batch=32,
+        epochs=(14, 14, 14),
+        data=ChainDataConfig(kind="digits", size=32, variants=1, workers=0),
+        optim=ChainOptimConfig(lr=1e-3, warmup_epochs=1),
+    )
+
+
+def cifar10() -> ChainConfig:
+    """CIFAR-10 as a folder of pictures, 32 x 32: does distillation beat the twin without it?"""
+    return ChainConfig(
+        name="cifar10",
+        output="runs/cifar10",
+        model_args=(_small(192, 6, 6), _small(128, 5, 4), _small(64, 4, 2)),
+        twin=True,
+        seeds=(0, 1, 2),
+        vary="student",
+        batch=64,
+        epochs=(8, 6, 6),
+        data=ChainDataConfig(kind="imagefolder", root=CIFAR10, size=32, workers=0, seed=0),
+        distill=ChainDistillConfig(),
+        optim=ChainOptimConfig(lr=1e-3, warmup_epochs=1),
+    )
