@@ -106,6 +106,11 @@ def read_bgr(path: Path) -> NDArray[np.uint8] | str:
         data = path.read_bytes()
     except OSError as error:
         return f"cannot be opened: {error.strerror or error}"
+    return decode_bgr(data)
+
+
+def decode_bgr(data: bytes) -> NDArray[np.uint8] | str:
+    """As ``read_bgr`` for the bytes of a file."""
     if not data:
         return "the file is empty"
     try:

@@ -17,9 +17,12 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kdfast.data import medmnist
 from kdfast.data.augment import AugmentSpec, augmented, finish, short_side
+from kdfast.data.cifar import CIFAR10, CIFAR100, read_cifar
 from kdfast.data.embedded import read_digits, read_fashion_mnist, read_mnist5k
 from kdfast.data.imagefolder import read_imagefolder
+from kdfast.data.parquet import read_parquet
 from kdfast.data.pictures import Store
 from kdfast.data.raw import Raw, split
 
@@ -27,11 +30,17 @@ __all__ = ["AugmentSpec", "Classification", "KINDS", "LabelledImages", "build_cl
 
 Item = dict[str, Any]
 
-_READERS: dict[str, Callable[[str | Path | None], Raw]] = {
-    "digits": read_digits,
-    "mnist5k": read_mnist5k,
-    "fashion_mnist": read_fashion_mnist,
-    "imagefolder": read_imagefolder,
+Root = str | Path | None
+# Called with root, size and whether checksums of official files are compared.
+_READERS: dict[str, Callable[[Root, int, bool], Raw]] = {
+    "digits": lambda root, size, verify: read_digits(root),
+    "mnist5k": lambda root, size, verify: read_mnist5k(root),
+    "fashion_mnist": lambda root, size, verify: read_fashion_mnist(root),
+    "imagefolder": lambda root, size, verify: read_imagefolder(root),
+    "parquet": lambda root, size, verify: read_parquet(root),
+    "cifar10": lambda root, size, verify: read_cifar(CIFAR10, root, verify),
+    "cifar100": lambda root, size, verify: read_cifar(CIFAR100, root, verify),
+    **medmnist.READERS,
 }
 KINDS = tuple(_READERS)
 TASKS = ("multiclass", "binary", "multilabel", "ordinal")
@@ -144,6 +153,7 @@ def build_classification(
     augment: str | AugmentSpec = "default",
     variants: int = 1,
     memory: float = 1.5,
+    verify: bool = True,
 ) -> Classification:
     """Read a classification set; docs/classification_data.md describes the kinds.
 
@@ -160,6 +170,8 @@ def build_classification(
             As many as epochs: never the same; 1: the same in every epoch.
         memory: GiB that the resized pictures of a split may take; above, they are read and
             resized every time they are used.
+        verify: Compare the files of CIFAR (python version) and MedMNIST with the checksums of the
+            official ones; False reads sets of the same format.
 
     Returns:
         The set; its items are not normalised, as models differ in that.
@@ -173,7 +185,7 @@ def build_classification(
     if kind not in _READERS:
         raise ValueError(f"kind: must be one of {KINDS}, got {kind!r}")
     _check(size, val_fraction, test_fraction, variants, memory)
-    raw = _READERS[kind](root)
+    raw = _READERS[kind](root, size, verify)
     spec = _spec(augment, raw)
     if test_fraction is None:
         test_fraction = val_fraction if raw.test_fraction is None else raw.test_fraction

@@ -7,17 +7,17 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Protocol
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import functional as F
 
-from kdfast.data.base import CorruptDataError
+from kdfast.data.base import CorruptDataError, decode_bgr
 
 
 class Source(Protocol):
@@ -90,14 +90,16 @@ class EncodedSource(ABC):
         Raises:
             CorruptDataError: The file is not a whole picture.
         """
-        try:
-            with Image.open(BytesIO(self.fetch(row))) as image:
-                return F.pil_to_tensor(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
+        if get_worker_info() is not None:
+            # OpenCV's thread pool does not survive a fork.
+            cv2.setNumThreads(0)
+        image = decode_bgr(self.fetch(row))
+        if isinstance(image, str):
             raise CorruptDataError(
-                f"picture: {self.names[row]} must be a readable picture, got: {error}; "
+                f"picture: {self.names[row]} must be a readable picture, but {image}; "
                 f"replace or remove the file"
-            ) from error
+            )
+        return torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)

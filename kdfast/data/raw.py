@@ -84,7 +84,11 @@ def split(raw: Raw, *, seed: int, val: float, test: float) -> tuple[Part, Part, 
         ):
             chosen[name].append(piece)
     cut = {name: raw.train.take(np.sort(np.concatenate(rows))) for name, rows in chosen.items()}
-    parts = (cut["train"], raw.val or cut["val"], raw.test or cut["test"])
+    parts = (
+        cut["train"],
+        cut["val"] if raw.val is None else raw.val,
+        cut["test"] if raw.test is None else raw.test,
+    )
     for name, part in zip(("train", "val", "test"), parts, strict=True):
         if not len(part):
             raise ValueError(
