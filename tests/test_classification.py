@@ -4,8 +4,10 @@ import random
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch.utils.data import DataLoader
 
+from kdfast.data.augment import AugmentSpec, augmented, finish, short_side
 from kdfast.data.classification import build_classification, worker_init
 
 
@@ -78,11 +80,11 @@ def batches(data, workers, context=None, persistent=False):
     )
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_items_do_not_depend_on_workers(varied, context):
+@pytest.mark.parametrize(("context", "workers"), [("fork", 2), ("spawn", 1)])
+def test_items_do_not_depend_on_workers(varied, context, workers):
     data = torch.utils.data.Subset(varied.train, range(150))
     plain = [batch["image"] for batch in batches(data, 0)]
-    worked = [batch["image"] for batch in batches(data, 2, context)]
+    worked = [batch["image"] for batch in batches(data, workers, context)]
     assert torch.equal(torch.cat(plain), torch.cat(worked))
 
 
@@ -93,3 +95,137 @@ def test_persistent_workers_follow_the_epoch(varied):
         seen = torch.cat([batch["variant"] for batch in loader])
         assert seen.unique().tolist() == [epoch % 3] and len(seen) == len(varied.train)
     varied.train.set_epoch(0)
+
+
+def test_pairs_name_a_variant_of_their_own(varied):
+    sampler = [(4, 2), (1, 0), (4, 1)]
+    batch = next(iter(DataLoader(varied.train, sampler=sampler, batch_size=3)))
+    assert batch["index"].tolist() == [4, 1, 4] and batch["variant"].tolist() == [2, 0, 1]
+    assert torch.equal(batch["image"][1], varied.train[1, 0]["image"])
+    for pair, text in (
+        ((1259, 0), r"index: must be in \[0, 1259\), got 1259"),
+        ((0, 3), r"variant: must be in \[0, 3\), got 3"),
+        (-1, r"index: must be in \[0, 1259\), got -1"),
+    ):
+        with pytest.raises(IndexError, match=text):
+            varied.train[pair]
+    with pytest.raises(ValueError, match="epoch must be >= 0, got -1"):
+        varied.train.set_epoch(-1)
+
+
+def test_evaluation_has_one_variant_whatever_the_epoch(varied):
+    image = varied.val[3]["image"]
+    varied.val.set_epoch(5)
+    item = varied.val[3]
+    assert item["variant"] == 0 and torch.equal(item["image"], image)
+
+
+def grey(height, width):
+    """Every pixel tells where it is: row * 16 + column."""
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)
+    return (rows * 16 + columns).to(torch.uint8)[None]
+
+
+def as_bytes(view):
+    assert view.dtype == torch.float32 and view.shape[0] == 3
+    return (view * 255).round().to(torch.uint8)
+
+
+def still(**options):
+    quiet = {"flip": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0}
+    return AugmentSpec(**quiet | options)
+
+
+def views(image, size, spec, count=400):
+    for index in range(count):
+        yield augmented(image, size, spec, seed=0, index=index, variant=0)
+
+
+def test_padded_crop_takes_every_place_of_the_padded_picture():
+    padded = torch.nn.functional.pad(grey(16, 16), (2, 2, 2, 2))
+    places = {
+        (y, x): padded[:, y : y + 16, x : x + 16].expand(3, 16, 16)
+        for y in range(5)
+        for x in range(5)
+    }
+    seen = []
+    for view in views(grey(16, 16), 16, still(crop="pad")):
+        seen += [place for place, want in places.items() if torch.equal(as_bytes(view), want)]
+    assert len(seen) == 400
+    counts = torch.tensor([seen.count(place) for place in places])
+    # 400 draws of 25 places: 16 each, standard deviation 4.
+    assert counts.min() >= 3 and counts.max() <= 32
+
+
+def test_resized_crop_takes_every_place_of_a_wide_picture():
+    seen = {
+        (int(view[0, 0, 0] * 255) // 16, int(view[0, 0, 0] * 255) % 16)
+        for view in views(grey(9, 12), 8, still(crop="resize"))
+    }
+    assert seen == {(y, x) for y in (0, 1) for x in range(5)}
+
+
+def test_flip_is_as_probable_as_asked():
+    image = grey(8, 8)
+    for probability, low, high in ((0.0, 0, 0), (0.25, 60, 140), (1.0, 400, 400)):
+        found = sum(
+            torch.equal(as_bytes(view), image.flip(-1).expand(3, 8, 8))
+            for view in views(image, 8, still(crop="none", flip=probability))
+        )
+        assert low <= found <= high
+
+
+def test_jitter_is_torchvisions_with_factors_of_the_whole_range():
+    image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
+    plain = image / 255
+    for name, high in (("brightness", 1.2), ("contrast", 1.2), ("saturation", 1.2), ("hue", 0.2)):
+        low = -high if name == "hue" else 2 - high
+        adjust = getattr(torchvision.transforms.functional, f"adjust_{name}")
+        ends = [adjust(plain, low), adjust(plain, high)]
+        width = (ends[1] - ends[0]).abs().max()
+        spec = still(crop="none", **{name: 0.2})
+        got = list(views(image, 8, spec, 200))
+        for end in ends:
+            assert min((view - end).abs().max() for view in got) < 0.1 * width
+        assert all(0 <= view.min() and view.max() <= 1 for view in got)
+        if name == "brightness":
+            mean = torch.stack([v.mean() for v in got]).mean() / plain.mean()
+            assert mean == pytest.approx(1, abs=0.03)
+
+
+def test_sizes_of_small_pictures_are_kept_and_large_ones_follow_256_for_224():
+    sides = {size: short_side("auto", size) for size in (28, 32, 64, 65, 96, 224)}
+    assert sides == {28: 28, 32: 32, 64: 64, 65: 74, 96: 110, 224: 256}
+    assert short_side("none", 224) == 256 and short_side("none", 32) == 32
+    assert short_side("resize", 28) == 32 and short_side("pad", 224) == 224
+    data = digits(size=224, memory=0)
+    assert data.val.store[0].shape == (1, 256, 256)
+    assert data.train[0]["image"].shape == (3, 224, 224)
+
+
+def test_evaluation_picture_is_the_middle_of_the_resized_one():
+    assert torch.equal(as_bytes(finish(grey(8, 12), 8)), grey(8, 12)[..., 2:10].expand(3, 8, 8))
+    colour = torch.randint(0, 256, (3, 10, 10), dtype=torch.uint8)
+    assert torch.equal(as_bytes(finish(colour, 8)), colour[:, 1:9, 1:9])
+    torch.testing.assert_close(finish(colour, 8), colour[:, 1:9, 1:9] / 255)
+
+
+def test_default_augmentation_mirrors_no_digits():
+    assert digits().facts["augmentation"]["flip"] == 0.0
+    assert digits(augment=AugmentSpec()).facts["augmentation"]["flip"] == 0.5
+    plain = digits(augment="none")
+    assert plain.facts["augmentation"] == "none" and plain.train.variants == 1
+    assert torch.equal(plain.train[3]["image"], finish(plain.train.store[3], 16))
+
+
+def test_worker_init_gives_each_worker_its_own_seeds():
+    state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    drawn = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        worker_init(0)
+        drawn.append((random.random(), float(np.random.rand())))
+    assert drawn[0] == drawn[2] != drawn[1]
+    torch.set_rng_state(state[0])
+    np.random.set_state(state[1])
+    random.setstate(state[2])
