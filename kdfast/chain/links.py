@@ -11,7 +11,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import resolve_model_data_config
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from kdfast.configs.chain import ChainConfig
@@ -121,10 +121,11 @@ def build_link(link: Link, classes: int, *, checkpointing: bool = False) -> Link
             [f"chain: {link.role}: timm cannot build {link.model} {link.args}: {error}{hint}"]
         ) from error
     if checkpointing:
-        if not hasattr(net, "set_grad_checkpointing"):
+        switch: Any = getattr(net, "set_grad_checkpointing", None)
+        if switch is None:
             raise ConfigError([f"checkpointing: {link.model} does not support it"])
         try:
-            net.set_grad_checkpointing(True)
+            switch(True)
         except AssertionError as error:
             raise ConfigError([f"checkpointing: {link.model}: {error}"]) from error
     model = LinkModel(net)
