@@ -11,7 +11,7 @@ import pytest
 import torch
 from timm.layers import Attention, AttentionPoolLatent, AttentionRope, RmsNorm
 from timm.layers.diff_attention import DiffAttention
-from timm.models import metaformer, nest, visformer
+from timm.models import fastvit, metaformer, nest, visformer, volo
 from timm.models.cait import ClassAttn
 from timm.models.crossvit import CrossAttention
 from timm.models.davit import WindowAttention
@@ -19,7 +19,6 @@ from timm.models.eva import EvaAttention
 from timm.models.hiera import MaskUnitAttention
 from timm.models.hieradet_sam2 import MultiScaleAttention
 from timm.models.vision_transformer import ParallelScalingBlock
-from timm.models.volo import ClassAttention
 from torch import Tensor, nn
 
 import kdfast
@@ -97,7 +96,7 @@ CASES: dict[str, tuple[Make, tuple[Any, ...]]] = {
         lambda: AttentionPoolLatent(C, num_heads=3, latent_len=2, pool_type="", qkv_bias=False), ()
     ),
     "class attention": (lambda: ClassAttn(C, 3, qkv_bias=True), ()),
-    "class attention of VOLO": (lambda: ClassAttention(C, 3, head_dim=10), ()),
+    "class attention of VOLO": (lambda: volo.ClassAttention(C, 3, head_dim=10), ()),
     "cross attention": (lambda: CrossAttention(C, 3, qkv_bias=True), ()),
     "differential": (lambda: DiffAttention(C, 3, qkv_bias=True, qk_norm=True), ()),
     "differential, two scalars": (lambda: DiffAttention(C, 2, dual_lambda=True, depth=3), ()),
@@ -111,6 +110,8 @@ CASES: dict[str, tuple[Make, tuple[Any, ...]]] = {
     "MetaFormer": (lambda: metaformer.Attention(C, head_dim=8), ()),
     "NesT": (lambda: nest.Attention(C, 3, qkv_bias=True), ("shape", 2, 4, 5, C)),
     "Visformer": (lambda: visformer.Attention(C, 3, head_dim_ratio=0.5), ("shape", 2, C, 3, 5)),
+    "VOLO": (lambda: volo.Attention(C, 3, qkv_bias=True), ("shape", 2, 3, 5, C)),
+    "FastViT": (lambda: fastvit.Attention(C, head_dim=8), ("shape", 2, C, 3, 5)),
     "parallel one output": (lambda: ParallelScalingBlock(C, 3, fuse_out_proj=True), ()),
 }  # fmt: skip
 

@@ -4,7 +4,20 @@
 from kdfast.nn.accelerate import AccelerateReport, Site, accelerate, restore
 from kdfast.nn.attention import FusedAttention
 from kdfast.nn.heads import AttentionCall, HeadAxis
-from kdfast.nn.timm_attention import TimmAttention
+from kdfast.nn.pool import (
+    TimmClassAttention,
+    TimmCrossAttention,
+    TimmLatentPool,
+    TimmPackedClassAttention,
+)
+from kdfast.nn.timm_attention import (
+    TimmAttention,
+    TimmEvaAttention,
+    TimmParallelBlock,
+    TimmRopeAttention,
+)
+from kdfast.nn.torch_attention import TorchMultiheadAttention
+from kdfast.nn.transformers_attention import register_transformers
 
 __all__ = [
     "AccelerateReport",
@@ -13,6 +26,15 @@ __all__ = [
     "HeadAxis",
     "Site",
     "TimmAttention",
+    "TimmClassAttention",
+    "TimmCrossAttention",
+    "TimmEvaAttention",
+    "TimmLatentPool",
+    "TimmPackedClassAttention",
+    "TimmParallelBlock",
+    "TimmRopeAttention",
+    "TorchMultiheadAttention",
     "accelerate",
+    "register_transformers",
     "restore",
 ]

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from kdfast.nn import transformers_attention
 from kdfast.nn.attention import FusedAttention, qualified_name
-from kdfast.nn.table import FUSED, unfused_reason
+from kdfast.nn.table import FUSED, UNKNOWN, unfused_reason
 from kdfast.ops._library import BACKENDS
 
 
@@ -68,8 +69,8 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> AccelerateRep
     is compiled itself is left. Calling it again is harmless.
 
     Args:
-        model: Any module; the attentions of timm and torchvision models that the kernels
-            can run are replaced, see docs/support.md.
+        model: Any module; docs/support.md lists what is replaced. Vision towers of transformers
+            models are switched to ``attn_implementation="kdfast"`` instead.
         backend: "auto", "fused" or "reference" for every replaced module; ``KDFAST_BACKEND`` if
             None. With "auto" torch's own attention runs where the kernel is missing or slower.
 
@@ -87,22 +88,38 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> AccelerateRep
     left: list[Site] = []
     fused: dict[nn.Module, FusedAttention] = {}
     inside: set[nn.Module] = set()
+    by_interface = transformers_attention.attentions(model)
     for name, module in list(model.named_modules()):
+        source = qualified_name(module)
         if module in inside:
             continue
-        source = qualified_name(module)
         if isinstance(module, FusedAttention):
             module.backend = backend
             replaced.append(Site(name, module.source, type(module).__name__))
-            inside.update(module.modules())
-        elif reason := _reason(name, module):
+        elif module in by_interface and by_interface[module] is None:
+            transformers_attention.switch(module, backend)
+            replaced.append(Site(name, source, 'attn_implementation="kdfast"'))
+        elif reason := by_interface.get(module) or _reason(name, module):
             left.append(Site(name, source, reason))
+            continue
         elif source in FUSED:
             fused[module] = FUSED[source].adopt(module, backend)
             replaced.append(Site(name, source, type(fused[module]).__name__))
-            inside.update(module.modules())
+        else:
+            continue
+        inside.update(module.modules())
     _substitute(model, fused)
-    return AccelerateReport(tuple(replaced), tuple(left))
+    return AccelerateReport(tuple(replaced), tuple(_innermost(left, replaced)))
+
+
+def _innermost(left: list[Site], replaced: list[Site]) -> list[Site]:
+    """Without blocks that only have attention in their name because they hold one."""
+    names = [site.name for site in (*left, *replaced)]
+    return [
+        site
+        for site in left
+        if site.detail != UNKNOWN or not any(n.startswith(f"{site.name}.") for n in names)
+    ]
 
 
 def restore(model: nn.Module) -> int:
@@ -131,7 +148,7 @@ def restore(model: nn.Module) -> int:
                 raise ValueError(f"restore: {name} must hold all its heads, got {module.heads}")
             originals[module] = original
     _substitute(model, originals)
-    return len(originals)
+    return len(originals) + transformers_attention.switch_back(model)
 
 
 def check_backend(backend: str | None) -> None:

@@ -24,7 +24,7 @@ def folded_attention(
     key: tuple[Tensor, Tensor | None],
     value: tuple[Tensor, Tensor | None],
     scale: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """softmax(scale * q k^T) v for k and v that are linear in x, which are never computed.
 
     Args:
@@ -35,7 +35,8 @@ def folded_attention(
         scale: Factor of the logits.
 
     Returns:
-        (B, M, H * D) in q's dtype; everything is computed in fp32 (fp64 for fp64).
+        The heads' outputs (B, M, H * D) and the attention weights (B, H, M, N), in q's dtype;
+        everything is computed in fp32 (fp64 for fp64).
     """
     heads, dtype = q.shape[1], math_dtype(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
@@ -47,11 +48,13 @@ def folded_attention(
             # graph, as distributed training wants it.
             shift = query @ key[1].to(dtype).unflatten(0, (heads, -1)).unsqueeze(-1)
             logits = logits + shift.flatten(1, 2)
-        mean = (logits.softmax(-1) @ tokens).unflatten(1, (heads, -1))
+        weights = logits.softmax(-1)
+        mean = (weights @ tokens).unflatten(1, (heads, -1))
         out = mean @ value_weight.transpose(1, 2)
         if value[1] is not None:
             out = out + value[1].to(dtype).unflatten(0, (heads, 1, -1))
-        return out.transpose(1, 2).flatten(2).to(q.dtype)
+        weights = weights.unflatten(1, (heads, -1))
+        return out.transpose(1, 2).flatten(2).to(q.dtype), weights.to(q.dtype)
 
 
 class TimmClassAttention(FusedAttention):
@@ -104,7 +107,7 @@ class TimmClassAttention(FusedAttention):
             weight, bias = pairs[0]
             weights, biases = weight.chunk(2), (None, None) if bias is None else bias.chunk(2)
             pairs = list(zip(weights, biases, strict=True))
-        return folded_attention(self.query(x), x, pairs[0], pairs[1], self.scale)
+        return folded_attention(self.query(x), x, pairs[0], pairs[1], self.scale)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, C) to the new class token (B, 1, C)."""

@@ -102,21 +102,37 @@ class TimmMaskUnitAttention(TimmPlainAttention):
         return self.finish(context.transpose(1, 2).flatten(1, 2))
 
 
-class TimmScaleAttention(TimmPlainAttention):
-    """``timm.models.hieradet_sam2.MultiScaleAttention`` without query pooling."""
+class TimmMapAttention(TimmPlainAttention):
+    """Attention of all tokens of a map (B, h, w, C): VOLO."""
 
-    @classmethod
-    def why_not(cls, original: nn.Module) -> str | None:
-        return (
-            None if original.q_pool is None else "its queries are pooled: fewer queries than keys"
-        )
+    def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
+        return super().project(x.flatten(1, -2))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, h, w, C) to (B, h, w, C')."""
         return super().forward(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
 
+
+class TimmScaleAttention(TimmMapAttention):
+    """``timm.models.hieradet_sam2.MultiScaleAttention`` without query pooling."""
+
+    @classmethod
+    def why_not(cls, original: nn.Module) -> str | None:
+        if original.q_pool is not None:
+            return "its queries are pooled: fewer queries than keys"
+        return None
+
+
+class TimmChannelsFirstAttention(TimmPlainAttention):
+    """``timm.models.fastvit.Attention``: of all tokens of a map (B, C, h, w)."""
+
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
-        return super().project(x.flatten(1, -2))
+        return super().project(x.flatten(2).transpose(1, 2) if x.dim() == 4 else x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, C, h, w)."""
+        out = super().forward(x.flatten(2).transpose(1, 2))
+        return out.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class TimmConvAttention(TimmPlainAttention):

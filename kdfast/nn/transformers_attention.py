@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face transformers: an attention function of its own interface. See docs/accelerate.md.
+
+transformers is imported only by functions that are given one of its models, or asked to register.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdfast.ops.sdpa import self_attention, unfused
+
+NAME = "kdfast"
+_PRETRAINED = "transformers.modeling_utils.PreTrainedModel"
+# What an accelerated module remembers, to be restored: not in the config, which is saved.
+_BEFORE = "_kdfast_before"
+_BACKEND = "_kdfast_backend"
+
+
+def register_transformers() -> None:
+    """Makes ``attn_implementation="kdfast"`` known to transformers.
+
+    Vision towers can then be built with it or switched by ``model.set_attn_implementation``. Masks,
+    causal calls, dropout, cross-attention and position biases run transformers' own "sdpa"
+    function, so text towers keep working.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention_function)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: (B, H, N, D) each to (B, N, H, D).
+
+    Args:
+        module: The attention that calls.
+        query: (B, H, N, D).
+        key: (B, H, N, D), or anything that "sdpa" takes.
+        value: Like ``key``.
+        attention_mask: None in a fused call.
+        dropout: 0 in a fused call.
+        scaling: Factor of the logits.
+        is_causal: False in a fused call; the module's attribute if None.
+        **kwargs: Of the interface; whatever is not None and might change the result is left to
+            "sdpa".
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    other = [name for name in _SPECIAL if kwargs.get(name) is not None]
+    if other or unfused(query, key, value, attention_mask, dropout, bool(causal)):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        kwargs.update(dropout=dropout, scaling=scaling, is_causal=is_causal)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    backend = getattr(module, _BACKEND, None)
+    out = self_attention(query, key, value, scale=scaling, backend=backend)
+    return out.transpose(1, 2).contiguous(), None
+
+
+_SPECIAL = ("softcap", "position_bias", "cache", "sliding_window", "s_aux")
+
+
+def attentions(model: nn.Module) -> dict[nn.Module, str | None]:
+    """Attentions of the transformers models inside ``model``, and why they have to stay, or None.
+
+    transformers is not imported.
+    """
+    owner: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        if any(f"{b.__module__}.{b.__qualname__}" == _PRETRAINED for b in type(module).__mro__):
+            owner.update(dict.fromkeys(module.modules(), module))
+    return {
+        module: _why_not(module, holder)
+        for module, holder in owner.items()
+        if "Attention" in type(module).__name__
+        and hasattr(getattr(module, "config", None), "_attn_implementation")
+    }
+
+
+def _why_not(module: nn.Module, owner: Any) -> str | None:
+    config: Any = module.config
+    if not hasattr(config, "patch_size"):
+        return "not part of a vision tower: its calls are masked or causal"
+    if not owner._can_set_attn_implementation():
+        return "its model does not use the attention interface of transformers"
+    for field in ("attention_probs_dropout_prob", "attention_dropout"):
+        if (getattr(config, field, 0) or 0) > 0:
+            return f"attention dropout {getattr(config, field)} (the kernels have none)"
+    for field in _BIASED:
+        if getattr(config, field, False):
+            return f"it adds a bias to the scores (config.{field}), which the kernels do not"
+    if getattr(module, "is_causal", False):
+        return "it is causal"
+    if getattr(config, "output_attentions", False):
+        return "its config asks for attention weights"
+    return None
+
+
+_BIASED = ("use_relative_position_bias", "use_shared_relative_position_bias", "use_rel_pos")
+
+
+def switch(module: Any, backend: str | None) -> None:
+    """Makes the attentions that share ``module``'s config run fused."""
+    register_transformers()
+    before = module.config._attn_implementation
+    if before != NAME:
+        module.__dict__[_BEFORE] = before
+        module.config._attn_implementation = NAME
+    elif _BEFORE not in module.__dict__:
+        module.__dict__[_BEFORE] = None
+    module.__dict__[_BACKEND] = backend
+
+
+def switch_back(model: nn.Module) -> int:
+    """Undoes ``switch`` in all of ``model``; the number of attentions that ran fused."""
+    modules: list[Any] = [m for m in model.modules() if _BEFORE in m.__dict__]
+    for module in modules:
+        if before := module.__dict__.pop(_BEFORE):
+            module.config._attn_implementation = before
+        module.__dict__.pop(_BACKEND, None)
+    return len(modules)

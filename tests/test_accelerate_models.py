@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""accelerate on whole models: torchvision and transformers from tiny configs, timm's registry."""
+
+import copy
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kdfast
+from kdfast.nn import TorchMultiheadAttention, register_transformers
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TINY = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 24, "patch_size": 8,
+}  # fmt: skip
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """The first output, and the gradients of a random projection of it."""
+    torch.manual_seed(3)
+    out = model(**inputs)
+    out = out[0] if not isinstance(out, Tensor) else out
+    model.zero_grad()
+    # Not a norm: after a final LayerNorm its gradient is zero and only noise is compared.
+    (out * torch.randn(out.shape)).mean().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return [out.detach(), *grads]
+
+
+def compare(model: nn.Module, inputs: dict[str, Tensor]) -> kdfast.AccelerateReport:
+    """Accelerates a copy; same outputs and gradients, forth and back."""
+    # In fp64, where the kernel runs too: whole models amplify rounding without bound.
+    model = model.double()
+    inputs = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+    want = outputs(model, inputs)
+    fused = copy.deepcopy(model)
+    report = kdfast.accelerate(fused)
+    got = outputs(fused, inputs)
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    assert kdfast.restore(fused) == len(report.replaced)
+    for ours, theirs in zip(outputs(fused, inputs), want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    return report
+
+
+def hugging_face(name: str, **options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")(**{**TINY, **options})
+    return getattr(transformers, f"{name}Model")(config), {
+        "pixel_values": torch.randn(2, 3, 24, 24)
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "DINOv3ViT", "IJepa", "ViTMAE", "ViTMSN"],
+)
+def test_transformers_backbones(name: str) -> None:
+    pytest.importorskip("transformers")
+    model, inputs = hugging_face(name)
+    report = compare(model, inputs)
+    assert report.complete and len(report.replaced) == 2
+    assert {site.detail for site in report.replaced} == {'attn_implementation="kdfast"'}
+
+
+@pytest.mark.parametrize("name", ["CLIPVision", "SiglipVision"])
+def test_transformers_vision_towers(name: str) -> None:
+    model, inputs = hugging_face(name)
+    report = compare(model, inputs)
+    # SigLIP pools by a torch.nn.MultiheadAttention with one learned query.
+    assert report.complete and len(report.replaced) == (2 if name == "CLIPVision" else 3)
+
+
+def test_transformers_beit_is_left() -> None:
+    model, inputs = hugging_face("Beit", use_relative_position_bias=True)
+    report = kdfast.accelerate(model)
+    assert not report.replaced and len(report.left) == 2
+    assert "config.use_relative_position_bias" in report.left[0].detail
+    model, inputs = hugging_face("Beit")
+    assert compare(model, inputs).complete
+
+
+def test_transformers_dropout_is_left() -> None:
+    model, _ = hugging_face("ViT", attention_probs_dropout_prob=0.1)
+    assert kdfast.accelerate(model).left[0].detail.startswith("attention dropout 0.1")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_transformers_clip_leaves_the_text_tower() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=TINY, projection_dim=16)
+    model = transformers.CLIPModel(config)
+    inputs = {
+        "input_ids": torch.tensor([[1, 5, 6, 2], [1, 7, 2, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        "pixel_values": torch.randn(2, 3, 24, 24),
+    }
+    report = compare(model, inputs)
+    assert {site.name.split(".")[0] for site in report.replaced} == {"vision_model"}
+    assert {site.name.split(".")[0] for site in report.left} == {"text_model"}
+    assert "not part of a vision tower" in report.left[0].detail
+
+
+def test_transformers_llava() -> None:
+    transformers = pytest.importorskip("transformers")
+    vision = transformers.CLIPVisionConfig(**TINY)
+    text = transformers.LlamaConfig(**TEXT, num_key_value_heads=2)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=49, image_seq_length=9
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    tokens = torch.tensor([[1, *[49] * 9, 5, 6]])
+    report = compare(model, {"input_ids": tokens, "pixel_values": torch.randn(1, 3, 24, 24)})
+    assert len(report.replaced) == 2 and all("vision_tower" in s.name for s in report.replaced)
+    assert len(report.left) == 2 and all("language_model" in s.name for s in report.left)
+
+
+def test_transformers_by_name_runs_the_kernel_and_masks_run_sdpa(monkeypatch: Any) -> None:
+    """Built with attn_implementation="kdfast": causal text calls still give what sdpa gives."""
+    transformers = pytest.importorskip("transformers")
+    register_transformers()
+    calls: list[int] = []
+    from kdfast.nn import transformers_attention
+
+    real = transformers_attention.self_attention
+    monkeypatch.setattr(
+        transformers_attention,
+        "self_attention",
+        lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs),
+    )
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)).eval()
+    vit = transformers.ViTModel(transformers.ViTConfig(**TINY)).eval()
+    pixels, ids = torch.randn(1, 3, 24, 24), torch.tensor([[1, 5, 6, 2]])
+    want = text(ids)[0], vit(pixels)[0]
+    for model in (text, vit):
+        model.set_attn_implementation("kdfast")
+    torch.testing.assert_close(text(ids)[0], want[0])
+    assert not calls
+    torch.testing.assert_close(vit(pixels)[0], want[1])
+    assert len(calls) == 2
+
+
+def vit_of_torchvision(**options: Any) -> nn.Module:
+    vision = pytest.importorskip("torchvision.models.vision_transformer")
+    size = {"image_size": 24, "patch_size": 8, "num_layers": 2, "num_heads": 2}
+    model = vision.VisionTransformer(**size, hidden_dim=32, mlp_dim=48, num_classes=7, **options)
+    nn.init.normal_(model.heads[-1].weight)
+    return model
+
+
+def test_torchvision() -> None:
+    model = vit_of_torchvision()
+    x = {"x": torch.randn(2, 3, 24, 24)}
+    assert compare(model, x).complete
+    model.float().eval()
+    with torch.no_grad():  # torch's native fast path, which is another code
+        want = model(**x)
+        assert kdfast.accelerate(model).complete
+        torch.testing.assert_close(model(**x), want, rtol=1e-4, atol=1e-5)
+    dropping = vit_of_torchvision(attention_dropout=0.1)
+    assert "attention dropout 0.1" in kdfast.accelerate(dropping).left[0].detail
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_multihead_attention(batch_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdfast.nn.attention._warned", set())
+    torch.manual_seed(0)
+    holder = nn.Sequential(nn.MultiheadAttention(24, 3, batch_first=batch_first))
+    nn.init.normal_(holder[0].in_proj_bias)
+    x, few = torch.randn(4, 5, 24), torch.randn(4, 5, 24)
+    few = few[:, :2] if batch_first else few[:2]
+    mask = torch.zeros(5, 5) if batch_first else torch.zeros(4, 4)
+    mask[0, 1] = -1e9
+
+    def calls() -> list[Tensor]:
+        attn = holder[0]
+        pooled, weights = attn(few, x, x)
+        per_head = attn(few, x, x, average_attn_weights=False)[1]
+        plain, none = attn(x, x, x, need_weights=False)
+        assert none is None
+        return [plain, pooled, weights, per_head]
+
+    want = calls()
+    weighted, masked = holder[0](x, x, x), holder[0](x, x, x, attn_mask=mask, need_weights=False)
+    assert kdfast.accelerate(holder).complete
+    assert type(holder[0]) is TorchMultiheadAttention
+    for ours, theirs in zip(calls(), want, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with pytest.warns(kdfast.FallbackWarning, match="attention weights that are asked for"):
+        torch.testing.assert_close(holder[0](x, x, x), weighted)
+    with pytest.warns(kdfast.FallbackWarning, match="cannot run a mask"):
+        out = holder[0](x, x, x, attn_mask=mask, need_weights=False)
+    torch.testing.assert_close(out[0], masked[0])
+
+    weight = torch.zeros(3, 1)
+    weight[[0, 2]] = 1
+    attn = holder[0]
+    hook = attn.out_proj.register_forward_pre_hook(
+        lambda _, args: (args[0].unflatten(-1, (3, -1)) * weight).flatten(-2)
+    )
+    want_pruned = attn(x, x, x, need_weights=False)[0]
+    hook.remove()
+    attn.keep_heads([0, 2])
+    torch.testing.assert_close(attn(x, x, x, need_weights=False)[0], want_pruned)
+    with pytest.raises(NotImplementedError, match="after heads were removed"):
+        attn(x, x, x)
+    attn.keep_heads([])
+    bias = attn.out_proj.bias.expand_as(x)
+    torch.testing.assert_close(attn(x, x, x, need_weights=False)[0], bias)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dropout": 0.2}, "attention dropout 0.2"),
+        ({"kdim": 5}, "another width than queries"),
+        ({"add_bias_kv": True}, "adds tokens to keys and values"),
+        ({"add_zero_attn": True}, "adds tokens to keys and values"),
+    ],
+)
+def test_multihead_attention_left(options: dict[str, Any], reason: str) -> None:
+    holder = nn.Sequential(nn.MultiheadAttention(8, 2, **options))
+    assert reason in kdfast.accelerate(holder).left[0].detail
