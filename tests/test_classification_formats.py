@@ -504,8 +504,8 @@ def test_options_are_checked(tmp_path):
             build_classification(**{"kind": "digits", "size": 8, "seed": 0} | options)
     for text, spec in (
         ("crop must be one of", {"crop": "random"}),
-        (r"flip must be in \[0, 1.0\], got 2", {"flip": 2}),
-        (r"hue must be in \[0, 0.5\], got 0.6", {"hue": 0.6}),
+        (r"flip must be in \[0, 1\], got 2", {"flip": 2}),
+        (r"contrast must be in \[0, 1\], got -0.1", {"contrast": -0.1}),
     ):
         with pytest.raises(ValueError, match=f"AugmentSpec: {text}"):
             AugmentSpec(**spec)

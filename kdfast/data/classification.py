@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,24 +92,29 @@ class LabelledImages(Dataset[Item]):
 
     def __getitem__(self, at: int | tuple[int, int]) -> Item:
         """The item of an index, in the epoch's variant, or of a pair (index, variant)."""
-        index, variant = at if isinstance(at, tuple) else (at, self.variant)
-        if not 0 <= index < len(self):
-            raise IndexError(f"index: must be in [0, {len(self)}), got {index}")
-        if not 0 <= variant < self.variants:
-            raise IndexError(f"variant: must be in [0, {self.variants}), got {variant}")
-        picture = self.store[index]
+        return self.__getitems__([at])[0]
+
+    def __getitems__(self, places: Sequence[int | tuple[int, int]]) -> list[Item]:
+        """The items of many places at once, which is how ``DataLoader`` asks for a batch."""
+        now = self.variant
+        pairs = [place if isinstance(place, tuple) else (place, now) for place in places]
+        for index, variant in pairs:
+            if not 0 <= index < len(self):
+                raise IndexError(f"index: must be in [0, {len(self)}), got {index}")
+            if not 0 <= variant < self.variants:
+                raise IndexError(f"variant: must be in [0, {self.variants}), got {variant}")
+        pictures = [self.store[index] for index, _ in pairs]
         if self.spec is None:
-            image = finish(picture, self.size)
+            images = finish(pictures, self.size)
         else:
-            image = augmented(
-                picture, self.size, self.spec, seed=self.seed, index=index, variant=variant
+            indices, variants = np.array(pairs, np.int64).T
+            images = augmented(
+                pictures, self.size, self.spec, seed=self.seed, index=indices, variant=variants
             )
-        return {
-            "image": image,
-            "target": self.targets[index],
-            "index": index,
-            "variant": variant,
-        }
+        return [
+            {"image": image, "target": self.targets[index], "index": index, "variant": variant}
+            for image, (index, variant) in zip(images, pairs, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

@@ -215,8 +215,10 @@ class _Pairs(Dataset[Any]):
         self.dataset = dataset
         self.paired = hasattr(dataset, "variants")
 
-    def __getitem__(self, pair: tuple[int, int]) -> Any:
-        return self.dataset[pair if self.paired else pair[0]]
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> Any:
+        places = pairs if self.paired else [index for index, _ in pairs]
+        many = getattr(self.dataset, "__getitems__", None)
+        return [self.dataset[place] for place in places] if many is None else many(places)
 
 
 class _Batches(Sampler[list[tuple[int, int]]]):
