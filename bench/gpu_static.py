@@ -21,7 +21,7 @@ from kdfast.kernels._common import choose_tiles, useful_share, window_lengths
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "gpu_static.json"
-STREAMING = ("fwd_kernel", "_distance_kernel", "bwd_dq_kernel", "bwd_dkdv_kernel")
+STREAMING = ("fwd_kernel", "_distance_kernel", "bwd_kernel")
 DIMS = (16, 64, 72, 80, 88, 96, 128)
 KINDS = ("reverse_kl", "jsd", "mse", "cosine", "logit_mse")
 

@@ -184,7 +184,7 @@ def rows_first(x: Tensor, heads: int, *, zero: bool = False) -> Tensor:
 
 def rotated(x: Tensor, call: Call) -> Tensor:
     """The kept heads of x, (B, K, N, D), rotated and in pair order; x itself without rope."""
-    if call.rope == 0:
+    if call.rope == 0 or x.numel() == 0:
         return x
     y = x.new_empty((call.batch, call.kept, call.tokens, call.head_dim))
     rotate_kernel[(call.rows * call.kept * call.batch,)](

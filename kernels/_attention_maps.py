@@ -64,12 +64,14 @@ def row_results(one, two, three, count, KIND: tl.constexpr):
 
 
 @triton.jit
-def map_gradient(a, b, a_lse, b_lse, x, y, count, KIND: tl.constexpr):
-    """Gradient of the rows' distances by a."""
+def map_gradient(a, b, known, a_lse, b_lse, x, y, count, KIND: tl.constexpr, PLAIN: tl.constexpr):
+    """Gradient of the rows' distances by a; with PLAIN, ``known`` is the student's map."""
     if KIND == LOGIT_MSE:
         g = 2 * (a - b) / count
     else:
         log_p, log_r, p, r = _logs(a, b, a_lse, b_lse)
+        if PLAIN:
+            p = known
         g = p - r
         if KIND == REVERSE_KL:
             g = p * (log_p - log_r - x)

@@ -81,18 +81,18 @@ def _distance_kernel(
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_PAD: tl.constexpr,
-    # The teacher; as in the kernels of the backward pass.
-    teacher_q_ptr,
-    teacher_k_ptr,
+    # The teacher; as in the kernel of the backward pass.
+    ta_ptr,
+    tc_ptr,
     teacher_heads_ptr,
     stats_ptr,
     grad_loss_ptr,
-    stride_tqb,
-    stride_tqh,
-    stride_tqn,
-    stride_tkb,
-    stride_tkh,
-    stride_tkn,
+    stride_tab,
+    stride_tah,
+    stride_tan,
+    stride_tcb,
+    stride_tch,
+    stride_tcn,
     plane,
     teacher_scale,
     temperature,
@@ -104,6 +104,7 @@ def _distance_kernel(
     THI: tl.constexpr,
     TUNIT: tl.constexpr,
     TPRECISION: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):
     """Distances of one block of queries; fills the planes of stats that the gradient needs."""
     block, window, j, b = program(blocks, windows, kept)
@@ -112,8 +113,8 @@ def _distance_kernel(
     teacher = j if TROPE else tl.load(teacher_heads_ptr + j)
     q_ptr = head_base(q_ptr, b, head, stride_qb, stride_qh, UNIT)
     k_ptr = head_base(k_ptr, b, head, stride_kb, stride_kh, UNIT)
-    teacher_q_ptr = head_base(teacher_q_ptr, b, teacher, stride_tqb, stride_tqh, TUNIT)
-    teacher_k_ptr = head_base(teacher_k_ptr, b, teacher, stride_tkb, stride_tkh, TUNIT)
+    ta_ptr = head_base(ta_ptr, b, teacher, stride_tab, stride_tah, TUNIT)
+    tc_ptr = head_base(tc_ptr, b, teacher, stride_tcb, stride_tch, TUNIT)
     stats = (b.to(tl.int64) * kept + j) * tokens
     left = count - block * ROWS
     for PART in tl.static_range(2 if ROW_TAIL else 1):
@@ -124,15 +125,20 @@ def _distance_kernel(
             rows = row_offsets(token, stride_qn, UNIT)
             q_lo = load_tile(q_ptr, rows, ok, D, 0, LO)
             q_hi = load_tile(q_ptr, rows, ok, D, LO, HI) if HI else q_lo
-            rows = row_offsets(token, stride_tqn, TUNIT)
-            tq_lo = load_tile(teacher_q_ptr, rows, ok, TD, 0, TLO)
-            tq_hi = load_tile(teacher_q_ptr, rows, ok, TD, TLO, THI) if THI else tq_lo
+            rows = row_offsets(token, stride_tan, TUNIT)
+            tq_lo = load_tile(ta_ptr, rows, ok, TD, 0, TLO)
+            tq_hi = load_tile(ta_ptr, rows, ok, TD, TLO, THI) if THI else tq_lo
             a_lse, b_lse, x, y = load_stats(
                 stats_ptr + stats, plane, token, ok, LOGIT_MSE if KIND == LOGIT_MSE else KL
             )
             one = tl.zeros(token.shape, tl.float32)
             two, three = one, one
-            if HAS_PAD and KIND != LOGIT_MSE:
+            top = tl.full(token.shape, float("-inf"), tl.float32)
+            if HAS_PAD and KIND == KL:
+                pads = size * size - count
+                top = tl.where(pads > 0, tl.zeros_like(top), top)
+                one, two = pads * a_lse, one + pads
+            elif HAS_PAD and KIND != LOGIT_MSE:
                 # A padded key is an entry of logit 0 of both maps.
                 pads = size * size - count
                 u, v, w = map_terms(one, one, a_lse, b_lse, KIND)
@@ -154,22 +160,39 @@ def _distance_kernel(
                     at = row_offsets(keys, stride_kn, UNIT)
                     k_lo = load_tile(k_ptr, at, there, D, 0, LO, REST)
                     k_hi = load_tile(k_ptr, at, there, D, LO, HI, REST) if HI else k_lo
-                    at = row_offsets(keys, stride_tkn, TUNIT)
-                    tk_lo = load_tile(teacher_k_ptr, at, there, TD, 0, TLO, REST)
+                    at = row_offsets(keys, stride_tcn, TUNIT)
+                    tk_lo = load_tile(tc_ptr, at, there, TD, 0, TLO, REST)
                     tk_hi = tk_lo
                     if THI:
-                        tk_hi = load_tile(teacher_k_ptr, at, there, TD, TLO, THI, REST)
+                        tk_hi = load_tile(tc_ptr, at, there, TD, TLO, THI, REST)
                     s = scores(q_lo, q_hi, k_lo, k_hi, HI, PRECISION) * (scale / temperature)
                     t = scores(tq_lo, tq_hi, tk_lo, tk_hi, THI, TPRECISION) * teacher_scale
-                    u, v, w = map_terms(s, t, a_lse[:, None], b_lse[:, None], KIND)
-                    one += tl.sum(tl.where(there[None, :], u, 0.0) if REST else u, 1)
+                    if KIND == KL:
+                        # Sums of r' and r' (log r' - log p), r' = exp(t - top) not yet normalised.
+                        t = tl.where(there[None, :], t, float("-inf")) if REST else t
+                        raised = tl.maximum(top, tl.max(t, 1))
+                        fall = tl.where(top == float("-inf"), 0.0, top - raised)
+                        decay = tl.exp(top - raised)
+                        t -= raised[:, None]
+                        r = tl.exp(t)
+                        d = r * (t - (s - a_lse[:, None]))
+                        d = tl.where(there[None, :], d, 0.0) if REST else d
+                        one = decay * (one + two * fall) + tl.sum(d, 1)
+                        two, top = decay * two + tl.sum(r, 1), raised
+                    else:
+                        u, v, w = map_terms(s, t, a_lse[:, None], b_lse[:, None], KIND)
+                        one += tl.sum(tl.where(there[None, :], u, 0.0) if REST else u, 1)
                     if KIND == JSD or KIND == MSE or KIND == COSINE:
                         two += tl.sum(tl.where(there[None, :], v, 0.0) if REST else v, 1)
                     if KIND == COSINE:
                         three += tl.sum(tl.where(there[None, :], w, 0.0) if REST else w, 1)
-            distance, x, y = row_results(one, two, three, count, KIND)
-            tl.store(distance_ptr + stats + token, distance, mask=ok)
             place = stats_ptr + stats + token
+            if KIND == KL:
+                distance = one / two - tl.log(two)
+                tl.store(place + 2 * tl.cast(plane, tl.int64), top + tl.log(two), mask=ok)
+            else:
+                distance, x, y = row_results(one, two, three, count, KIND)
+            tl.store(distance_ptr + stats + token, distance, mask=ok)
             if KIND != LOGIT_MSE and KIND != KL:
                 tl.store(place + 3 * tl.cast(plane, tl.int64), x, mask=ok)
             if KIND == COSINE:
@@ -199,11 +222,10 @@ def log_sums(q: Tensor, k: Tensor, call: Call, temperature: float) -> Tensor:
     """Log-sum-exp (B, K, N) of the scores over the temperature; k as ``rotated`` gives it."""
     lse = torch.empty((call.batch, call.kept, call.tokens), dtype=torch.float32, device=q.device)
     pointers = (q, k, q, q, lse, call.heads, call.cos, call.sin, call.pad)
-    own = replace(call, width=call.head_dim, itemsize=q.dtype.itemsize)
-    scaled = replace(own, scale=call.scale / temperature * math.log2(math.e))
+    scaled = replace(call, scale=call.scale / temperature * math.log2(math.e))
     scaled.launch(
         pruned_attention.fwd_kernel,
-        own.tiles("fwd"),
+        call.tiles("fwd"),
         pointers,
         (q, k, q, q),
         HAS_PAD=call.has_pad,
@@ -213,22 +235,25 @@ def log_sums(q: Tensor, k: Tensor, call: Call, temperature: float) -> Tensor:
 
 
 def rider(
-    q: Tensor,
-    k: Tensor,
+    a: Tensor,
+    c: Tensor,
     teacher: Call,
     stats: Tensor,
     grad_loss: Tensor,
     temperature: float,
     kind: str,
 ) -> dict[str, Any]:
-    """What the kernels have to know of the teacher; q, k as ``rotated`` gives them."""
+    """What the kernels have to know of the teacher.
+
+    ``a`` and ``c`` are its q and k, as ``rotated`` gives them; k and q for the gradient of keys.
+    """
     low, high = chunks(teacher.head_dim)
-    names = [f"stride_t{side}{axis}" for side in "qk" for axis in "bhn"]
-    strides = [*q.stride()[:3], *k.stride()[:3]]
+    names = [f"stride_t{side}{axis}" for side in "ac" for axis in "bhn"]
+    strides = [*a.stride()[:3], *c.stride()[:3]]
     rows = stats[0].numel()
     return dict(zip(names, strides, strict=True)) | {
-        "teacher_q_ptr": q,
-        "teacher_k_ptr": k,
+        "ta_ptr": a,
+        "tc_ptr": c,
         "teacher_heads_ptr": teacher.heads,
         "stats_ptr": stats,
         "grad_loss_ptr": grad_loss,
@@ -241,8 +266,9 @@ def rider(
         "TD": teacher.head_dim,
         "TLO": low,
         "THI": high,
-        "TUNIT": alignment(q, k),
-        "TPRECISION": dot_precision(q.dtype),
+        "TUNIT": alignment(a, c),
+        "TPRECISION": dot_precision(a.dtype),
+        "PLAIN": temperature == 1,
     }
 
 
@@ -257,18 +283,22 @@ def forward(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches ``kdfast::attention_distill``: out (B, K, N, D), loss () and stats."""
-    q, k, teacher_q, teacher_k = (unit_stride(x) for x in (q, k, teacher_q, teacher_k))
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    teacher_q, teacher_k = unit_stride(teacher_q), unit_stride(teacher_k)
     call, teacher, temperature, kind = calls(q, teacher_q, heads, teacher_heads, arguments)
-    out, lse = pruned_attention.forward(q, k, v, heads, *arguments[:8])
-    stats = torch.empty((PLANES[kind], *lse.shape), dtype=torch.float32, device=q.device)
-    loss = torch.zeros((), dtype=torch.float32, device=q.device)
-    if out.numel() == 0:
-        return out, loss, stats
-    stats[0] = lse
     with torch.cuda.device_of(q):
-        k, teacher_k = rotated(k, call), rotated(teacher_k, teacher)
+        k = rotated(k, call)
+        own = replace(call, width=call.head_dim, itemsize=q.dtype.itemsize)
+        out, lse = pruned_attention.attend(q, k, v, own)
+        stats = torch.empty((PLANES[kind], *lse.shape), dtype=torch.float32, device=q.device)
+        loss = torch.zeros((), dtype=torch.float32, device=q.device)
+        if out.numel() == 0:
+            return out, loss, stats
+        teacher_k = rotated(teacher_k, teacher)
+        stats[0] = lse
         if kind != "logit_mse":
-            stats[1] = lse if temperature == 1 else log_sums(q, k, call, temperature)
+            stats[1] = lse if temperature == 1 else log_sums(q, k, own, temperature)
+        if kind not in ("kl", "logit_mse"):
             stats[2] = log_sums(teacher_q, teacher_k, teacher, temperature)
         q, teacher_q = rotated(q, call), rotated(teacher_q, teacher)
         distance = torch.empty_like(lse)
@@ -304,8 +334,11 @@ def backward(
     teacher_q, teacher_k = unit_stride(teacher_q), unit_stride(teacher_k)
     call, teacher, temperature, kind = calls(q, teacher_q, heads, teacher_heads, arguments)
     with torch.cuda.device_of(q):
-        extra = None
         if out.numel():
             teacher_q, teacher_k = rotated(teacher_q, teacher), rotated(teacher_k, teacher)
-            extra = rider(teacher_q, teacher_k, teacher, stats, grad_loss, temperature, kind)
-        return pruned_attention.gradients(grad_out, q, k, v, out, stats[0], call, extra)
+
+        def options(keys: bool) -> dict[str, Any]:
+            sides = (teacher_k, teacher_q) if keys else (teacher_q, teacher_k)
+            return rider(*sides, teacher, stats, grad_loss, temperature, kind)
+
+        return pruned_attention.gradients(grad_out, q, k, v, out, stats[0], call, options)

@@ -6,6 +6,7 @@ kept head and image; the window's other tokens stream past it. Every sum has a f
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from kdfast.kernels._attention import (
     window_span,
     window_tokens,
 )
-from kdfast.kernels._attention_bwd import bwd_dkdv_kernel, bwd_dq_kernel
+from kdfast.kernels._attention_bwd import bwd_kernel
 from kdfast.kernels._attention_call import Call, make_call, rotated, rows_first
 from kdfast.kernels._common import PLAIN_ROWS, alignment, power_of_two, unit_stride
 
@@ -236,12 +237,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, T
     """Launches ``kdfast::pruned_attention``: out (B, K, N, D) and lse (B, K, N)."""
     q, k, v = (unit_stride(x) for x in (q, k, v))
     call = make_call(q, *arguments)
+    with torch.cuda.device_of(q):
+        return attend(q, rotated(k, call), v, call)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """out (B, K, N, D) and lse (B, K, N); k as ``rotated`` gives it."""
     out = rows_first(q, call.kept)
     lse = q.new_empty((call.batch, call.kept, call.tokens), dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    with torch.cuda.device_of(q):
-        k = rotated(k, call)
+    if out.numel():
         pointers = (q, k, v, out, lse, call.heads, call.cos, call.sin, call.pad)
         scaled = replace(call, scale=call.scale * math.log2(math.e))
         tiles = call.tiles("fwd")
@@ -267,25 +271,28 @@ def gradients(
     out: Tensor,
     lse: Tensor,
     call: Call,
-    rider: dict[str, Any] | None = None,
+    rider: Callable[[bool], dict[str, Any]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv (B, H, N, D) and dpad (H, D); ``rider``: of the distance to a teacher's maps."""
+    """dq, dk, dv (B, H, N, D) and dpad (H, D).
+
+    ``rider``: the options of the distance to a teacher's maps, for the gradient of keys or queries.
+    """
     subset = call.kept < q.shape[1]
     dq, dk, dv = (rows_first(x, x.shape[1], zero=subset) for x in (q, k, v))
     dpad = torch.zeros_like(call.pad) if call.has_pad else q.new_empty(0)
     if out.numel() == 0:
         return dq, dk, dv, dpad
-    rider = rider or {}
     delta = row_sums(grad, out, lse, dpad, call)
     q, k = rotated(q, call), rotated(k, call)
-    inputs, tables = (q, k, v, grad, lse, delta), (call.heads, call.cos, call.sin)
-    for kernel, name, results in (
-        (bwd_dq_kernel, "dq", (dq,)),
-        (bwd_dkdv_kernel, "dkdv", (dk, dv)),
+    for name, pairs, results in (
+        ("dq", (q, grad, k, v), (dq, dq)),
+        ("dkdv", (k, v, q, grad), (dk, dv)),
     ):
+        keys = name == "dkdv"
+        extra = rider(keys) if rider else {}
         tiles = call.tiles(f"{name}_rider" if rider else name)
-        pointers = (*inputs, *results, *tables)
-        call.launch(kernel, tiles, pointers, (q, k, v, grad, results[0]), **rider)
+        pointers = (*pairs, lse, delta, *results, call.heads, call.cos, call.sin)
+        call.launch(bwd_kernel, tiles, pointers, (*pairs, results[0]), KEYS=keys, **extra)
     return dq, dk, dv, dpad
 
 
