@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         pruning_report,
         select_heads,
     )
+    from kdfast.saving import load_pretrained, save_pretrained
 
 __all__ = [
     "AccelerateReport",
@@ -52,28 +53,34 @@ __all__ = [
     "head_scores",
     "kd_loss",
     "linear_kd_loss",
+    "load_pretrained",
     "mlp_scores",
     "prune_heads",
     "pruned_attention",
     "pruning_report",
     "restore",
+    "save_pretrained",
     "scaled_dot_product_attention",
     "select_heads",
 ]
 
-_LAZY = dict.fromkeys(
-    (
-        "HeadGates",
-        "HeadScores",
-        "evaluate_selections",
-        "head_scores",
-        "mlp_scores",
-        "prune_heads",
-        "pruning_report",
-        "select_heads",
-    ),
-    "kdfast.pruning",
-) | dict.fromkeys(("AccelerateReport", "accelerate", "restore"), "kdfast.nn")
+_LAZY = (
+    dict.fromkeys(
+        (
+            "HeadGates",
+            "HeadScores",
+            "evaluate_selections",
+            "head_scores",
+            "mlp_scores",
+            "prune_heads",
+            "pruning_report",
+            "select_heads",
+        ),
+        "kdfast.pruning",
+    )
+    | dict.fromkeys(("AccelerateReport", "accelerate", "restore"), "kdfast.nn")
+    | dict.fromkeys(("load_pretrained", "save_pretrained"), "kdfast.saving")
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from kdfast.nn.heads import AttentionCall, HeadAxis
-from kdfast.nn.table import unfused_reason
 
 
 class HeadWeights(NamedTuple):
@@ -136,8 +135,8 @@ class Adapter(Protocol):
         ``widths`` is as long as ``mlps``, so empty where MLPs cannot be pruned.
         """
 
-    def refresh(self, source: nn.Module, student: nn.Module) -> None:
-        """Rebuilds or copies what the state dict lacks, after it was put in place."""
+    def refresh(self, student: nn.Module) -> None:
+        """Rebuilds what is neither a parameter nor a buffer, after those were put in place."""
 
     def image_size(self, model: nn.Module) -> tuple[int, int]:
         """(height, width) that the model was configured for."""
@@ -166,6 +165,8 @@ def adapter_of(function: str, model: nn.Module) -> Adapter:
         TypeError: No adapter knows the model, or it has something that cannot be pruned; the
             message names its class and the reason.
     """
+    from kdfast.pruning.vit_adapter import stand_ins
+
     known = adapters()
     got = f"{type(model).__module__}.{type(model).__qualname__}"
     for adapter in known:
@@ -174,10 +175,6 @@ def adapter_of(function: str, model: nn.Module) -> Adapter:
                 raise TypeError(f"{function}: cannot prune a {got}: {reason}")
             return adapter
     names = ", ".join(adapter.family for adapter in known)
-    reasons = dict.fromkeys(
-        f"{type(module).__module__}.{type(module).__qualname__}: {reason}"
-        for module in model.modules()
-        if (reason := unfused_reason(module))
-    )
+    reasons = dict.fromkeys(str(reason) for _, reason in stand_ins(model))
     why = f" ({'; '.join(reasons)})" if reasons else ", which holds no attention"
     raise TypeError(f"{function}: model must be one of {names}, got {got}{why}")

@@ -118,7 +118,7 @@ class EvaAdapter:
         with torch.device("meta"):
             return EVAViT(**{**model.config, **changed})
 
-    def refresh(self, source: Any, student: Any) -> None:
+    def refresh(self, student: Any) -> None:
         student.fill_rope()
 
     def image_size(self, model: Any) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from kdfast.nn.attention import qualified_name
 from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.ops.geometry import Rope
 from kdfast.pruning.adapter import BlockFlops, HeadWeights, Site
-from kdfast.pruning.skeleton import copy_buffers, counted_flops, meta_copy, mlp_sites, narrow
+from kdfast.pruning.skeleton import counted_flops, meta_copy, mlp_sites, narrow
 
 # Classes whose forward was read: separate q, k and v projections, reshaped by the head dim.
 ATTENTIONS = {
@@ -165,8 +165,8 @@ class HfAdapter:
         for site, width in zip(mlps, widths, strict=True):
             narrow(site, width)
 
-    def refresh(self, source: nn.Module, student: nn.Module) -> None:
-        copy_buffers(source, student)
+    def refresh(self, student: nn.Module) -> None:
+        pass
 
     def image_size(self, model: Any) -> tuple[int, int]:
         size = getattr(model.config, "image_size", None)

@@ -124,15 +124,6 @@ def narrow(site: Site, count: int) -> None:
             owner.normalized_shape = tuple(new.shape)
 
 
-def copy_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Copies the buffers that the state dict lacks, such as tables of positions."""
-    ours = dict(target.named_buffers(remove_duplicate=False))
-    for name, buffer in source.named_buffers(remove_duplicate=False):
-        if name in ours and ours[name].device.type == "meta":
-            path, _, leaf = name.rpartition(".")
-            target.get_submodule(path)._buffers[leaf] = buffer.detach().clone()
-
-
 def counted_flops(
     family: str, model: nn.Module, sites: list[Site], image_size: tuple[int, int]
 ) -> tuple[list[BlockFlops], int]:

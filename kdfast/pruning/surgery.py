@@ -69,8 +69,8 @@ def prune_heads(
     originals = [[site.held[p] for p in row] for site, row in zip(attentions, kept, strict=True)]
     student = adapter.empty(model, originals, [len(row) for row in units])
     cuts = list(zip((*attentions, *mlps), (*kept, *units), strict=True))
-    _fill(student, _pruned_state(model, cuts))
-    adapter.refresh(model, student)
+    _fill(model, student, cuts)
+    adapter.refresh(student)
     _copy_flags(model, student)
     if data is not None:
         observer = MeanObserver([site for site, _ in cuts], model)
@@ -113,12 +113,11 @@ def _positions(
 
 
 @torch.no_grad()
-def _pruned_state(
-    model: nn.Module, cuts: Sequence[tuple[Site, Sequence[int]]]
-) -> dict[str, Tensor]:
-    """Copies of every tensor of the state dict, those that hold slices cut to the kept ones.
+def _fill(model: nn.Module, student: nn.Module, cuts: Sequence[tuple[Site, Sequence[int]]]) -> None:
+    """Copies every tensor of the model, those that hold slices cut to the kept ones.
 
-    Tensors that the model shares between names are shared again.
+    Tensors that the model shares between names are shared again. Buffers that the state dict lacks,
+    such as tables of positions, are copied where the student has none of its own.
     """
     axes = {
         f"{site.name}.{name}": (site, axis, row)
@@ -126,14 +125,23 @@ def _pruned_state(
         for name, axis in site.axes.items()
     }
     copies: dict[int, Tensor] = {}
-    state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+
+    def copied(name: str, tensor: Tensor) -> Tensor:
         if id(tensor) not in copies:
             copy = _cut(tensor.detach(), *axes[name]) if name in axes else tensor.detach().clone()
-            is_parameter = isinstance(tensor, nn.Parameter)
-            copies[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
-        state[name] = copies[id(tensor)]
-    return state
+            if isinstance(tensor, nn.Parameter):
+                copy = nn.Parameter(copy, tensor.requires_grad)
+            copies[id(tensor)] = copy
+        return copies[id(tensor)]
+
+    state = {name: copied(name, t) for name, t in model.state_dict(keep_vars=True).items()}
+    # Strict: a tensor that was missed, is left over or has another shape is an error.
+    student.load_state_dict(state, strict=True, assign=True)
+    own = dict(student.named_buffers(remove_duplicate=False))
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name in own and own[name].device.type == "meta":
+            owner, _, leaf = name.rpartition(".")
+            student.get_submodule(owner)._buffers[leaf] = copied(name, buffer)
 
 
 def _cut(tensor: Tensor, site: Site, axis: HeadAxis, row: Sequence[int]) -> Tensor:
@@ -146,11 +154,6 @@ def _cut(tensor: Tensor, site: Site, axis: HeadAxis, row: Sequence[int]) -> Tens
     # The kernel is for heads; hidden units are too many for its table of indices.
     backend = "reference" if axis.parts * blocks > MAX_HEADS else None
     return head_gather(tensor, slices, head_dim=size, dim=axis.dim, backend=backend)
-
-
-def _fill(student: nn.Module, state: dict[str, Tensor]) -> None:
-    # Strict: a tensor that was missed, is left over or has another shape is an error.
-    student.load_state_dict(state, strict=True, assign=True)
 
 
 def _copy_flags(source: nn.Module, target: nn.Module) -> None:

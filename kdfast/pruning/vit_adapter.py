@@ -15,25 +15,55 @@ from torch import Tensor, nn
 
 from kdfast.nn.attention import FusedAttention, qualified_name
 from kdfast.nn.heads import AttentionCall
-from kdfast.nn.table import FUSED
+from kdfast.nn.table import FUSED, unfused_reason
 from kdfast.pruning.adapter import BlockFlops, HeadWeights, Site
 from kdfast.pruning.skeleton import (
-    copy_buffers,
     counted_flops,
     meta_copy,
     mlp_sites,
     narrow,
 )
 
+# Token attentions whose stand-ins take any number of heads and call their projection as a module.
+PRUNABLE = (
+    "timm.layers.attention.Attention",
+    "timm.layers.attention.AttentionRope",
+    "timm.models.eva.EvaAttention",
+    "torch.nn.modules.activation.MultiheadAttention",
+)
+# torch's own module is used in many ways; here it is plain self-attention.
+TORCHVISION_BLOCK = "torchvision.models.vision_transformer.EncoderBlock"
 
-def stand_in(module: nn.Module) -> FusedAttention | None:
-    """The module itself or its fused stand-in, if that can lose heads."""
+
+def stand_in(module: nn.Module, parent: nn.Module | None) -> FusedAttention | str | None:
+    """The fused stand-in of an attention, the reason why there is none, or None for the rest."""
+    fused = isinstance(module, FusedAttention)
+    source = module.source if isinstance(module, FusedAttention) else qualified_name(module)
+    if source not in PRUNABLE:
+        if not fused and source not in FUSED:
+            reason = unfused_reason(module)
+            return f"{source}: {reason}" if reason else None
+        return f"{source}: its heads cannot be removed"
+    if parent is None:
+        return f"{source}: it is the model itself, which nothing holds"
+    if source == PRUNABLE[-1] and qualified_name(parent) != TORCHVISION_BLOCK:
+        return f"{source}: only torchvision's blocks are known to use it for self-attention"
     if isinstance(module, FusedAttention):
-        return module if module.axes else None
-    kind = FUSED.get(qualified_name(module))
-    if kind is None or not kind.axes or kind.why_not(module):
-        return None
-    return kind.adopt(module)
+        return module
+    if source not in FUSED:
+        return f"{source}: it has no fused stand-in"
+    if reason := FUSED[source].why_not(module):
+        return f"{source}: {reason}"
+    return FUSED[source].adopt(module)
+
+
+def stand_ins(model: nn.Module) -> Iterator[tuple[str, FusedAttention | str]]:
+    """Every attention of a model by name, or why it cannot lose heads."""
+    for name, module in model.named_modules():
+        parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+        found = stand_in(module, parent)
+        if found is not None:
+            yield name, found
 
 
 @dataclass(frozen=True)
@@ -43,11 +73,9 @@ class VitAdapter:
     family: str = "timm or torchvision ViT"
 
     def fits(self, model: nn.Module) -> bool:
-        return any(stand_in(module) is not None for module in model.modules())
+        return any(isinstance(found, FusedAttention) for _, found in stand_ins(model))
 
     def why_not(self, model: nn.Module) -> str | None:
-        if stand_in(model) is not None:
-            return "it is an attention itself, which nothing holds"
         for site in self.attentions(model):
             if site.norm is not None and not hasattr(site.norm, "normalized_shape"):
                 return f"{site.name} has a {qualified_name(site.norm)}, which cannot be cut"
@@ -60,9 +88,8 @@ class VitAdapter:
 
     def attentions(self, model: nn.Module) -> list[Site]:
         sites = []
-        for name, module in model.named_modules():
-            fused = stand_in(module)
-            if fused is None:
+        for name, fused in stand_ins(model):
+            if isinstance(fused, str):
                 continue
             norm = fused._modules.get("norm")
             sites.append(
@@ -97,7 +124,9 @@ class VitAdapter:
         self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> AttentionCall:
         attention: Any = site.module
-        call: AttentionCall = attention.project(*args, **kwargs)
+        # A mask has no part in what the entropy is of.
+        known = {name: value for name, value in kwargs.items() if name in ("x", "rope")}
+        call: AttentionCall = attention.project(*args, **known)
         return call
 
     @contextmanager
@@ -135,8 +164,8 @@ class VitAdapter:
         for site, width in zip(mlps, widths, strict=True):
             narrow(site, width)
 
-    def refresh(self, source: nn.Module, student: nn.Module) -> None:
-        copy_buffers(source, student)
+    def refresh(self, student: nn.Module) -> None:
+        pass
 
     def image_size(self, model: Any) -> tuple[int, int]:
         embed = getattr(model, "patch_embed", None)
