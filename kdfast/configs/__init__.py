@@ -35,13 +35,14 @@ STAND_INS = {
 }
 
 
-def load(source: str, changes: Sequence[str] = ()) -> Config | ChainConfig:
+def load(source: str, changes: Sequence[str] = (), *, files: bool = True) -> Config | ChainConfig:
     """The resolved config of a name or a YAML file.
 
     Args:
         source: Name of a config, or path of a YAML file: ``name:`` says what it starts from,
             every other key replaces a value. A saved config is such a file.
         changes: ``a.b=value`` with a YAML value; later ones win.
+        files: False: the files that it names need not exist, and nothing stands in for them.
 
     Raises:
         ConfigError: Lists everything that is wrong: unknown keys, bad values, missing files.
@@ -56,12 +57,12 @@ def load(source: str, changes: Sequence[str] = ()) -> Config | ChainConfig:
     known = keys(kind)
     user = _flatten(tree, problems, known) | _parse(changes, problems, known)
     user.pop("name", None)
-    name, note = _stand_in(name, user)
+    name, note = _stand_in(name, user) if files else (name, "")
     values = plain(CONFIGS[name]()) | ({"note": note} if note else {})
     for key, value in user.items():
         _put(values, key, value)
     config = build(kind, values, problems)
-    if config is not None:
+    if config is not None and files:
         problems += check(config)
     if problems or config is None:
         raise ConfigError(problems)

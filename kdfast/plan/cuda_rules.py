@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes a step on CPU tensors allocate what the same step would on a GPU. See docs/memory.md.
+
+Fake CUDA tensors can run a forward on a machine without CUDA, but not a backward: autograd asks
+the driver for the device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+OPS = ("pruned_attention", "attention_distill", "kd_loss", "feature_loss", "head_gather")
+HALF = (torch.float16, torch.bfloat16)
+# What autocast runs in fp32 on CUDA, and leaves alone on CPUs; copies are saved for the backward.
+WIDE = frozenset(
+    (
+        *(F.layer_norm, F.group_norm, F.softmax, F.log_softmax, F.mse_loss, F.l1_loss),
+        *(F.smooth_l1_loss, F.huber_loss, F.kl_div, F.nll_loss, F.cross_entropy),
+        *(F.cosine_similarity, F.binary_cross_entropy_with_logits, F.softplus, F.normalize),
+        *(torch.softmax, torch.log_softmax, torch.logsumexp, torch.layer_norm, torch.group_norm),
+        *(Tensor.softmax, Tensor.log_softmax, Tensor.logsumexp, Tensor.exp, Tensor.log),
+        *(torch.exp, torch.log, torch.pow, torch.rsqrt, torch.reciprocal, torch.sum, torch.prod),
+        *(Tensor.pow, Tensor.rsqrt, Tensor.reciprocal, Tensor.sum, Tensor.prod, Tensor.cumsum),
+        *(Tensor.norm, torch.norm, torch.cumsum),
+    )
+)
+
+
+class CudaAutocast(TorchFunctionMode):
+    """Casts the arguments of ``WIDE`` to fp32 while autocast is on."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in WIDE and torch.is_autocast_enabled("cpu"):
+            args = [_wide(x) for x in args]
+            kwargs = {key: _wide(x) for key, x in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _wide(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) and x.dtype in HALF else x
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """CUDA's autocast, and every op by its compiled kernel, whatever this machine has."""
+    modules = [importlib.import_module(f"kdfast.ops.{op}") for op in OPS]
+    before = [module.use_fused for module in modules]
+
+    def fused(op: str, backend: str | None, reason: str | None, **rest: Any) -> bool:
+        return backend != "reference"
+
+    try:
+        for module in modules:
+            module.use_fused = fused  # type: ignore[attr-defined]
+        with CudaAutocast():
+            yield
+    finally:
+        for module, old in zip(modules, before, strict=True):
+            module.use_fused = old  # type: ignore[attr-defined]
