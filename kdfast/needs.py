@@ -17,10 +17,11 @@ from kdfast.models.checkpoint import load_orion_backbone
 from kdfast.pruning import pruning_report
 
 if TYPE_CHECKING:
-    from kdfast.configs import Config
+    from kdfast.configs import ChainConfig, Config
 
 # What a run imports beyond kdfast's own dependencies, by module name.
 TRAIN_MODULES = ("accelerate", "tensorboard", "matplotlib", "cv2", "PIL", "yaml", "rich")
+CHAIN_MODULES = ("sklearn", "torchmetrics")
 
 FIXES = {
     "teacher.checkpoint": "ORION's is Orion.pth of huggingface.co/poleyzdk/Orion; "
@@ -58,6 +59,7 @@ def print_needs(source: str, changes: Sequence[str] = ()) -> int:
         _show(Need("packages", f"missing: {', '.join(missing)}", 'pip install -e ".[train]"'))
         return 1
     from kdfast.configs import ConfigError, load
+    from kdfast.configs.chain import ChainConfig
 
     try:
         config = load(source, changes)
@@ -68,8 +70,9 @@ def print_needs(source: str, changes: Sequence[str] = ()) -> int:
         return 1
     if config.note:
         print(f"  note    {config.note}")
+    if config.note and not isinstance(config, ChainConfig):
         print("          to run on your own: --set teacher.checkpoint=FILE --set data.root=FOLDER")
-    needs = run_needs(config)
+    needs = chain_needs(config) if isinstance(config, ChainConfig) else run_needs(config)
     for need in needs:
         _show(need)
     return int(any(need.fix for need in needs))
@@ -88,8 +91,44 @@ def run_needs(config: "Config") -> list[Need]:
         checkpoint,
         _data(config),
         _memory(config, needed_memory(config, model, teacher, student)),
-        _disk(config, student),
+        _disk(config.output, student),
     ]
+
+
+def chain_needs(config: "ChainConfig") -> list[Need]:
+    """Packages, data and disk of a chain of distillations."""
+    missing = [name for name in CHAIN_MODULES if importlib.util.find_spec(name) is None]
+    if missing:
+        return [Need("packages", f"missing: {', '.join(missing)}", 'pip install -e ".[train]"')]
+    from kdfast.data.classification import describe_classification
+
+    spec = config.data
+    root = None if spec.root is None else Path(spec.root).expanduser()
+    seed = config.seeds[0] if spec.seed is None else spec.seed
+    try:
+        found = describe_classification(
+            spec.kind, root, size=spec.size, seed=seed, val_fraction=spec.val_fraction
+        )
+        images = Need("data", found)
+    except (OSError, ValueError, ImportError) as error:
+        fix = "--set data.root=FOLDER, or --set data.kind=digits (docs/classification_data.md)"
+        images = Need("data", str(error), fix)
+    return [images, _disk(config.output, _largest_link(config))]
+
+
+def _largest_link(config: "ChainConfig") -> int:
+    """Parameters of the chain's largest model."""
+    import timm
+
+    from kdfast.configs.chain_check import per_link
+
+    sizes = []
+    for number, name in enumerate(config.chain):
+        args = per_link(config.model_args, number) if config.model_args else {}
+        with torch.device("meta"):
+            model = timm.create_model(name, **args)
+        sizes.append(sum(p.numel() for p in model.parameters()))
+    return max(sizes)
 
 
 def _teacher(config: "Config") -> tuple[EVAViT, Need]:
@@ -147,14 +186,14 @@ def _memory(config: "Config", need: int) -> Need:
     return Need("memory", f"about {gib(need)} needed, {gib(free)} {where} free", fix)
 
 
-def _disk(config: "Config", student: int) -> Need:
-    folder = Path(config.output).expanduser().absolute()
+def _disk(output: str, student: int) -> Need:
+    folder = Path(output).expanduser().absolute()
     while not folder.exists():
         folder = folder.parent
     # Weights and AdamW's two moments: the last two checkpoints and the one being written.
     need, free = 3 * 12 * student, shutil.disk_usage(folder).free
     fix = "" if need < free else "free some space, or --set output=FOLDER on another disk"
-    return Need("disk", f"about {gib(need)} needed in {config.output}, {gib(free)} free", fix)
+    return Need("disk", f"about {gib(need)} needed in {output}, {gib(free)} free", fix)
 
 
 def gib(count: float) -> str:

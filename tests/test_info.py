@@ -78,3 +78,16 @@ def test_memory_counts_weights_once_and_grows_with_the_batch() -> None:
     )
     weights = 4 * 1000 + 16 * 500
     assert two - weights == 2 * (one - weights) > 0
+
+
+def test_chain_names_its_images_and_what_is_missing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert info.main(["--config", "vit_chain_digits"]) == 0
+    out = capsys.readouterr().out
+    assert "digits: 1,259 train, 179 val, 359 test; 10 classes, multiclass" in out
+    assert "MISSING" not in out
+    argv = ["--config", "vit_chain_digits", "--set", "data.kind=octmnist"]
+    assert info.main([*argv, "--set", f"data.root={tmp_path}"]) == 1
+    out = capsys.readouterr().out
+    assert "MISSING data" in out and "download https://zenodo.org/" in out

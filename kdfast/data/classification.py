@@ -43,7 +43,7 @@ _READERS: dict[str, Callable[[Root, int, bool], Raw]] = {
     **medmnist.READERS,
 }
 KINDS = tuple(_READERS)
-TASKS = ("multiclass", "binary", "multilabel", "ordinal")
+_SPLITS = ("train", "val", "test")
 
 
 class LabelledImages(Dataset[Item]):
@@ -187,13 +187,10 @@ def build_classification(
         CorruptDataError: A picture cannot be read.
         ValueError: The kind is unknown, an option is out of range, or data is not of its format.
     """
-    if kind not in _READERS:
-        raise ValueError(f"kind: must be one of {KINDS}, got {kind!r}")
-    _check(size, val_fraction, test_fraction, variants, memory)
+    _check(kind, size, val_fraction, test_fraction, variants, memory)
     raw = _READERS[kind](root, size, verify)
     spec = _spec(augment, raw)
-    if test_fraction is None:
-        test_fraction = val_fraction if raw.test_fraction is None else raw.test_fraction
+    test_fraction = _test_fraction(raw, test_fraction, val_fraction)
     parts = split(raw, seed=seed, val=val_fraction, test=test_fraction)
     short = short_side("auto" if spec is None else spec.crop, size)
     stores = [Store(part, short, int(memory * 2**30)) for part in parts]
@@ -217,9 +214,46 @@ def build_classification(
     return Classification(raw.name, raw.task, raw.classes, train, val, test, facts)
 
 
+def describe_classification(
+    kind: str, root: str | Path | None = None, *, size: int, seed: int, val_fraction: float = 0.1
+) -> str:
+    """One line about a set: its splits and classes; no picture of a folder is decoded.
+
+    Args:
+        kind: As for ``build_classification``, also the other arguments.
+        root: Folder or file with the data.
+        size: Side of the items.
+        seed: Of the split.
+        val_fraction: Part of train that becomes val.
+
+    Raises:
+        FileNotFoundError: Data is missing; the message says how to get it.
+        ImportError: The package that ships the set is missing.
+        ValueError: The kind is unknown, an option is out of range, or data is not of its format.
+    """
+    _check(kind, size, val_fraction, None, 1, 0)
+    raw = _READERS[kind](root, size, True)
+    parts = split(raw, seed=seed, val=val_fraction, test=_test_fraction(raw, None, val_fraction))
+    counts = [f"{len(part):,} {name}" for part, name in zip(parts, _SPLITS, strict=True)]
+    return f"{raw.name}: {', '.join(counts)}; {len(raw.classes)} classes, {raw.task}"
+
+
+def _test_fraction(raw: Raw, given: float | None, val_fraction: float) -> float:
+    if given is not None:
+        return given
+    return val_fraction if raw.test_fraction is None else raw.test_fraction
+
+
 def _check(
-    size: int, val_fraction: float, test_fraction: float | None, variants: int, memory: float
+    kind: str,
+    size: int,
+    val_fraction: float,
+    test_fraction: float | None,
+    variants: int,
+    memory: float,
 ) -> None:
+    if kind not in _READERS:
+        raise ValueError(f"kind: must be one of {KINDS}, got {kind!r}")
     if size < 8:
         raise ValueError(f"size: must be 8 or more, got {size}")
     for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
