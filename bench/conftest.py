@@ -85,9 +85,11 @@ def compare(
         flops: int | None = None,
         dtype: torch.dtype = torch.float32,
         memory: bool = False,
+        rounds: int | None = None,
     ) -> dict[str, benchmark.Row]:
-        rounds = request.config.getoption("--rounds")
-        timed = benchmark.interleave(candidates, rounds=rounds)
+        most = request.config.getoption("--rounds")
+        slow = {} if rounds is None else {"warmup": 1}
+        timed = benchmark.interleave(candidates, rounds=min(rounds or most, most), **slow)
         limits = []
         if nbytes is not None:
             limits.append(benchmark.copy_seconds(DEVICE, nbytes))

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m bench.report FILE``: a Markdown table of a result file, slower rows included."""
+"""``python -m bench.report FILE``: a Markdown table of a result file, slower rows included.
 
+``--plot FILE.png`` draws time and memory against the number of tokens.
+"""
+
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -52,11 +56,17 @@ RIVALS = ("eager", "sdpa", "compile", "flex", "flash-attn", "index_select")
 
 def main(argv: Sequence[str]) -> int:
     """Prints the table of the file named on the command line."""
-    if len(argv) != 1:
-        print("usage: python -m bench.report FILE", file=sys.stderr)
-        return 2
-    results = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("file", type=Path, help="what `pytest bench --save FILE` wrote")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="where to draw bench_lengths")
+    options = parser.parse_args(argv)
+    results = json.loads(options.file.read_text(encoding="utf-8"))
     print(headline(results), table(results), sep="\n\n")
+    if options.plot:
+        from bench.plots import lengths  # matplotlib is not needed for the table
+
+        lengths(results, options.plot)
+        print(f"\n{options.plot}")
     return 0
 
 

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""pruned_attention over the number of tokens, with memory, and what the rotation inside costs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kdfast
+from bench.bench_pruned_attention import Attention, D, eager, packed, with_backward
+from kdfast import Rope, benchmark
+
+HEADS = benchmark.sized(8, 2)
+TOKENS = benchmark.sized([64, 197, 400, 784, 1600, 3136], [16])
+DTYPES = benchmark.sized([torch.float32, torch.bfloat16], [torch.float32])
+ROUNDS = 7
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def bench_lengths(  # type: ignore[no-untyped-def]
+    compare, device: torch.device, tokens: int
+) -> None:
+    dtype = DTYPES[-1]
+    inputs = packed(1, HEADS, tokens, dtype, device)
+    calls: dict[str, Attention] = {
+        "kdfast": lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"),
+        "eager": eager,
+        "sdpa": F.scaled_dot_product_attention,
+    }
+    weight = torch.randn(1, HEADS, tokens, D).to(device, dtype)
+    candidates = {name: with_backward(call, inputs, weight) for name, call in calls.items()}
+    case = f"fwd+bwd 1x{HEADS}x{tokens} {dtype}"
+    compare("lengths", case, candidates, memory=True, rounds=ROUNDS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def bench_rope(  # type: ignore[no-untyped-def]
+    compare, device: torch.device, dtype: torch.dtype
+) -> None:
+    """The rotation inside the kernel, against none and against tensor ops."""
+    batch, tokens = benchmark.sized((8, 257), (1, 20))
+    inputs = packed(batch, HEADS, tokens, dtype, device)
+    angle = torch.randn(tokens, D // 2).repeat_interleave(2, -1).to(device)
+    cos, sin = angle.cos(), angle.sin()
+    rope = Rope(cos, sin)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+        return (x * cos + turned * sin).to(x.dtype)
+
+    calls: dict[str, Attention] = {
+        "kdfast": lambda q, k, v: kdfast.pruned_attention(q, k, v, rope=rope, backend="fused"),
+        "kdfast, no rope": lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"),
+        "eager": lambda q, k, v: eager(rotate(q), rotate(k), v),
+        "sdpa": lambda q, k, v: F.scaled_dot_product_attention(rotate(q), rotate(k), v),
+    }
+    weight = torch.randn(batch, HEADS, tokens, D).to(device, dtype)
+    candidates = {name: with_backward(call, inputs, weight) for name, call in calls.items()}
+    compare("pruned_attention", f"fwd+bwd RoPE {batch}x{HEADS}x{tokens} {dtype}", candidates)

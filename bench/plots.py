@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a result file: time and memory of attention over the number of tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from bench.report import headline
+
+COLOURS = {"kdfast": "tab:red", "eager": "tab:gray", "sdpa": "tab:blue"}
+
+
+def lengths(results: dict[str, Any], path: Path) -> None:
+    """Draws the rows of bench_lengths: milliseconds, and extra memory at the peak, against N.
+
+    Raises:
+        ValueError: The file has no such rows.
+    """
+    rows = [row for row in results["rows"] if row["op"] == "lengths"]
+    if not rows:
+        raise ValueError("the result file must have rows of bench_lengths.py, got none")
+    # "fwd+bwd 1x8x1600 torch.bfloat16"
+    what = rows[0]["case"].split()
+    batch_heads = what[1].rpartition("x")[0]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    panels = (("ms", 1.0, "time, ms"), ("peak_bytes", 2.0**20, "extra memory at the peak, MiB"))
+    for axis, (key, unit, label) in zip(axes, panels, strict=True):
+        for name, colour in COLOURS.items():
+            points = sorted(
+                (int(row["case"].split()[1].rpartition("x")[2]), row[key] / unit)
+                for row in rows
+                if row["candidate"] == name
+            )
+            axis.plot(*zip(*points, strict=True), "o-", color=colour, label=name)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+        ticks = sorted({int(row["case"].split()[1].rpartition("x")[2]) for row in rows})
+        axis.set_xticks(ticks, [str(n) for n in ticks], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.grid(True, which="major", alpha=0.3)
+        axis.legend()
+    dtype = what[2].removeprefix("torch.")
+    title = f"attention, forward and backward, {batch_heads}xN, head dim 64, {dtype}"
+    figure.suptitle(f"{title}\n{headline(results)}", fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
