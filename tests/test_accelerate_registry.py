@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""timm's registered models, made small by their own options: accelerated equals plain, and back.
+
+The sample runs always; the sweep over all names of every family with a fused class is slow.
+"""
+
+import copy
+import inspect
+import re
+import sys
+import warnings
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import kdfast
+from kdfast.nn import FusedAttention
+
+SAMPLE = [
+    "vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_base_patch16_siglip_224",
+    "vit_base_patch16_clip_224", "vit_xsmall_patch16_clip_224", "vit_small_plus_patch16_dinov3",
+    "vit_dlittle_patch16_reg1_gap_256", "vit_mediumd_patch16_rope_reg1_gap_256",
+    "vit_small_patch16_rope_mixed_224", "vit_pe_spatial_tiny_patch16_512",
+    "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "beit3_base_patch16_224",
+    "eva_large_patch14_196", "eva02_tiny_patch14_224", "pit_ti_distilled_224",
+    "naflexvit_base_patch16_gap", "hiera_tiny_224", "mobilevit_xxs", "visformer_tiny",
+    "davit_tiny", "xcit_nano_12_p16_224",
+]  # fmt: skip
+# Not every attention of these can go.
+PARTLY = {"hiera", "davit", "xcit", "cait", "volo", "hieradet_sam2", "twins", "nextvit"}
+FAMILIES = [
+    "beit3", "cait", "crossvit", "csatv2", "davit", "deit", "eva", "fastvit", "hiera",
+    "hieradet_sam2", "metaformer", "mobilevit", "naflexvit", "nest", "pit",
+    "vision_transformer", "vision_transformer_hybrid", "visformer", "vitamin", "volo", "xcit",
+]  # fmt: skip
+
+
+def family(name: str) -> str:
+    return timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+
+
+# What makes families without a ``depth`` small.
+SMALL: dict[str, dict[str, Any]] = {
+    "davit": {"depths": (1,) * 4, "embed_dims": (32, 64, 64, 64), "num_heads": (1, 2, 2, 2)},
+    "hiera": {"stages": (1, 1, 2, 1), "embed_dim": 24, "num_heads": 1, "img_size": 128},
+    "pit": {"depths": (1, 1, 1)},
+}
+
+
+def options(name: str, narrow: bool) -> list[dict[str, Any]]:
+    """What to try to make a model small, the most first."""
+    found = re.search(r"patch(\d+)", name)
+    shallow = {"depth": 2, "img_size": 4 * int(found[1]) if found else 64}
+    wide: list[dict[str, Any]] = [shallow, {"depth": 2}, {"img_size": 64}, {}]
+    if not narrow:
+        return wide
+    thin = {"embed_dim": 48, "num_heads": 3}
+    small = SMALL.get(family(name), shallow | thin)
+    return [small | {"img_size": 64}, small, {"depth": 2} | thin, *wide]
+
+
+def image_size(model: nn.Module, kwargs: dict[str, Any]) -> int:
+    if "img_size" in kwargs:
+        return int(kwargs["img_size"])
+    cfg = model.default_cfg
+    return cfg["input_size"][-1] if cfg.get("fixed_input_size") else 64
+
+
+def small(name: str, narrow: bool = True) -> tuple[nn.Module, Tensor]:
+    """The model in fp64, with all parameters moved off their initial values, and images."""
+    for kwargs in options(name, narrow):
+        try:
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = timm.create_model(name, num_classes=5, **kwargs)
+                size = image_size(model, kwargs)
+                if kwargs:
+                    model(torch.empty(2, 3, size, size))
+        except Exception:  # an option that this model does not have, or not so
+            continue
+        if not narrow and sum(p.numel() for p in model.parameters()) > 80e6:
+            return small(name)
+        model = timm.create_model(name, num_classes=5, **kwargs).double()
+        break
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model, torch.randn(2, 3, size, size, dtype=torch.float64)
+
+
+def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    model.zero_grad()
+    out = model(x)
+    out = out if isinstance(out, Tensor) else torch.stack(list(out))
+    (out * torch.randn(out.shape, dtype=out.dtype)).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"out": out.detach(), **grads}
+
+
+def check(name: str, narrow: bool = True) -> kdfast.AccelerateReport:
+    torch.manual_seed(0)
+    model, x = small(name, narrow)
+    plain = copy.deepcopy(model)
+    keys = list(model.state_dict())
+    report = kdfast.accelerate(model)
+    fused = sum(isinstance(module, FusedAttention) for module in model.modules())
+    assert fused == len(report.replaced) > 0
+    assert list(model.state_dict()) == keys
+    for training in (True, False):
+        want, got = step(plain.train(training), x), step(model.train(training), x)
+        assert want.keys() == got.keys()
+        for key, theirs in want.items():
+            error = (got[key] - theirs).abs().max()
+            # A gradient of zero, such as of a key bias, is noise of the size of its terms.
+            assert error <= 1e-7 * theirs.abs().max() + 1e-9 * max(1, want["out"].abs().max()), key
+    assert kdfast.restore(model) == fused
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    return report
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_sample(name: str) -> None:
+    report = check(name)
+    if family(name) in PARTLY:
+        assert report.left
+    else:
+        assert report.complete, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", FAMILIES)
+def test_sweep(own: str) -> None:
+    names = [name for name in timm.list_models() if family(name) == own]
+    assert names
+    failed = {}
+    for name in names:
+        try:
+            check(name, narrow=False)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+    assert not failed
+
+
+def test_families_are_all_that_have_a_fused_class() -> None:
+    """The classes of the table are defined in files that the sweep covers, or used by them."""
+    from kdfast.nn.table import FUSED
+
+    own = {s.split(".")[2] for s in FUSED if s.startswith("timm.models.")}
+    assert own <= set(FAMILIES)
+    for source in FUSED:
+        if source.startswith("timm."):
+            path, _, cls = source.rpartition(".")
+            __import__(path)
+            assert inspect.isclass(getattr(sys.modules[path], cls))
