@@ -95,6 +95,11 @@ def test_persistent_workers_follow_the_epoch(varied):
         varied.train.set_epoch(epoch)
         seen = torch.cat([batch["variant"] for batch in loader])
         assert seen.unique().tolist() == [epoch % 3] and len(seen) == len(varied.train)
+    # An epoch that is left early has prefetched items of its own, which nobody gets.
+    varied.train.set_epoch(0)
+    assert next(iter(loader))["variant"].unique().tolist() == [0]
+    varied.train.set_epoch(2)
+    assert all(batch["variant"].eq(2).all() for batch in loader)
     varied.train.set_epoch(0)
 
 
