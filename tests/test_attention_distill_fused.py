@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 KINDS = tuple(op.STATS)
 # Those that have a kernel of their own; faster names run one of them.
-ISAS = ("generic", "avx2", "avx512")
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
 # name: (B, H, N, D), (Ht, Dt), temperature, heads, teacher heads, window (grid, size), rope layout
 CASES: dict[str, tuple[Any, ...]] = {
     "plain": ((2, 2, 37, 16), (2, 16), 1.0, None, None, None, None),
@@ -101,6 +102,37 @@ def test_forward_backward(isa: str, case: str, dtype: torch.dtype) -> None:
     assert EXTENSION.cpu_isa() == isa
     call, inputs = make_case(case, dtype)
     compare(call, inputs)
+
+
+def test_products_in_bf16_need_bf16_on_both_sides() -> None:
+    isa = "avx512_bf16"
+    if isa not in EXTENSION.available_isas():
+        pytest.skip(f"this CPU cannot run {isa}")
+    student = [torch.randn(1, 2, 37, 20).bfloat16() for _ in range(3)]
+    for dtype, same in ((torch.bfloat16, False), (torch.float32, True)):
+        teacher = [torch.randn(1, 2, 37, 24, dtype=dtype) for _ in range(2)]
+        results = []
+        for name in ("avx512", isa):
+            EXTENSION.set_cpu_isa(name)
+            call = partial(kdfast.attention_distill, backend="fused")
+            results.append(run(lambda *x, c=call, t=teacher: c(*x, *t), student))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b) == same
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.25])
+def test_scales_in_bf16(scale: float) -> None:
+    """A scale that is not a power of two cannot ride on the rounded queries; nor a sign on keys."""
+    x = [torch.randn(2, 2, 50, 32) for _ in range(5)]
+
+    def call(backend: str, kind: str) -> Callable[..., Any]:
+        return lambda *t: kdfast.attention_distill(
+            *t,
+            *(y.to(torch.bfloat16).to(t[0].dtype) for y in x[3:]),
+            **{"kind": kind, "scale": scale, "teacher_scale": -1.1 * scale, "backend": backend},
+        )
+
+    compare(call, [t.bfloat16() for t in x[:3]])
 
 
 @pytest.mark.parametrize("tokens", [385, 800])

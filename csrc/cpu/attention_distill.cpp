@@ -58,11 +58,14 @@ Element element_of(const at::Tensor& x) {
 }
 
 template <class A>
-DistillKernel<A> choose_kernel() {
+DistillKernel<A> choose_kernel([[maybe_unused]] Element student, [[maybe_unused]] Element teacher) {
   if constexpr (sizeof(A) == 8) {
     return distill_generic_f64();
   } else {
 #if KDFAST_X86
+    // Tensors of other types would lose digits in products of bf16.
+    const bool both = student == Element::bf16 && teacher == Element::bf16;
+    if (isa() >= Isa::avx512_bf16 && both) return distill_avx512_bf16();
     if (isa() >= Isa::avx512) return distill_avx512();
     if (isa() >= Isa::avx2) return distill_avx2();
 #endif
@@ -119,7 +122,7 @@ struct Call {
         tokens(q.size(2)),
         dim(q.size(3)),
         windows(tokens == 0 ? 0 : window_count(grid)),
-        kernel(choose_kernel<A>()) {
+        kernel(choose_kernel<A>(element_of(q), element_of(teacher_q))) {
     TORCH_CHECK_VALUE(teacher_q.size(0) == batch && teacher_q.size(2) == tokens, kOp,
                       ": the teacher must have q's B and N, got ", teacher_q.sizes(), " and ",
                       q.sizes());

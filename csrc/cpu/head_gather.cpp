@@ -15,7 +15,7 @@ namespace kdfast::cpu {
 namespace {
 
 // Bytes that one thread should move at least: below this a second thread costs more than it saves.
-constexpr int64_t kGrainBytes = 1 << 16;
+constexpr int64_t kGrainBytes = 1 << 21;
 
 void move_runs(const HeadLayout& m, const at::Tensor& src, at::Tensor& dst) {
   const char* in = static_cast<const char*>(src.const_data_ptr());

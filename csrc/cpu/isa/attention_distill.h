@@ -57,5 +57,6 @@ DistillKernel<double> distill_generic_f64();
 DistillKernel<float> distill_generic();
 DistillKernel<float> distill_avx2();
 DistillKernel<float> distill_avx512();
+DistillKernel<float> distill_avx512_bf16();  // bf16 on both sides, products in bf16
 
 }  // namespace kdfast::cpu

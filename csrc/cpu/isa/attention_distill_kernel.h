@@ -10,7 +10,7 @@ namespace kdfast::cpu {
 namespace {
 
 // A block of queries' scores stays in L2: the forward holds whole rows of two score matrices, the
-// backward a tile of three. All are multiples of kRows, and kKeys is one of every kPanel.
+// backward a tile of three. All are multiples of kRows, and kKeys is one of every kPanelColumns.
 constexpr int64_t kQueries = 48, kFewQueries = 24, kManyKeys = 768, kKeys = 384;
 constexpr int64_t kAhead = 8;  // rows that are asked for before they are read
 
@@ -26,7 +26,7 @@ int64_t matrix_size(int64_t rows, int64_t columns) {
 }
 template <class A>
 int64_t panels_size(int64_t rows, int64_t columns) {
-  return round_up(rows, kPanel<A>) * columns;
+  return round_up(rows, kPanelColumns<A>) * columns;
 }
 
 template <class A>
@@ -133,17 +133,12 @@ struct Scores {
     panels = to;
   }
 
-  // Scores of queries [i, i + rows) and keys [j, j + keys), j a multiple of kPanel.
+  // Scores of queries [i, i + rows) and keys [j, j + keys), j a multiple of kPanelColumns.
   void tile(int64_t i, int64_t rows, int64_t j, int64_t keys, A* out, int64_t ldo) const {
     gemm<A, false>(rows, keys, dim, {q + i * ld, ld, 1},
-                   {panels + j * dim, kPanel<A>, kPanel<A> * dim}, out, ldo);
+                   {panels + j * dim, kPanelColumns<A>, kPanelColumns<A> * dim}, out, ldo);
   }
 };
-
-template <class A>
-RowTask<A> row_task(const DistillHead<A>& head) {
-  return {span_tokens(head.span), head.stats_step, head.span.pads, head.inv_temperature};
-}
 
 template <class A, MapLoss kind, bool temper>
 double forward_kind(const DistillHead<A>& head, MutableRows result, char* scratch) {
@@ -169,7 +164,7 @@ double forward_kind(const DistillHead<A>& head, MutableRows result, char* scratc
           double(forward_row<A, kind, temper>(task, s + r * lds, t + r * lds, stats, divisor + r));
       pad[r] = task.pad_weight(stats);
     }
-    gemm<A, false>(rows, d, n, {s, lds, 1}, {v, ld, kPanel<A>}, out + i * ld, ld);
+    gemm<A, false>(rows, d, n, {s, lds, 1}, {v, ld, kPanelColumns<A>}, out + i * ld, ld);
     for (int64_t r = 0; r < rows; ++r) {
       A* row = out + (i + r) * ld;
       const A scale = 1 / divisor[r];
@@ -214,16 +209,16 @@ void backward_kind(const DistillHead<A>& head, const DistillGrad<A>& grad, char*
       student.tile(i, rows, j, keys, s, lds);
       teacher.tile(i, rows, j, keys, t, lds);
       gemm<A, false>(rows, keys, d, {g + i * ld, ld, 1},
-                     {v_panels + j * d, kPanel<A>, kPanel<A> * d}, ds, lds);
+                     {v_panels + j * d, kPanelColumns<A>, kPanelColumns<A> * d}, ds, lds);
       for (int64_t r = 0; r < rows; ++r) {
         const A delta = dot(g + (i + r) * ld, out + (i + r) * ld, ld);
         backward_row<A, kind, temper>(task, keys, head.stats + span_token(head.span, i + r), delta,
                                       grad.weight, s + r * lds, t + r * lds, ds + r * lds);
       }
-      gemm<A, true>(keys, d, rows, {s, 1, lds}, {g + i * ld, ld, kPanel<A>}, dv + j * ld, ld);
-      gemm<A, true>(keys, d, rows, {ds, 1, lds}, {student.q + i * ld, ld, kPanel<A>}, dk + j * ld,
+      gemm<A, true>(keys, d, rows, {s, 1, lds}, {g + i * ld, ld, kPanelColumns<A>}, dv + j * ld, ld);
+      gemm<A, true>(keys, d, rows, {ds, 1, lds}, {student.q + i * ld, ld, kPanelColumns<A>}, dk + j * ld,
                     ld);
-      gemm<A, true>(rows, d, keys, {ds, lds, 1}, {student.k + j * ld, ld, kPanel<A>}, dq + i * ld,
+      gemm<A, true>(rows, d, keys, {ds, lds, 1}, {student.k + j * ld, ld, kPanelColumns<A>}, dq + i * ld,
                     ld);
     }
   }
@@ -235,23 +230,6 @@ void backward_kind(const DistillHead<A>& head, const DistillGrad<A>& grad, char*
   for (int64_t i = 0; i < n; ++i) {
     const A weight = task.pad_weight(head.stats + span_token(head.span, i));
     for (int64_t c = 0; c < d; ++c) grad.dpad[c] += weight * g[i * ld + c];
-  }
-}
-
-// Calls f<kind, temper>() for the head's kind and temperature.
-template <class A, class F>
-auto with_kind(const DistillHead<A>& head, F f) {
-  const auto pick = [&]<MapLoss kind>() {
-    return head.inv_temperature == 1 ? f.template operator()<kind, false>()
-                                     : f.template operator()<kind, true>();
-  };
-  switch (head.kind) {
-    case MapLoss::kl: return pick.template operator()<MapLoss::kl>();
-    case MapLoss::reverse_kl: return pick.template operator()<MapLoss::reverse_kl>();
-    case MapLoss::jsd: return pick.template operator()<MapLoss::jsd>();
-    case MapLoss::mse: return pick.template operator()<MapLoss::mse>();
-    case MapLoss::cosine: return pick.template operator()<MapLoss::cosine>();
-    default: return pick.template operator()<MapLoss::logit_mse>();
   }
 }
 

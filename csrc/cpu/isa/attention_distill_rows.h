@@ -60,6 +60,11 @@ struct RowTask {
   }
 };
 
+template <class A>
+RowTask<A> row_task(const DistillHead<A>& head) {
+  return {span_tokens(head.span), head.stats_step, head.span.pads, head.inv_temperature};
+}
+
 // log(P / M) and log(R / M) of M = (P + R) / 2, by d = log(P / R) alone: no quotient underflows.
 template <class T>
 inline void log_over_middle(Vec<T> d, Vec<T>* p, Vec<T>* r) {
@@ -140,7 +145,6 @@ T forward_row(const RowTask<T>& task, T* s, T* t, T* stats, T* divisor) {
     return stats[kFirstSum * task.step] = sum<T>(sum_d) / za - log_za + log_zb;
 
   const Maps<T, temper> maps = task.template maps<temper>(stats);
-  const Lse<T> lse = task.attention(stats);
   Sums<T> sums{};
   const auto add = [&](Vec<T> sj, Vec<T> tj, T weight) {
     const Sums<T> terms = map_terms<T, kind, temper>(maps, sj, tj);
@@ -151,10 +155,9 @@ T forward_row(const RowTask<T>& task, T* s, T* t, T* stats, T* divisor) {
   for (int64_t j = 0; j < end; j += kWidth<T>) {
     const Vec<T> sj = load_vector(s + j);
     add(sj, load_vector(t + j), T(1));
-    store_vector(s + j, exp(sj - lse.top - lse.rest));
+    store_vector(s + j, exp(sj - ms));
   }
   if (task.pads > 0) add(Vec<T>{}, Vec<T>{}, pads / kWidth<T>);
-  *divisor = 1;
   const T one = sum<T>(sums.one), two = sum<T>(sums.two), three = sum<T>(sums.three);
   if constexpr (kind != MapLoss::cosine) {
     stats[kFirstSum * task.step] = two;
@@ -210,6 +213,23 @@ void backward_row(const RowTask<T>& task, int64_t keys, const T* stats, T delta,
     }
     store_vector(s + j, u);
     store_vector(dp + j, attention + w * da);
+  }
+}
+
+// Calls f<kind, temper>() for the head's kind and temperature.
+template <class A, class F>
+auto with_kind(const DistillHead<A>& head, F f) {
+  const auto pick = [&]<MapLoss kind>() {
+    return head.inv_temperature == 1 ? f.template operator()<kind, false>()
+                                     : f.template operator()<kind, true>();
+  };
+  switch (head.kind) {
+    case MapLoss::kl: return pick.template operator()<MapLoss::kl>();
+    case MapLoss::reverse_kl: return pick.template operator()<MapLoss::reverse_kl>();
+    case MapLoss::jsd: return pick.template operator()<MapLoss::jsd>();
+    case MapLoss::mse: return pick.template operator()<MapLoss::mse>();
+    case MapLoss::cosine: return pick.template operator()<MapLoss::cosine>();
+    default: return pick.template operator()<MapLoss::logit_mse>();
   }
 }
 

@@ -26,7 +26,7 @@ using Vec = typename VectorOf<T>::type;
 template <class T>
 constexpr int64_t kWidth = kVectorBytes / sizeof(T);
 template <class T>
-constexpr int64_t kPanel = kMaxVectors * kWidth<T>;
+constexpr int64_t kPanelColumns = kMaxVectors * kWidth<T>;
 
 template <class T>
 inline Vec<T> load_vector(const T* p) {
@@ -99,7 +99,7 @@ inline Vec<float> log1p_unit(Vec<float> x) {
   return 2.0f * (z + z * w * y);
 }
 
-// A: a[m * am + k * ak]. B: rows of `stride` values, in panels of kPanel columns `panel` apart.
+// A: a[m * am + k * ak]. B: rows of `stride` values, in panels of kPanelColumns `panel` apart.
 template <class T>
 struct Left {
   const T* a;
@@ -140,8 +140,8 @@ inline void gemm_step(int64_t depth, Left<T> a, const T* b, int64_t stride, T* c
 // c (rows, columns) += or = a b; writes whole steps of kRows rows and whole vectors of columns.
 template <class T, bool add>
 void gemm(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> b, T* c, int64_t ldc) {
-  for (int64_t j = 0; j < columns; j += kPanel<T>) {
-    const T* panel = b.b + j / kPanel<T> * b.panel;
+  for (int64_t j = 0; j < columns; j += kPanelColumns<T>) {
+    const T* panel = b.b + j / kPanelColumns<T> * b.panel;
     const int64_t vectors = (columns - j + kWidth<T> - 1) / kWidth<T>;
     for (int64_t i = 0; i < rows; i += kRows) {
       const Left<T> left{a.a + i * a.am, a.am, a.ak};
@@ -158,15 +158,15 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> b, T
   }
 }
 
-// x (rows, columns) row-major -> its transpose as panels of kPanel rows of x; past the last: zero.
+// x (rows, columns) row-major -> its transpose as panels of kPanelColumns rows of x; past the last: zero.
 template <class T>
 void pack_transposed(const T* x, int64_t rows, int64_t columns, int64_t ldx, T* panels) {
-  for (int64_t i = 0; i < rows; i += kPanel<T>) {
+  for (int64_t i = 0; i < rows; i += kPanelColumns<T>) {
     T* to = panels + i * columns;
-    const int64_t used = rows - i < kPanel<T> ? rows - i : kPanel<T>;
+    const int64_t used = rows - i < kPanelColumns<T> ? rows - i : kPanelColumns<T>;
     for (int64_t c = 0; c < columns; ++c) {
-      for (int64_t r = 0; r < used; ++r) to[c * kPanel<T> + r] = x[(i + r) * ldx + c];
-      for (int64_t r = used; r < kPanel<T>; ++r) to[c * kPanel<T> + r] = 0;
+      for (int64_t r = 0; r < used; ++r) to[c * kPanelColumns<T> + r] = x[(i + r) * ldx + c];
+      for (int64_t r = used; r < kPanelColumns<T>; ++r) to[c * kPanelColumns<T> + r] = 0;
     }
   }
 }
