@@ -18,7 +18,7 @@ constexpr int64_t kQueries = 48, kFewQueries = 24, kManyKeys = 768, kKeys = 384;
 struct Packing {
   int64_t n, dim;
   int64_t steps = divide_up(dim, M::kPair);
-  int64_t width = divide_up(dim, kVector * M::kPair) * kVector;
+  int64_t width = divide_up(dim, kVector* M::kPair) * kVector;
   int64_t columns = round_up(dim, kVector);
   int64_t padded = round_up(n, kQueries);
 
@@ -289,9 +289,8 @@ double forward(const DistillHead<float>& head, MutableRows out, char* scratch) {
 }
 
 void backward(const DistillHead<float>& head, const DistillGrad<float>& grad, char* scratch) {
-  with_kind(head, [&]<MapLoss kind, bool temper>() {
-    backward_kind<kind, temper>(head, grad, scratch);
-  });
+  with_kind(head,
+            [&]<MapLoss kind, bool temper>() { backward_kind<kind, temper>(head, grad, scratch); });
 }
 
 }  // namespace

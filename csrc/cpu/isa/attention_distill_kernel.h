@@ -215,11 +215,12 @@ void backward_kind(const DistillHead<A>& head, const DistillGrad<A>& grad, char*
         backward_row<A, kind, temper>(task, keys, head.stats + span_token(head.span, i + r), delta,
                                       grad.weight, s + r * lds, t + r * lds, ds + r * lds);
       }
-      gemm<A, true>(keys, d, rows, {s, 1, lds}, {g + i * ld, ld, kPanelColumns<A>}, dv + j * ld, ld);
-      gemm<A, true>(keys, d, rows, {ds, 1, lds}, {student.q + i * ld, ld, kPanelColumns<A>}, dk + j * ld,
+      gemm<A, true>(keys, d, rows, {s, 1, lds}, {g + i * ld, ld, kPanelColumns<A>}, dv + j * ld,
                     ld);
-      gemm<A, true>(rows, d, keys, {ds, lds, 1}, {student.k + j * ld, ld, kPanelColumns<A>}, dq + i * ld,
-                    ld);
+      gemm<A, true>(keys, d, rows, {ds, 1, lds}, {student.q + i * ld, ld, kPanelColumns<A>},
+                    dk + j * ld, ld);
+      gemm<A, true>(rows, d, keys, {ds, lds, 1}, {student.k + j * ld, ld, kPanelColumns<A>},
+                    dq + i * ld, ld);
     }
   }
   const RotaryTable<A>* table = &head.student.table;

@@ -158,7 +158,8 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> b, T
   }
 }
 
-// x (rows, columns) row-major -> its transpose as panels of kPanelColumns rows of x; past the last: zero.
+// x (rows, columns) row-major -> its transpose as panels of kPanelColumns rows of x; past the last:
+// zero.
 template <class T>
 void pack_transposed(const T* x, int64_t rows, int64_t columns, int64_t ldx, T* panels) {
   for (int64_t i = 0; i < rows; i += kPanelColumns<T>) {
