@@ -143,15 +143,22 @@ def identity(stage: Stage) -> dict[str, Any]:
 def batch_size(
     stage: Stage, student: LinkModel, teacher: LinkModel | None, accelerator: Accelerator
 ) -> int:
-    """Images per step of a link: the config's, or what ``kdfast.plan`` finds to fit.
+    """Images per step of a link: the config's, or what ``kdfast.plan`` finds to fit."""
+    value = per_link(stage.config.batch, stage.link.index)
+    if value != "auto":
+        return int(value)
+    return planned_batch(stage, student, teacher, accelerator.device)
+
+
+def planned_batch(
+    stage: Stage, student: LinkModel, teacher: LinkModel | None, device: torch.device
+) -> int:
+    """The largest batch of ``kdfast.plan``.
 
     Raises:
-        ConfigError: ``batch`` is auto and there is no planner.
+        ConfigError: There is no planner in this version.
     """
-    value = per_link(stage.config.batch, stage.link.index)
-    if value == "auto":
-        raise ConfigError(["batch: auto needs kdfast.plan"])
-    return int(value)
+    raise ConfigError(["batch: auto needs kdfast.plan, which is not there"])
 
 
 def _loop(
