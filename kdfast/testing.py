@@ -122,5 +122,8 @@ def launch_on_cpu() -> torch.library.Library:
         library.impl(name, op._cuda, "CPU")
         if hasattr(op, "_cuda_bwd"):
             library.impl(f"{name}_bwd", op._cuda_bwd, "CPU")
+        if hasattr(op, "_cuda_inplace"):
+            library.impl(f"{name}_", op._cuda_inplace, "CPU")
+            op.INPLACE_ON = op.INPLACE_ON | {"cpu"}
         op.FUSED_ON = op.FUSED_ON | {"cpu"}
     return library

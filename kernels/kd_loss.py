@@ -241,14 +241,22 @@ def forward(
     label_smoothing: float,
     ignore_index: int,
     need_grad: bool,
+    *,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches ``kdfast::kd_loss``: loss, kd, ce and the gradient of loss (empty if not needed)."""
+    """Launches ``kdfast::kd_loss``: loss, kd, ce and the gradient of loss (empty if not needed).
+
+    With ``inplace`` the gradient takes the place of student, which is then contiguous. A row is
+    read as a whole, or a tile of it, before any of it is written.
+    """
     classes, device = student.shape[-1], student.device
     s, t = student.reshape(-1, classes), teacher.reshape(-1, classes)
     s, t = (unit_stride(x) for x in (s, t))
     rows, mean = s.shape[0], reduction == "batchmean"
     saved = torch.float32 if student.dtype == torch.float16 else student.dtype
-    grad = torch.empty(student.shape if need_grad else (0,), dtype=saved, device=device)
+    grad = student
+    if not inplace:
+        grad = torch.empty(student.shape if need_grad else (0,), dtype=saved, device=device)
     kd, ce = (torch.empty(student.shape[:-1], device=device) for _ in range(2))
     if rows == 0 and reduction == "none":
         return torch.empty_like(kd), kd, ce, grad

@@ -2,6 +2,7 @@
 """The Triton kernel in the interpreter, against the reference."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -172,3 +173,58 @@ def test_cuda_takes_the_kernel_or_says_why_not() -> None:
         assert loss.grad_fn is not None
         with pytest.raises(NotImplementedError, match="not fp64"):
             kdfast.kd_loss(logits.double(), logits.double(), backend="fused")
+
+
+@pytest.fixture
+def inplace_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    library = torch.library.Library("kdfast", "IMPL")
+    library.impl("kd_loss_", op._cuda_inplace, "CPU")
+    monkeypatch.setattr(op, "INPLACE_ON", frozenset({"cpu"}))
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("reduction", op.REDUCTIONS)
+@pytest.mark.parametrize("classes", [33, 9000])
+def test_inplace(inplace_on_cpu: None, classes: int, reduction: str) -> None:
+    hidden, weight = torch.randn(3, 8), torch.randn(8, classes)
+    teacher, target = torch.randn(3, classes), torch.tensor([1, -100, 2])
+    results = []
+    for inplace in (True, False):
+        x = hidden.clone().requires_grad_()
+        logits = x @ weight
+        choice: dict[str, Any] = {"inplace": True} if inplace else {"backend": "reference"}
+        losses = kdfast.kd_loss(logits, teacher, target, reduction=reduction, **choice)
+        upstream = 0.5 * losses[0].sum()
+        upstream.backward(retain_graph=True)
+        results.append([*(y.detach() for y in losses), x.grad])
+        if inplace:
+            # The gradient of the logits, in the memory of the logits.
+            torch.testing.assert_close(logits.detach() @ weight.T, x.grad)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                upstream.backward()
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_inplace_is_refused_where_it_would_do_harm(inplace_on_cpu: None) -> None:
+    leaf, other = torch.randn(2, 5, requires_grad=True), torch.randn(2, 5)
+    saved = leaf.sigmoid()
+    kdfast.kd_loss(saved, other, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+    with pytest.raises(ValueError, match="a leaf that requires a gradient"):
+        kdfast.kd_loss(leaf, other, inplace=True)
+    for student, teacher in ((other, other[:]), (leaf.T + 0.0, other.T.contiguous().mT.T)):
+        with pytest.raises(ValueError, match="contiguous student_logits that share no memory"):
+            kdfast.kd_loss(student, teacher, inplace=True)
+    with pytest.raises(NotImplementedError, match="fp32 or bf16 logits of one dtype"):
+        kdfast.kd_loss(other.half(), torch.randn(2, 5).half(), inplace=True)
+    with pytest.raises(NotImplementedError, match="inplace needs the CUDA kernel"):
+        kdfast.kd_loss(other, torch.randn(2, 5), inplace=True, backend="reference")
+
+
+def test_inplace_needs_its_kernel() -> None:
+    x, y = torch.randn(2, 5), torch.randn(2, 5)
+    with pytest.raises(NotImplementedError, match="inplace needs the CUDA kernel, got cpu"):
+        kdfast.kd_loss(x, y, inplace=True)

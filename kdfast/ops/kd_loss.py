@@ -26,6 +26,7 @@ def kd_loss(
     reduction: str = "batchmean",
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    inplace: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Softened KL divergence to the teacher plus cross-entropy with the target.
@@ -45,6 +46,8 @@ def kd_loss(
             ignored; "sum" adds the rows up; "none" keeps one value per row.
         label_smoothing: In [0, 1], with the meaning of ``torch.nn.functional.cross_entropy``.
         ignore_index: Class index of rows that ``ce`` leaves out; ``kd`` keeps them.
+        inplace: Overwrites ``student_logits`` with the gradient, which then needs no memory of its
+            own. They must be contiguous, not a leaf, and of no further use; one backward pass only.
         backend: "auto", "fused" or "reference"; ``KDFAST_BACKEND`` if None.
 
     Returns:
@@ -59,7 +62,7 @@ def kd_loss(
         IndexError: A class index is neither in [0, C) nor ``ignore_index`` (CPU only: looking
             would stall a GPU).
         NotImplementedError: ``backend="fused"`` and the kernel cannot run (the reason is given);
-            second derivatives of the fused kernel.
+            second derivatives of the fused kernel; ``inplace`` where the kernel for it cannot run.
 
     Gradients: student_logits; never teacher_logits or target. The fused kernel computes the
     gradient in the forward pass and keeps it (one tensor like the logits, fp32 for fp16) in place
@@ -75,6 +78,10 @@ def kd_loss(
     if target is not None and target.is_floating_point():
         target = target.detach().to(accumulator(dtype))
     options = (temperature, alpha, reduction, label_smoothing, ignore_index)
+    if inplace:
+        _check_inplace(student_logits, teacher, backend)
+        loss, kd, ce = _InPlace.apply(student_logits, teacher, target, *options)
+        return loss, kd, ce
     compiled = student.device.type in FUSED_ON
     if use_fused("kd_loss", backend, why_not(student), compiled=compiled):
         need_grad = student.requires_grad and torch.is_grad_enabled()
@@ -137,6 +144,28 @@ def check_target(
         raise ValueError(
             f"{op}: ignore_index must be negative with class probabilities, which it cannot mark, "
             f"got {ignore_index}"
+        )
+
+
+def _check_inplace(student: Tensor, teacher: Tensor, backend: str | None) -> None:
+    if student.device.type not in INPLACE_ON or backend == "reference":
+        raise NotImplementedError(
+            f"kd_loss: inplace needs the CUDA kernel, got {student.device.type} tensors and "
+            f"backend {backend!r}"
+        )
+    if student.dtype not in (torch.float32, torch.bfloat16) or teacher.dtype != student.dtype:
+        # In fp16 a gradient would vanish before the loss scale of the backward pass reaches it.
+        raise NotImplementedError(
+            "kd_loss: inplace needs fp32 or bf16 logits of one dtype, got "
+            f"{student.dtype} and {teacher.dtype}"
+        )
+    if student.requires_grad and student.is_leaf:
+        raise ValueError("kd_loss: inplace cannot overwrite a leaf that requires a gradient")
+    shared = student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr()
+    if not student.is_contiguous() or (shared and student.numel()):
+        raise ValueError(
+            "kd_loss: inplace needs contiguous student_logits that share no memory with "
+            "teacher_logits"
         )
 
 
@@ -240,6 +269,41 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
 torch.library.register_autograd("kdfast::kd_loss", _backward, setup_context=_setup_context, lib=LIB)
 
 
+LIB.define(
+    "kd_loss_(Tensor(a!) student, Tensor teacher, Tensor? target, float temperature, float alpha, "
+    "str reduction, float label_smoothing, int ignore_index) -> (Tensor loss, Tensor kd, Tensor ce)"
+)
+
+
+@torch.library.register_fake("kdfast::kd_loss_", lib=LIB)
+def _fake_inplace(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake(student, *rest, False)[:3]
+
+
+class _InPlace(torch.autograd.Function):
+    """``kd_loss_``: the logits become their gradient, and that the result of the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, kd, ce = torch.ops.kdfast.kd_loss_.default(student, *rest)
+        # So that autograd refuses whatever saved the logits themselves for its backward pass.
+        torch.autograd.graph.increment_version(student)
+        ctx.mark_non_differentiable(kd, ce)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(student)
+        return loss, kd, ce
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 8
+        if torch.is_grad_enabled():
+            raise NotImplementedError("kd_loss: inplace has no second derivative")
+        # A second backward pass finds a newer version of what was saved, which autograd refuses.
+        (saved,) = ctx.saved_tensors
+        return saved.mul_(grad.unsqueeze(-1) if grad.dim() else grad), *(None,) * 7
+
+
 if HAS_TRITON:
 
     @torch.library.impl(LIB, "kd_loss", "CUDA")
@@ -248,5 +312,12 @@ if HAS_TRITON:
 
         return forward(*args)
 
+    @torch.library.impl(LIB, "kd_loss_", "CUDA")
+    def _cuda_inplace(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        from kdfast.kernels.kd_loss import forward
+
+        return forward(*args, True, inplace=True)[:3]
+
 
 FUSED_ON = fused_devices("kd_loss")
+INPLACE_ON = fused_devices("kd_loss_")
