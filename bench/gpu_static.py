@@ -111,11 +111,10 @@ def distill(s: Shape, rope: bool) -> list[Work]:
     return [
         # Forward: q, and q and k of the teacher; backward: the teacher's again.
         *(s.rotations(5) if rope else []),
-        s.stream("teacher's lse", 2, 1, 1, "fwd"),
-        s.stream("distance", 4, 2, 2),
-        # The rider's share of the two backward kernels: q and k of the teacher, scores, two maps.
-        s.stream("rider of dq", 2, 1, 2, "dq_rider"),
-        s.stream("rider of dkdv", 2, 1, 2, "dkdv_rider"),
+        s.stream("distance", 4, 2, 1),
+        # The rider's share of the two backward launches: q, k, scores and map of the teacher.
+        s.stream("rider of dq", 2, 1, 1, "dq_rider"),
+        s.stream("rider of dkdv", 2, 1, 1, "dkdv_rider"),
     ]
 
 
@@ -167,21 +166,24 @@ class Case:
     options: tuple[tuple[str, Any], ...] = ()
 
 
-def cases() -> Iterator[Case]:
-    """Every head dim in both widths of element, and what else changes the code."""
+def cases(arch: int) -> Iterator[Case]:
+    """Every head dim and kind on sm_80; elsewhere the head dims of each row of the block table."""
+    dims = DIMS if arch == 80 else (64, 72, 128)
+    for dim in dims:
+        yield Case("attention_distill", "bfloat16", dim)
+        yield Case("pruned_attention", "bfloat16", dim)
+    yield Case("pruned_attention", "bfloat16", 64, (("window", 16),))
     for dtype in ("bfloat16", "float32"):
-        for dim in DIMS:
-            yield Case("pruned_attention", dtype, dim)
-            yield Case("attention_distill", dtype, dim)
-        yield Case("pruned_attention", dtype, 64, (("window", 16),))
-        yield Case("pruned_attention", dtype, 64, (("layout", "half"), ("tokens", 197)))
-        yield Case("pruned_attention", dtype, 64, (("layout", ""), ("tokens", 577)))
         yield Case("kd_loss", dtype, 1000, (("target", "indices"),))
         yield Case("kd_loss", dtype, 21841, (("target", "indices"),))
-        yield Case("kd_loss", dtype, 131072, (("target", "probabilities"),))
         yield Case("feature_loss", dtype, 1024, (("kind", "cosine"), ("normalize", "channel")))
-        yield Case("feature_loss", dtype, 768, (("kind", "mse"), ("normalize", "layer")))
-    for kind in KINDS:
+    if arch in (80, 90):
+        for dim in (64, 128):
+            yield Case("pruned_attention", "float32", dim)
+            yield Case("attention_distill", "float32", dim)
+        yield Case("pruned_attention", "bfloat16", 64, (("layout", "half"), ("tokens", 197)))
+        yield Case("pruned_attention", "bfloat16", 64, (("layout", ""), ("tokens", 577)))
+    for kind in KINDS if arch == 80 else ():
         yield Case("attention_distill", "bfloat16", 64, (("kind", kind), ("temperature", 2)))
 
 
@@ -200,7 +202,7 @@ def compiled(case: Case, arch: int) -> list[dict[str, Any]]:
 def violations(row: dict[str, Any]) -> list[str]:
     """What a compiled kernel does not keep to of docs/gpu.md."""
     found = []
-    if row["spill_bytes"] > aot.SPILL_BUDGET:
+    if row["spill_bytes"] > aot.spill_budget(row["dtype"], row["dim"]):
         found.append(f"{row['spill_bytes']} bytes of registers spilled")
     if row["shared_bytes"] > aot.SHARED_LIMIT[row["arch"]]:
         found.append(f"{row['shared_bytes']} bytes of shared memory")
@@ -210,6 +212,13 @@ def violations(row: dict[str, Any]) -> list[str]:
     if wide and row["dim"] >= 64 and not row["loads_16"]:
         found.append("no 16-byte loads")
     return found
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A kernel in words."""
+    part = {True: " of keys", False: " of queries"}.get(row["constants"].get("KEYS"), "")
+    where = f"sm_{row['arch']} {row['op']} {row['dtype']} {row['dim']} {row['options']}".strip()
+    return f"{where}, {row['name']}{part}"
 
 
 def goals() -> list[dict[str, Any]]:
@@ -237,18 +246,19 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=list(aot.SHARED_LIMIT))
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    rows, bad = [], []
+    facts = json.loads(args.out.read_text()) if args.out.exists() else {"kernels": []}
     for arch in args.arch:
-        for case in cases():
-            made = compiled(case, arch)
-            rows += made
-            bad += [f"sm_{arch} {case} {r['name']}: {v}" for r in made for v in violations(r)]
-        print(f"sm_{arch}: {len(rows)} kernels so far", flush=True)
-    facts = {"goals": goals(), "shares": shares(), "violations": bad, "kernels": rows}
-    facts["devices"] = {name: asdict(device) for name, device in DEVICES.items()}
-    args.out.write_text(json.dumps(facts, indent=1) + "\n")
-    print("\n".join(bad) or "no violations")
-    return bool(bad)
+        fresh = [row for case in cases(arch) for row in compiled(case, arch)]
+        rows = [row for row in facts["kernels"] if row["arch"] != arch] + fresh
+        rows.sort(key=lambda row: row["arch"])
+        bad = [f"{describe(row)}: {v}" for row in rows for v in violations(row)]
+        facts = {"goals": goals(), "shares": shares(), "violations": bad, "kernels": rows}
+        facts["devices"] = {name: asdict(device) for name, device in DEVICES.items()}
+        # After each architecture, since one takes minutes.
+        args.out.write_text(json.dumps(facts, indent=1) + "\n")
+        print(f"sm_{arch}: {len(fresh)} kernels", flush=True)
+    print("\n".join(facts["violations"]) or "no violations")
+    return bool(facts["violations"])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ its own: it replaces Triton's driver.
 """
 
 import argparse
+import functools
 import json
 import re
 import shutil
@@ -31,8 +32,6 @@ SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 2
 # Warps and KiB of shared memory of one SM; its registers are 65536 everywhere.
 SM_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64}
 SM_SHARED = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10}
-# Bytes of local memory per thread; a few registers outside the loop cost nothing that shows.
-SPILL_BUDGET = 64
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 
 
@@ -60,6 +59,15 @@ class Compiled:
         # A block's shared memory is charged with 1 KiB of the system's.
         fitting.append(SM_SHARED[self.arch] // (self.shared_bytes + 1024))
         return min(min(fitting) * self.warps, SM_WARPS[self.arch]) / SM_WARPS[self.arch]
+
+
+def spill_budget(dtype: str, dim: int) -> int:
+    """Bytes of local memory that a thread of an attention kernel may have.
+
+    A few registers outside the loop cost nothing that shows. fp32 rows of two tiles (72, 80, 96
+    channels) hold both three times, as TF32 and remainders: no block size fits them.
+    """
+    return 704 if dtype == "float32" and dim & (dim - 1) else 64
 
 
 class _Driver:
@@ -107,10 +115,7 @@ def compile_only(arch: int) -> Iterator[list[Compiled]]:
 
 def inspect(kernel: Any, arch: int, constants: dict[str, Any]) -> Compiled:
     """Resources and instructions of a compiled kernel, read from its binary."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(kernel.asm["cubin"])
-        usage = _cuobjdump("-res-usage", file.name)
-        sass = _cuobjdump("-sass", file.name)
+    usage, sass = _dump(kernel.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"kdfast.aot: cuobjdump printed no resource usage: {usage!r}")
@@ -130,6 +135,14 @@ def inspect(kernel: Any, arch: int, constants: dict[str, Any]) -> Compiled:
         loads=len(loads),
         sass_lines=len(lines),
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _dump(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and instructions; the same kernel often comes again within a call."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        return _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
 
 
 def _cuobjdump(option: str, path: str) -> str:

@@ -205,6 +205,39 @@ def test_kd_loss(classes: int, target: str, dtype: torch.dtype) -> None:
     compare(call, [3 * torch.randn(7, classes)], dtype)
 
 
+@pytest.mark.parametrize("classes", [33] if DRY_RUN else [33, 1000, 21841])
+def test_kd_loss_in_place(classes: int) -> None:
+    hidden, weight, teacher = (
+        torch.randn(s, device=DEVICE) for s in ((7, 16), (16, classes), (7, classes))
+    )
+    target = torch.arange(7, device=DEVICE)
+
+    def call(**choice: Any) -> Call:
+        return lambda x: kdfast.kd_loss(x @ weight, teacher, target, **choice)[0]
+
+    want = run(call(backend="fused"), [hidden])
+    for got, exact in zip(run(call(inplace=True), [hidden]), want, strict=True):
+        torch.testing.assert_close(got, exact)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_linear_kd_loss(reduction: str) -> None:
+    teacher = torch.randn(9, 40).double()
+    labels = torch.arange(9)
+
+    def call(backend: str, hidden: Tensor, weight: Tensor) -> Tensor:
+        target = labels.to(hidden.device)
+        options: dict[str, Any] = {"reduction": reduction, "backend": backend}
+        if backend == "fused":
+            options["chunk"] = 4
+        loss: Tensor = kdfast.linear_kd_loss(hidden, weight, teacher.to(hidden), target, **options)[
+            0
+        ]
+        return loss
+
+    compare(call, [torch.randn(9, 16), torch.randn(40, 16)], torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[: 1 if DRY_RUN else None], ids=str)
 @pytest.mark.parametrize("normalize", [None, "layer", "channel"])
 @pytest.mark.parametrize("kind", ["mse", "cosine", "smooth_l1"])
