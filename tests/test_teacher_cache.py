@@ -320,6 +320,17 @@ def test_broken_files_are_named(tmp_path):
     assert (other / "precious.txt").exists()
 
 
+def test_full_disk_is_an_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match=r"values.npy needs 608 bytes, .* No space left"):
+            build(tmp_path / "c", table)
+    assert torch.equal(everything(build(tmp_path / "c", table)), expected())
+
+
 def test_processes_open_the_files_themselves(tmp_path):
     import pickle
 

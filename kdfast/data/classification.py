@@ -194,24 +194,25 @@ def build_classification(
     parts = split(raw, seed=seed, val=val_fraction, test=test_fraction)
     short = short_side("auto" if spec is None else spec.crop, size)
     stores = [Store(part, short, int(memory * 2**30)) for part in parts]
-    train, val, test = (
-        LabelledImages(store, part.targets, size) for store, part in zip(stores, parts, strict=True)
-    )
-    if spec is not None:
-        train = LabelledImages(
-            stores[0], parts[0].targets, size, spec=spec, seed=seed, variants=variants
-        )
-    facts = {
+    targets = [part.targets for part in parts]
+    varied = variants if spec is not None else 1
+    train = LabelledImages(stores[0], targets[0], size, spec=spec, seed=seed, variants=varied)
+    val, test = (LabelledImages(stores[n], targets[n], size) for n in (1, 2))
+    return Classification(raw.name, raw.task, raw.classes, train, val, test, _facts(raw, train))
+
+
+def _facts(raw: Raw, train: LabelledImages) -> dict[str, Any]:
+    spec = train.spec
+    return {
         "data": raw.name,
-        "content": stores[0].digest,
-        "size": size,
-        "short side": short,
+        "content": train.store.digest,
+        "size": train.size,
+        "short side": train.store.short,
         "augmentation": "none" if spec is None else asdict(spec),
-        "seed": None if spec is None else seed,
+        "seed": None if spec is None else train.seed,
         "variants": train.variants,
         "torchvision": torchvision.__version__,
     }
-    return Classification(raw.name, raw.task, raw.classes, train, val, test, facts)
 
 
 def describe_classification(

@@ -160,6 +160,24 @@ def _map(directory: Path, layout: Layout, mode: Any) -> Arrays:
     return found
 
 
+def _allocate(path: Path) -> None:
+    """Take the place of a file: met while writing to its map, a full disk would kill the process.
+
+    Raises:
+        OSError: There is not enough.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            f"teacher cache: {path} needs {size:,} bytes, got {free:,} free: {error.strerror}; "
+            f"use a smaller top_k, fewer variants or another folder"
+        ) from error
+
+
 class Writer:
     """Fills ``directory`` + ".partial", which becomes ``directory`` when every row is there.
 
@@ -249,9 +267,7 @@ class Writer:
         for name, (dtype, shape) in files.items():
             path = self.partial / f"{name}.npy"
             self._arrays[name] = np.lib.format.open_memmap(path, "w+", dtype, shape)
-            # A full disk is an error here; met while writing to the map it would kill the process.
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            _allocate(path)
         self.done = self._done_file = self._arrays.pop("done")
         meta = {"format": FORMAT, "key": self.key, "layout": asdict(self.layout)}
         partial = self.partial / f".{META}"

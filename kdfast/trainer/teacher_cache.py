@@ -113,15 +113,7 @@ class TeacherCache:
             return found
         with Writer(directory, as_json(key), options) as writer, _Frozen(teacher, device) as call:
             batches = _Batches(writer.done, batch_size)
-            loader = DataLoader(
-                _Pairs(dataset),
-                batch_sampler=batches,
-                num_workers=workers,
-                collate_fn=_images,
-                worker_init_fn=worker_init,
-                # Its own generator: the loader would draw from the global one otherwise.
-                generator=torch.Generator(),
-            )
+            loader = _loader(dataset, batches, workers)
             done, total = batches.done, writer.done.size
             for pairs, images in zip(batches, loader, strict=True):
                 writer.write(pairs, call(images))
@@ -245,6 +237,18 @@ class _Batches(Sampler[list[tuple[int, int]]]):
 
     def __len__(self) -> int:
         return len(self.ranges)
+
+
+def _loader(dataset: Dataset[Any], batches: _Batches, workers: int) -> DataLoader[Any]:
+    return DataLoader(
+        _Pairs(dataset),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_images,
+        worker_init_fn=worker_init,
+        # Its own generator: the loader would draw from the global one otherwise.
+        generator=torch.Generator(),
+    )
 
 
 def _images(items: Sequence[Mapping[str, Any]]) -> Tensor:
