@@ -131,7 +131,8 @@ def load(name: str, pretrained: bool) -> nn.Module:
     if Path(name).is_dir():
         if pretrained:
             raise UsageError(f"--pretrained: belongs to names of timm; {name} is a folder")
-        return load_pretrained(name)  # type: ignore[no-any-return]
+        folder_model: nn.Module = load_pretrained(name)
+        return folder_model
     import timm
 
     if not timm.is_model(name):
