@@ -80,6 +80,26 @@ def test_single_folder_is_split_and_missing_splits_are_cut_off(tmp_path):
     assert (len(data.train), len(data.val), len(data.test)) == (36, 40, 4)
 
 
+def test_pictures_of_different_sizes_are_kept_whole(tmp_path):
+    sizes = [(9, 12), (9, 40), (30, 9), (9, 9), (16, 24), (50, 10)]
+    for split in ("train", "val", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        for index, (height, width) in enumerate(sizes):
+            picture = png(pixels(height, width, 3, seed=index))
+            (tmp_path / split / "cat" / f"{index}.png").write_bytes(picture)
+    held, lazy = load("imagefolder", tmp_path), load("imagefolder", tmp_path, memory=0)
+    assert held.train.store.held and not lazy.train.store.held
+    shapes = [tuple(held.train.store[index].shape) for index in range(6)]
+    assert shapes == [(3, 8, 10), (3, 8, 35), (3, 26, 8), (3, 8, 8), (3, 8, 12), (3, 40, 8)]
+    for index in range(6):
+        assert torch.equal(held.train.store[index], lazy.train.store[index])
+    # All but the last picture fit.
+    size = sum(3 * height * width for _, height, width in shapes)
+    nearly = load("imagefolder", tmp_path, memory=(size - 1) / 2**30)
+    assert not nearly.train.store.held
+    assert load("imagefolder", tmp_path, memory=2 * size / 2**30).train.store.held
+
+
 def test_pictures_read_each_time_are_the_same_and_seen_to_change(tmp_path):
     root = write_tree(tmp_path / "set", ("train", "val", "test"), count=3)
     options = {"augment": "default", "variants": 2, "memory": 0}
@@ -172,6 +192,21 @@ def test_parquet_without_names_and_splits(tmp_path):
     assert data.val.targets.bincount().tolist() == [1, 1, 1]
 
 
+def test_parquet_that_only_names_its_pictures(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for index in range(12):
+        (tmp_path / f"{index}.png").write_bytes(png(pixels(8, 9, 3, seed=index)))
+    cells = [{"bytes": None, "path": f"{index}.png"} for index in range(12)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"image": pa.array(cells, kind), "label": [n % 2 for n in range(12)]})
+    for split in ("train", "validation", "test"):
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    data = load("parquet", tmp_path)
+    assert (stored(data.train, 7) == pixels(8, 9, 3, seed=7)).all()
+
+
 def test_parquet_rejects(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -252,8 +287,9 @@ def test_options_are_checked(tmp_path):
         (r"kind: must be one of .*'cifar10'.*got 'imagenet'", {"kind": "imagenet"}),
         (r"kind 'digits' is part of a package", {"root": tmp_path}),
         ("size: must be 8 or more, got 7", {"size": 7}),
-        (r"val_fraction: must be in \(0, 0.4\], got 0", {"val_fraction": 0}),
-        (r"test_fraction: must be in \(0, 0.4\], got 0.5", {"test_fraction": 0.5}),
+        (r"val_fraction: must be in \(0, 0.5\], got 0", {"val_fraction": 0}),
+        (r"test_fraction: must be in \(0, 0.5\], got 0.6", {"test_fraction": 0.6}),
+        ("must leave some for train, got 0.5 and 0.5", {"val_fraction": 0.5, "test_fraction": 0.5}),
         ("variants: must be 1 or more, got 0", {"variants": 0}),
         ("memory: must be 0 GiB or more, got -1", {"memory": -1}),
         ("augment: must be 'default', 'none' or an AugmentSpec, got 'x'", {"augment": "x"}),

@@ -258,8 +258,8 @@ def _check(
     if size < 8:
         raise ValueError(f"size: must be 8 or more, got {size}")
     for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-        if value is not None and not 0 < value <= 0.4:
-            raise ValueError(f"{name}: must be in (0, 0.4], got {value}")
+        if value is not None and not 0 < value <= 0.5:
+            raise ValueError(f"{name}: must be in (0, 0.5], got {value}")
     if variants < 1:
         raise ValueError(f"variants: must be 1 or more, got {variants}")
     if memory < 0:

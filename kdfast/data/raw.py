@@ -64,8 +64,12 @@ def split(raw: Raw, *, seed: int, val: float, test: float) -> tuple[Part, Part, 
         test: Part of train that becomes test.
 
     Raises:
-        ValueError: A split would be empty.
+        ValueError: A split would be empty, or the parts are too large.
     """
+    if val + test >= 1:
+        raise ValueError(
+            f"val_fraction and test_fraction: must leave some for train, got {val} and {test}"
+        )
     draws = generator(SPLIT, seed)
     labels = raw.train.targets
     # Several labels have no classes to keep in proportion.
