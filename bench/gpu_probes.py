@@ -103,7 +103,7 @@ def seconds(call: Launch) -> float:
 
 
 def attention_goals() -> dict[str, float]:
-    """Microseconds of G1, G2, G4 to G6 by the names of ``GOALS``."""
+    """Microseconds of G1, G2, G4 to G6 (with RoPE) by the names of ``GOALS``."""
     found = {}
     plain, turned = Attention(sized(EVA, TINY), False), Attention(sized(EVA, TINY), True)
     windows = Attention(sized(ORION, TINY_WINDOWS), True)
@@ -124,7 +124,7 @@ def attention_goals() -> dict[str, float]:
         ("G4 backward", lambda: windows.backward(*saved_windows), None),
         ("G5", lambda: distill(plain), lambda: step(plain)),
         ("G5 RoPE", lambda: distill(turned), lambda: step(turned)),
-        ("G6", lambda: distill(wide), lambda: step(wide)),
+        ("G6 RoPE", lambda: distill(wide), lambda: step(wide)),
     ]
     for name, call, without in calls:
         found[name] = 1e6 * (seconds(call) - (seconds(without) if without else 0.0))

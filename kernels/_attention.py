@@ -181,6 +181,27 @@ def load_rotated(
 
 
 @triton.jit
+def load_query(
+    ptr,
+    rows,
+    ok,
+    cos_ptr,
+    sin_ptr,
+    turn,
+    D: tl.constexpr,
+    START: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROPE: tl.constexpr,
+):
+    """``load_rotated``, or ``load_tile`` where nothing is rotated."""
+    if ROPE == NONE:
+        x = load_tile(ptr, rows, ok, D, START, WIDTH)
+    else:
+        x = load_rotated(ptr, rows, ok, cos_ptr, sin_ptr, turn, D, START, WIDTH, ROPE)
+    return x
+
+
+@triton.jit
 def store_grad(
     ptr,
     rows,

@@ -19,10 +19,12 @@ from kdfast.kernels import pruned_attention
 from kdfast.kernels._attention import (
     NONE,
     head_base,
+    load_query,
     load_tile,
     program,
     row_offsets,
     scores,
+    table_offsets,
     window_span,
     window_tokens,
 )
@@ -48,10 +50,12 @@ PLANES = {"kl": 5, "reverse_kl": 6, "jsd": 6, "mse": 6, "cosine": 7, "logit_mse"
 
 @triton.jit
 def _distance_kernel(
-    q_ptr,  # (B, H, N, D); with ROPE (B, K, N, D), rotated and in pair order, as is k
-    k_ptr,
+    q_ptr,  # (B, H, N, D)
+    k_ptr,  # (B, H, N, D); with ROPE (B, K, N, D), rotated and in pair order
     distance_ptr,  # (B, K, N)
-    heads_ptr,
+    heads_ptr,  # (K,)
+    cos_ptr,  # (rows, D)
+    sin_ptr,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -81,7 +85,7 @@ def _distance_kernel(
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_PAD: tl.constexpr,
-    # The teacher; as in the kernel of the backward pass.
+    # The teacher; as in the kernel of the backward pass, but q is not rotated.
     ta_ptr,
     tc_ptr,
     teacher_heads_ptr,
@@ -105,16 +109,19 @@ def _distance_kernel(
     TUNIT: tl.constexpr,
     TPRECISION: tl.constexpr,
     PLAIN: tl.constexpr,
+    teacher_cos_ptr,  # (rows, TD)
+    teacher_sin_ptr,
+    teacher_prefix,
+    teacher_skipped,
 ):
     """Distances of one block of queries; fills the planes of stats that the gradient needs."""
     block, window, j, b = program(blocks, windows, kept)
     first, length, count = window_span(window, tokens, grid_h, grid_w, size, WINDOWED)
-    head = j if ROPE != NONE else tl.load(heads_ptr + j)
-    teacher = j if TROPE else tl.load(teacher_heads_ptr + j)
+    head, teacher = tl.load(heads_ptr + j), tl.load(teacher_heads_ptr + j)
     q_ptr = head_base(q_ptr, b, head, stride_qb, stride_qh, UNIT)
-    k_ptr = head_base(k_ptr, b, head, stride_kb, stride_kh, UNIT)
+    k_ptr = head_base(k_ptr, b, head if ROPE == NONE else j, stride_kb, stride_kh, UNIT)
     ta_ptr = head_base(ta_ptr, b, teacher, stride_tab, stride_tah, TUNIT)
-    tc_ptr = head_base(tc_ptr, b, teacher, stride_tcb, stride_tch, TUNIT)
+    tc_ptr = head_base(tc_ptr, b, j if TROPE else teacher, stride_tcb, stride_tch, TUNIT)
     stats = (b.to(tl.int64) * kept + j) * tokens
     left = count - block * ROWS
     for PART in tl.static_range(2 if ROW_TAIL else 1):
@@ -122,12 +129,19 @@ def _distance_kernel(
             i = block * ROWS + tl.arange(0, ROW_TAIL if PART else ROWS)
             ok = i < count
             token = window_tokens(tl.minimum(i, count - 1), first, length, grid_w, WINDOWED)
-            rows = row_offsets(token, stride_qn, UNIT)
-            q_lo = load_tile(q_ptr, rows, ok, D, 0, LO)
-            q_hi = load_tile(q_ptr, rows, ok, D, LO, HI) if HI else q_lo
-            rows = row_offsets(token, stride_tan, TUNIT)
-            tq_lo = load_tile(ta_ptr, rows, ok, TD, 0, TLO)
-            tq_hi = load_tile(ta_ptr, rows, ok, TD, TLO, THI) if THI else tq_lo
+            turn = table_offsets(token, grid_w, size, prefix, skipped, D, WINDOWED)
+            at = row_offsets(token, stride_qn, UNIT)
+            q_lo = load_query(q_ptr, at, ok, cos_ptr, sin_ptr, turn, D, 0, LO, ROPE)
+            q_hi = q_lo
+            if HI:
+                q_hi = load_query(q_ptr, at, ok, cos_ptr, sin_ptr, turn, D, LO, HI, ROPE)
+            cos, sin = teacher_cos_ptr, teacher_sin_ptr
+            turn = table_offsets(token, grid_w, size, teacher_prefix, teacher_skipped, TD, WINDOWED)
+            at = row_offsets(token, stride_tan, TUNIT)
+            tq_lo = load_query(ta_ptr, at, ok, cos, sin, turn, TD, 0, TLO, TROPE)
+            tq_hi = tq_lo
+            if THI:
+                tq_hi = load_query(ta_ptr, at, ok, cos, sin, turn, TD, TLO, THI, TROPE)
             a_lse, b_lse, x, y = load_stats(
                 stats_ptr + stats, plane, token, ok, LOGIT_MSE if KIND == LOGIT_MSE else KL
             )
@@ -245,7 +259,8 @@ def rider(
 ) -> dict[str, Any]:
     """What the kernels have to know of the teacher.
 
-    ``a`` and ``c`` are its q and k, as ``rotated`` gives them; k and q for the gradient of keys.
+    ``a`` and ``c`` are its q and k, k and q for the gradient of keys, as ``rotated`` gives them;
+    the forward pass takes q as it is.
     """
     low, high = chunks(teacher.head_dim)
     names = [f"stride_t{side}{axis}" for side in "ac" for axis in "bhn"]
@@ -300,14 +315,17 @@ def forward(
             stats[1] = lse if temperature == 1 else log_sums(q, k, own, temperature)
         if kind not in ("kl", "logit_mse"):
             stats[2] = log_sums(teacher_q, teacher_k, teacher, temperature)
-        q, teacher_q = rotated(q, call), rotated(teacher_q, teacher)
         distance = torch.empty_like(lse)
         call.launch(
             _distance_kernel,
             call.tiles("distance"),
-            (q, k, distance, call.heads),
+            (q, k, distance, call.heads, call.cos, call.sin),
             (q, k),
             HAS_PAD=call.has_pad,
+            teacher_cos_ptr=teacher.cos,
+            teacher_sin_ptr=teacher.sin,
+            teacher_prefix=teacher.prefix,
+            teacher_skipped=teacher.skipped,
             **rider(teacher_q, teacher_k, teacher, stats, loss, temperature, kind),
         )
         rows = distance.numel()

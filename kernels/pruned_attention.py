@@ -19,7 +19,7 @@ from kdfast.kernels._attention import (
     LN_2,
     NONE,
     head_base,
-    load_rotated,
+    load_query,
     load_tile,
     program,
     row_offsets,
@@ -98,15 +98,11 @@ def fwd_kernel(
             ok = i < count
             token = window_tokens(tl.minimum(i, count - 1), first, length, grid_w, WINDOWED)
             rows = row_offsets(token, stride_qn, UNIT)
-            if ROPE == NONE:
-                q_lo = load_tile(q_ptr, rows, ok, D, 0, LO)
-                q_hi = load_tile(q_ptr, rows, ok, D, LO, HI) if HI else q_lo
-            else:
-                turn = table_offsets(token, grid_w, size, prefix, skipped, D, WINDOWED)
-                q_lo = load_rotated(q_ptr, rows, ok, cos_ptr, sin_ptr, turn, D, 0, LO, ROPE)
-                q_hi = q_lo
-                if HI:
-                    q_hi = load_rotated(q_ptr, rows, ok, cos_ptr, sin_ptr, turn, D, LO, HI, ROPE)
+            turn = table_offsets(token, grid_w, size, prefix, skipped, D, WINDOWED)
+            q_lo = load_query(q_ptr, rows, ok, cos_ptr, sin_ptr, turn, D, 0, LO, ROPE)
+            q_hi = q_lo
+            if HI:
+                q_hi = load_query(q_ptr, rows, ok, cos_ptr, sin_ptr, turn, D, LO, HI, ROPE)
             m = tl.full(token.shape, float("-inf"), tl.float32)
             total = tl.zeros(token.shape, tl.float32)
             acc_lo = tl.zeros((token.shape[0], LO), tl.float32)

@@ -30,7 +30,7 @@ def test_dry_run(tmp_path: Path) -> None:
     assert results["failed"] == []
     assert results["tests"]["passed"] > 30
     assert set(results["stages"]) == {"tests", "probes", "benches"}
-    assert {row["goal"] for row in results["goals"]} >= {"G1", "G2", "G5", "G6", "G7"}
+    assert {row["goal"] for row in results["goals"]} >= {"G1", "G2", "G5", "G6 RoPE", "G7"}
     assert all(row["different"] == 0 for row in results["determinism"])
     ops = {(row["op"], row["candidate"]) for row in results["rows"]}
     assert {("pruned_attention", c) for c in ("kdfast", "eager", "sdpa", "compile")} <= ops
