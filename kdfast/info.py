@@ -64,6 +64,35 @@ def hardware() -> Rows:
     return rows
 
 
+def memory() -> Rows:
+    """RAM, what this process took of it, and for every GPU what is allocated, reserved, in all."""
+    ram = psutil.virtual_memory()
+    rows = [("RAM", f"{gib(ram.available)} free of {gib(ram.total)}")]
+    process = psutil.Process().memory_info()
+    # Linux counts the high-water mark in KiB, macOS in bytes; Windows has it in psutil.
+    peak = getattr(process, "peak_wset", None)
+    if peak is None:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    rows.append(("this process", f"{gib(process.rss)} now, {gib(peak)} at its peak"))
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        peak = torch.cuda.max_memory_allocated(i)
+        rows.append((f"gpu {i}", f"{gib(free)} free of {gib(total)}, all processes together"))
+        rows.append(
+            (
+                f"gpu {i}, this process",
+                f"{gib(torch.cuda.memory_allocated(i))} allocated (peak {gib(peak)}), "
+                f"{gib(torch.cuda.memory_reserved(i))} reserved",
+            )
+        )
+    if not torch.cuda.device_count():
+        rows.append(("gpu", "none found"))
+    return rows
+
+
 def extension() -> Rows:
     """What the compiled extension was built with, or why there is none."""
     if _library.EXTENSION is None:
@@ -108,7 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kdfast.info", description=__doc__)
     parser.add_argument("--config", metavar="NAME", help="name or YAML file: check what it needs")
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--memory", action="store_true", help="only RAM and GPU memory")
     args = parser.parse_args(argv)
+    if args.memory:
+        _print("Memory", memory())
+        return 0
     sections = (("Versions", versions), ("Hardware", hardware), ("Build", extension), ("Ops", ops))
     for title, rows in sections:
         _print(title, rows())

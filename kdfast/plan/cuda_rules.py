@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 OPS = ("pruned_attention", "attention_distill", "kd_loss", "feature_loss", "head_gather")
 HALF = (torch.float16, torch.bfloat16)
@@ -55,20 +55,47 @@ def _wide(x: Any) -> Any:
     return x.float() if isinstance(x, Tensor) and x.dtype in HALF else x
 
 
+class _Recompute:
+    """Turns the mode on in modules that run inside a backward, where torch turns modes off."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[nn.Module, CudaAutocast]] = []
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        if _get_current_function_mode() is None:
+            mode = CudaAutocast()
+            mode.__enter__()
+            self._open.append((module, mode))
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._open and self._open[-1][0] is module:
+            self._open.pop()[1].__exit__(None, None, None)
+
+
 @contextmanager
-def as_on_cuda() -> Iterator[None]:
-    """CUDA's autocast, and every op by its compiled kernel, whatever this machine has."""
+def as_on_cuda(roots: Sequence[nn.Module]) -> Iterator[None]:
+    """CUDA's autocast, and every op by its compiled kernel, whatever this machine has.
+
+    Args:
+        roots: Modules whose parts a backward may run again.
+    """
     modules = [importlib.import_module(f"kdfast.ops.{op}") for op in OPS]
     before = [module.use_fused for module in modules]
 
     def fused(op: str, backend: str | None, reason: str | None, **rest: Any) -> bool:
         return backend != "reference"
 
+    recompute, handles = _Recompute(), []
     try:
         for module in modules:
             module.use_fused = fused  # type: ignore[attr-defined]
+        for part in (part for root in roots for part in root.modules()):
+            handles.append(part.register_forward_pre_hook(recompute.enter))
+            handles.append(part.register_forward_hook(recompute.leave, always_call=True))
         with CudaAutocast():
             yield
     finally:
+        for handle in handles:
+            handle.remove()
         for module, old in zip(modules, before, strict=True):
             module.use_fused = old  # type: ignore[attr-defined]

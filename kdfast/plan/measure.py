@@ -155,7 +155,7 @@ def plan_step(
         for module in (step.module, *step.teachers):
             _materialise(module)
         if device == "cuda":
-            stack.enter_context(as_on_cuda())
+            stack.enter_context(as_on_cuda((step.module, *step.teachers)))
         ledger = run_steps(step, (batch, channels, *size), amp, device)
     tensors = ledger.peak
     overhead = 0
