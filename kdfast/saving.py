@@ -100,6 +100,10 @@ def load_pretrained(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"load_pretrained: {folder / CONFIG} must be JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"load_pretrained: {folder / CONFIG} must be a JSON object")
+    if "kdfast" not in config and config.get("architectures"):
+        # The library knows the names that its older versions gave to tensors.
+        kind = _transformers_class(config["architectures"][0])
+        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
     model = _build(config)
     state = _read(folder / WEIGHTS)
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
@@ -216,8 +220,6 @@ def _build(config: Mapping[str, Any]) -> nn.Module:
 
 def _foreign(config: Mapping[str, Any]) -> dict[str, Any]:
     """The section for a folder that kdfast did not write."""
-    if config.get("architectures"):
-        return {"family": "transformers", "class": config["architectures"][0]}
     if config.get("architecture"):
         return {"family": "timm"}
     raise ValueError(
@@ -250,15 +252,19 @@ def _build_torchvision(config: Mapping[str, Any], section: Mapping[str, Any]) ->
     return _shrunk(VitAdapter(), VisionTransformer(**config["model_args"]), section)
 
 
-def _build_transformers(config: Mapping[str, Any], section: Mapping[str, Any]) -> nn.Module:
+def _transformers_class(name: object) -> Any:
     library = importlib.import_module("transformers")
-    kind: Any = getattr(library, str(section["class"]), None)
-    known = isinstance(kind, type) and issubclass(kind, library.PreTrainedModel)
-    if not known:
+    kind: Any = getattr(library, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, library.PreTrainedModel)):
         raise ValueError(
-            f"load_pretrained: architecture {section['class']!r} must be a model class of "
+            f"load_pretrained: architecture {name!r} must be a model class of "
             f"transformers {library.__version__}"
         )
+    return kind
+
+
+def _build_transformers(config: Mapping[str, Any], section: Mapping[str, Any]) -> nn.Module:
+    kind = _transformers_class(section["class"])
     own = {name: value for name, value in config.items() if name != "kdfast"}
     return _shrunk(HfAdapter(), kind(kind.config_class.from_dict(own)), section)
 
@@ -294,9 +300,9 @@ def _check_rebuilds(model: nn.Module, config: Mapping[str, Any]) -> None:
     try:
         with torch.device("meta"):
             again = _build(config)
-    except (TypeError, RuntimeError, AssertionError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"save_pretrained: the recorded arguments must build the model, got {error}; pass "
+            f"save_pretrained: the recorded arguments must build the model, got: {error}; pass "
             "model_args"
         ) from error
     shapes = [

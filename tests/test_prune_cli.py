@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m kdfast.prune`` as a user runs it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from kdfast.prune import main
+from kdfast.pruning import HeadScores
+from kdfast.saving import load_pretrained, save_pretrained
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", depth=2, num_classes=7, img_size=32, embed_dim=48, num_heads=3
+    )
+    return save_pretrained(model, tmp_path / "model")
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures" / "cats"
+    folder.mkdir(parents=True)
+    for index in range(3):
+        pixels = numpy.random.default_rng(index).integers(0, 255, (40, 50 + index, 3))
+        Image.fromarray(pixels.astype(numpy.uint8)).save(folder / f"{index}.png")
+    return folder.parent
+
+
+def arguments(model: Path, out: Path, /, **more: Any) -> list[str]:
+    given: dict[str, Any] = {
+        "model": model,
+        "out": out,
+        "batches": 1,
+        "batch-size": 2,
+        "rounds": 2,
+        **more,
+    }
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+def test_prunes_saves_draws_and_times(
+    tmp_path: Path, model_folder: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pruned"
+    more = {"keep": 2, "mlp-keep": 0.5, "data": picture_folder}
+    assert main([*arguments(model_folder, out, **more), "--mean-context"]) == 0
+    text = capsys.readouterr().out
+    assert "pictures of" in text and "heads" in text and "1.50x" in text
+    assert text.strip().endswith(str(out / "report.json"))
+    model = load_pretrained(out)
+    assert [len(block.attn.heads) for block in model.blocks] == [2, 2]
+    assert [block.mlp.fc2.in_features for block in model.blocks] == [96, 96]
+    report = json.loads((out / "report.json").read_text())
+    assert report["kept"] == [block.attn.heads for block in model.blocks]
+    assert report["cost"]["full"]["heads"] == 6
+    assert set(report["latency_ms"]) == {"before", "before, fused", "pruned, fused"}
+    assert all(row["ms"] > 0 for row in report["latency_ms"].values())
+    scores = HeadScores.load(out / "scores.json")
+    assert scores.method == "taylor" and scores.metadata["images"] == 2
+    with Image.open(out / "heads.png") as image:
+        pixels = numpy.asarray(image.convert("L"))
+    assert pixels.shape[0] > 100 and pixels.std() > 10
+
+
+def test_scenes_without_data_and_pruning_again(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = arguments(model_folder, tmp_path / "one", method="magnitude", keep=2)
+    assert main(first) == 0
+    assert "on the weights alone" in capsys.readouterr().out
+    second = arguments(tmp_path / "one", tmp_path / "two", method="entropy", keep=0.5)
+    assert main([*second, "--scope", "global"]) == 0
+    assert "rendered driving scenes" in capsys.readouterr().out
+    assert sum(len(b.attn.heads) for b in load_pretrained(tmp_path / "two").blocks) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"model": "vit_tinny_patch16_224"}, "neither a folder nor a model of timm; did you mean"),
+        ({"model": "resnet18"}, "kdfast.prune: model must be one of EVAViT.*holds no attention"),
+        ({"data": "nowhere"}, "--data: must be a folder, got nowhere"),
+        ({"keep": 4}, r"keep must be in \[1, 3\] for block 0, got 4"),
+        ({"keep": 1.5}, r"keep as a fraction must be in \(0, 1\], got 1.5"),
+        ({"mlp-keep": 500}, r"keep must be in \[1, 192\] for block 0, got 500"),
+        ({"batches": 0}, "--batches and --batch-size must be at least 1"),
+    ],
+)
+def test_bad_requests_are_one_line(
+    tmp_path: Path,
+    model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: dict[str, Any],
+    match: str,
+) -> None:
+    out = tmp_path / "out"
+    assert main(arguments(model_folder, out, **{"method": "magnitude", **more})) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and re.search(match, line), line
+    assert not out.exists()
+
+
+def test_more_bad_requests(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(model_folder, model_folder)) == 2
+    assert "holds a model already; --overwrite replaces it" in capsys.readouterr().err
+    assert main([*arguments(model_folder, tmp_path / "x"), "--pretrained"]) == 2
+    assert "--pretrained: belongs to names of timm" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(arguments(model_folder, tmp_path / "x", data=tmp_path / "empty")) == 2
+    assert "must hold pictures" in capsys.readouterr().err
+    (tmp_path / "empty" / "a.png").write_bytes(b"no picture")
+    assert main(arguments(model_folder, tmp_path / "x", data=tmp_path / "empty")) == 2
+    assert "a.png cannot be read" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", "x", "--out", "y", "--method", "luck"])
