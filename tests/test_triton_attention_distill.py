@@ -57,6 +57,7 @@ def check(
     pad: bool = False,
     dtype: torch.dtype = torch.float32,
     loss_weight: float = 100.0,
+    prefixes: tuple[int, int] = (0, 0),
 ) -> None:
     """Both results and every gradient; three student heads of which two are kept, two teachers."""
     dim, teacher_dim = dims
@@ -66,8 +67,10 @@ def check(
     teacher = torch.randn(1, tokens, 2, 2, teacher_dim, **double)
     heads, mapped = [2, 0], [1, 1]
     rows = window[1] ** 2 if window else tokens
-    rope = make_rope(rows, dim, ropes[0]) if ropes[0] else None
-    teacher_rope = make_rope(rows, teacher_dim, ropes[1]) if ropes[1] else None
+    # The rows of the student's prefix are there, those of the teacher's are left out.
+    rope = make_rope(rows, dim, ropes[0], prefixes[0]) if ropes[0] else None
+    teacher_rows = rows - prefixes[1]
+    teacher_rope = make_rope(teacher_rows, teacher_dim, ropes[1], prefixes[1]) if ropes[1] else None
     scales = dim**-0.5, 2 * teacher_dim**-0.5
 
     def call(fused: bool) -> Any:
@@ -114,6 +117,11 @@ def test_windows(kind: str) -> None:
 def test_ropes_and_head_dims(ropes: tuple[str, str], dims: tuple[int, int]) -> None:
     check("kl", tokens=35, ropes=ropes, dims=dims)
     check("jsd", tokens=6, ropes=ropes, dims=dims, window=((2, 3), 2))
+
+
+@pytest.mark.parametrize("kind", ["kl", "jsd"])
+def test_prefixes(kind: str) -> None:
+    check(kind, tokens=9, ropes=("interleaved", "half"), dims=(16, 16), prefixes=(1, 2))
 
 
 def test_fp16() -> None:
