@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import csv
 import json
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kdfast._version import __version__
+from kdfast.benchmark import machine_facts
 from kdfast.chain.plots import draw_comparison
 
 VALUES = ("test_accuracy", "test_f1_score", "test_auc", "val_accuracy", "seconds", "peak_mib")
@@ -93,12 +91,7 @@ def write_comparison(
     better = gain(rows)
     content = {
         **facts,
-        "machine": {
-            "processor": _processor(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "kdfast": __version__,
-        },
+        "machine": machine_facts(),
         "links": rows,
         "gain": better,
     }
@@ -145,12 +138,3 @@ def _spread(row: Mapping[str, Any], name: str) -> str:
     if mean != mean:
         return "-"
     return f"{mean:.2f}" if spread is None else f"{mean:.2f} +- {spread:.2f}"
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
