@@ -22,7 +22,7 @@ STUDENT = ("hidden", "weight", "bias")
 TEACHER = ("teacher_hidden", "teacher_weight", "teacher_bias")
 # Logits of a chunk, and rows it has at least: fewer make the matrix products slow.
 CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 27}
-CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
+CHUNK_ROWS = {"cpu": 512, "cuda": 1024}
 
 
 def linear_kd_loss(

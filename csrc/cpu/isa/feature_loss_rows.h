@@ -13,6 +13,22 @@ struct Pair {
   V s, t;
 };
 
+// Terms of a lane that are added up in the type of the terms before they go to fp64.
+constexpr int64_t kShort = 16;
+
+template <class A>
+struct LaneSum {
+  typename Lanes<A>::V part{};
+  WideSum whole;
+
+  KDFAST_INLINE void operator+=(typename Lanes<A>::V v) { part += v; }
+  KDFAST_INLINE void flush() {
+    whole += part;
+    part = typename Lanes<A>::V{};
+  }
+  KDFAST_INLINE double total() const { return whole.total(); }
+};
+
 // One row of both sides, normalised while it is read.
 template <class In, class A, FeatureNorm norm>
 struct RowPair {
@@ -42,12 +58,18 @@ struct RowPair {
     return x;
   }
 
-  // fn(i, n, x) for every vector of the row; n < W in the last one only.
-  template <class F>
-  KDFAST_INLINE void sweep(const F& fn) const {
+  // fn(i, n, x) for every vector of the row; n < W in the last one only. Empties the sums that fn
+  // adds to after every kShort vectors.
+  template <class F, class... S>
+  KDFAST_INLINE void sweep(const F& fn, S&... sums) const {
     int64_t i = 0;
+    for (; i + kShort * W <= features; i += kShort * W) {
+      for (int64_t j = 0; j < kShort; ++j) fn(i + j * W, W, at(i + j * W, W));
+      (sums.flush(), ...);
+    }
     for (; i + W <= features; i += W) fn(i, W, at(i, W));
     if (i < features) fn(i, features - i, at(i, features - i));
+    (sums.flush(), ...);
   }
 };
 
@@ -61,11 +83,13 @@ struct Units {
 template <class A, class R>
 KDFAST_INLINE Units<A> unit_scales(const R& x, double zero_norm) {
   using V = typename Lanes<A>::V;
-  WideSum ss, tt;
-  x.sweep([&](int64_t, int64_t, Pair<V> p) {
-    ss += p.s * p.s;
-    tt += p.t * p.t;
-  });
+  LaneSum<A> ss, tt;
+  x.sweep(
+      [&](int64_t, int64_t, Pair<V> p) {
+        ss += p.s * p.s;
+        tt += p.t * p.t;
+      },
+      ss, tt);
   const double s = ss.total(), t = tt.total(), zero = zero_norm * zero_norm;
   const bool no_s = s <= zero, no_t = t <= zero;
   return {no_s ? A(0) : A(1 / __builtin_sqrt(s)), no_t ? A(0) : A(1 / __builtin_sqrt(t)),
@@ -76,17 +100,21 @@ template <class In, class A>
 KDFAST_INLINE void layer_moments(RowPair<In, A, FeatureNorm::layer>& x, double eps) {
   using V = typename Lanes<A>::V;
   const RowPair<In, A, FeatureNorm::none> raw{x.s, x.t, nullptr, nullptr, x.features};
-  WideSum s, t, ss, tt;
-  raw.sweep([&](int64_t, int64_t, Pair<V> p) {
-    s += p.s;
-    t += p.t;
-  });
+  LaneSum<A> s, t, ss, tt;
+  raw.sweep(
+      [&](int64_t, int64_t, Pair<V> p) {
+        s += p.s;
+        t += p.t;
+      },
+      s, t);
   x.mean_s = A(s.total() / x.features);
   x.mean_t = A(t.total() / x.features);
-  x.sweep([&](int64_t, int64_t, Pair<V> p) {
-    ss += p.s * p.s;
-    tt += p.t * p.t;
-  });
+  x.sweep(
+      [&](int64_t, int64_t, Pair<V> p) {
+        ss += p.s * p.s;
+        tt += p.t * p.t;
+      },
+      ss, tt);
   x.scale_s = A(1 / __builtin_sqrt(ss.total() / x.features + eps));
   x.scale_t = A(1 / __builtin_sqrt(tt.total() / x.features + eps));
 }
@@ -132,12 +160,14 @@ struct Gradient {
 template <class A, class R, class G, class F>
 KDFAST_INLINE void project(const R& x, G& gradient, const F& g_of) {
   using V = typename Lanes<A>::V;
-  WideSum g_sum, gx_sum;
-  x.sweep([&](int64_t, int64_t, Pair<V> p) {
-    const V g = g_of(p);
-    g_sum += g;
-    gx_sum += g * p.s;
-  });
+  LaneSum<A> g_sum, gx_sum;
+  x.sweep(
+      [&](int64_t, int64_t, Pair<V> p) {
+        const V g = g_of(p);
+        g_sum += g;
+        gx_sum += g * p.s;
+      },
+      g_sum, gx_sum);
   gradient.mean_g = A(g_sum.total() / x.features);
   gradient.mean_gx = A(gx_sum.total() / x.features);
 }
@@ -151,14 +181,16 @@ void one_row(const FeatureLossArgs& a, int64_t r) {
   if constexpr (norm == FeatureNorm::layer) layer_moments(x, a.eps);
   Out* out = a.grad ? static_cast<Out*>(a.grad) + r * a.features : nullptr;
   Gradient<In, Out, A, norm> gradient{a, x, out};
-  WideSum total;
+  LaneSum<A> total;
 
   if constexpr (kind == FeatureKind::cosine) {
     const Units<A> unit = unit_scales<A>(x, a.zero_norm);
-    x.sweep([&](int64_t, int64_t, Pair<V> p) {
-      const V d = p.s * unit.s - p.t * unit.t;
-      total += d * d;
-    });
+    x.sweep(
+        [&](int64_t, int64_t, Pair<V> p) {
+          const V d = p.s * unit.s - p.t * unit.t;
+          total += d * d;
+        },
+        total);
     const double loss = 0.5 * total.total();
     a.loss[r] = unit.differ && loss == loss ? 1.0 : loss;
     if (!out) return;
@@ -175,11 +207,13 @@ void one_row(const FeatureLossArgs& a, int64_t r) {
     if constexpr (norm == FeatureNorm::layer) {
       if (out) project<A>(x, gradient, g_of);
     }
-    x.sweep([&](int64_t i, int64_t n, Pair<V> p) {
-      const Pair<V> d = distance<kind>(p.s, p.t);
-      total += d.s;
-      if (out) gradient.write(i, n, d.t, p.s);
-    });
+    x.sweep(
+        [&](int64_t i, int64_t n, Pair<V> p) {
+          const Pair<V> d = distance<kind>(p.s, p.t);
+          total += d.s;
+          if (out) gradient.write(i, n, d.t, p.s);
+        },
+        total);
     a.loss[r] = total.total();
   }
 }
