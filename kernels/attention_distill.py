@@ -130,18 +130,18 @@ def _distance_kernel(
             ok = i < count
             token = window_tokens(tl.minimum(i, count - 1), first, length, grid_w, WINDOWED)
             turn = table_offsets(token, grid_w, size, prefix, skipped, D, WINDOWED)
-            at = row_offsets(token, stride_qn, UNIT)
-            q_lo = load_query(q_ptr, at, ok, cos_ptr, sin_ptr, turn, D, 0, LO, ROPE)
+            rows = row_offsets(token, stride_qn, UNIT)
+            q_lo = load_query(q_ptr, rows, ok, cos_ptr, sin_ptr, turn, D, 0, LO, ROPE)
             q_hi = q_lo
             if HI:
-                q_hi = load_query(q_ptr, at, ok, cos_ptr, sin_ptr, turn, D, LO, HI, ROPE)
+                q_hi = load_query(q_ptr, rows, ok, cos_ptr, sin_ptr, turn, D, LO, HI, ROPE)
             cos, sin = teacher_cos_ptr, teacher_sin_ptr
             turn = table_offsets(token, grid_w, size, teacher_prefix, teacher_skipped, TD, WINDOWED)
-            at = row_offsets(token, stride_tan, TUNIT)
-            tq_lo = load_query(ta_ptr, at, ok, cos, sin, turn, TD, 0, TLO, TROPE)
+            rows = row_offsets(token, stride_tan, TUNIT)
+            tq_lo = load_query(ta_ptr, rows, ok, cos, sin, turn, TD, 0, TLO, TROPE)
             tq_hi = tq_lo
             if THI:
-                tq_hi = load_query(ta_ptr, at, ok, cos, sin, turn, TD, TLO, THI, TROPE)
+                tq_hi = load_query(ta_ptr, rows, ok, cos, sin, turn, TD, TLO, THI, TROPE)
             a_lse, b_lse, x, y = load_stats(
                 stats_ptr + stats, plane, token, ok, LOGIT_MSE if KIND == LOGIT_MSE else KL
             )
