@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import timm
 import torch
+from torch import nn
 
 from kdfast.nn.accelerate import accelerate
 from kdfast.nn.table import FUSED
@@ -75,9 +76,7 @@ def survey(names: Iterable[str]) -> Iterator[Support]:
         source = inspect.getsource(sys.modules[entry.__module__])
         if "attention" not in source.lower() and "attn" not in source:
             continue
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = timm.create_model(name)
+        model = _build(name)
         flagged = any(hasattr(module, "fused_attn") for module in model.modules())
         report = accelerate(model)
         yield Support(
@@ -87,6 +86,16 @@ def survey(names: Iterable[str]) -> Iterator[Support]:
             frozenset(site.source for site in report.replaced),
             frozenset((site.source, site.detail) for site in report.left),
         )
+
+
+def _build(name: str) -> nn.Module:
+    """The model on the meta device, with two blocks if it has such an option: all are alike."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return timm.create_model(name, depth=2)
+        except (TypeError, AssertionError):
+            return timm.create_model(name)
 
 
 def markdown(rows: Iterable[Support]) -> str:

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole models: as published (torch's SDPA), compiled, accelerated, and with half of the heads.
+
+Latency of a forward pass and time of a training step (forward and backward, no optimizer) in fp32.
+Multiply-adds of the model stand in the case, so what pruning promises is next to what it gives.
+"""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import kdfast
+from kdfast import benchmark
+
+Step = Callable[[], object]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SMALL = benchmark.sized({}, {"depth": 1})
+MODELS = {
+    "DeiT-S": ("deit_small_patch16_224", {}),
+    "ViT-B": ("vit_base_patch16_224", {}),
+    "DINOv2-S/14": ("vit_small_patch14_dinov2", {"img_size": 224}),
+    "EVA02-S": ("eva02_small_patch14_224", {}),
+    "EVA02-L": ("eva02_large_patch14_224", {}),
+    "SigLIP-B": ("vit_base_patch16_siglip_224", {}),
+}
+# Model, batch, whether torch.compile is timed too (it compiles for half a minute), rounds.
+FORWARD = benchmark.sized(
+    [
+        ("DeiT-S", 1, True, 15),
+        ("DeiT-S", 8, False, 5),
+        ("ViT-B", 1, False, 9),
+        ("ViT-B", 8, False, 3),
+        ("DINOv2-S/14", 1, False, 15),
+        ("EVA02-S", 1, False, 15),
+        ("EVA02-S", 8, False, 5),
+        ("EVA02-L", 1, False, 3),
+        ("SigLIP-B", 1, False, 9),
+    ],
+    [("DeiT-S", 1, True, 1), ("EVA02-S", 1, False, 1), ("SigLIP-B", 1, False, 1)],
+)
+TRAINING = benchmark.sized(
+    [("DeiT-S", 8, True, 3), ("ViT-B", 1, False, 5), ("EVA02-S", 8, False, 3)],
+    [("DeiT-S", 1, False, 1)],
+)
+
+
+def build(name: str) -> nn.Module:
+    entry, options = MODELS[name]
+    return timm.create_model(entry, num_classes=10, **options, **SMALL).to(DEVICE).eval()
+
+
+def images(model: nn.Module, batch: int) -> Tensor:
+    return torch.randn(batch, 3, 224, 224, device=DEVICE)
+
+
+def forward(model: nn.Module, x: Tensor) -> Step:
+    def run() -> Tensor:
+        with torch.no_grad():
+            return model(x)
+
+    return run
+
+
+def training(model: nn.Module, x: Tensor) -> Step:
+    parameters = list(model.parameters())
+
+    def run() -> object:
+        return torch.autograd.grad(model(x).square().mean(), parameters, allow_unused=True)
+
+    return run
+
+
+def variants(model: nn.Module, compiled: bool, *, same: Tensor) -> dict[str, Callable[..., Tensor]]:
+    """Candidates; nothing is timed on a wrong result, checked on the images ``same``."""
+    fused = copy.deepcopy(model)
+    assert kdfast.accelerate(fused).complete
+    with torch.no_grad():
+        want, got = model(same), fused(same)
+    assert (want - got).norm() <= 1e-3 * want.norm(), "accelerated model gives something else"
+    found = {"sdpa": model, "kdfast": fused}
+    if compiled:
+        found["compile"] = benchmark.compiled(model)
+    return found
+
+
+def halved(model: nn.Module) -> nn.Module:
+    """Half of the heads of every block, whichever: times do not depend on the choice."""
+    kept = kdfast.select_heads(kdfast.head_scores(model, "magnitude"), 0.5)
+    return kdfast.prune_heads(model, kept)
+
+
+def gmacs(model: nn.Module) -> list[float]:
+    """Multiply-adds in 1e9 with all heads, with half of them."""
+    report = kdfast.pruning_report(model, (0.5,), image_size=224)
+    return [cost.flops / 2e9 for cost in (report.full, *report.pruned)]
+
+
+@pytest.mark.parametrize(("name", "batch", "compiled", "rounds"), FORWARD)
+def bench_forward(compare, name: str, batch: int, compiled: bool, rounds: int) -> None:  # type: ignore[no-untyped-def]
+    model = build(name)
+    x = images(model, batch)
+    found = variants(model, compiled, same=x[:1])
+    case = f"fwd {name} batch {batch}"
+    if name != "SigLIP-B":  # its pool, too, keeps all its heads
+        whole, half = gmacs(model)
+        found["kdfast, half of the heads"] = halved(model)
+        case += f", {batch * whole:.1f} GMACs, half of the heads {batch * half:.1f}"
+    compare("accelerate", case, {n: forward(m, x) for n, m in found.items()}, rounds=rounds)
+
+
+@pytest.mark.parametrize(("name", "batch", "compiled", "rounds"), TRAINING)
+def bench_training(compare, name: str, batch: int, compiled: bool, rounds: int) -> None:  # type: ignore[no-untyped-def]
+    model = build(name)
+    x = images(model, batch)
+    found = variants(model, compiled, same=x[:1])
+    found["kdfast, half of the heads"] = halved(model)
+    case = f"fwd+bwd {name} batch {batch}"
+    compare("accelerate", case, {n: training(m, x) for n, m in found.items()}, rounds=rounds)
+
+
+def bench_clip(compare) -> None:  # type: ignore[no-untyped-def]
+    """The vision tower of CLIP ViT-B/16 in transformers, switched by its attention interface."""
+    transformers = pytest.importorskip("transformers")
+    depth = benchmark.sized(12, 1)
+    config = transformers.CLIPVisionConfig(patch_size=16, num_hidden_layers=depth)
+    model = transformers.CLIPVisionModel(config).to(DEVICE).eval()
+    fused = transformers.CLIPVisionModel(copy.deepcopy(config)).to(DEVICE).eval()
+    fused.load_state_dict(model.state_dict())
+    assert kdfast.accelerate(fused).complete
+    x = images(model, 1)
+    calls: dict[str, Step] = {}
+    for name, tower in {"sdpa": model, "kdfast": fused}.items():
+        calls[name] = forward(lambda x, tower=tower: tower(pixel_values=x)[0], x)
+    compare("accelerate", "fwd CLIP ViT-B/16 batch 1", calls, rounds=9)
+
+
+def bench_swin(compare) -> None:  # type: ignore[no-untyped-def]
+    """Swin adds a position bias, which the kernels do not: nothing may change."""
+    model = timm.create_model("swin_tiny_patch4_window7_224").to(DEVICE).eval()
+    left = copy.deepcopy(model)
+    report = kdfast.accelerate(left)
+    assert not report.replaced and report.left
+    x = images(model, 1)
+    calls = {"sdpa": forward(model, x), "kdfast, all left": forward(left, x)}
+    compare("accelerate", "fwd Swin-T batch 1", calls, rounds=5)
