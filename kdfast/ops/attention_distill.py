@@ -12,9 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast.ops import _distill_composed
 from kdfast.ops import pruned_attention as attention
 from kdfast.ops._checks import head_list
-from kdfast.ops._library import HAS_TRITON, LIB, fused_devices, not_compiled, use_fused
+from kdfast.ops._library import (
+    DEFAULT_BACKEND,
+    HAS_TRITON,
+    LIB,
+    fused_devices,
+    not_compiled,
+    use_fused,
+)
 from kdfast.ops.geometry import Rope, Window
 
 # Numbers that the fused op keeps per row, by kind, in this order: the maximum of the scores and the
@@ -113,6 +121,12 @@ def attention_distill(
                 q, k, v, teacher_q, teacher_k, kept, mapped, *student, *teacher, temperature, kind
             )
             return out, loss
+        if (backend or DEFAULT_BACKEND) != "reference" and kind == "kl" and window is None:
+            if count * q.shape[0] * q.shape[2] ** 2 > _distill_composed.MOST_ELEMENTS:
+                student = _side(q, k, kept, rope)
+                teacher = _side(teacher_q, teacher_k, mapped, teacher_rope)
+                values = v if kept is None else v[:, kept]
+                return composed(*student, values, *teacher, scale, teacher_scale, temperature)
         out = attention.reference(q, k, v, kept, rope, scale, window)
         a = attention_scores(q, k, kept, rope, scale / temperature, window)
         b = attention_scores(
@@ -188,11 +202,8 @@ def attention_scores(
     window: Window | None,
 ) -> list[tuple[Tensor, int]]:
     """Per window, ``scale * R(q) R(k)^T`` (B, K, n, n) of its n real tokens, and its live pads."""
-    if heads is not None:
-        index = torch.tensor(heads, device=q.device)
-        q, k = q.index_select(1, index), k.index_select(1, index)
     dtype = attention.math_dtype(q.dtype)
-    q, k = (attention.rotated(x, rope, window).to(dtype) for x in (q, k))
+    q, k = (x.to(dtype) for x in _side(q, k, heads, rope, window))
     groups = [(torch.arange(q.shape[2], device=q.device), 0)]
     if window is not None:
         live = window.pad_value is not None
@@ -200,6 +211,42 @@ def attention_scores(
             (window.token_index(s, q.device), window.pads(s) if live else 0) for s in window.spans()
         ]
     return [(scale * q[:, :, i] @ k[:, :, i].transpose(-1, -2), pads) for i, pads in groups]
+
+
+def _side(
+    q: Tensor,
+    k: Tensor,
+    heads: Sequence[int] | None,
+    rope: Rope | None,
+    window: Window | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q and k of the named heads, rotated."""
+    if heads is not None:
+        index = torch.tensor(heads, device=q.device)
+        q, k = q.index_select(1, index), k.index_select(1, index)
+    return attention.rotated(q, rope, window), attention.rotated(k, rope, window)
+
+
+def composed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    scale: float,
+    teacher_scale: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """The reference of "kl" in O(N) memory, by torch's attention: q and k as ``_side`` gives them.
+
+    "auto" takes it in place of the reference where that would hold maps of more than 1 GiB.
+    """
+    dtype = attention.math_dtype(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale).to(q.dtype)
+    q, k, teacher_q, teacher_k = (x.to(dtype) for x in (q, k, teacher_q, teacher_k))
+    scale, teacher_scale = scale / temperature, teacher_scale / temperature
+    rows = _distill_composed.row_kl(q, k, teacher_q, teacher_k, scale, teacher_scale)
+    return out, rows.sum() / max(rows.numel(), 1)
 
 
 def reference(
