@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from kdfast.models import EVAViT
 from kdfast.pruning import prune_heads
 
 NAMES = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit3_base_patch16_224")
@@ -37,6 +38,17 @@ def test_export_has_only_ops_of_torch(name: str) -> None:
     assert ops and not any("kdfast" in str(op) for op in ops)
     with torch.no_grad():
         torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_export_of_eva() -> None:
+    sizes = {"img_size": 40, "embed_dim": 48, "depth": 3, "num_heads": 3, "patch_size": 8}
+    model = EVAViT(**sizes, window_size=2, window_block_indexes=(0, 1), pretrain_img_size=40)
+    model = prune_heads(model.eval(), [[0, 2], [], [1]])
+    x = torch.randn(1, 3, 40, 40)
+    program = torch.export.export(model, (x,))
+    assert not any("kdfast" in str(node.target) for node in program.graph.nodes)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_exported_program_runs_without_kdfast(tmp_path: Path) -> None:

@@ -119,7 +119,9 @@ class Attention(nn.Module):
         if not self.heads:
             out = v
         elif target is None:
-            out = pruned_attention(q, k, v, rope=rope, window=window)
+            # An exported graph must run where kdfast is not installed.
+            backend = "reference" if torch.compiler.is_exporting() else None
+            out = pruned_attention(q, k, v, rope=rope, window=window, backend=backend)
         else:
             out, loss = attention_distill(
                 q,

@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Head and hidden-unit scores, selection, surgery and accounting. See docs/pruning.md."""
 
+from kdfast.pruning.adapter import Site, register_family
 from kdfast.pruning.evaluate import evaluate_selections
 from kdfast.pruning.gates import HeadGates
 from kdfast.pruning.report import PruningReport, pruning_report
 from kdfast.pruning.scores import HeadScores, head_scores, mlp_scores
 from kdfast.pruning.select import select_heads
+from kdfast.pruning.site_adapter import SiteAdapter
 from kdfast.pruning.surgery import prune_heads
 
 __all__ = [
     "HeadGates",
     "HeadScores",
     "PruningReport",
+    "Site",
+    "SiteAdapter",
     "evaluate_selections",
     "head_scores",
     "mlp_scores",
     "prune_heads",
     "pruning_report",
+    "register_family",
     "select_heads",
 ]

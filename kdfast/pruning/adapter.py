@@ -145,13 +145,21 @@ class Adapter(Protocol):
         """FLOPs of every block and of all the rest; ValueError if the size does not fit."""
 
 
+_registered: list[Adapter] = []
+
+
+def register_family(adapter: Adapter) -> None:
+    """Adds a family for this process; it is asked before those of kdfast."""
+    _registered.insert(0, adapter)
+
+
 def adapters() -> tuple[Adapter, ...]:
     """All families; the first that fits a model wins."""
     from kdfast.pruning.eva_adapter import EvaAdapter
     from kdfast.pruning.hf_adapter import HfAdapter
     from kdfast.pruning.vit_adapter import VitAdapter
 
-    return (EvaAdapter(), HfAdapter(), VitAdapter())
+    return (*_registered, EvaAdapter(), HfAdapter(), VitAdapter())
 
 
 def adapter_of(function: str, model: nn.Module) -> Adapter:

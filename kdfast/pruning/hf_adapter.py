@@ -5,19 +5,16 @@ Their forward takes the number of heads from the width of the projections, so no
 ``attn_implementation`` (perhaps "kdfast") stays what it was. H heads, N tokens, D head dim.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kdfast.nn.attention import qualified_name
 from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.ops.geometry import Rope
-from kdfast.pruning.adapter import BlockFlops, HeadWeights, Site
-from kdfast.pruning.skeleton import counted_flops, meta_copy, mlp_sites, narrow
+from kdfast.pruning.adapter import Site
+from kdfast.pruning.site_adapter import SiteAdapter
 
 # Classes whose forward was read: separate q, k and v projections, reshaped by the head dim.
 ATTENTIONS = {
@@ -35,7 +32,6 @@ ATTENTIONS = {
         "vit_mae.modeling_vit_mae.ViTMAE",
     )
 }
-COUNTS = ("num_attention_heads", "num_heads")
 
 
 class NoHeads(nn.Module):
@@ -62,11 +58,10 @@ def _axes(attention: nn.Module) -> dict[str, HeadAxis]:
     return {**axes, f"{last}.weight": HeadAxis(1)}
 
 
-@dataclass(frozen=True)
-class HfAdapter:
+class HfAdapter(SiteAdapter):
     """ViT, DeiT, DINOv2, DINOv3, I-JEPA, ViT-MAE and the vision towers of CLIP and SigLIP."""
 
-    family: str = "Hugging Face ViT"
+    family = "Hugging Face ViT"
 
     def fits(self, model: nn.Module) -> bool:
         bases = {f"{base.__module__}.{base.__name__}" for base in type(model).__mro__}
@@ -80,11 +75,6 @@ class HfAdapter:
             return "it has a text model as well; give its vision model"
         return None
 
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
-        return [
-            model.get_submodule(site.name.rpartition(".")[0]) for site in self.attentions(model)
-        ]
-
     def attentions(self, model: nn.Module) -> list[Site]:
         sites = []
         for name, module in model.named_modules():
@@ -97,26 +87,6 @@ class HfAdapter:
             axes = _axes(module)
             sites.append(Site(name, module, axes, attention.head_dim, held, _projection(module)))
         return sites
-
-    def mlps(self, model: nn.Module) -> list[Site]:
-        return mlp_sites(model, self.attentions(model))
-
-    def weights(self, site: Site) -> HeadWeights:
-        attention: Any = site.module
-
-        def rows(layer: nn.Linear) -> Tensor:
-            weight = layer.weight.detach()
-            if layer.bias is not None:
-                weight = torch.cat((weight, layer.bias.detach()[:, None]), 1)
-            return weight.unflatten(0, (len(site.held), site.size))
-
-        columns = _projection(attention).weight.detach()
-        return HeadWeights(
-            rows(attention.q_proj),
-            rows(attention.k_proj),
-            rows(attention.v_proj),
-            columns.unflatten(1, (len(site.held), site.size)).transpose(0, 1),
-        )
 
     def call(
         self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
@@ -136,44 +106,11 @@ class HfAdapter:
         scale = getattr(attention, "scaling", None) or getattr(attention, "scale", None)
         return AttentionCall(q, k, rope, None, scale)
 
-    def running(self, model: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def empty(
-        self, model: nn.Module, heads: Sequence[Sequence[int]], widths: Sequence[int]
-    ) -> nn.Module:
-        skeleton: nn.Module = meta_copy(model)
-        self.shrink(skeleton, heads, widths)
-        return skeleton
-
-    def shrink(
-        self, model: nn.Module, heads: Sequence[Sequence[int]], widths: Sequence[int]
-    ) -> None:
-        """In place: attentions with these original heads, and MLPs of these widths."""
-        sites, mlps = self.attentions(model), self.mlps(model)
-        for site, kept in zip(sites, heads, strict=True):
-            attention: Any = site.module
-            if site.held:
-                narrow(site, len(kept))
-            attention.kept_heads = list(kept)
-            for name in COUNTS:
-                if name in attention.__dict__:
-                    setattr(attention, name, len(kept))
-            if not kept and not isinstance(attention, NoHeads):
-                path, _, leaf = site.name.rpartition(".")
-                model.get_submodule(path)._modules[leaf] = NoHeads(attention)
-        for site, width in zip(mlps, widths, strict=True):
-            narrow(site, width)
-
-    def refresh(self, student: nn.Module) -> None:
-        pass
+    def set_heads(self, model: nn.Module, site: Site, kept: list[int]) -> None:
+        super().set_heads(model, site, kept)
+        if not kept and not isinstance(site.module, NoHeads):
+            path, _, leaf = site.name.rpartition(".")
+            model.get_submodule(path)._modules[leaf] = NoHeads(site.module)
 
     def image_size(self, model: Any) -> tuple[int, int]:
-        size = getattr(model.config, "image_size", None)
-        if size is None:
-            raise ValueError(f"{self.family}: image_size must be given, the config names none")
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-    def flops(self, model: nn.Module, image_size: tuple[int, int]) -> tuple[list[BlockFlops], int]:
-        skeleton = meta_copy(model).eval()
-        return counted_flops(self.family, skeleton, self.attentions(skeleton), image_size)
+        return self.as_size(getattr(model.config, "image_size", None))
