@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples of docs/add_a_family.md and docs/pruning.md, as a reader would run them."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import kdfast.pruning.adapter
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def blocks(name: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_add_a_family(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kdfast.pruning.adapter, "_registered", [])
+    names: dict[str, Any] = {"__name__": "docs"}
+    for code in blocks("add_a_family.md"):
+        exec(code, names)
+    out = capsys.readouterr().out
+    assert "MyViT, 3 blocks, one 32 x 32 image" in out
+    block = names["small"].blocks[0].attn
+    assert block.heads == 2 and block.kept_heads == names["kept"][0]
+    # Steps compose, and hidden units are cut as the page says.
+    again = kdfast.prune_heads(names["small"], [[1], [], [0]])
+    assert again.blocks[0].attn.kept_heads == [names["kept"][0][1]]
+    model, units = names["model"], names["units"]
+    small = kdfast.prune_heads(model, None, mlp=units)
+    assert torch.equal(small.blocks[2].up.weight, model.blocks[2].up.weight[units[2]])
+    assert len(units[2]) == 64
+
+
+def test_pruning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    build = timm.create_model
+
+    def small(name: str, pretrained: bool, **given: Any) -> torch.nn.Module:
+        sizes = {"depth": 2, "embed_dim": 48, "num_heads": 4, "img_size": 32, "num_classes": 5}
+        return build(name, **{**sizes, **given})
+
+    monkeypatch.setattr(timm, "create_model", small)
+    labels = torch.tensor([1, 2])
+    names: dict[str, Any] = {
+        "loader": [(torch.randn(2, 3, 32, 32), labels)],
+        "images": torch.randn(2, 3, 32, 32),
+        "labels": labels,
+        "criterion": torch.nn.functional.cross_entropy,
+    }
+    first, gates, rating = blocks("pruning.md")
+    exec(first, names)
+    exec(gates, names)
+    names["kept_by_taylor"] = names["kept"]
+    names["kept_by_entropy"] = kdfast.select_heads(names["gates"].scores(), 2)
+    exec(rating, names)
+    monkeypatch.setattr(timm, "create_model", build)
+    again = kdfast.load_pretrained("vit_base_half")
+    with torch.no_grad():
+        torch.testing.assert_close(again(names["images"]), names["small"](names["images"]))
