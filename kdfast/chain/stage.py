@@ -10,10 +10,12 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -153,12 +155,45 @@ def batch_size(
 def planned_batch(
     stage: Stage, student: LinkModel, teacher: LinkModel | None, device: torch.device
 ) -> int:
-    """The largest batch of ``kdfast.plan``.
+    """The largest power of two that ``kdfast.plan`` finds to fit.
+
+    Args:
+        stage: Its config and link are planned; ``vram_gib`` says how much may be used, without
+            it all that is free.
+        student: On the CPU still.
+        teacher: On the CPU still.
+        device: Of the run.
 
     Raises:
-        ConfigError: There is no planner in this version.
+        ConfigError: None fits, or only with checkpointing; the message says what would help.
     """
-    raise ConfigError(["batch: auto needs kdfast.plan, which is not there"])
+    # It builds the objective of every trainer, so it imports this package.
+    from kdfast.plan.jobs import jobs_of
+    from kdfast.plan.search import DoesNotFit, largest
+
+    config = stage.config
+    job = jobs_of(config, len(stage.data.class_names))[stage.link.index]
+    if config.vram_gib is not None:
+        room = int(config.vram_gib * 2**30)
+    elif device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[0]
+    else:
+        room = psutil.virtual_memory().available
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    # More images than that make no step.
+    sizes = [2**i for i in range(10) if 2**i <= len(stage.data.train)]
+    try:
+        best = largest(
+            partial(job.plan, device=kind), room, sizes, checkpointing=config.checkpointing
+        )
+    except DoesNotFit as error:
+        raise ConfigError([f"batch: {stage.link.role}: {error}"]) from error
+    if best.checkpointing and not config.checkpointing:
+        raise ConfigError(
+            [f"batch: {stage.link.role}: only fits with checkpointing; set checkpointing=true"]
+        )
+    LOG.info("%s: planned batch %d for %.1f GiB", stage.link.role, best.batch, room / 2**30)
+    return best.batch
 
 
 def _loop(

@@ -46,7 +46,7 @@ class Job:
     amp: torch.dtype | None
     checkpointing: bool
 
-    def plan(self, batch: int, checkpointing: bool) -> MemoryPlan:
+    def plan(self, batch: int, checkpointing: bool, device: str = "cuda") -> MemoryPlan:
         """Predicted peak with this batch."""
         return plan_step(
             lambda: self.build(checkpointing),
@@ -54,6 +54,7 @@ class Job:
             image_size=self.image_size,
             amp=self.amp,
             checkpointing=checkpointing,
+            device=device,
         )
 
 
