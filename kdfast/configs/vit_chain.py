@@ -10,11 +10,11 @@ from kdfast.configs.chain import ChainConfig, ChainDataConfig, ChainOptimConfig
 CIFAR10 = "data/cifar10"
 
 
-def _small(dim: int, depth: int, heads: int) -> dict[str, Any]:
-    """Arguments that turn a timm ViT into one for 32 x 32 pixels in patches of 4."""
+def _small(dim: int, depth: int, heads: int, patch: int = 4) -> dict[str, Any]:
+    """Arguments that turn a timm ViT into a small one for 32 x 32 pixels."""
     return {
         "img_size": 32,
-        "patch_size": 4,
+        "patch_size": patch,
         "embed_dim": dim,
         "depth": depth,
         "num_heads": heads,
@@ -31,16 +31,19 @@ def vit_chain() -> ChainConfig:
 
 
 def vit_chain_digits() -> ChainConfig:
-    """The embedded default: scikit-learn's digits and small ViTs; no file, minutes on two cores."""
+    """The embedded default: scikit-learn's digits and small ViTs; no file, minutes on two cores.
+
+    The digits are enlarged from 8 x 8, so that a patch of 8 is 2 x 2 pixels of the original.
+    """
     return ChainConfig(
         name="vit_chain_digits",
         output="runs/vit_chain",
-        model_args=(_small(128, 6, 8), _small(96, 4, 6), _small(64, 3, 4)),
+        model_args=(_small(96, 4, 6, 8), _small(64, 3, 4, 8), _small(32, 2, 2, 8)),
         twin=True,
         seeds=(0, 1, 2),
         batch=32,
-        epochs=(14, 14, 14),
-        data=ChainDataConfig(kind="digits", size=32, variants=1, workers=0),
+        epochs=14,
+        data=ChainDataConfig(kind="digits", size=32, augment="none", workers=0),
         optim=ChainOptimConfig(lr=1e-3, warmup_epochs=1),
     )
 
