@@ -201,6 +201,46 @@ def test_a_weight_costs_no_memory() -> None:
     assert peak_bytes(lambda: torch.autograd.grad(loss, s)) < s.nbytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+@pytest.mark.parametrize("kind", ["none", "hard", "ignored", "soft"])
+def test_in_place(kind: str, reduction: str, dtype: torch.dtype, isa: str) -> None:
+    s, t, *y = (x.to(dtype) if x.is_floating_point() else x for x in make(12, 301, kind))
+    results = []
+    for inplace in (False, True):
+        leaf = s.clone().requires_grad_()
+        logits = leaf * 2
+        out = kdfast.kd_loss(logits, t, *y, reduction=reduction, inplace=inplace, backend="fused")
+        memory = logits.data_ptr()
+        (grad,) = torch.autograd.grad(out[0].sum() * 3, logits)
+        assert (grad.data_ptr() == memory) == inplace
+        results.append([x.detach() for x in (*out, grad)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_in_place_keeps_nothing_more() -> None:
+    s, t, y = make(64, 1000, "hard")
+    layer = torch.nn.Linear(1, 1000)
+
+    def step(inplace: bool) -> None:
+        logits = layer(s[:, :1])
+        kdfast.kd_loss(logits, t, y, inplace=inplace, backend="fused")[0].backward()
+
+    step(True)
+    # Logits, their gradient, and, when it is not in place, both at a time.
+    assert peak_bytes(lambda: step(False)) > 1.9 * s.nbytes
+    assert peak_bytes(lambda: step(True)) < 1.5 * s.nbytes
+
+
+def test_in_place_needs_contiguous_logits() -> None:
+    s, t, y = make(6, 10, "hard")
+    arguments = (t[:, ::2].clone(), y // 2, 4.0, 0.7, "sum", 0.0, -100)
+    for bad in (s[:, ::2], s[:, :5].half()):
+        with pytest.raises(ValueError, match="must be contiguous and not fp16"):
+            torch.ops.kdfast.kd_loss_.default(bad, arguments[0].to(bad.dtype), *arguments[1:])
+
+
 def test_batched_upstream() -> None:
     s, t, y = make(64, 100, "hard")
     s.requires_grad_()

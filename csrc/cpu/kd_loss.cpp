@@ -60,10 +60,11 @@ Results reduce(const std::string& reduction, const at::Tensor& student, const at
 }
 
 // student, teacher (..., C); target undefined, (...) int64 or (..., C) in the accumulator's type.
-Results kd_loss(const at::Tensor& student, const at::Tensor& teacher,
-                const std::optional<at::Tensor>& target, double temperature, double alpha,
-                std::string_view reduction, double label_smoothing, int64_t ignore_index,
-                bool need_grad) {
+// grad: contiguous like student, which it may be, or without elements.
+Results run(const at::Tensor& student, const at::Tensor& teacher,
+            const std::optional<at::Tensor>& target, double temperature, double alpha,
+            std::string_view reduction, double label_smoothing, int64_t ignore_index,
+            const at::Tensor& grad) {
   const at::Tensor goal = target ? target->contiguous() : at::Tensor();
   check_shapes(student, teacher, goal);
   const at::Tensor s = as_rows(student), t = as_rows(teacher);
@@ -75,14 +76,13 @@ Results kd_loss(const at::Tensor& student, const at::Tensor& teacher,
   const double ce_count = !mean ? 1 : goal.defined() ? labels : std::max<int64_t>(rows, 1);
 
   const at::Tensor kd = at::empty({rows}, at::kDouble), ce = at::empty({rows}, at::kDouble);
-  const at::Tensor grad = empty_gradient(student, need_grad);
   KdLossArgs args{};
   args.elem = elem_of("kd_loss", student);
   args.student = s.const_data_ptr();
   args.teacher = t.const_data_ptr();
   if (hard) args.labels = goal.const_data_ptr<int64_t>();
   if (goal.defined() && !hard) args.soft = goal.const_data_ptr();
-  if (need_grad) args.grad = grad.mutable_data_ptr();
+  if (grad.numel() > 0) args.grad = grad.mutable_data_ptr();
   args.kd = kd.mutable_data_ptr<double>();
   args.ce = ce.mutable_data_ptr<double>();
   args.classes = classes;
@@ -91,7 +91,8 @@ Results kd_loss(const at::Tensor& student, const at::Tensor& teacher,
   args.ignore_index = ignore_index;
   args.temperature = temperature;
   args.smoothing = label_smoothing;
-  args.streamed = grad.nbytes() >= kStreamBytes;
+  // Over logits that are in cache by then, other stores are faster.
+  args.streamed = grad.nbytes() >= kStreamBytes && !grad.is_same(student);
   args.kd_weight = alpha / kd_count;
   args.ce_weight = (1 - alpha) / ce_count;
 
@@ -107,7 +108,31 @@ Results kd_loss(const at::Tensor& student, const at::Tensor& teacher,
   return reduce(std::string(reduction), student, kd, ce, kd_count, ce_count, alpha, grad);
 }
 
+Results kd_loss(const at::Tensor& student, const at::Tensor& teacher,
+                const std::optional<at::Tensor>& target, double temperature, double alpha,
+                std::string_view reduction, double label_smoothing, int64_t ignore_index,
+                bool need_grad) {
+  return run(student, teacher, target, temperature, alpha, reduction, label_smoothing, ignore_index,
+             empty_gradient(student, need_grad));
+}
+
+// Writes the gradient over the student's logits.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> kd_loss_(
+    at::Tensor& student, const at::Tensor& teacher, const std::optional<at::Tensor>& target,
+    double temperature, double alpha, std::string_view reduction, double label_smoothing,
+    int64_t ignore_index) {
+  TORCH_CHECK_VALUE(student.is_contiguous() && student.scalar_type() != at::kHalf,
+                    "kd_loss: logits to be overwritten must be contiguous and not fp16, got ",
+                    student.scalar_type(), " with strides ", student.strides());
+  const auto [loss, kd, ce, _] = run(student, teacher, target, temperature, alpha, reduction,
+                                     label_smoothing, ignore_index, student);
+  return {loss, kd, ce};
+}
+
 }  // namespace
 }  // namespace kdfast::cpu
 
-TORCH_LIBRARY_IMPL(kdfast, CPU, m) { m.impl("kd_loss", &kdfast::cpu::kd_loss); }
+TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("kd_loss", &kdfast::cpu::kd_loss);
+  m.impl("kd_loss_", &kdfast::cpu::kd_loss_);
+}

@@ -72,6 +72,8 @@ def chunked(
     # The kernel's gradient is that of share kd + (1 - share) ce.
     factor = kd_part + ce_part
     options = (temperature, kd_part / factor if factor else 1.0, "none", label_smoothing)
+    # Nobody else has the logits of a chunk, so their gradient can take their place.
+    over = hidden.device.type == "cpu" and dtype != torch.float16
     gradients = _Gradients(hidden, weight, bias, need_grad, factor)
     kd, ce = (hidden.new_empty(rows, dtype=accumulator(dtype)) for _ in range(2))
     for begin in range(0, rows, chunk):
@@ -82,9 +84,16 @@ def chunked(
             t = teacher_logits[part]
         s = F.linear(hidden[part], weight, bias)
         y = None if target is None else target[part]
-        _, kd[part], ce[part], g = torch.ops.kdfast.kd_loss.default(
-            s.to(dtype), t.to(dtype), y, *options, ignore_index, any(need_grad)
-        )
+        s, t = s.to(dtype), t.to(dtype)
+        if any(need_grad) and over:
+            _, kd[part], ce[part] = torch.ops.kdfast.kd_loss_.default(
+                s, t, y, *options, ignore_index
+            )
+            g = s
+        else:
+            _, kd[part], ce[part], g = torch.ops.kdfast.kd_loss.default(
+                s, t, y, *options, ignore_index, any(need_grad)
+            )
         if any(need_grad):
             gradients.add(part, g if row_weight is None else g.mul_(row_weight[part, None]))
     if reduction != "none":

@@ -150,7 +150,7 @@ def check_target(
 def _check_inplace(student: Tensor, teacher: Tensor, backend: str | None) -> None:
     if student.device.type not in INPLACE_ON or backend == "reference":
         raise NotImplementedError(
-            f"kd_loss: inplace needs the CUDA kernel, got {student.device.type} tensors and "
+            f"kd_loss: inplace needs a compiled kernel, got {student.device.type} tensors and "
             f"backend {backend!r}"
         )
     if student.dtype not in (torch.float32, torch.bfloat16) or teacher.dtype != student.dtype:
