@@ -113,7 +113,7 @@ def load_pretrained(path: str | os.PathLike[str]) -> Any:
             f"load_pretrained: {folder / WEIGHTS} must fit the architecture, got\n  "
             + "\n  ".join(problems)
         )
-    model.load_state_dict(state, strict=True, assign=True)
+    model.load_state_dict(_as_parameters(state, model), strict=True, assign=True)
     if isinstance(model, EVAViT):
         model.fill_rope()
     for name, dtype in config.get("kdfast", {}).get("tables", {}).items():
@@ -371,12 +371,20 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"load_pretrained: {path} must be a whole safetensors file: {error}"
         ) from error
-    parameters: dict[str, Tensor] = {
-        name: nn.Parameter(tensor, tensor.is_floating_point()) for name, tensor in state.items()
-    }
-    for name, source in aliases.items():
-        parameters[name] = parameters[source]
-    return parameters
+    if missing := sorted(set(aliases.values()) - set(state)):
+        raise ValueError(f"load_pretrained: {path} must hold the shared tensors {missing}")
+    return {**state, **{name: state[source] for name, source in aliases.items()}}
+
+
+def _as_parameters(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Parameters where the model has parameters, the same one for a tensor of several names."""
+    made: dict[int, Tensor] = {}
+    for name, own in model.state_dict(keep_vars=True).items():
+        tensor = state[name]
+        is_parameter = isinstance(own, nn.Parameter)
+        if id(tensor) not in made:
+            made[id(tensor)] = nn.Parameter(tensor, own.requires_grad) if is_parameter else tensor
+    return {name: made[id(tensor)] for name, tensor in state.items()}
 
 
 def _replace(path: Path, write: Any) -> None:

@@ -183,6 +183,24 @@ def test_shared_tensors_are_stored_once_and_shared_again(tmp_path: Path) -> None
     assert again.blocks[1].norm1.weight is again.blocks[0].norm1.weight
 
 
+def test_buffers_stay_buffers(tmp_path: Path) -> None:
+    """A hybrid, whose batch norms have buffers in the state dict."""
+    model: Any = timm.create_model(
+        "vit_base_resnet26d_224", img_size=64, depth=1, embed_dim=32, num_heads=2, num_classes=2
+    ).eval()
+    model.patch_embed.backbone.bn1.running_mean.fill_(0.5)
+    pruned = prune_heads(model, [[1]])
+    again = load_pretrained(save_pretrained(pruned, tmp_path))
+    names = [name for name, _ in again.named_buffers()]
+    assert names == [name for name, _ in pruned.named_buffers()] and len(names) > 10
+    assert [name for name, _ in again.named_parameters()] == [
+        name for name, _ in pruned.named_parameters()
+    ]
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(x), pruned(x))
+
+
 def test_save_rejects_what_it_could_not_rebuild(tmp_path: Path) -> None:
     model: Any = timm_vit()
     model.head = nn.Linear(48, 9)
