@@ -5,7 +5,6 @@ import csv
 import gc
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from kdfast.chain import run as chain_run
-from kdfast.chain import stage as chain_stage
 from kdfast.chain.links import LinkModel, weights_of
 from kdfast.chain.loop import ChainLoop
 from kdfast.chain.objective import Objective
@@ -314,14 +312,12 @@ def test_several_labels_per_image(
     assert 0 < best["test_auc"] <= 100 and np.asarray(best["test_confusion"]).shape == (3, 2, 2)
 
 
-def test_planned_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = SimpleNamespace(value=0)
-
-    def planner(stage: Any, student: Any, teacher: Any, device: Any) -> int:
-        asked.value += 1
-        return 4
-
-    monkeypatch.setattr(chain_stage, "planned_batch", planner)
-    assert main(words(tmp_path / "run", "stage=teacher", "batch=auto")) == 0
+def test_planned_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = ("stage=teacher", "batch=auto", "data.limit=20", "epochs=1", "optim.warmup_epochs=0")
+    assert main(words(tmp_path / "run", *stage, "vram_gib=16")) == 0
     (path,) = (tmp_path / "run").glob("**/summary.json")
-    assert json.loads(path.read_text())["batch"] == 4 and asked.value == 1
+    assert json.loads(path.read_text())["batch"] == 16  # the largest power of two of 20 images
+    assert main(words(tmp_path / "run", *stage)) == 2
+    assert "vram_gib: batch auto needs it where there is no GPU" in capsys.readouterr().err
+    assert main(words(tmp_path / "run", *stage, "vram_gib=1e-4")) == 2
+    assert "batch: teacher: " in capsys.readouterr().err

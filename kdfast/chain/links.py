@@ -121,17 +121,26 @@ def build_link(link: Link, classes: int, *, checkpointing: bool = False) -> Link
             [f"chain: {link.role}: timm cannot build {link.model} {link.args}: {error}{hint}"]
         ) from error
     if checkpointing:
-        switch: Any = getattr(net, "set_grad_checkpointing", None)
-        if switch is None:
-            raise ConfigError([f"checkpointing: {link.model} does not support it"])
-        try:
-            switch(True)
-        except AssertionError as error:
-            raise ConfigError([f"checkpointing: {link.model}: {error}"]) from error
+        switch_checkpointing(net, link.model)
     model = LinkModel(net)
     if link.init not in INITS:
         load_weights(model, Path(link.init).expanduser(), link)
     return model
+
+
+def switch_checkpointing(net: nn.Module, name: str) -> None:
+    """Let a timm model recompute its blocks in the backward.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    switch: Any = getattr(net, "set_grad_checkpointing", None)
+    if switch is None:
+        raise ConfigError([f"checkpointing: {name} does not support it"])
+    try:
+        switch(True)
+    except AssertionError as error:
+        raise ConfigError([f"checkpointing: {name}: {error}"]) from error
 
 
 def load_weights(model: LinkModel, path: Path, link: Link) -> None:

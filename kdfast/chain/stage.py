@@ -9,13 +9,11 @@ import os
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -27,6 +25,7 @@ from kdfast.chain.links import (
     build_link,
     facts,
     load_teacher,
+    switch_checkpointing,
     weights_of,
 )
 from kdfast.chain.loop import BEST, ChainJob, ChainLoop
@@ -39,6 +38,7 @@ from kdfast.configs.base import RunConfig
 from kdfast.configs.chain_check import per_link
 from kdfast.data.classification import Classification
 from kdfast.nn import accelerate
+from kdfast.plan import BatchPlan, plan_batch
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import differences
 from kdfast.trainer.state import load_checkpoint
@@ -53,6 +53,8 @@ FREE = (
     "vram_gib",
 )
 FREE_DATA = ("root", "workers")
+# Batches that the planner may choose.
+PLANNED = tuple(2**i for i in range(11))
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def train_link(stage: Stage, accelerator: Accelerator, *, resume: bool) -> dict[
         for model in (student, teacher):
             if model is not None:
                 LOG.info("%s: %s", link.role, accelerate(model.net))
-    batch = batch_size(stage, student, teacher, accelerator)
+    batch = batch_size(stage, student, accelerator.device)
     loop = _loop(stage, student, teacher, accelerator, batch)
     del teacher
     LOG.info(
@@ -142,58 +144,52 @@ def identity(stage: Stage) -> dict[str, Any]:
     return tree
 
 
-def batch_size(
-    stage: Stage, student: LinkModel, teacher: LinkModel | None, accelerator: Accelerator
-) -> int:
+def batch_size(stage: Stage, student: LinkModel, device: torch.device) -> int:
     """Images per step of a link: the config's, or what ``kdfast.plan`` finds to fit."""
     value = per_link(stage.config.batch, stage.link.index)
     if value != "auto":
         return int(value)
-    return planned_batch(stage, student, teacher, accelerator.device)
+    plan = planned_batch(stage, device)
+    if plan.checkpointing and not stage.config.checkpointing:
+        LOG.info("%s: fits with checkpointing only, which is switched on", stage.link.role)
+        switch_checkpointing(student.net, stage.link.model)
+    LOG.info("%s: batch %d planned\n%s", stage.link.role, plan.batch, plan.table)
+    return plan.batch
 
 
-def planned_batch(
-    stage: Stage, student: LinkModel, teacher: LinkModel | None, device: torch.device
-) -> int:
-    """The largest power of two that ``kdfast.plan`` finds to fit.
-
-    Args:
-        stage: Its config and link are planned; ``vram_gib`` says how much may be used, without
-            it all that is free.
-        student: On the CPU still.
-        teacher: On the CPU still.
-        device: Of the run.
+def planned_batch(stage: Stage, device: torch.device) -> BatchPlan:
+    """The largest power of two that fits into ``vram_gib``, or into the GPU.
 
     Raises:
-        ConfigError: None fits, or only with checkpointing; the message says what would help.
+        ConfigError: Nothing fits, or there is neither a limit nor a GPU.
     """
-    # It builds the objective of every trainer, so it imports this package.
-    from kdfast.plan.jobs import jobs_of
-    from kdfast.plan.search import DoesNotFit, largest
-
-    config = stage.config
-    job = jobs_of(config, len(stage.data.class_names))[stage.link.index]
+    config, classes = stage.config, len(stage.data.class_names)
     if config.vram_gib is not None:
-        room = int(config.vram_gib * 2**30)
+        vram = int(config.vram_gib * 2**30)
     elif device.type == "cuda":
-        room = torch.cuda.mem_get_info(device)[0]
+        vram = torch.cuda.get_device_properties(device).total_memory
     else:
-        room = psutil.virtual_memory().available
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    # More images than that make no step.
-    sizes = [2**i for i in range(10) if 2**i <= len(stage.data.train)]
+        raise ConfigError(["vram_gib: batch auto needs it where there is no GPU"])
+    images = min(config.data.limit or len(stage.data.train), len(stage.data.train))
+
+    def maker(link: Link) -> Callable[[], LinkModel]:
+        # What the weights are makes no difference to the plan.
+        return lambda: build_link(replace(link, init="scratch"), classes)
+
+    teacher = None if stage.teacher is None or config.cache else maker(stage.teacher)
     try:
-        best = largest(
-            partial(job.plan, device=kind), room, sizes, checkpointing=config.checkpointing
+        return plan_batch(
+            maker(stage.link),
+            teacher,
+            image_size=config.data.size,
+            vram=vram,
+            optimizer=config.optim.opt,
+            amp={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision),
+            candidates=[size for size in PLANNED if size <= images] or [1],
+            checkpointing=config.checkpointing,
         )
-    except DoesNotFit as error:
+    except ValueError as error:
         raise ConfigError([f"batch: {stage.link.role}: {error}"]) from error
-    if best.checkpointing and not config.checkpointing:
-        raise ConfigError(
-            [f"batch: {stage.link.role}: only fits with checkpointing; set checkpointing=true"]
-        )
-    LOG.info("%s: planned batch %d for %.1f GiB", stage.link.role, best.batch, room / 2**30)
-    return best.batch
 
 
 def _loop(
