@@ -56,7 +56,8 @@ def options(name: str) -> list[dict[str, Any]]:
     shallow = {"depth": 2, "img_size": 4 * int(found[1]) if found else 64}
     thin = {"embed_dim": 48, "num_heads": 3}
     small = SMALL.get(family(name), shallow | thin)
-    narrow = [small | {"img_size": 64}, small, {"depth": 2} | thin]
+    grouped = {**shallow, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2}
+    narrow = [small | {"img_size": 64}, small, {"depth": 2} | thin, grouped]
     return [*narrow, shallow, {"depth": 2}, {"img_size": 64}, {}]
 
 
@@ -79,8 +80,11 @@ def small(name: str) -> tuple[nn.Module, Tensor]:
                     model(torch.empty(2, 3, size, size))
         except Exception:  # an option that this model does not have, or not so
             continue
-        model = timm.create_model(name, num_classes=5, **kwargs).double()
-        break
+        if sum(parameter.numel() for parameter in model.parameters()) < 30e6:
+            break
+    else:
+        raise ValueError(f"{name} has no option that makes it small")
+    model = timm.create_model(name, num_classes=5, **kwargs).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -94,7 +94,7 @@ def _build(name: str) -> nn.Module:
         warnings.simplefilter("ignore")
         try:
             return timm.create_model(name, depth=2)
-        except (TypeError, AssertionError):
+        except (TypeError, ValueError, AssertionError):
             return timm.create_model(name)
 
 
