@@ -7,6 +7,7 @@ bench/results/gpu_static.json; bench/gpu_tables.py makes docs/gpu.md of it.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from kdfast import aot
 from kdfast.kernels._common import choose_tiles, useful_share, window_lengths
@@ -192,7 +194,7 @@ def compiled(case: Case, arch: int) -> list[dict[str, Any]]:
     """The kernels of one case on one architecture, each once."""
     with aot.compile_only(arch) as made:
         aot.OPS[case.op](getattr(torch, case.dtype), case.dim, **dict(case.options))
-    labels = asdict(case) | {"options": " ".join(f"{n}={v}" for n, v in case.options)}
+    labels = asdict(case) | {"options": options(case)}
     rows = {}
     for kernel in made:
         row = labels | asdict(kernel) | {"occupancy": kernel.occupancy}
@@ -241,23 +243,54 @@ def shares() -> list[dict[str, Any]]:
     return [{"tokens": name} | {k: round(s.share(k), 3) for k in names} for name, s in sizes]
 
 
+def summary(rows: list[dict[str, Any]], source: str) -> dict[str, Any]:
+    """The result file for these kernels."""
+    rows = sorted(rows, key=lambda row: (row["arch"], *label(row)))
+    bad = [f"{describe(row)}: {v}" for row in rows for v in violations(row)]
+    devices = {name: asdict(device) for name, device in DEVICES.items()}
+    facts = {"source": source, "devices": devices, "goals": goals(), "shares": shares()}
+    return facts | {"violations": bad, "kernels": rows}
+
+
+def fingerprint() -> str:
+    """Of the compiler and of all kernels."""
+    digest = hashlib.sha256(triton.__version__.encode())
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def label(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What names the case of a kernel."""
+    return row["op"], row["dtype"], row["dim"], row["options"]
+
+
+def options(case: Case) -> str:
+    return " ".join(f"{name}={value}" for name, value in case.options)
+
+
 def main() -> int:
     """Writes the result file; 1 if a kernel does not keep to what docs/gpu.md promises."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_static")
     parser.add_argument("--arch", type=int, nargs="*", default=list(aot.SHARED_LIMIT))
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    facts = json.loads(args.out.read_text()) if args.out.exists() else {"kernels": []}
-    for arch in args.arch:
-        fresh = [row for case in cases(arch) for row in compiled(case, arch)]
-        rows = [row for row in facts["kernels"] if row["arch"] != arch] + fresh
-        rows.sort(key=lambda row: row["arch"])
-        bad = [f"{describe(row)}: {v}" for row in rows for v in violations(row)]
-        facts = {"goals": goals(), "shares": shares(), "violations": bad, "kernels": rows}
-        facts["devices"] = {name: asdict(device) for name, device in DEVICES.items()}
-        # After each architecture, since one takes minutes.
-        args.out.write_text(json.dumps(facts, indent=1) + "\n")
-        print(f"sm_{arch}: {len(fresh)} kernels", flush=True)
+    # One case takes seconds and all of them many minutes: an interrupted run goes on where it was.
+    before = json.loads(args.out.read_text()) if args.out.exists() else {}
+    source = fingerprint()
+    rows = before["kernels"] if before.get("source") == source else []
+    done = {(row["arch"], *label(row)) for row in rows}
+    todo = [(arch, case) for arch in args.arch for case in cases(arch)]
+    # What every architecture has comes first.
+    for arch, case in sorted(todo, key=lambda x: (x[1].dim != 64, x[1].dtype, x[1].options != ())):
+        labels = asdict(case) | {"options": options(case)}
+        if (arch, *label(labels)) in done:
+            continue
+        rows += compiled(case, arch)
+        args.out.write_text(json.dumps(summary(rows, source), indent=1) + "\n")
+        print(f"sm_{arch} {' '.join(map(str, label(labels)))}", flush=True)
+    facts = summary(rows, source)
+    args.out.write_text(json.dumps(facts, indent=1) + "\n")
     print("\n".join(facts["violations"]) or "no violations")
     return bool(facts["violations"])
 
