@@ -144,7 +144,7 @@ def test_stages_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (folder / "from_scratch/digits/student.old1/logs").is_dir()
 
 
-@pytest.mark.parametrize("role", ["teacher", "student"])
+@pytest.mark.parametrize("role", [pytest.param("teacher", marks=pytest.mark.slow), "student"])
 def test_resume_in_mid_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str) -> None:
     """Mixup, drop path and averaged weights: the generators must come back too."""
     changes = ["optim.mixup=0.4", "optim.ema=0.9", "save_every=4", "twin=true"]
