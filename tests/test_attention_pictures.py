@@ -381,6 +381,24 @@ def test_model_with_its_checkpoint(tmp_path: Path, photo: str) -> None:
         load_model("test_vit2", str(weights))
 
 
+@pytest.mark.parametrize("averaged", [False, True])
+def test_checkpoint_of_a_chain_says_its_model(tmp_path: Path, photo: str, averaged: bool) -> None:
+    args = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    net = timm.create_model("vit_tiny_patch16_224", num_classes=5, **args)
+    state = net.state_dict()
+    other = {f"student.net.{key}": torch.zeros_like(x) for key, x in state.items()}
+    meta = {
+        "link": {"role": "student", "model": "vit_tiny_patch16_224", "args": args},
+        "data": {"classes": list("abcde")},
+    }
+    module = other if averaged else {f"student.net.{key}": x for key, x in state.items()}
+    ema = {f"net.{key}": x for key, x in state.items()} if averaged else None
+    torch.save({"meta": meta, "module": module, "ema": ema}, tmp_path / "best.pt")
+    model = load_model(None, str(tmp_path / "best.pt"))
+    torch.testing.assert_close(dict(model.state_dict()), dict(state))
+    assert load_images([photo], transform_of(model)).shape == (1, 3, 32, 32)
+
+
 @pytest.mark.parametrize(
     ("argv", "match"),
     [

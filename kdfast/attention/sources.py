@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pickle
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,8 @@ def load_model(name: str | None, checkpoint: str | None, *, pretrained: bool = F
     """The model of a name, a checkpoint, or a name with the weights of a checkpoint.
 
     Args:
-        name: A timm name, ``torchvision:NAME`` or ``hf:FOLDER``; None: ``checkpoint`` is a file of
-            ``save_backbone`` or an ORION checkpoint.
+        name: A timm name, ``torchvision:NAME`` or ``hf:FOLDER``; None: ``checkpoint`` says it: a
+            file of ``save_backbone``, an ORION checkpoint, or a checkpoint of a chain's link.
         checkpoint: File of weights.
         pretrained: Download the weights of ``name``.
 
@@ -47,12 +49,14 @@ def load_model(name: str | None, checkpoint: str | None, *, pretrained: bool = F
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise SourceError(f"--checkpoint: there is no file {checkpoint}")
     if name is None:
+        if (link := _chain_model(str(checkpoint))) is not None:
+            return link.eval()
         try:
             return load_orion_backbone(str(checkpoint), with_cp=False).eval()
         except (KeyError, ValueError) as error:
             raise SourceError(
-                f"--checkpoint: {checkpoint} must be a backbone of kdfast.train or ORION (name "
-                f"any other architecture with --model): {error}"
+                f"--checkpoint: {checkpoint} must be a backbone of kdfast.train or ORION, or a "
+                f"chain's link (name any other architecture with --model): {error}"
             ) from error
     state = None if checkpoint is None else read_state(checkpoint)
     model = _named(name, pretrained, None if state is None else _classes(state))
@@ -62,6 +66,26 @@ def load_model(name: str | None, checkpoint: str | None, *, pretrained: bool = F
         except RuntimeError as error:
             raise SourceError(f"--checkpoint: {checkpoint} must fit {name}: {error}") from error
     return model.eval()
+
+
+def _chain_model(path: str) -> nn.Module | None:
+    """The timm model of a chain's checkpoint, or None if the file is something else."""
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        link, data = state["meta"]["link"], state["meta"]["data"]
+    except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError):
+        return None
+    # The averaged weights where there are such: they are what the chain evaluates.
+    ema, prefix = state.get("ema"), "student.net."
+    weights = state["module"] if ema is None else ema
+    prefix = prefix if ema is None else "net."
+    model = timm.create_model(link["model"], num_classes=len(data["classes"]), **link["args"])
+    model.load_state_dict(
+        {key.removeprefix(prefix): x for key, x in weights.items() if key.startswith(prefix)}
+    )
+    return model
 
 
 def _named(name: str, pretrained: bool, classes: int | None) -> nn.Module:
@@ -130,6 +154,10 @@ def transform_of(model: nn.Module) -> Callable[[Image.Image], Tensor]:
         return orion
     if hasattr(model, "default_cfg") or hasattr(model, "pretrained_cfg"):
         config = resolve_model_data_config(model)
+        embed: Any = getattr(model, "patch_embed", None)
+        if getattr(embed, "img_size", None) is not None:
+            # A model that was built for another size than its pretrained weights.
+            config = {**config, "input_size": (3, *embed.img_size), "crop_pct": 1.0}
     else:
         facts = getattr(model, "config", model)
         side = int(getattr(facts, "image_size", 224))
