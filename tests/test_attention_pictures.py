@@ -30,6 +30,7 @@ from kdfast.attention.pictures import head_row, picture, tokens_of
 from kdfast.attention.sources import SourceError, load_images, load_model, transform_of
 from kdfast.models import EVAViT
 from kdfast.models.checkpoint import save_backbone
+from kdfast.nn import accelerate
 from kdfast.ops.geometry import Window
 from kdfast.pruning import prune_heads
 
@@ -97,6 +98,16 @@ def test_maps_are_timms_eager_maps(
         torch.testing.assert_close(ours.map(), eager, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(ours.map().sum(-1), torch.ones(2, 2, 16 + prefix))
         assert eager.std() > 0.02
+
+
+def test_maps_of_accelerated_modules_are_those_of_the_original() -> None:
+    model, images = timm_vit().eval(), torch.randn(1, 3, 32, 32)
+    plain = capture(model, images).layers
+    accelerate(model)
+    fused = capture(model, images).layers
+    for ours, theirs in zip(fused, plain, strict=True):
+        assert (ours.name, ours.heads) == (theirs.name, [0, 1])
+        torch.testing.assert_close(ours.map(), theirs.map(), atol=1e-5, rtol=1e-4)
 
 
 def test_torchvision_maps_are_those_that_its_attention_returns() -> None:
