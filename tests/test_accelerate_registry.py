@@ -32,8 +32,8 @@ SAMPLE = [
 # Not every attention of these can go.
 PARTLY = {"hiera", "davit", "xcit", "cait", "volo", "hieradet_sam2", "twins", "nextvit"}
 FAMILIES = [
-    "cait", "crossvit", "csatv2", "davit", "deit", "eva", "fastvit", "hiera",
-    "hieradet_sam2", "metaformer", "mobilevit", "naflexvit", "nest", "pit",
+    "cait", "crossvit", "csatv2", "davit", "deepseek_vit", "deit", "eva", "fastvit", "hiera",
+    "hieradet_sam2", "metaformer", "mobilevit", "naflexvit", "nest", "pit", "qwen3_vit",
     "vision_transformer", "vision_transformer_hybrid", "visformer", "vitamin", "volo", "xcit",
 ]  # fmt: skip
 

@@ -5,8 +5,6 @@ Every registered model is built on the meta device, so no weights are needed; th
 """
 
 import argparse
-import inspect
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -70,18 +68,14 @@ class Support(NamedTuple):
 
 
 def survey(names: Iterable[str]) -> Iterator[Support]:
-    """Builds each model on the meta device and accelerates it; without attention it is skipped."""
+    """Builds each model on the meta device and accelerates it."""
     for name in names:
-        entry = timm.models.model_entrypoint(name)
-        source = inspect.getsource(sys.modules[entry.__module__])
-        if "attention" not in source.lower() and "attn" not in source:
-            continue
         model = _build(name)
         flagged = any(hasattr(module, "fused_attn") for module in model.modules())
         report = accelerate(model)
         yield Support(
             name,
-            entry.__module__.rpartition(".")[2],
+            timm.models.model_entrypoint(name).__module__.rpartition(".")[2],
             flagged,
             frozenset(site.source for site in report.replaced),
             frozenset((site.source, site.detail) for site in report.left),

@@ -111,7 +111,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "models.volo.OutlookAttention",
     ),
     "two softmaxes mixed by a learned gate": ("models.convit.GPSA",),
-    "keys and values of other widths, rotated by two-dimensional tables": (
+    "it rotates two halves of its channels apart, which no Rope says": (
         "models.gemma4_vit.Gemma4Attention",
     ),
     "queries, keys or values come out of strided convolutions": (
