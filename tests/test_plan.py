@@ -5,8 +5,6 @@ import gc
 import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from kdfast import info
-from kdfast.chain.links import links_of
-from kdfast.chain.stage import planned_batch
 from kdfast.configs import CONFIGS, ConfigError, load
 from kdfast.models import EVAViT
 from kdfast.ops import kd_loss as kd_loss_file
@@ -369,18 +365,3 @@ def test_info_prints_memory(
         ("gpu 0", "5.0 GiB free of 6.0 GiB, all processes together"),
         ("gpu 0, this process", "2.0 GiB allocated (peak 3.0 GiB), 4.0 GiB reserved"),
     ]
-
-
-def test_a_chain_trains_with_the_planned_batch() -> None:
-    config = load("vit_chain_digits", ["batch=auto"], files=False)
-    needed = jobs_of(config)[2].plan(8, False, "cpu").peak_bytes
-    stage: Any = SimpleNamespace(
-        config=replace(config, vram_gib=(needed + 1) / GIB),
-        link=links_of(config)[2],
-        data=SimpleNamespace(class_names=range(10), train=range(40)),
-    )
-    models: Any = (None, None)
-    assert planned_batch(stage, *models, torch.device("cpu")) == 8
-    stage.config = replace(config, vram_gib=0.001)
-    with pytest.raises(ConfigError, match="batch: student: plan: batch 1 needs"):
-        planned_batch(stage, *models, torch.device("cpu"))
