@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
 
 from kdfast.ops._checks import head_list
 from kdfast.pruning.adapter import Adapter, Site, adapter_of
@@ -57,7 +58,7 @@ def evaluate_selections(
     kept = [_checked(index, selection, sites) for index, selection in enumerate(selections)]
     if not kept:
         raise ValueError("evaluate_selections: selections must name at least one, got none")
-    observer = SelectionObserver(adapter, model, kept, metric)
+    observer = SelectionObserver(adapter, model, kept, metric, progress)
     (values,), _ = observe("evaluate_selections", adapter, model, observer, data, batches, progress)
     return values[1:].tolist()
 
@@ -98,8 +99,10 @@ class SelectionObserver:
         model: nn.Module,
         selections: Sequence[dict[int, list[int]]],
         metric: Metric | None,
+        progress: bool,
     ) -> None:
         self.model, self.selections, self.metric = model, selections, metric
+        self.progress = progress
         self.sites, self.blocks = adapter.attentions(model), adapter.blocks(model)
         self.totals: list[Tensor] = []
         self._kept: dict[int, list[int]] = {}
@@ -153,7 +156,12 @@ class SelectionObserver:
             whole = self.model(images)
             self._watch = False
             values = [self._value(whole, whole, batch)]
-            for kept in self.selections:
+            for kept in tqdm(
+                self.selections,
+                desc="selections",
+                leave=False,
+                disable=None if self.progress else True,
+            ):
                 self._kept = kept
                 done = self._before(kept)
                 with replayed([(self.blocks[i], self._outputs[i]) for i in done]):

@@ -149,7 +149,7 @@ def head_scores(
     observer: Observer
     if method == "leave_one_out":
         metadata["metric"] = _name(metric) if metric else "minus relative change of the output"
-        observer = SelectionObserver(adapter, model, leave_one_out(sites), metric)
+        observer = SelectionObserver(adapter, model, leave_one_out(sites), metric, progress)
         (values,), seen = observe("head_scores", adapter, model, observer, data, batches, progress)
         return HeadScores(_drops(values, sites), method, {**metadata, **seen})
     if method == "entropy":
