@@ -217,10 +217,16 @@ def violations(row: dict[str, Any]) -> list[str]:
     return found
 
 
+def arch_name(arch: int) -> str:
+    return "gfx942" if arch == aot.AMD else f"sm_{arch}"
+
+
 def describe(row: dict[str, Any]) -> str:
     """A kernel in words."""
     part = {True: " of keys", False: " of queries"}.get(row["constants"].get("KEYS"), "")
-    where = f"sm_{row['arch']} {row['op']} {row['dtype']} {row['dim']} {row['options']}".strip()
+    where = (
+        f"{arch_name(row['arch'])} {row['op']} {row['dtype']} {row['dim']} {row['options']}".strip()
+    )
     return f"{where}, {row['name']}{part}"
 
 
@@ -288,7 +294,7 @@ def main() -> int:
             continue
         rows += compiled(case, arch)
         args.out.write_text(json.dumps(summary(rows, source), indent=1) + "\n")
-        print(f"sm_{arch} {' '.join(map(str, label(labels)))}", flush=True)
+        print(f"{arch_name(arch)} {' '.join(map(str, label(labels)))}", flush=True)
     facts = summary(rows, source)
     args.out.write_text(json.dumps(facts, indent=1) + "\n")
     print("\n".join(facts["violations"]) or "no violations")

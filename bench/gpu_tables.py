@@ -116,7 +116,8 @@ def summary_table(facts: dict[str, Any]) -> str:
         mine = [r for r in facts["kernels"] if r["arch"] == arch]
         worst = (max(r[k] for r in mine) for k in ("registers", "spill_bytes", "shared_bytes"))
         spilled = sum(r["spill_bytes"] > 0 for r in mine)
-        rows.append([f"sm_{arch}", len(mine), *worst, spilled])
+        name = "gfx942" if arch == 942 else f"sm_{arch}"
+        rows.append([name, len(mine), *worst, spilled])
     header = ["arch", "kernels", "most registers", "most bytes spilled", "most shared bytes"]
     return table([*header, "kernels that spill"], rows)
 

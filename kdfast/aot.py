@@ -27,8 +27,10 @@ from triton.runtime.jit import JITFunction
 from kdfast.ops import attention_distill, feature_loss, kd_loss, pruned_attention
 from kdfast.ops.geometry import Rope, Window
 
+AMD = 942  # gfx942, MI300; all others are compute capabilities
 # Shared memory of one block, bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_LIMIT[AMD] = 64 << 10
 # Warps and KiB of shared memory of one SM; its registers are 65536 everywhere.
 SM_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64}
 SM_SHARED = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10}
@@ -53,7 +55,12 @@ class Compiled:
 
     @property
     def occupancy(self) -> float:
-        """Resident warps over the warps that an SM can hold."""
+        """Resident warps over the warps that an SM (a CU of AMD) can hold."""
+        if self.arch == AMD:
+            # Four SIMDs with eight waves each at most, and 512 registers a lane.
+            waves = 4 * min(8, 512 // max(8, -(-self.registers // 8) * 8))
+            blocks = min(waves // self.warps, (64 << 10) // max(self.shared_bytes, 1))
+            return blocks * self.warps / 32
         registers = -(-self.registers * 32 // 256) * 256 * self.warps
         fitting = [65536 // max(registers, 1), 32]
         # A block's shared memory is charged with 1 KiB of the system's.
@@ -77,6 +84,8 @@ class _Driver:
         self.arch = arch
 
     def get_current_target(self) -> GPUTarget:
+        if self.arch == AMD:
+            return GPUTarget("hip", "gfx942", 64)
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
@@ -88,7 +97,7 @@ class _Driver:
 
 @contextmanager
 def compile_only(arch: int) -> Iterator[list[Compiled]]:
-    """Makes launches on CPU tensors compile for sm_``arch`` instead; collects what they made.
+    """Makes launches on CPU tensors compile for ``arch`` instead; collects what they made.
 
     Raises:
         RuntimeError: Triton is in interpreter mode.
@@ -115,6 +124,8 @@ def compile_only(arch: int) -> Iterator[list[Compiled]]:
 
 def inspect(kernel: Any, arch: int, constants: dict[str, Any]) -> Compiled:
     """Resources and instructions of a compiled kernel, read from its binary."""
+    if arch == AMD:
+        return _inspect_amd(kernel, constants)
     usage, sass = _dump(kernel.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     if found is None:
@@ -134,6 +145,28 @@ def inspect(kernel: Any, arch: int, constants: dict[str, Any]) -> Compiled:
         loads_16=sum(".128" in x for x in loads),
         loads=len(loads),
         sass_lines=len(lines),
+    )
+
+
+def _inspect_amd(kernel: Any, constants: dict[str, Any]) -> Compiled:
+    """``inspect`` from the assembly text, which states the resources."""
+    lines = kernel.asm["amdgcn"].splitlines()
+    stated = dict(
+        re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", "\n".join(lines))
+    )
+    loads = [x for x in lines if re.search(r"\b(global|buffer)_load_", x)]
+    return Compiled(
+        name=kernel.metadata.name,
+        arch=AMD,
+        warps=kernel.metadata.num_warps,
+        constants=constants,
+        registers=int(stated["vgpr_count"]),
+        spill_bytes=int(stated["private_segment_fixed_size"]),
+        shared_bytes=kernel.metadata.shared,
+        tensor_core=sum("v_mfma" in x for x in lines),
+        loads_16=sum("_load_dwordx4" in x for x in loads),
+        loads=len(loads),
+        sass_lines=sum(x.startswith("\t") and not x.startswith("\t.") for x in lines),
     )
 
 

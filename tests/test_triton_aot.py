@@ -45,6 +45,12 @@ def test_attention_compiles() -> None:
     check_attention(compiled("pruned_attention", "--arch", "90"))
 
 
+def test_attention_compiles_for_amd() -> None:
+    rows = compiled("pruned_attention", "--arch", "942")
+    check_attention(rows, 0.05)
+    assert all(row["shared_bytes"] <= 64 << 10 for row in rows)
+
+
 def check_distill(rows: list[dict[str, Any]], budget: int = spill_budget("bfloat16", 64)) -> None:
     streaming = {"fwd_kernel", "_distance_kernel", "bwd_kernel"}
     assert {row["name"] for row in rows} >= streaming
