@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,19 @@ from kdfast.chain.links import (
     build_link,
     facts,
     load_teacher,
-    switch_checkpointing,
     weights_of,
 )
 from kdfast.chain.loop import BEST, ChainJob, ChainLoop
 from kdfast.chain.memory import peak_mib, release
 from kdfast.chain.metrics import Meter
 from kdfast.chain.objective import Objective
+from kdfast.chain.planning import batch_size
 from kdfast.chain.plots import draw_confusion, draw_curves
 from kdfast.configs import ChainConfig, ConfigError, plain
 from kdfast.configs.base import RunConfig
 from kdfast.configs.chain_check import per_link
 from kdfast.data.classification import Classification
 from kdfast.nn import accelerate
-from kdfast.plan import BatchPlan, plan_batch
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import differences
 from kdfast.trainer.state import load_checkpoint
@@ -53,8 +52,6 @@ FREE = (
     "vram_gib",
 )
 FREE_DATA = ("root", "workers")
-# Batches that the planner may choose.
-PLANNED = tuple(2**i for i in range(11))
 
 
 @dataclass(frozen=True)
@@ -142,54 +139,6 @@ def identity(stage: Stage) -> dict[str, Any]:
     tree |= {"seed": stage.seed, "init": link.init, "epochs": link.epochs}
     tree |= {"distilled": link.distilled, "batch": per_link(stage.config.batch, link.index)}
     return tree
-
-
-def batch_size(stage: Stage, student: LinkModel, device: torch.device) -> int:
-    """Images per step of a link: the config's, or what ``kdfast.plan`` finds to fit."""
-    value = per_link(stage.config.batch, stage.link.index)
-    if value != "auto":
-        return int(value)
-    plan = planned_batch(stage, device)
-    if plan.checkpointing and not stage.config.checkpointing:
-        LOG.info("%s: fits with checkpointing only, which is switched on", stage.link.role)
-        switch_checkpointing(student.net, stage.link.model)
-    LOG.info("%s: batch %d planned\n%s", stage.link.role, plan.batch, plan.table)
-    return plan.batch
-
-
-def planned_batch(stage: Stage, device: torch.device) -> BatchPlan:
-    """The largest power of two that fits into ``vram_gib``, or into the GPU.
-
-    Raises:
-        ConfigError: Nothing fits, or there is neither a limit nor a GPU.
-    """
-    config, classes = stage.config, len(stage.data.class_names)
-    if config.vram_gib is not None:
-        vram = int(config.vram_gib * 2**30)
-    elif device.type == "cuda":
-        vram = torch.cuda.get_device_properties(device).total_memory
-    else:
-        raise ConfigError(["vram_gib: batch auto needs it where there is no GPU"])
-    images = min(config.data.limit or len(stage.data.train), len(stage.data.train))
-
-    def maker(link: Link) -> Callable[[], LinkModel]:
-        # What the weights are makes no difference to the plan.
-        return lambda: build_link(replace(link, init="scratch"), classes)
-
-    teacher = None if stage.teacher is None or config.cache else maker(stage.teacher)
-    try:
-        return plan_batch(
-            maker(stage.link),
-            teacher,
-            image_size=config.data.size,
-            vram=vram,
-            optimizer=config.optim.opt,
-            amp={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision),
-            candidates=[size for size in PLANNED if size <= images] or [1],
-            checkpointing=config.checkpointing,
-        )
-    except ValueError as error:
-        raise ConfigError([f"batch: {stage.link.role}: {error}"]) from error
 
 
 def _loop(
