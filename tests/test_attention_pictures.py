@@ -26,7 +26,8 @@ from kdfast.attention import (
     rollout,
 )
 from kdfast.attention.__main__ import main
-from kdfast.attention.pictures import head_row, picture, tokens_of
+from kdfast.attention.page import picture
+from kdfast.attention.pictures import head_row, tokens_of
 from kdfast.attention.sources import SourceError, load_images, load_model, transform_of
 from kdfast.models import EVAViT
 from kdfast.models.checkpoint import save_backbone
