@@ -88,7 +88,7 @@ def compare(call: Callable[..., Any], inputs: list[Tensor], kinds: Sequence[str]
         if eager.dtype == torch.float32:
             # Which of two fp32 roundings has the worst single element is luck; the root mean
             # square above is not, so only the maximum gets this room.
-            eager = (exact + 2 * (eager - exact)).float()
+            eager = (exact + 1.25 * (eager - exact)).float()
         assert_no_worse(name, fused, exact, eager)
 
 
@@ -116,8 +116,7 @@ def test_products_in_bf16_need_bf16_on_both_sides() -> None:
             EXTENSION.set_cpu_isa(name)
             call = partial(kdfast.attention_distill, backend="fused")
             results.append(run(lambda *x, c=call, t=teacher: c(*x, *t), student))
-        for a, b in zip(*results, strict=True):
-            assert torch.equal(a, b) == same
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) == same
 
 
 @pytest.mark.parametrize("scale", [0.3, -0.25])

@@ -31,13 +31,27 @@ struct Maps {
   Lse<T> student, teacher;
   Vec<T> log_p(Vec<T> s) const { return above(s, student); }
   Vec<T> log_r(Vec<T> t) const { return above(t, teacher); }
+  // P and R with a division by the sum of exponentials, `share`: the exponential of a difference of
+  // logarithms would turn their rounding into an error of many eps.
+  Vec<T> p(Vec<T> s, Vec<T> share) const { return weight(s, student, share); }
+  Vec<T> r(Vec<T> t, Vec<T> share) const { return weight(t, teacher, share); }
 
  private:
+  Vec<T> weight(Vec<T> x, const Lse<T>& lse, Vec<T> share) const {
+    const Vec<T> over = x - lse.top;
+    return exp(temper ? over * inv : over) * share;
+  }
   Vec<T> above(Vec<T> x, const Lse<T>& lse) const {
     const Vec<T> over = x - lse.top;
     return (temper ? over * inv : over) - lse.rest;
   }
 };
+
+// 1 / (sum of exponentials) from its logarithm.
+template <class T>
+inline Vec<T> share_of(Vec<T> log_sum) {
+  return splat(T(__builtin_exp(-double(log_sum[0]))));
+}
 
 // Of all rows of a head; statistic k of a row is at stats[k * step].
 template <class T>
@@ -188,17 +202,21 @@ void backward_row(const RowTask<T>& task, int64_t keys, const T* stats, T delta,
   if constexpr (kind == MapLoss::jsd) w /= 2;
   if constexpr (kind == MapLoss::mse) w *= 2;
   if constexpr (logits) w *= 2 * inv / T(n);
+  const Vec<T> share = share_of<T>(lse.rest);
+  Vec<T> share_p = share, share_r{};
+  if constexpr (!logits) share_r = share_of<T>(maps.teacher.rest);
+  if constexpr (!logits && temper) share_p = share_of<T>(maps.student.rest);
   for (int64_t j = 0; j < end; j += kWidth<T>) {
     const Vec<T> sj = load_vector(s + j), tj = load_vector(t + j);
-    const Vec<T> u = exp(sj - lse.top - lse.rest), attention = u * (load_vector(dp + j) - delta);
+    const Vec<T> u = exp(sj - lse.top) * share, attention = u * (load_vector(dp + j) - delta);
     Vec<T> da;
     if constexpr (logits) {
       da = sj - tj;
     } else {
       const Vec<T> log_p = maps.log_p(sj), log_r = maps.log_r(tj);
-      const Vec<T> p = temper ? exp(log_p) : u;
+      const Vec<T> p = temper ? maps.p(sj, share_p) : u;
       if constexpr (kind == MapLoss::kl) {
-        da = p - exp(log_r);
+        da = p - maps.r(tj, share_r);
       } else if constexpr (kind == MapLoss::reverse_kl) {
         da = p * (log_p - log_r - x);
       } else if constexpr (kind == MapLoss::jsd) {
@@ -206,9 +224,9 @@ void backward_row(const RowTask<T>& task, int64_t keys, const T* stats, T delta,
         log_over_middle<T>(log_p - log_r, &over_p, &over_r);
         da = p * (over_p - x);
       } else if constexpr (kind == MapLoss::mse) {
-        da = p * (p - exp(log_r) - x);
+        da = p * (p - maps.r(tj, share_r) - x);
       } else {
-        da = p * (x * p - y * exp(log_r));
+        da = p * (x * p - y * maps.r(tj, share_r));
       }
     }
     store_vector(s + j, u);

@@ -46,9 +46,12 @@ inline Vec<T> max(Vec<T> a, Vec<T> b) {
 }
 template <class T>
 inline T sum(Vec<T> x) {
-  T total = 0;
-  for (int64_t i = 0; i < kWidth<T>; ++i) total += x[i];
-  return total;
+  // In pairs: a chain would round as often as there are lanes, and a whole row of a map shares it.
+  T part[kWidth<T>];
+  store_vector(part, x);
+  for (int64_t w = kWidth<T> / 2; w > 0; w /= 2)
+    for (int64_t i = 0; i < w; ++i) part[i] += part[i + w];
+  return part[0];
 }
 template <class T>
 inline T largest(Vec<T> x) {
