@@ -57,7 +57,8 @@ def options(name: str) -> list[dict[str, Any]]:
     thin = {"embed_dim": 48, "num_heads": 3}
     small = SMALL.get(family(name), shallow | thin)
     grouped = {**shallow, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2}
-    narrow = [small | {"img_size": 64}, small, {"depth": 2} | thin, grouped]
+    narrow = [small | {"img_size": side} for side in (64, 56)]
+    narrow += [small, {"depth": 2} | thin, grouped]
     return [*narrow, shallow, {"depth": 2}, {"img_size": 64}, {}]
 
 
