@@ -264,7 +264,10 @@ def test_pads_without_bias_are_live_keys_of_value_zero() -> None:
 def test_padded_tokens_are_never_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[torch.Size, Any]] = []
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, *, rope: Rope, window: Any) -> Tensor:
+    def spy(
+        q: Tensor, k: Tensor, v: Tensor, *, rope: Rope, window: Any, backend: str | None
+    ) -> Tensor:
+        assert backend is None
         calls.append((q.shape, window))
         return v
 
