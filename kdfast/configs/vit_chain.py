@@ -42,7 +42,7 @@ def vit_chain_digits() -> ChainConfig:
         twin=True,
         seeds=(0, 1, 2),
         batch=32,
-        epochs=14,
+        epochs=(14, 14, 30),
         data=ChainDataConfig(kind="digits", size=32, augment="none", workers=0),
         optim=ChainOptimConfig(lr=1e-3, warmup_epochs=1),
     )
