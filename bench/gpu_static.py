@@ -205,7 +205,8 @@ def compiled(case: Case, arch: int) -> list[dict[str, Any]]:
 def violations(row: dict[str, Any]) -> list[str]:
     """What a compiled kernel does not keep to of docs/gpu.md."""
     found = []
-    if row["spill_bytes"] > aot.spill_budget(row["dtype"], row["dim"]):
+    # The blocks are chosen for NVIDIA's GPUs; what AMD's spill is shown, but no failure.
+    if row["arch"] != aot.AMD and row["spill_bytes"] > aot.spill_budget(row["dtype"], row["dim"]):
         found.append(f"{row['spill_bytes']} bytes of registers spilled")
     if row["shared_bytes"] > aot.SHARED_LIMIT[row["arch"]]:
         found.append(f"{row['shared_bytes']} bytes of shared memory")
@@ -255,6 +256,11 @@ def summary(rows: list[dict[str, Any]], source: str) -> dict[str, Any]:
     bad = [f"{describe(row)}: {v}" for row in rows for v in violations(row)]
     devices = {name: asdict(device) for name, device in DEVICES.items()}
     facts = {"source": source, "devices": devices, "goals": goals(), "shares": shares()}
+    done = {(row["arch"], *label(row)) for row in rows}
+    facts["cases"] = {
+        arch_name(arch): [sum(key[0] == arch for key in done), len(list(cases(arch)))]
+        for arch in aot.SHARED_LIMIT
+    }
     return facts | {"violations": bad, "kernels": rows}
 
 

@@ -111,14 +111,22 @@ def shown(row: dict[str, Any]) -> bool:
 
 def summary_table(facts: dict[str, Any]) -> str:
     """The worst of all kernels of an architecture, by family."""
-    rows = []
+    rows: list[list[Any]] = []
     for arch in sorted({r["arch"] for r in facts["kernels"]}):
         mine = [r for r in facts["kernels"] if r["arch"] == arch]
         worst = (max(r[k] for r in mine) for k in ("registers", "spill_bytes", "shared_bytes"))
         spilled = sum(r["spill_bytes"] > 0 for r in mine)
         name = "gfx942" if arch == 942 else f"sm_{arch}"
-        rows.append([name, len(mine), *worst, spilled])
-    header = ["arch", "kernels", "most registers", "most bytes spilled", "most shared bytes"]
+        cases = "{} of {}".format(*facts["cases"][name])
+        rows.append([name, cases, len(mine), *worst, spilled])
+    header = [
+        "arch",
+        "cases",
+        "kernels",
+        "most registers",
+        "most bytes spilled",
+        "most shared bytes",
+    ]
     return table([*header, "kernels that spill"], rows)
 
 
@@ -133,7 +141,8 @@ def document(facts: dict[str, Any]) -> str:
             "### Limits against the goals\n\n" + limits_table(facts),
             "### Useful share of the score tiles\n\n" + table(names, shares),
             "### All kernels\n\n" + summary_table(facts),
-            f"Violations of the rules above: {bad}",
+            "A case is a call of an op; `python -m bench.gpu_static` goes on with those that are "
+            f"missing. Violations of the rules above: {bad}",
             f"### bf16 kernels on sm_{arch}\n\n" + kernels_table(facts, arch),
         ]
     )
