@@ -109,7 +109,8 @@ def check(name: str) -> kdfast.AccelerateReport:
     keys = list(model.state_dict())
     report = kdfast.accelerate(model)
     fused = sum(isinstance(module, FusedAttention) for module in model.modules())
-    assert fused == len(report.replaced) > 0
+    assert fused == len(report.replaced)
+    assert report.replaced or report.left
     assert list(model.state_dict()) == keys
     for training in (True, False):
         want, got = step(plain.train(training), x), step(model.train(training), x)
@@ -126,6 +127,7 @@ def check(name: str) -> kdfast.AccelerateReport:
 @pytest.mark.parametrize("name", SAMPLE)
 def test_sample(name: str) -> None:
     report = check(name)
+    assert report.replaced
     if family(name) in PARTLY:
         assert report.left
     else:
