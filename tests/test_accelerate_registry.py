@@ -42,6 +42,10 @@ def family(name: str) -> str:
     return timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
 
 
+class TooBig(Exception):
+    """No option of the model makes it small; its smaller siblings are swept."""
+
+
 # What makes families without a ``depth`` small.
 SMALL: dict[str, dict[str, Any]] = {
     "davit": {"depths": (1,) * 4, "embed_dims": (32, 64, 64, 64), "num_heads": (1, 2, 2, 2)},
@@ -84,7 +88,7 @@ def small(name: str) -> tuple[nn.Module, Tensor]:
         if sum(parameter.numel() for parameter in model.parameters()) < 30e6:
             break
     else:
-        raise ValueError(f"{name} has no option that makes it small")
+        raise TooBig(name)
     model = timm.create_model(name, num_classes=5, **kwargs).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -139,13 +143,16 @@ def test_sample(name: str) -> None:
 def test_sweep(own: str) -> None:
     names = [name for name in timm.list_models() if family(name) == own]
     assert names
-    failed = {}
+    failed, swept = {}, 0
     for name in names:
         try:
             check(name)
+            swept += 1
+        except TooBig:
+            continue
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"
-    assert not failed
+    assert swept and not failed
 
 
 def test_families_are_all_that_have_a_fused_class() -> None:
