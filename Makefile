@@ -8,7 +8,7 @@ CONFIG ?= orion50
 ARGS ?=
 NATIVE := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: install train test test-all bench lint format info clean
+.PHONY: install train test test-all sanitize bench gpu lint format info clean
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(NATIVE)
@@ -25,6 +25,19 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest tests -n 2 $(ARGS)
+
+# The op tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, beside the normal build.
+SANITIZED := build/sanitize
+sanitize: $(INSTALLED)
+	KDFAST_SANITIZE=ON KDFAST_CUDA=OFF KDFAST_BUILD_DIR=$(SANITIZED)/cmake \
+		$(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH=$(SANITIZED)/lib \
+		KDFAST_REQUIRE=cpu $(BIN)/pytest tests/test_pruned_attention_cpu.py tests/test_*_fused.py \
+		tests/test_head_gather.py $(ARGS)
+
+gpu: $(INSTALLED)  # on a CUDA machine; ARGS=--dry-run anywhere
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 bench: $(INSTALLED)  # waiting threads sleep: spinning ones time the scheduler of a small machine
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest bench $(ARGS)

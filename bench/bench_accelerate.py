@@ -6,9 +6,7 @@ Multiply-adds of the model stand in the case, so what pruning promises is next t
 """
 
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import timm
@@ -124,11 +122,8 @@ def bench_training(compare, name: str, batch: int, compiled: bool, rounds: int) 
     compare("accelerate", case, {n: training(m, x) for n, m in found.items()}, rounds=rounds)
 
 
-def bench_clip(compare, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def bench_clip(compare) -> None:  # type: ignore[no-untyped-def]
     """The vision tower of CLIP ViT-B/16 in transformers, switched by its attention interface."""
-    # On the path of `python -m pytest` transformers would take kernels/ for another package.
-    root = Path(__file__).resolve().parents[1]
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p or ".").resolve() != root])
     transformers = pytest.importorskip("transformers")
     depth = benchmark.sized(12, 1)
     config = transformers.CLIPVisionConfig(patch_size=16, num_hidden_layers=depth)

@@ -2,7 +2,6 @@
 """Seeds, one thread, NaN-filled torch.empty, and the folder of shared data."""
 
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +16,7 @@ if not torch.cuda.is_available():
 import kdfast
 from kdfast.ops._library import EXTENSION
 
-# `python -m pytest` puts the repository on the path, where transformers would take the folder
-# kernels/ for Hugging Face's package of that name.
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:] = [folder for folder in sys.path if Path(folder or os.curdir).resolve() != ROOT]
 SHARED = Path(os.environ.get("KDFAST_SHARED", ROOT.parent / "shared"))
 
 

@@ -64,7 +64,8 @@ def quick(
     monkeypatch.setattr(chain_run, "read_data", lambda config, seed: small)
     monkeypatch.setattr("kdfast.trainer.loop.draw_curves", lambda folder: None)
     if "files" not in request.node.name:
-        for name in ("stage.draw_curves", "stage.draw_confusion", "compare.draw_comparison"):
+        stage = ("draw_curves", "draw_confusion", "draw_attention")
+        for name in (*(f"stage.{n}" for n in stage), "compare.draw_comparison"):
             monkeypatch.setattr(f"kdfast.chain.{name}", lambda *_: None)
 
 
@@ -101,7 +102,8 @@ def test_files_of_a_chain(tmp_path: Path) -> None:
         assert recipe["config"]["distill"]["temperature"] == 4.0
         assert list((link / "logs/tensorboard").iterdir())
         assert {p.name for p in (link / "checkpoints").iterdir()} >= {"last.pt", "best.pt"}
-        for picture in ("curves.png", "confusion.png"):
+        looks = [f"attention{i}_{what}.png" for i in range(2) for what in ("rollout", "heads")]
+        for picture in ("curves.png", "confusion.png", *looks):
             with Image.open(link / "visualizations" / picture) as image:
                 assert image.width > 300 and len(np.unique(np.asarray(image))) > 20
     compared = rows(folder / "comparison.csv")

@@ -97,10 +97,14 @@ class LinkModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of images (B, 3, H, W) in [0, 1], not normalised."""
+        logits: Tensor = self.net(self.prepared(images))
+        return logits
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Images as ``net`` takes them: of its size, normalised."""
         if self.size is not None and tuple(images.shape[-2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
-        logits: Tensor = self.net((images - self.mean) / self.std)
-        return logits
+        return (images - self.mean) / self.std
 
 
 def build_link(link: Link, classes: int, *, checkpointing: bool = False) -> LinkModel:

@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from kdfast.trainer.logs import read_rows
+from kdfast.attention import capture, draw_heads, draw_rollout
+from kdfast.chain.links import LinkModel
+from kdfast.data.classification import Classification
+from kdfast.trainer.logs import LOG, read_rows
 
 DPI = 110
+# Test images whose attention is drawn.
+LOOKED_AT = 2
 # Largest matrix whose cells are labelled with their counts.
 LABELLED = 15
 PANELS = (
@@ -131,3 +137,33 @@ def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -
     figure.suptitle(title)
     figure.savefig(path, dpi=DPI)
     return path
+
+
+def draw_attention(
+    student: LinkModel, data: Classification, folder: Path, title: str, device: torch.device
+) -> list[Path]:
+    """Rollout, and the heads of the last layer, for the first test images.
+
+    Args:
+        student: A trained link.
+        data: Its images.
+        folder: Where the pictures go.
+        title: Above each of them.
+        device: Of the model.
+
+    Returns:
+        The pictures; none for a model whose attention cannot be read, which the log says.
+    """
+    items = [data.test[i] for i in range(min(LOOKED_AT, len(data.test)))]
+    images = torch.stack([item["image"] for item in items]).to(device)
+    try:
+        seen = capture(student.net, student.prepared(images))
+    except (NotImplementedError, TypeError, ValueError) as error:
+        LOG.info("no pictures of attention: %s", error)
+        return []
+    paths = []
+    for i in range(len(items)):
+        name = f"{title}, test image {i}"
+        paths.append(draw_rollout(seen, folder / f"attention{i}_rollout.png", image=i, title=name))
+        paths.append(draw_heads(seen, folder / f"attention{i}_heads.png", image=i, title=name))
+    return paths

@@ -17,6 +17,7 @@ from kdfast.chain.memory import release
 from kdfast.chain.stage import Stage, train_link
 from kdfast.configs import ChainConfig, ConfigError, plain, save
 from kdfast.configs.chain_check import stages
+from kdfast.data.base import CorruptDataError
 from kdfast.data.classification import Classification, build_classification
 from kdfast.trainer.logs import LOG, open_log
 
@@ -133,7 +134,7 @@ def read_data(config: ChainConfig, seed: int) -> Classification:
             augment=data.augment,
             variants=data.variants,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, CorruptDataError) as error:
         raise ConfigError([f"data: {error}"]) from error
 
 

@@ -32,7 +32,7 @@ from kdfast.chain.memory import peak_mib, release
 from kdfast.chain.metrics import Meter
 from kdfast.chain.objective import Objective
 from kdfast.chain.planning import batch_size
-from kdfast.chain.plots import draw_confusion, draw_curves
+from kdfast.chain.plots import draw_attention, draw_confusion, draw_curves
 from kdfast.configs import ChainConfig, ConfigError, plain
 from kdfast.configs.base import RunConfig
 from kdfast.configs.chain_check import per_link
@@ -226,10 +226,11 @@ def kept_logits(
     """The teacher's outputs for all training images and variants, computed now or earlier."""
     config, data = stage.config, stage.data
     key = teacher_key(teacher, data.facts, precision=config.precision)
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(config.cache_dir or stage.folder.parent / "teacher_cache").expanduser() / digest
     few = data.task == "multilabel" or config.cache_top_k >= len(data.class_names)
     top_k = None if few else config.cache_top_k
+    kept = {"key": key, "top_k": top_k, "temperature": config.distill.temperature}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(config.cache_dir or stage.folder.parent / "teacher_cache").expanduser() / digest
     began = time.monotonic()
     if accelerator.is_main_process:
         with accelerator.autocast():
@@ -309,6 +310,7 @@ def _write_files(stage: Stage, loop: ChainLoop, meter: Meter, summary: dict[str,
     note = "train: with distillation" if stage.teacher is not None else "task only"
     draw_curves(logs / f"{stage.name}_log.csv", pictures / "curves.png", title, note)
     draw_confusion(counts, data.class_names, pictures / "confusion.png", f"{title}, test images")
+    draw_attention(loop.objective.student, data, pictures, title, loop.device)
     # Last: its presence says that the link is finished.
     _json(folder / "summary.json", {**summary, "recipe": identity(stage)})
 

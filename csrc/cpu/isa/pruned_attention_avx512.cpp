@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // All element types with products in fp32: AVX-512 F, BW, DQ, VL and FMA.
 #include "cpu/isa/pruned_attention_avx512.h"
+
 #include "cpu/isa/register_tiles.h"
 
 namespace kdfast::cpu {
