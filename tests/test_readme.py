@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import kdfast
 from kdfast.models import EVAViT, load_backbone, save_backbone
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -17,6 +18,17 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 def python_blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_drop_in_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(python_blocks()[0], scope)
+    small = kdfast.load_pretrained("vit_small_half").eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(small(images), scope["small"].eval()(images))
+    assert [block.attn.num_heads for block in small.blocks] == [3] * 12
 
 
 def test_pruning_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +45,7 @@ def test_pruning_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     state = load_file(tmp_path / "orion.safetensors")
     torch.save({"meta": {}, "state_dict": state}, tmp_path / "orion.pth")
     scope: dict[str, Any] = {}
-    exec(python_blocks()[0], scope)
+    exec(python_blocks()[1], scope)
     assert [len(heads) for heads in load_backbone("student.safetensors").heads] == [1, 1, 1]
 
 
@@ -47,6 +59,6 @@ def test_attention_example() -> None:
         "sin": torch.randn(tokens - 1, 64),
         "proj": nn.Linear(3 * 64, 1024),
     }
-    exec(f"import kdfast\n{python_blocks()[1]}", scope)
+    exec(f"import kdfast\n{python_blocks()[2]}", scope)
     assert scope["x"].shape == (batch, tokens, 1024)
     assert scope["out"].transpose(1, 2).flatten(2).data_ptr() == scope["out"].data_ptr()
