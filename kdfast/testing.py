@@ -6,11 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import SkipTest
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from kdfast.models import EVAViT
 
 # (B, H, N, D): smallest, nothing a multiple of anything, one token, and a real ViT-S row count.
 SHAPES = {
@@ -127,3 +130,32 @@ def launch_on_cpu() -> torch.library.Library:
             op.INPLACE_ON = op.INPLACE_ON | {"cpu"}
         op.FUSED_ON = op.FUSED_ON | {"cpu"}
     return library
+
+
+def tiny_eva(std: float, **overrides: Any) -> "EVAViT":
+    """A seeded fp64 EVAViT of three blocks (window, window, global) with 4 heads of 16 channels.
+
+    Args:
+        std: Of every parameter: none is zero, so that none can be forgotten unnoticed.
+        **overrides: Arguments of ``EVAViT`` to change.
+    """
+    from kdfast.models import EVAViT  # which imports timm: not for the tests of ops
+
+    config: dict[str, Any] = {
+        "img_size": 20,
+        "patch_size": 4,
+        "embed_dim": 64,
+        "depth": 3,
+        "num_heads": 4,
+        "mlp_ratio": 2.0,
+        "window_size": 3,
+        "window_block_indexes": (0, 1),
+        "pretrain_img_size": 12,
+        "with_cp": False,
+    }
+    torch.manual_seed(1)
+    model = EVAViT(**{**config, **overrides}).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=std)
+    return model

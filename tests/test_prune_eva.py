@@ -3,6 +3,7 @@
 
 import copy
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,30 +19,11 @@ from kdfast.pruning import (
     pruning_report,
     select_heads,
 )
+from kdfast.testing import tiny_eva
 
 HEADS, HEAD_DIM, HIDDEN = 4, 16, 40
 UNITS = [list(range(0, HIDDEN, 2)), [3, 5, 39], list(range(HIDDEN))]
-
-
-def tiny(**overrides: Any) -> EVAViT:
-    config: dict[str, Any] = {
-        "img_size": 20,
-        "patch_size": 4,
-        "embed_dim": HEADS * HEAD_DIM,
-        "depth": 3,
-        "num_heads": HEADS,
-        "mlp_ratio": HIDDEN / 64,
-        "window_size": 3,
-        "window_block_indexes": (0, 1),
-        "pretrain_img_size": 12,
-        "with_cp": False,
-    }
-    torch.manual_seed(1)
-    model = EVAViT(**{**config, **overrides}).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model
+tiny = partial(tiny_eva, 0.3, mlp_ratio=HIDDEN / 64)
 
 
 def images(batch: int = 2) -> Tensor:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Leave-one-out, evaluation of selections without building them, and gates of a training loop."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,30 +11,11 @@ from torch import Tensor
 import kdfast
 from kdfast.models import EVAViT
 from kdfast.pruning import HeadGates, evaluate_selections, head_scores, prune_heads
+from kdfast.testing import tiny_eva
 
 HEADS, HEAD_DIM = 4, 16
 ALL = [0, 1, 2, 3]
-
-
-def tiny(**overrides: Any) -> EVAViT:
-    config: dict[str, Any] = {
-        "img_size": 20,
-        "patch_size": 4,
-        "embed_dim": HEADS * HEAD_DIM,
-        "depth": 3,
-        "num_heads": HEADS,
-        "mlp_ratio": 2.0,
-        "window_size": 3,
-        "window_block_indexes": (0, 1),
-        "pretrain_img_size": 12,
-        "with_cp": False,
-    }
-    torch.manual_seed(1)
-    model = EVAViT(**{**config, **overrides}).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    return model
+tiny = partial(tiny_eva, 0.2)
 
 
 def images(batch: int = 2) -> Tensor:

@@ -3,6 +3,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +15,13 @@ from torch import Tensor, nn
 import kdfast
 from kdfast.models import EVAViT
 from kdfast.pruning import HeadScores, prune_heads, select_heads
+from kdfast.testing import tiny_eva
 
 HEADS, HEAD_DIM = 4, 16
 # Different numbers of heads per block, and not the first ones.
 KEEP = [[1, 3], [2], [0, 1, 3]]
 HEAD_TENSORS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "q_bias", "v_bias")
-
-
-def tiny(**overrides: Any) -> EVAViT:
-    """Window, window, global; no parameter is zero, so that none can be forgotten unnoticed."""
-    config: dict[str, Any] = {
-        "img_size": 20,
-        "patch_size": 4,
-        "embed_dim": HEADS * HEAD_DIM,
-        "depth": 3,
-        "num_heads": HEADS,
-        "mlp_ratio": 2.0,
-        "window_size": 3,
-        "window_block_indexes": (0, 1),
-        "pretrain_img_size": 12,
-        "with_cp": False,
-    }
-    torch.manual_seed(1)
-    model = EVAViT(**{**config, **overrides}).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model
+tiny = partial(tiny_eva, 0.3)
 
 
 def channels(heads: list[int]) -> Tensor:
