@@ -27,21 +27,21 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdfast.configs import CONFIGS, ChainConfig, Config, ConfigError, load, plain, save
+from kdfast.configs import CONFIGS, ChainConfig, Config, ConfigError, load, plain
 from kdfast.data.base import Corrupt, CorruptDataError, ViewDataset
 from kdfast.data.scenes import PALETTE
 from kdfast.distill import Distiller
 from kdfast.models.checkpoint import save_backbone
 from kdfast.models.eva import EVAViT
 from kdfast.trainer.evaluate import Evaluator
-from kdfast.trainer.logs import LOG, close_log, open_log
+from kdfast.trainer.logs import LOG, close_log
 from kdfast.trainer.loop import Job, Loop, NonFiniteLoss
 from kdfast.trainer.parts import Data, build_data, build_student, choose_heads, score_heads
 from kdfast.trainer.report import draw_predictions, measure, write_report
+from kdfast.trainer.runs import run_folder, show_start
 from kdfast.trainer.signals import Interrupted
 from kdfast.trainer.state import load_checkpoint, newest
 from kdfast.trainer.teacher import get_teacher
@@ -113,8 +113,12 @@ def make_accelerator(precision: str, device: str) -> Accelerator:
 
 def run_pruning(config: Config, accelerator: Accelerator, resume: bool) -> int:
     """Prune a teacher's heads and distil: teacher, scores, student, training, report."""
-    folder = open_folder(config, accelerator, resume)
-    show_start(config, accelerator, folder, resume)
+    missing = "--resume: " if resume else None
+    folder = run_folder(Path(config.output).expanduser(), accelerator, missing)
+    words = [f"{accelerator.num_processes} x {accelerator.device}"]
+    words += [f"precision {config.run.precision}", f"{torch.get_num_threads()} threads"]
+    words += [f"data: {config.data.kind} {config.data.root or ''}"]
+    show_start(config, accelerator, folder, resume, ", ".join(words))
     with as_config_error():
         data = build_data(config, accelerator)
         torch.manual_seed(config.seed)
@@ -154,48 +158,6 @@ def run_pruning(config: Config, accelerator: Accelerator, resume: bool) -> int:
         finish(config, accelerator, folder, {**models, "distilled": student}, head, quality, data)
     accelerator.wait_for_everyone()
     return 0
-
-
-def open_folder(config: Config, accelerator: Accelerator, resume: bool) -> Path:
-    """Folder of the run: ``output``, or ``output-2`` and so on where that holds a run already.
-
-    Raises:
-        ConfigError: There is no run to resume.
-    """
-    output = Path(config.output).expanduser()
-    runs = [output, *output.parent.glob(f"{output.name}-[0-9]*")]
-    used = [path for path in runs if (path / "config.yaml").is_file()]
-    if resume:
-        if not used:
-            raise ConfigError([f"--resume: there is no run in {output}"])
-        chosen = [max(used, key=lambda path: (path / "config.yaml").stat().st_mtime)]
-    else:
-        number = 2
-        chosen = [output]
-        while chosen[0] in used:
-            chosen = [output.with_name(f"{output.name}-{number}")]
-            number += 1
-    broadcast_object_list(chosen)
-    if accelerator.is_main_process:
-        chosen[0].mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-    return chosen[0]
-
-
-def show_start(config: Config, accelerator: Accelerator, folder: Path, resume: bool) -> None:
-    """Open the log, save the config, and say what is going to happen."""
-    if not accelerator.is_main_process:
-        open_log(None)
-        return
-    open_log(folder)
-    save(config, folder / "config.yaml")
-    if config.note:
-        width = max(map(len, config.note.split(": ")))
-        LOG.warning("\n%s\n%s\n%s", "=" * width, config.note.replace(": ", "\n"), "=" * width)
-    words = [f"{accelerator.num_processes} x {accelerator.device}"]
-    words += [f"precision {config.run.precision}", f"{torch.get_num_threads()} threads"]
-    LOG.info("%s %s in %s", "resuming" if resume else "starting", config.name, folder)
-    LOG.info("%s, data: %s %s", ", ".join(words), config.data.kind, config.data.root or "")
 
 
 @contextmanager

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from kdfast.data.classification import LabelledImages, worker_init
 from kdfast.data.rng import ORDER, generator
 from kdfast.data.sampler import EpochSampler
-from kdfast.trainer.feed import Batch
+from kdfast.trainer.feed import Batch, batch_loader
 
 
 @dataclass
@@ -93,21 +92,16 @@ class ClassFeed:
         self.sampler = _Chosen(
             indices, seed=seed, rank=rank, world=world, shuffle=train, even=train
         )
-        if train and len(self.sampler) < batch_size:
-            raise ValueError(
-                f"batch: {len(indices)} training images on {world} process(es) must give at least "
-                f"one batch, got batches of {batch_size}"
-            )
-        self.loader: DataLoader[Any] = DataLoader(
+        self.loader = batch_loader(
             dataset,
+            self.sampler,
+            key="batch",
             batch_size=batch_size,
-            sampler=self.sampler,
-            drop_last=train,
+            train=train,
+            device=device,
             num_workers=workers,
+            seed=seed,
             worker_init_fn=worker_init,
-            pin_memory=device.type == "cuda",
-            persistent_workers=workers > 0,
-            generator=torch.Generator().manual_seed(seed),
         )
 
     def __len__(self) -> int:

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from kdfast.chain.compare import write_comparison
 from kdfast.chain.links import Link, links_of
 from kdfast.chain.memory import release
 from kdfast.chain.stage import Stage, train_link
-from kdfast.configs import ChainConfig, ConfigError, plain, save
+from kdfast.configs import ChainConfig, ConfigError, plain
 from kdfast.configs.chain_check import stages
 from kdfast.data.base import CorruptDataError
 from kdfast.data.classification import Classification, build_classification
-from kdfast.trainer.logs import LOG, open_log
+from kdfast.trainer.logs import LOG
+from kdfast.trainer.runs import run_folder, show_start
 
 TWIN = "student_ce"
 
@@ -56,9 +56,16 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
         NonFiniteLoss: A training broke; the state before was saved.
     """
     chosen = stages(config)
-    root = open_root(config, accelerator, resume or chosen[0] > 0)
+    missing = f"stage: {config.stage} needs an earlier run, " if resume or chosen[0] > 0 else None
+    root = run_folder(Path(config.output).expanduser().absolute(), accelerator, missing)
     place = Place(root, len(config.seeds) > 1)
-    _show_start(config, accelerator, root, resume)
+    words = [" -> ".join(config.chain), f"stage {config.stage}", f"seeds {list(config.seeds)}"]
+    words += [f"data {config.data.kind} {config.data.root or ''}"]
+    words += [
+        f"{accelerator.num_processes} x {accelerator.device}",
+        f"precision {config.precision}",
+    ]
+    show_start(config, accelerator, root, resume, ", ".join(words))
     sets: dict[int, Classification] = {}
     results: list[dict[str, Any]] = []
     for seed in config.seeds:
@@ -136,56 +143,6 @@ def read_data(config: ChainConfig, seed: int) -> Classification:
         )
     except (OSError, ValueError, ImportError, CorruptDataError) as error:
         raise ConfigError([f"data: {error}"]) from error
-
-
-def open_root(config: ChainConfig, accelerator: Accelerator, existing: bool) -> Path:
-    """Root of the files: ``output``, or ``output-2`` and so on where that holds a run already.
-
-    Args:
-        config: Names ``output``.
-        accelerator: All processes get the same answer.
-        existing: Take the newest run there is.
-
-    Raises:
-        ConfigError: There is no run to go on with.
-    """
-    output = Path(config.output).expanduser().absolute()
-    runs = [output, *output.parent.glob(f"{output.name}-[0-9]*")]
-    used = [path for path in runs if (path / "config.yaml").is_file()]
-    chosen = [output]
-    if existing:
-        if not used:
-            raise ConfigError(
-                [f"stage: {config.stage} needs an earlier run, there is no run in {output}"]
-            )
-        chosen = [max(used, key=lambda path: (path / "config.yaml").stat().st_mtime)]
-    number = 2
-    while not existing and chosen[0] in used:
-        chosen = [output.with_name(f"{output.name}-{number}")]
-        number += 1
-    broadcast_object_list(chosen)
-    if accelerator.is_main_process:
-        chosen[0].mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-    return chosen[0]
-
-
-def _show_start(config: ChainConfig, accelerator: Accelerator, root: Path, resume: bool) -> None:
-    if not accelerator.is_main_process:
-        open_log(None)
-        return
-    open_log(root)
-    save(config, root / "config.yaml")
-    if config.note:
-        width = max(map(len, config.note.split(": ")))
-        LOG.warning("\n%s\n%s\n%s", "=" * width, config.note.replace(": ", "\n"), "=" * width)
-    LOG.info("%s %s in %s", "resuming" if resume else "starting", config.name, root)
-    LOG.info(
-        "%s, stage %s, seeds %s, data %s %s, %d x %s, precision %s",
-        *(" -> ".join(config.chain), config.stage, list(config.seeds), config.data.kind),
-        *(config.data.root or "", accelerator.num_processes, accelerator.device),
-        config.precision,
-    )
 
 
 def _finish(config: ChainConfig, root: Path, results: list[dict[str, Any]], name: str) -> None:

@@ -60,6 +60,53 @@ class BatchFeed(Protocol):
         """Batches of an epoch from number ``done`` on."""
 
 
+def batch_loader(
+    dataset: Any,
+    sampler: EpochSampler,
+    *,
+    key: str,
+    batch_size: int,
+    train: bool,
+    device: torch.device,
+    num_workers: int,
+    seed: int,
+    **options: Any,
+) -> DataLoader[Any]:
+    """The loader of a feed, in the order of ``sampler``; whole batches only if ``train``.
+
+    Args:
+        dataset: Map-style.
+        sampler: Of this process.
+        key: Name of the batch size in the config, for the message.
+        batch_size: Per process.
+        train: Or evaluation.
+        device: Where batches go.
+        num_workers: Loader processes.
+        seed: Of the loader's own generator.
+        **options: Of ``DataLoader``.
+
+    Raises:
+        ValueError: Training images do not fill one batch for every process.
+    """
+    if train and len(sampler) < batch_size:
+        raise ValueError(
+            f"{key}: {sampler.length} training images on {sampler.world} process(es) must give at "
+            f"least one batch, got batches of {batch_size}"
+        )
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=train,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=num_workers > 0,
+        # Its own: making an iterator must not touch the generator of drop path.
+        generator=torch.Generator().manual_seed(seed),
+        **options,
+    )
+
+
 class Feed:
     """Reads a dataset in the order of (seed, epoch), shared among processes.
 
@@ -107,22 +154,16 @@ class Feed:
             group=1 if train else dataset.views,
             even=train,
         )
-        if train and len(self.sampler) < batch_size:
-            raise ValueError(
-                f"run.batch_size: {len(dataset)} training images on {world} process(es) must give "
-                f"at least one batch, got batches of {batch_size}"
-            )
-        # Its own generator: making an iterator must not touch the generator of drop path.
-        self.loader: DataLoader[Any] = DataLoader(
+        self.loader = batch_loader(
             dataset,
+            self.sampler,
+            key="run.batch_size",
             batch_size=batch_size,
-            sampler=self.sampler,
-            drop_last=train,
+            train=train,
+            device=device,
             num_workers=workers,
+            seed=seed,
             collate_fn=collate,
-            pin_memory=device.type == "cuda",
-            persistent_workers=workers > 0,
-            generator=torch.Generator().manual_seed(seed),
         )
 
     def __len__(self) -> int:
