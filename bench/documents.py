@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m bench.documents``: writes the tables of README.md and docs/benchmarks.md.
+
+What stands between ``<!-- NAME -->`` and ``<!-- end -->`` comes from bench/results/cpu_zen4.json.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.gpu_tables import ROOT
+from bench.gpu_tables import table as markdown
+from bench.report import OURS, RIVALS, headline
+from bench.report import table as all_rows
+
+RESULTS = ROOT / "bench" / "results" / "cpu_zen4.json"
+# Whole models have tables of their own.
+MODELS = ("accelerate", "vit_chain")
+HIGHLIGHTS = (
+    ("pruned_attention", "fwd+bwd 8x8x257 float32"),
+    ("pruned_attention", "fwd+bwd 8x8x257 bfloat16"),
+    ("pruned_attention", "fwd+bwd 1x16x1600 bfloat16"),
+    ("pruned_attention", "fwd+bwd ORION windows float32"),
+    ("pruned_attention", "fwd+bwd ORION windows bfloat16"),
+    ("attention_distill", "fwd+bwd KL 8x8x257 bfloat16"),
+    ("attention_distill", "fwd+bwd KL 1x8x1600 bfloat16"),
+    ("kd_loss", "fwd+bwd (4096, 1000) float32"),
+    ("feature_loss", "fwd+bwd 16448x1024 mse layer bfloat16"),
+    ("linear_kd_loss", "fwd+bwd 1024x21841x768 bfloat16"),
+    ("EVA-ViT-L", "distillation step, 3 of 24 blocks bfloat16"),
+)
+Group = dict[str, dict[str, Any]]
+
+
+def grouped(results: dict[str, Any]) -> dict[tuple[str, str], Group]:
+    """The rows of every comparison by candidate; cases without "torch."."""
+    groups: dict[tuple[str, str], Group] = {}
+    for row in results["rows"]:
+        key = row["op"], row["case"].replace("torch.", "")
+        groups.setdefault(key, {})[row["candidate"]] = row
+    return groups
+
+
+def best_other(group: Group) -> dict[str, Any] | None:
+    """The fastest rival of a comparison, if it has one."""
+    return min((group[n] for n in RIVALS if n in group), key=lambda row: row["ms"], default=None)
+
+
+def ratio(group: Group) -> float | None:
+    """Time of the fastest rival over ours."""
+    rival = best_other(group)
+    return rival["ms"] / group[OURS]["ms"] if rival and OURS in group else None
+
+
+def only(results: dict[str, Any], keep: Callable[[str, str], bool]) -> dict[str, Any]:
+    """The results with the rows of some comparisons."""
+    rows = [r for r in results["rows"] if keep(r["op"], r["case"].replace("torch.", ""))]
+    return {**results, "rows": rows}
+
+
+def span(results: dict[str, Any]) -> str:
+    """By op: how many comparisons, and the lowest, median and highest ratio."""
+    ratios: dict[str, list[float]] = {}
+    for (op, _), group in grouped(results).items():
+        if (value := ratio(group)) is not None:
+            ratios.setdefault(op, []).append(value)
+    header = ["op", "rows", "lowest ratio", "median", "highest"]
+    return markdown(
+        header,
+        [
+            [op, len(x), *(f"{f(x):.2f}" for f in (min, statistics.median, max))]
+            for op, x in ratios.items()
+        ],
+    )
+
+
+def weighted(results: dict[str, Any]) -> str:
+    """Losses with an upstream gradient other than 1."""
+    rows = []
+    for (op, case), group in grouped(results).items():
+        ours, rival = group.get("kdfast, weight"), best_other(group)
+        if ours and rival:
+            times = f"{ours['ms']:.2f}", f"{rival['ms']:.2f}"
+            rows.append([op, case, *times, f"{rival['ms'] / ours['ms']:.2f}"])
+    return markdown(["op", "case", "kdfast ms, weighted", "best other ms", "ratio"], rows)
+
+
+def yardsticks(results: dict[str, Any]) -> str:
+    """Our time against other calls of ours."""
+    rows = []
+    yards = {
+        "kdfast, no rope": "RoPE in the kernel over none",
+        "native half": "half of the heads by index over those heads alone",
+        "all": "half of the heads by index over all heads",
+        "attention only": "attention KL on top of attention",
+        "kdfast, 16 heads": "8 heads over 16",
+    }
+    for (_, case), group in grouped(results).items():
+        for name, what in yards.items():
+            if name in group and OURS in group:
+                change = group[OURS]["ms"] / group[name]["ms"] - 1
+                rows.append([what, case, f"{100 * change:+.0f} %"])
+    return markdown(["what", "case", "time"], rows)
+
+
+def peaks(results: dict[str, Any]) -> str:
+    """Extra memory at the peak of every comparison that measured it, in MiB."""
+    names = (OURS, "eager", "sdpa", "compile")
+    rows = []
+    for (op, case), group in grouped(results).items():
+        if OURS in group and group[OURS]["peak_bytes"] is not None:
+            peak = (group[n]["peak_bytes"] if n in group else None for n in names)
+            rows.append([op, case, *("" if x is None else f"{x / 2**20:.1f}" for x in peak)])
+    return markdown(["op", "case", *names], rows)
+
+
+def models(results: dict[str, Any]) -> str:
+    """Whole models before and after ``kdfast.accelerate``, and with half of the heads."""
+    rows = []
+    for (op, case), group in grouped(results).items():
+        if op != "accelerate":
+            continue
+        names = ("sdpa", "compile", OURS, "kdfast, half of the heads")
+        times = (f"{group[n]['ms']:.0f}" if n in group else "" for n in names)
+        value = ratio(group)
+        rows.append([case, *times, "" if value is None else f"{value:.2f}"])
+    header = ["model", "original (SDPA), ms", "torch.compile", "kdfast", "half of the heads"]
+    return markdown([*header, "ratio"], rows)
+
+
+def chain(results: dict[str, Any]) -> str:
+    """Steps and evaluations of the ViT chain."""
+    rows = []
+    for (op, case), group in grouped(results).items():
+        if op == "vit_chain":
+            names = ("timm", OURS, "kdfast, cache")
+            rows.append([case, *(f"{group[n]['ms']:.0f}" if n in group else "" for n in names)])
+    return markdown(["link", "timm + torch KD, ms", "kdfast", "kdfast, teacher cache"], rows)
+
+
+def blocks(results: dict[str, Any]) -> dict[str, str]:
+    """The generated blocks of the documents by name."""
+    ops = only(results, lambda op, case: op not in MODELS)
+    lost = [
+        f"`{op}` {case} ({value:.2f}x)"
+        for (op, case), group in grouped(results).items()
+        if (value := ratio(group)) is not None and value < 1
+    ]
+    skipped = "\n".join(f"- {line}" for line in results["left_out"])
+    return {
+        "machine": headline(results) + ".",
+        "span": span(results),
+        "slower": f"Slower than the best other: {', '.join(lost) or 'no row'}.",
+        "highlights": all_rows(only(results, lambda *key: key in HIGHLIGHTS)),
+        "ops": all_rows(ops) + (f"\n\nNot timed:\n\n{skipped}" if skipped else ""),
+        "weighted": weighted(results),
+        "yardsticks": yardsticks(results),
+        "peaks": peaks(results),
+        "models": models(results),
+        "chain": chain(results),
+    }
+
+
+def filled(text: str, contents: dict[str, str]) -> str:
+    """The document with the blocks it names replaced.
+
+    Raises:
+        ValueError: A named block does not end.
+    """
+    for name, content in contents.items():
+        begin, end = f"<!-- {name} -->", "<!-- end -->"
+        before, found, rest = text.partition(begin)
+        if not found:
+            continue
+        _, ended, after = rest.partition(end)
+        if not ended:
+            raise ValueError(f"document: {begin} must be followed by {end}, got no end")
+        text = f"{before}{begin}\n{content}\n{end}{after}"
+    return text
+
+
+def documents() -> Iterable[Path]:
+    """The documents that hold generated blocks."""
+    return ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+
+
+def main() -> int:
+    """Rewrites the generated blocks of all documents."""
+    contents = blocks(json.loads(RESULTS.read_text(encoding="utf-8")))
+    for path in documents():
+        path.write_text(filled(path.read_text(encoding="utf-8"), contents), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

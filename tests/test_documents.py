@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of README.md and docs/benchmarks.md come from the committed result file."""
+
+import importlib
+import json
+from typing import Any
+
+import pytest
+
+documents = importlib.import_module("bench.documents")
+
+
+def row(op: str, case: str, candidate: str, ms: float, **more: Any) -> dict[str, Any]:
+    base = {"limit_share": None, "peak_bytes": None, "saved_bytes": None}
+    return {"op": op, "case": case, "candidate": candidate, "ms": ms, **base, **more}
+
+
+MACHINE = {"gpu": None, "cpu": "C", "isa": "avx2", "threads": 2, "torch": "9", "commit": "abc"}
+RESULTS = {
+    "machine": {**MACHINE, "dirty": False, "date": "2000-01-02"},
+    "left_out": [],
+    "rows": [
+        row("kd_loss", "a torch.float32", "kdfast", 2.0, peak_bytes=2**20),
+        row("kd_loss", "a torch.float32", "eager", 8.0, peak_bytes=3 * 2**20),
+        row("kd_loss", "a torch.float32", "compile", 5.0),
+        row("kd_loss", "a torch.float32", "kdfast, weight", 4.0),
+        row("kd_loss", "b torch.float32", "kdfast", 4.0),
+        row("kd_loss", "b torch.float32", "eager", 3.0),
+        row("attention_distill", "KL", "kdfast", 3.0),
+        row("attention_distill", "KL", "attention only", 2.0),
+        row("accelerate", "fwd ViT", "sdpa", 9.0),
+        row("accelerate", "fwd ViT", "kdfast", 6.0),
+        row("vit_chain", "step", "timm", 9.0),
+        row("vit_chain", "step", "kdfast", 8.0),
+    ],
+}
+
+
+def test_blocks_hold_ratios_against_the_best_other() -> None:
+    blocks = documents.blocks(RESULTS)
+    assert "| kd_loss | 2 | 0.75 | 1.62 | 2.50 |" in blocks["span"]
+    assert blocks["slower"] == "Slower than the best other: `kd_loss` b float32 (0.75x)."
+    assert "| kd_loss | a float32 | 4.00 | 5.00 | 1.25 |" in blocks["weighted"]
+    assert "| attention KL on top of attention | KL | +50 % |" in blocks["yardsticks"]
+    assert "| kd_loss | a float32 | 1.0 | 3.0 |  |  |" in blocks["peaks"]
+    assert "| fwd ViT | 9 |  | 6 |  | 1.50 |" in blocks["models"]
+    assert "| step | 9 | 8 |  |" in blocks["chain"]
+    assert "accelerate" not in blocks["ops"] and "accelerate" in blocks["span"]
+
+
+def test_filled_replaces_named_blocks_only() -> None:
+    text = "a\n<!-- span -->\nold\n<!-- end -->\nb <!-- other -->"
+    assert documents.filled(text, {"span": "new", "slower": "x"}) == text.replace("old", "new")
+    with pytest.raises(ValueError, match="must be followed by <!-- end -->"):
+        documents.filled("<!-- span -->", {"span": "new"})
+
+
+def test_documents_are_up_to_date() -> None:
+    contents = documents.blocks(json.loads(documents.RESULTS.read_text(encoding="utf-8")))
+    for path in documents.documents():
+        text = path.read_text(encoding="utf-8")
+        assert any(f"<!-- {name} -->" in text for name in contents), path.name
+        assert documents.filled(text, contents) == text, f"{path.name}: python -m bench.documents"
