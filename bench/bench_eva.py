@@ -18,7 +18,6 @@ from kdfast.models import AttentionTarget, EVAViT, eva_vit_l_orion
 from kdfast.testing import DRY_RUN
 
 DEPTH, KEPT = 3, list(range(0, 16, 2))
-ROUNDS = 3
 DTYPES = [torch.float32, torch.bfloat16]
 pytestmark = pytest.mark.skipif(DRY_RUN, reason="a model takes minutes in Triton's interpreter")
 
@@ -56,7 +55,7 @@ def bench_forward(  # type: ignore[no-untyped-def]
         "eager, 8 heads": inference(lambda: eager_forward(student, image)),
     }
     case = f"fwd 3 of 24 blocks, 8 heads, eager: 16 {dtype}"
-    compare("EVA-ViT-L", case, calls, rounds=ROUNDS)
+    compare("EVA-ViT-L", case, calls)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -91,4 +90,4 @@ def bench_distillation(  # type: ignore[no-untyped-def]
 
     case = f"distillation step, 3 of 24 blocks {dtype}"
     calls = {"kdfast": fused, "eager": eager}
-    compare("EVA-ViT-L", case, calls, rounds=ROUNDS, memory=True)
+    compare("EVA-ViT-L", case, calls, memory=True)

@@ -12,7 +12,6 @@ from kdfast import Rope, benchmark
 HEADS = benchmark.sized(8, 2)
 TOKENS = benchmark.sized([64, 197, 400, 784, 1600, 3136], [16])
 DTYPES = benchmark.sized([torch.float32, torch.bfloat16], [torch.float32])
-ROUNDS = 7
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -29,7 +28,7 @@ def bench_lengths(  # type: ignore[no-untyped-def]
     weight = torch.randn(1, HEADS, tokens, D).to(device, dtype)
     candidates = {name: with_backward(call, inputs, weight) for name, call in calls.items()}
     case = f"fwd+bwd 1x{HEADS}x{tokens} {dtype}"
-    compare("lengths", case, candidates, memory=True, rounds=ROUNDS)
+    compare("lengths", case, candidates, memory=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,8 +4,10 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +18,111 @@ from kdfast.testing import DRY_RUN, launch_on_cpu
 Compare = Callable[..., dict[str, benchmark.Row]]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STARTED = time.monotonic()
+# Seconds of samples in a comparison of short calls, and of everything where no file knows better.
+CASE_SECONDS, UNKNOWN_SECONDS = 3.0, 7.0
+# Of the time that is left, divided by the cases that are left: the rest compiles and checks.
+SAMPLES_SHARE = 0.5
+# Whole models take the longest, so they come last and are what is left out when time is up.
+LAST = ("bench_accelerate.py", "bench_eva.py", "bench_vit.py")
+KNOWN = Path(__file__).resolve().parent / "results"
+RESULTS = pytest.StashKey[benchmark.Results]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--save", metavar="FILE", help="write the rows of this session to a JSON file")
-    parser.addoption("--rounds", type=int, default=15, help="samples per candidate")
-    parser.addoption("--budget", type=float, help="seconds after which no comparison is begun")
+    parser.addoption("--save", metavar="FILE", help="write the rows to a JSON file, case by case")
+    parser.addoption("--resume", action="store_true", help="only what FILE of --save has not")
+    parser.addoption("--rounds", type=int, default=15, help="samples per candidate, at most")
+    parser.addoption(
+        "--budget", type=float, default=810.0, help="seconds after which no comparison is begun"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The rows of this session; threads are fixed for all candidates by KDFAST_BENCH_THREADS."""
+    torch.set_num_threads(int(os.environ.get("KDFAST_BENCH_THREADS", torch.get_num_threads())))
+    results = benchmark.Results(benchmark.machine_facts())
+    if config.getoption("--resume"):
+        results = resumed(config.getoption("--save"), results.machine)
+    config.stash[RESULTS] = results
+
+
+def resumed(path: str | None, machine: dict[str, Any]) -> benchmark.Results:
+    """The rows of an interrupted run.
+
+    Raises:
+        pytest.UsageError: There is no such file, or another machine or commit wrote it.
+    """
+    if path is None or not Path(path).is_file():
+        raise pytest.UsageError(f"--resume: --save must name a file that exists, got {path}")
+    results = benchmark.Results.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+    for fact in machine.keys() - {"date"}:
+        if results.machine[fact] != machine[fact]:
+            raise pytest.UsageError(
+                f"--resume: {fact} must be that of {path}, {results.machine[fact]!r}, "
+                f"got {machine[fact]!r}"
+            )
+    results.left_out.clear()
+    return results
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what a resumed run has, and puts the longest last."""
+    done = config.stash[RESULTS].cases
+    items[:] = [item for item in items if item.nodeid not in done]
+    items.sort(key=lambda item: item.path.name in LAST)
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: Sequence[pytest.Item]) -> str:
+    """How long this is going to take, by the result files of earlier runs."""
+    known: dict[str, float] = {}
+    for path in sorted(KNOWN.glob("*.json")):
+        known |= json.loads(path.read_text(encoding="utf-8")).get("cases", {})
+    planned = sum(known.get(item.nodeid, UNKNOWN_SECONDS) for item in items)
+    old = sum(item.nodeid in known for item in items)
+    budget = clock(config.getoption("--budget"))
+    return f"planned: {clock(planned)} (times of {old} of {len(items)} are known), budget {budget}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leaves out what there is no time for."""
+    budget = item.config.getoption("--budget")
+    if time.monotonic() - STARTED > budget:
+        left_out = item.config.stash[RESULTS].left_out
+        left_out.append(f"{item.name}: the budget of {budget:.0f} s was used up")
+        pytest.skip(left_out[-1])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Keeps the rows of a case that went through, and writes them: a run may be interrupted."""
+    results, started = item.config.stash[RESULTS], time.monotonic()
+    before = len(results.rows)
+    try:
+        yield
+    except BaseException:
+        del results.rows[before:]
+        raise
+    results.cases[item.nodeid] = round(time.monotonic() - started, 1)
+    save(item.config)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """What was left out is in the file, too."""
+    save(session.config)
+
+
+def save(config: pytest.Config) -> None:
+    """Writes FILE of --save; renamed, so that it is whole at any time."""
+    if path := config.getoption("--save"):
+        part = Path(f"{path}.part")
+        text = json.dumps(config.stash[RESULTS].to_json(), indent=1) + "\n"
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 @pytest.fixture(scope="session")
@@ -38,43 +139,41 @@ def _interpreted() -> Iterator[None]:
     del registered
 
 
-@pytest.fixture(autouse=True)
-def _in_time(request: pytest.FixtureRequest, results: benchmark.Results) -> None:
-    budget = request.config.getoption("--budget")
-    if budget is not None and time.monotonic() - STARTED > budget:
-        results.left_out.append(f"{request.node.name}: the budget of {budget:.0f} s was used up")
-        pytest.skip(results.left_out[-1])
+@pytest.fixture(scope="session")
+def results(request: pytest.FixtureRequest) -> benchmark.Results:
+    """Rows of this session."""
+    return request.config.stash[RESULTS]
 
 
 @pytest.fixture(scope="session")
-def results() -> benchmark.Results:
-    """Rows of this session; threads are fixed for all candidates by KDFAST_BENCH_THREADS."""
-    torch.set_num_threads(int(os.environ.get("KDFAST_BENCH_THREADS", torch.get_num_threads())))
-    return benchmark.Results(benchmark.machine_facts())
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _save(request: pytest.FixtureRequest, results: benchmark.Results) -> Iterator[None]:
-    request.config.stash[RESULTS] = results
-    yield
-    if path := request.config.getoption("--save"):
-        Path(path).write_text(json.dumps(results.to_json(), indent=1) + "\n")
-
-
-@pytest.fixture(scope="session")
-def peaks() -> dict[str, float]:
-    """Matmul rates of this session in FLOP/s, by dtype name."""
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+def peak() -> Callable[[torch.dtype], float]:
+    """Matmul rate of this session in FLOP/s, measured when a dtype is first asked for."""
     # A GPU is not full before that.
     size = benchmark.sized(8192 if DEVICE.type == "cuda" else 1024, 64)
-    return {str(d).removeprefix("torch."): benchmark.matmul_peak(DEVICE, d, size) for d in dtypes}
+    return cache(lambda dtype: benchmark.matmul_peak(DEVICE, dtype, size))
+
+
+@pytest.fixture(scope="session")
+def calibration() -> benchmark.Calibration | None:
+    """Tells the slow windows of this machine."""
+    return None if DRY_RUN else benchmark.Calibration(DEVICE)
 
 
 @pytest.fixture
 def compare(
-    request: pytest.FixtureRequest, results: benchmark.Results, peaks: dict[str, float]
+    request: pytest.FixtureRequest,
+    results: benchmark.Results,
+    peak: Callable[[torch.dtype], float],
+    calibration: benchmark.Calibration | None,
 ) -> Compare:
     """Times candidates against each other and records one row for each."""
+    options = request.config.option
+
+    def seconds() -> float:
+        """Of samples: short calls get all rounds, unless the session is late."""
+        left = request.session.items[request.session.items.index(request.node) :]
+        share = (options.budget - (time.monotonic() - STARTED)) / len(left)
+        return min(CASE_SECONDS, SAMPLES_SHARE * share)
 
     def run(
         op: str,
@@ -85,16 +184,15 @@ def compare(
         flops: int | None = None,
         dtype: torch.dtype = torch.float32,
         memory: bool = False,
-        rounds: int | None = None,
     ) -> dict[str, benchmark.Row]:
-        most = request.config.getoption("--rounds")
-        slow = {} if rounds is None else {"warmup": 1}
-        timed = benchmark.interleave(candidates, rounds=min(rounds or most, most), **slow)
+        timed = benchmark.interleave(
+            candidates, rounds=options.rounds, seconds=seconds(), calibration=calibration
+        )
         limits = []
         if nbytes is not None:
             limits.append(benchmark.copy_seconds(DEVICE, nbytes))
         if flops is not None:
-            limits.append(flops / peaks[str(dtype).removeprefix("torch.")])
+            limits.append(flops / peak(dtype))
         rows = {}
         for name, samples in timed.items():
             row = benchmark.Row(op, case, name, **benchmark.summarize(samples))
@@ -106,16 +204,26 @@ def compare(
                 row.limit_ms = 1e3 * max(limits)
                 row.limit_share = row.limit_ms / row.ms
             if memory:
-                row.saved_bytes = benchmark.saved_bytes(candidates[name])
-                row.peak_bytes = benchmark.peak_bytes(candidates[name])
+                row.peak_bytes, row.saved_bytes = benchmark.memory_bytes(candidates[name])
             rows[name] = row
         results.rows.extend(rows.values())
+        progress(request, rows)
         return rows
 
     return run
 
 
-RESULTS = pytest.StashKey[benchmark.Results]()
+def progress(request: pytest.FixtureRequest, rows: Mapping[str, benchmark.Row]) -> None:
+    """One line for the comparison that just ended."""
+    plugins = request.config.pluginmanager
+    reporter, capture = (plugins.get_plugin(x) for x in ("terminalreporter", "capturemanager"))
+    items = request.session.items
+    first = next(iter(rows.values()))
+    times = ", ".join(f"{name} {row.ms:.2f}" for name, row in rows.items())
+    at = f"{items.index(request.node) + 1}/{len(items)} {clock(time.monotonic() - STARTED)}"
+    with capture.global_and_fixture_disabled():
+        reporter.ensure_newline()
+        reporter.write_line(f"[{at}] {first.op}: {first.case}: {times} ms")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -142,8 +250,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             best = min(others, default=None)
         ratio = f"{best / row.ms:5.2f}x the best other" if best else ""
         share = f"{100 * row.limit_share:4.0f} % of limit" if row.limit_share else ""
-        quiet = f"{row.quiet}/{row.samples} quiet"
+        few = ", too few for a median" if row.fast < benchmark.FEW else ""
         write(
             f"  {row.candidate:<12}{row.ms:10.3f} ms  (all {row.ms_all:.3f}, iqr {row.iqr:.3f}, "
-            f"{quiet})  {ratio}  {share}"
+            f"{row.fast} of {row.samples} fast{few})  {ratio}  {share}"
         )

@@ -22,6 +22,13 @@ Candidate = Callable[[], object]
 # A sample is quiet when other processes used less than this share of one core during it.
 QUIET_SHARE = 0.08
 SAMPLE_SECONDS = 0.05
+# A call that takes longer than this warms up once, not twice.
+LONG_SECONDS = 0.2
+# A calibration loop this much slower than the session's fastest marks a slow window.
+SLOW = 1.25
+CALIBRATION_SECONDS = 4e-4
+# With fewer fast samples a row's time is the median of all of them, and says so.
+FEW = 5
 
 
 @dataclass
@@ -31,11 +38,11 @@ class Row:
     op: str
     case: str
     candidate: str
-    ms: float  # median of quiet samples, of all samples if fewer than five are quiet
+    ms: float  # median of the fast samples, of all samples if fewer than FEW are fast
     ms_all: float
     iqr: float
     samples: int
-    quiet: int
+    fast: int
     gb_s: float | None = None
     gflop_s: float | None = None
     limit_ms: float | None = None
@@ -51,11 +58,17 @@ class Results:
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # what was not timed, and why
+    cases: dict[str, float] = field(default_factory=dict)  # seconds of a benchmark, all in all
 
     def to_json(self) -> dict[str, Any]:
         """Plain containers for ``json.dump``."""
-        rows = [asdict(row) for row in self.rows]
-        return {"machine": self.machine, "rows": rows, "left_out": self.left_out}
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Results":
+        """Inverse of ``to_json``."""
+        rows = [Row(**row) for row in found["rows"]]
+        return cls(found["machine"], rows, found["left_out"], found["cases"])
 
 
 T = TypeVar("T")
@@ -146,55 +159,110 @@ def _cuda_seconds(call: Candidate, repeats: int) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def _timed(call: Candidate, repeats: int) -> float:
+    return (_cuda_seconds if torch.cuda.is_available() else _seconds)(call, repeats)
+
+
 def _sample(call: Candidate, repeats: int) -> tuple[float, bool]:
     """Seconds per call over ``repeats`` calls, and whether the machine was quiet meanwhile."""
     machine, own = _cpu_seconds()
-    seconds = _cuda_seconds(call, repeats) if torch.cuda.is_available() else _seconds(call, repeats)
+    seconds = _timed(call, repeats)
     machine_after, own_after = _cpu_seconds()
     foreign = (machine_after - machine) - (own_after - own)
     # /proc/stat counts in 10 ms ticks, so short samples need that much slack.
     return seconds / repeats, foreign < QUIET_SHARE * seconds + 0.02
 
 
+class Calibration:
+    """A matrix product that stays in the caches, timed around every sample.
+
+    Some machines run at two speeds and change between them many times a second, with nobody else
+    on them. The product runs on the threads of the candidates and on the matrix units where the
+    CPU has some, so it is slow when they are.
+
+    Attributes:
+        best: Seconds of the fastest loop so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        units = device.type == "cuda" or (EXTENSION is not None and EXTENSION.cpu_isa() == "amx")
+        size = 2048 if device.type == "cuda" else 512 if units else 256
+        dtype = torch.bfloat16 if units else torch.float32
+        self._a, self._b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+        self._repeats = 1
+        self.best = min(self._loop() for _ in range(20))
+        self._repeats = max(1, round(CALIBRATION_SECONDS / self.best))
+        self.best = min(self._loop() for _ in range(100))
+
+    def _loop(self) -> float:
+        return _timed(lambda: self._a @ self._b, self._repeats)
+
+    def seconds(self) -> float:
+        """Of one loop, now: the faster of two, as a thread that wakes up late is no slow window."""
+        found = min(self._loop(), self._loop())
+        self.best = min(self.best, found)
+        return found
+
+
 def interleave(
-    candidates: Mapping[str, Candidate], *, rounds: int = 15, warmup: int = 2
+    candidates: Mapping[str, Candidate],
+    *,
+    rounds: int = 15,
+    warmup: int = 2,
+    seconds: float | None = None,
+    calibration: Calibration | None = None,
 ) -> dict[str, list[tuple[float, bool]]]:
     """Times all candidates in alternating rounds, so that drift of the machine hits all alike.
 
     Args:
         candidates: Name to a call without arguments.
         rounds: Samples per candidate.
-        warmup: Calls of each before the first sample.
+        warmup: Calls of each before the first sample; one of them if it takes long.
+        seconds: After this time no round is begun, if FEW samples of each are there.
+        calibration: Tells slow windows of the machine; None: only foreign load counts.
 
     Returns:
-        Name to (seconds per call, was the machine quiet) per round.
+        Name to (seconds per call, was it a fast sample) per round: the cores were ours, and the
+        calibration loops before and after ran within SLOW of the fastest.
     """
-    repeats = dict.fromkeys(candidates, 1)
-    for name, call in {} if DRY_RUN else candidates.items():
-        for _ in range(warmup):
-            call()
-        repeats[name] = max(1, round(SAMPLE_SECONDS / max(_sample(call, 1)[0], 1e-7)))
-    samples: dict[str, list[tuple[float, bool]]] = {name: [] for name in candidates}
+    repeats = {} if DRY_RUN else {n: _repeats(call, warmup) for n, call in candidates.items()}
+    taken: dict[str, list[tuple[float, bool, float]]] = {name: [] for name in candidates}
     order: Sequence[str] = list(candidates)
-    for _ in range(rounds):
+    loop = calibration.seconds if calibration else lambda: 0.0
+    started, before = time.monotonic(), loop()
+    for done in range(rounds):
+        if seconds is not None and done >= FEW and time.monotonic() - started > seconds:
+            break
         for name in order:
-            samples[name].append(_sample(candidates[name], repeats[name]))
+            sample, quiet = _sample(candidates[name], repeats.get(name, 1))
+            after = loop()
+            taken[name].append((sample, quiet, max(before, after)))
+            before = after
         order = order[::-1]
-    return samples
+    limit = SLOW * calibration.best if calibration else 0.0
+    return {n: [(s, quiet and around <= limit) for s, quiet, around in t] for n, t in taken.items()}
+
+
+def _repeats(call: Candidate, warmup: int) -> int:
+    """Warms up, and says how often a sample should call."""
+    for _ in range(warmup):
+        if _sample(call, 1)[0] > LONG_SECONDS:
+            return 1
+    return max(1, round(SAMPLE_SECONDS / max(_sample(call, 1)[0], 1e-7)))
 
 
 def summarize(samples: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-    """Medians of quiet and of all samples, and the spread, in milliseconds."""
+    """Medians of the fast and of all samples, and the spread, in milliseconds."""
     every = [1e3 * seconds for seconds, _ in samples]
-    quiet = [1e3 * seconds for seconds, calm in samples if calm]
-    used = quiet if len(quiet) >= 5 else every
+    fast = [1e3 * seconds for seconds, good in samples if good]
+    used = fast if len(fast) >= FEW else every
     quarter = statistics.quantiles(used, n=4) if len(used) > 1 else [used[0]] * 3
     return {
         "ms": statistics.median(used),
         "ms_all": statistics.median(every),
         "iqr": quarter[2] - quarter[0],
         "samples": len(every),
-        "quiet": len(quiet),
+        "fast": len(fast),
     }
 
 
@@ -237,6 +305,12 @@ def peak_bytes(call: Callable[[], object]) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+def memory_bytes(call: Callable[[], object]) -> tuple[int, int]:
+    """``peak_bytes`` and ``saved_bytes`` of one and the same call."""
+    saved: list[int] = []
+    return peak_bytes(lambda: saved.append(saved_bytes(call))), saved[0]
 
 
 def copy_seconds(device: torch.device, nbytes: int) -> float:

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
+import json
+import os
+import shutil
+import sys
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,11 +35,90 @@ def test_interleave_alternates_and_tells_fast_from_slow() -> None:
     assert order.count("slow") >= 3
 
 
-def test_summary_takes_quiet_samples_when_there_are_enough() -> None:
-    quiet = [(0.001, True)] * 5
-    assert benchmark.summarize([*quiet, (1.0, False)])["ms"] == pytest.approx(1)
-    few = benchmark.summarize([(0.001, True), (0.003, False), (0.003, False)])
-    assert few["ms"] == pytest.approx(3) and few["quiet"] == 1
+def test_summary_takes_fast_samples_when_there_are_enough() -> None:
+    enough = benchmark.summarize([*[(0.001, True)] * 5, *[(1.0, False)] * 6])
+    assert enough["ms"] == pytest.approx(1) and enough["ms_all"] == pytest.approx(1000)
+    assert (enough["fast"], enough["samples"]) == (5, 11)
+    few = benchmark.summarize([*[(0.001, True)] * 4, *[(0.003, False)] * 5])
+    assert few["ms"] == few["ms_all"] == pytest.approx(3) and few["fast"] == 4
+
+
+class Script(benchmark.Calibration):
+    """Calibration loops that take what they are told."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.found = iter(seconds)
+        self.best = 1.0
+
+    def _loop(self) -> float:
+        return next(self.found)
+
+
+def quiet(call: benchmark.Candidate, repeats: int) -> tuple[float, bool]:
+    call()
+    return 1.0, True
+
+
+def test_samples_beside_a_slow_loop_are_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "_sample", quiet)
+    # A loop is the faster of two; the third is slow, so the samples on both its sides are.
+    loops = [1.0, 9.0, 1.2, 1.2, 1.3, 1.3, 9.0, 1.0, 1.2, 9.0]
+    found = benchmark.interleave({"x": int}, rounds=4, calibration=Script(loops))
+    assert [fast for _, fast in found["x"]] == [True, False, False, True]
+    # A faster one makes slow ones of those before: nothing is fast but against the best.
+    calibration = Script([1.2] * 4 + [0.9] * 6)
+    found = benchmark.interleave({"x": int}, rounds=4, calibration=calibration)
+    assert [fast for _, fast in found["x"]] == [False, False, True, True]
+    assert calibration.best == 0.9
+
+
+def test_a_busy_machine_gives_no_fast_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "_sample", lambda call, repeats: (1.0, False))
+    found = benchmark.interleave({"x": int}, rounds=2, calibration=Script([1.0] * 6))
+    assert found["x"] == [(1.0, False)] * 2
+
+
+def test_rounds_end_with_the_time_but_not_before_there_are_a_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(benchmark, "_sample", quiet)
+    clock = itertools.count()
+    monkeypatch.setattr(benchmark.time, "monotonic", lambda: next(clock))
+    counts = [
+        len(benchmark.interleave({"x": int}, rounds=15, seconds=seconds)["x"])
+        for seconds in (0, 3, 20)
+    ]
+    # The clock ticks once a round, and is first read after FEW of them.
+    assert counts == [benchmark.FEW, 8, 15]
+
+
+def test_long_calls_warm_up_once() -> None:
+    calls = {"long": 0, "short": 0}
+
+    def long() -> None:
+        calls["long"] += 1
+        time.sleep(1.1 * benchmark.LONG_SECONDS)
+
+    def short() -> None:
+        calls["short"] += 1
+        time.sleep(0.6 * benchmark.SAMPLE_SECONDS)
+
+    benchmark.interleave({"long": long, "short": short}, rounds=1)
+    assert calls == {"long": 2, "short": 5}
+
+
+def test_calibration_loop_is_short_and_keeps_its_best() -> None:
+    calibration = benchmark.Calibration(torch.device("cpu"))
+    found = [calibration.seconds() for _ in range(20)]
+    assert 0 < calibration.best <= min(found)
+    assert min(found) < 0.05 * benchmark.SAMPLE_SECONDS
+
+
+def test_results_survive_the_file() -> None:
+    row = benchmark.Row("op", "case", "kdfast", 1.0, 1.5, 0.1, 9, 7, peak_bytes=3)
+    results = benchmark.Results({"cpu": "x"}, [row], ["y"], {"node": 1.5})
+    again = benchmark.Results.from_json(json.loads(json.dumps(results.to_json())))
+    assert again == results
 
 
 def test_saved_and_peak_bytes() -> None:
@@ -48,6 +134,8 @@ def test_saved_and_peak_bytes() -> None:
 
     peak = benchmark.peak_bytes(two_then_one)
     assert 2 * 4 << 20 <= peak < (2 * 4 << 20) + 10_000
+    assert benchmark.memory_bytes(two_then_one) == (peak, 0)
+    assert benchmark.memory_bytes(lambda: x.exp())[1] == 4000
 
 
 def test_limits_are_positive() -> None:
@@ -56,3 +144,72 @@ def test_limits_are_positive() -> None:
     assert benchmark.matmul_peak(cpu, torch.float32, 64) > 0
     facts = benchmark.machine_facts()
     assert facts["threads"] == 1 and facts["torch"] == torch.__version__
+
+
+ROOT = Path(__file__).resolve().parents[1]
+CASES = """
+import time
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("index", range(3))
+def bench_one(compare, index):
+    compare("op", f"case {index}", {"kdfast": int, "eager": lambda: time.sleep(0.001)})
+    assert index != 1 or not Path(__file__).with_name("fail").exists()
+"""
+
+
+@pytest.fixture
+def session(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
+    """Runs pytest on a benchmark of three cases beside bench/conftest.py; what it printed."""
+    shutil.copy(ROOT / "bench" / "conftest.py", tmp_path)
+    (tmp_path / "bench_one.py").write_text(CASES)
+    (tmp_path / "results").mkdir()
+    modules = set(sys.modules)
+
+    def run(*arguments: str) -> str:
+        options = ["-s", "-p", "no:cacheprovider", "-c", os.devnull, "--import-mode=importlib"]
+        options += ["--rootdir", str(tmp_path), "-o", "python_functions=bench_*"]
+        pytest.main([*options, *arguments, str(tmp_path / "bench_one.py")])
+        found = capsys.readouterr()
+        return found.out + found.err
+
+    yield run
+    for name in set(sys.modules) - modules:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def test_a_session_keeps_its_rows_and_goes_on(tmp_path: Path, session: Callable[..., str]) -> None:
+    file, fail = tmp_path / "rows.json", tmp_path / "fail"
+    fail.touch()
+    text = session("--save", str(file), "--rounds", "6", "-x")
+    assert "planned: 0:21 (times of 0 of 3 are known), budget 13:30" in text
+    assert "[1/3 0:" in text and "op: case 0: kdfast 0.00, eager" in text
+    first = json.loads(file.read_text())
+    assert [row["case"] for row in first["rows"]] == ["case 0"] * 2  # not of the failed
+    assert all(row["samples"] == 6 and 0 <= row["fast"] <= 6 for row in first["rows"])
+    assert list(first["cases"]) == ["bench_one.py::bench_one[0]"]
+
+    fail.unlink()
+    text = session("--save", str(file), "--rounds", "1", "--resume")
+    assert "2 passed" in text
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["case"] for row in rows[::2]] == ["case 0", "case 1", "case 2"]
+    assert [row["samples"] for row in rows[::2]] == [6, 1, 1]
+    assert "too few for a median" in text
+
+    # What a file knows is the plan of the next run.
+    (tmp_path / "results" / "x.json").write_text('{"cases": {"bench_one.py::bench_one[1]": 100}}')
+    text = session("--budget", "0")
+    assert "planned: 1:54 (times of 1 of 3 are known), budget 0:00" in text
+    assert "3 skipped" in text
+
+    other = json.loads(file.read_text())
+    other["machine"]["cpu"] = "another"
+    file.write_text(json.dumps(other))
+    text = session("--save", str(file), "--resume")
+    assert "--resume: cpu must be that of" in text
+    assert "must name a file that exists" in session("--resume")
