@@ -29,7 +29,7 @@ HIGHLIGHTS = (
     ("attention_distill", "fwd+bwd KL 1x8x1600 bfloat16"),
     ("kd_loss", "fwd+bwd (4096, 1000) float32"),
     ("feature_loss", "fwd+bwd 16448x1024 mse layer bfloat16"),
-    ("linear_kd_loss", "fwd+bwd 1024x21841x768 bfloat16"),
+    ("linear_kd_loss", "fwd+bwd 512x21841x768 bfloat16"),
     ("EVA-ViT-L", "distillation step, 3 of 24 blocks bfloat16"),
 )
 Group = dict[str, dict[str, Any]]

@@ -69,7 +69,7 @@ def headline(results: dict[str, Any]) -> str:
     )
 
 
-RIVALS = ("eager", "sdpa", "compile", "flex", "flash-attn", "index_select", "timm")
+RIVALS = ("eager", "sdpa", "compile", "flex", "flash-attn", "index_select")
 
 
 def main(argv: Sequence[str]) -> int:

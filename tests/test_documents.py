@@ -12,7 +12,15 @@ documents = importlib.import_module("bench.documents")
 
 def row(op: str, case: str, candidate: str, ms: float, **more: Any) -> dict[str, Any]:
     base = {"limit_share": None, "peak_bytes": None, "saved_bytes": None}
-    return {"op": op, "case": case, "candidate": candidate, "ms": ms, **base, **more}
+    return {
+        "op": op,
+        "case": case,
+        "candidate": candidate,
+        "ms": ms,
+        "ms_all": 2 * ms,
+        **base,
+        **more,
+    }
 
 
 MACHINE = {"gpu": None, "cpu": "C", "isa": "avx2", "threads": 2, "torch": "9", "commit": "abc"}
@@ -45,6 +53,10 @@ def test_blocks_hold_ratios_against_the_best_other() -> None:
     assert "| kd_loss | a float32 | 1.0 | 3.0 |  |  |" in blocks["peaks"]
     assert "| fwd ViT | 9 |  | 6 |  | 1.50 |" in blocks["models"]
     assert "| step | 9 | 8 |  |" in blocks["chain"]
+    counted = {**RESULTS, "rows": [{**r, "fast": 4, "samples": 9} for r in RESULTS["rows"]]}
+    line = "| kd_loss | a float32 | 2.00 (4.00) | compile | 5.00 (10.00) | 2.50 (2.50) |  | "
+    assert line + " |" in blocks["ops"]
+    assert line + "4/9 and 4/9, too few |" in documents.blocks(counted)["ops"]
     assert "accelerate" not in blocks["ops"] and "accelerate" in blocks["span"]
 
 
