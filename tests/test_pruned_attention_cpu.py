@@ -100,6 +100,26 @@ def test_fused_is_no_worse(name: str, dtype: torch.dtype, isa: str) -> None:
         assert_no_worse(f"{name} {label} {dtype} {isa}", *triple)
 
 
+@pytest.mark.skipif("avx2" not in ISAS, reason="needs AVX2, FMA and F16C")
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_vector_kernels_are_not_the_plain_one(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, results = CASES["odd"], {}
+    before = EXTENSION.cpu_isa()
+    for name in ISAS:
+        EXTENSION.set_cpu_isa(name)
+        # The log-sum-exp is fp32 whatever the inputs are, so another order of sums shows in it.
+        q, k, v = case.inputs(dtype)
+        rest = (None, None, None, 0, True, 0.125, None, 0, None)
+        results[name] = torch.ops.kdfast.pruned_attention.default(q, k, v, *rest)[1]
+        monkeypatch.setattr(op, "CPU_ISA", name)
+        assert (op.slower_here(q) is not None) == (name == "generic")
+    EXTENSION.set_cpu_isa(before)
+    plain = results.pop("generic")
+    assert not any(torch.equal(plain, lse) for lse in results.values())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_fused_is_exact_in_double(name: str) -> None:
     case = CASES[name]

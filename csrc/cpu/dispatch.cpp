@@ -17,16 +17,27 @@ constexpr Isa kAll[] = {Isa::generic,     Isa::avx2, Isa::avx512,
                         Isa::avx512_bf16, Isa::amx,  Isa::amx_emulated};
 
 #if defined(__x86_64__)
+struct Cpuid {
+  unsigned a, b = 0, c = 0, d = 0;
+  explicit Cpuid(unsigned leaf) : a(leaf) {
+    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  }
+};
+
+// F16C is asked for by hand: not every compiler's builtin knows it.
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (Cpuid(1).c >> 29 & 1);
+}
+
 bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 bool has_amx_bf16() {
-  unsigned a = 7, b = 0, c = 0, d = 0;
-  __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  const unsigned d = Cpuid(7).d;
   const bool cpu = (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16 and AMX-TILE
 #if defined(__linux__)
   // The kernel grants the 8 KiB of tile state per process and on request only.
@@ -42,7 +53,7 @@ bool supported(Isa isa) {
 #if defined(__x86_64__)
   switch (isa) {
     case Isa::generic: return true;
-    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::avx2: return has_avx2();
     case Isa::avx512: return has_avx512();
     case Isa::avx512_bf16:
     case Isa::amx_emulated: return has_avx512_bf16();

@@ -44,6 +44,7 @@ AttentionKernel<float> choose_kernel<float>(Element element) {
     if (isa() == Isa::avx512_bf16) return attention_avx512_bf16();
   }
   if (isa() >= Isa::avx512) return attention_avx512(element);
+  if (isa() == Isa::avx2) return attention_avx2(element);
 #endif
   return attention_generic(element);
 }

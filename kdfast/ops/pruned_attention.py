@@ -24,7 +24,7 @@ from kdfast.ops.geometry import Rope, Window
 
 MAX_HEAD_DIM = 128  # of the CUDA kernel
 # Instruction sets for which the only kernel is the plain one, written to be right on any CPU.
-PLAIN_ISAS = ("generic", "avx2")
+PLAIN_ISAS = ("generic",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products of bf16 in AMX tiles: 16 rows of 16 dwords, and a product takes 16 dwords of the sum.
 //
-// The packed forms of avx512_tiles.h are tile operands as they are: `rows` is a left operand,
+// The packed forms of attention_packing.h are tile operands as they are: `rows` is a left operand,
 // `lanes` and `pairs` are right ones. Tiles do the work of 0 to 3: sums, 4 and 5: left, 6 and 7:
 // right.
 #pragma once
-#include "cpu/isa/avx512_tiles.h"
+#include "cpu/isa/bf16_math.h"
 #include "cpu/isa/pruned_attention.h"
 
 namespace kdfast::cpu {

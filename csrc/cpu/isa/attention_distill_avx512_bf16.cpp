@@ -2,9 +2,11 @@
 // attention_distill of bf16 with products in bf16 and sums in fp32: AVX-512 with AVX512_BF16.
 //
 // Rows of scores are those of attention_distill_rows.h, in fp32; the weights U and dS are rounded
-// to bf16 before they meet v, and g, q and k. Packed forms of tensors: avx512_tiles.h.
+// to bf16 before they meet v, and g, q and k. Packed forms of tensors: attention_packing.h.
 #include "cpu/isa/attention_distill_rows.h"
-#include "cpu/isa/pruned_attention_avx512.h"
+#include "cpu/isa/bf16_math.h"
+#include "cpu/isa/pruned_attention_backward.h"
+#include "cpu/isa/register_tiles.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -90,7 +92,7 @@ struct Workspace {
       to_lanes(block + first * size.width, size.width, first, total, size.steps, out);
   }
   void pairs(const int32_t* rows, int32_t* out) const {
-    to_pairs(rows, own.width, own.padded, own.columns, out, static_cast<const Bf16*>(nullptr));
+    M::to_pairs(rows, own.width, own.padded, own.columns, out);
   }
 
   // q's rows and k's lanes of one side; the rows of k stay in `block`.

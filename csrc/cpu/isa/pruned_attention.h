@@ -72,7 +72,8 @@ static inline int64_t query_chunk(int64_t tokens) {
 
 AttentionKernel<double> attention_generic_f64();
 AttentionKernel<float> attention_generic(Element element);  // all but f64
-AttentionKernel<float> attention_avx512(Element element);   // all but f64, products in fp32
+AttentionKernel<float> attention_avx2(Element element);     // all but f64, products in fp32
+AttentionKernel<float> attention_avx512(Element element);   // the same
 AttentionKernel<float> attention_avx512_bf16();             // bf16, products in bf16
 AttentionKernel<float> attention_amx();                     // the same
 AttentionKernel<float> attention_amx_emulated();            // the same

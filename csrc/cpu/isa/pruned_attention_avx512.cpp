@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // All element types with products in fp32: AVX-512 F, BW, DQ, VL and FMA.
-#include "cpu/isa/pruned_attention_avx512.h"
-
+#include "cpu/isa/pruned_attention_kernel.h"
 #include "cpu/isa/register_tiles.h"
 
 namespace kdfast::cpu {
 
 AttentionKernel<float> attention_avx512(Element element) {
   switch (element) {
-    case Element::bf16: return avx512_kernel<Bf16, RegisterTiles<Fp32Math>>();
-    case Element::f16: return avx512_kernel<Half, RegisterTiles<Fp32Math>>();
-    default: return avx512_kernel<float, RegisterTiles<Fp32Math>>();
+    case Element::bf16: return attention_kernel<Bf16, RegisterTiles<Fp32Math>>();
+    case Element::f16: return attention_kernel<Half, RegisterTiles<Fp32Math>>();
+    default: return attention_kernel<float, RegisterTiles<Fp32Math>>();
   }
 }
 

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // bf16 with products in bf16 and sums in fp32: AVX-512 with AVX512_BF16.
-#include "cpu/isa/pruned_attention_avx512.h"
+#include "cpu/isa/bf16_math.h"
+#include "cpu/isa/pruned_attention_kernel.h"
 #include "cpu/isa/register_tiles.h"
 
 namespace kdfast::cpu {
 
 AttentionKernel<float> attention_avx512_bf16() {
-  return avx512_kernel<Bf16, RegisterTiles<Bf16Math>>();
+  return attention_kernel<Bf16, RegisterTiles<Bf16Math>>();
 }
 
 }  // namespace kdfast::cpu

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+// Packed forms of a head's rows, and the arithmetic of products of fp32.
+//
+// Packed data is handled in dwords: one fp32, or two bf16 that are neighbours along the sum of a
+// product. So one tile function serves both: broadcast a dword of A, multiply by 16 dwords of B.
+//   rows   (row, dword of D)           A operand of a product that sums over D
+//   lanes  (panel, dword of D, row)    B operand of a product that sums over D
+//   pairs  (kPair rows, D)             B operand of a product that sums over rows
+// Included by files compiled for one instruction set only, hence the anonymous namespace.
+#pragma once
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/attention_geometry.h"
+#include "cpu/isa/vec16.h"
+
+namespace kdfast::cpu {
+namespace {
+
+constexpr int64_t kAhead = 16;  // rows from a load to its prefetch
+
+// The arithmetic of fp32; Bf16Math of bf16_math.h is the other one.
+struct Fp32Math {
+  static constexpr int64_t kPair = 1;
+  static constexpr int kDegree = 6;
+  static Vec16 multiply_add(Vec16 sum, Dwords16 a, Dwords16 b) {
+    return fma16(as_floats(a), as_floats(b), sum);
+  }
+  // Writes 16 values as packed elements along a row, or 32.
+  static void store(int32_t* to, Vec16 x) { store16(to, x); }
+  static void store2(int32_t* to, Vec16 x, Vec16 y) {
+    store16(to, x);
+    store16(to + kVector, y);
+  }
+  // A row as packed elements.
+  template <class T>
+  static void copy_row(const T* in, int64_t dim, int32_t* out) {
+    for (int64_t d = 0; d < dim; d += kVector) store16(out + d, load16(in + d, tail_mask(dim - d)));
+  }
+  // `count` packed rows (a multiple of kPair) into the pairs form of `columns` dwords.
+  static void to_pairs(const int32_t* rows, int64_t width, int64_t count, int64_t columns,
+                       int32_t* out) {
+    for (int64_t r = 0; r < count; ++r)
+      std::memcpy(out + r * columns, rows + r * width, columns * 4);
+  }
+};
+
+// Token and table row of a window's tokens, one after the other.
+struct Walk {
+  const WindowSpan& span;
+  int64_t run, column;
+
+  Walk(const WindowSpan& s, int64_t i) : span(s), run(i / s.length), column(i % s.length) {}
+  int64_t token() const { return span.first + run * span.token_step + column; }
+  int64_t table_row() const { return run * span.table_step + column; }
+  void next() {
+    if (++column == span.length) column = 0, ++run;
+  }
+};
+
+// y = R x, or R^T x if kInverse, for one row of fp32; x and y have room for whole vectors.
+template <bool kInverse>
+inline void rotate(const RotaryTable<float>& t, int64_t table_row, int64_t dim, float* x) {
+  if (t.cos == nullptr || table_row < t.prefix) return;
+  if (!t.interleaved) return rotate_row(t, table_row, dim, kInverse, x);
+  const float* c = t.cos + (table_row - t.skipped) * dim;
+  const float* s = t.sin + (table_row - t.skipped) * dim;
+  for (int64_t d = 0; d < dim; d += kVector) {
+    const Mask16 m = tail_mask(dim - d);
+    const Vec16 sine = load16(s + d, m), cosine = load16(c + d, m);
+    store16(x + d, rotate16<kInverse>(load16(x + d), cosine, sine));
+  }
+}
+
+// How a head's rows are read: rotated or not, and with the sign of the scale.
+struct Reading {
+  int64_t dim;
+  const RotaryTable<float>* table;  // null: not rotated
+  float sign;
+};
+
+// One row as packed elements, zero beyond D up to a whole vector of dwords.
+template <class T, class M>
+inline void pack_row(const T* in, int64_t table_row, const Reading& how, float* buffer,
+                     int32_t* out) {
+  const bool turn =
+      how.table != nullptr && how.table->cos != nullptr && table_row >= how.table->prefix;
+  if (!turn && how.sign == 1.0f) return M::copy_row(in, how.dim, out);
+  for (int64_t d = 0; d < how.dim; d += kVector)
+    store16(buffer + d, load16(in + d, tail_mask(how.dim - d)));
+  if (turn) rotate<false>(*how.table, table_row, how.dim, buffer);
+  const Vec16 sign = splat16(how.sign);
+  const int64_t padded = divide_up(how.dim, kVector * M::kPair) * kVector * M::kPair;
+  for (int64_t d = 0; d < padded; d += kVector) {
+    const Vec16 x = d < how.dim ? rounded(load16(buffer + d) * sign, in) : zero16();
+    const Mask16 m = tail_mask(how.dim - d > 0 ? how.dim - d : 0);
+    M::store(out + d / M::kPair, keep16(m, x));
+  }
+}
+
+// `count` rows from `walk` on, then zero rows up to `padded`.
+template <class T, class M>
+inline void pack_rows(const T* base, int64_t step, Walk& walk, int64_t count, int64_t padded,
+                      const Reading& how, float* buffer, int32_t* out) {
+  const int64_t width = divide_up(how.dim, kVector * M::kPair) * kVector;
+  for (int64_t r = 0; r < count; ++r, walk.next()) {
+    const T* row = base + walk.token() * step;
+    // Rows of one head lie up to a page apart, where the hardware does not prefetch.
+    const char* ahead = reinterpret_cast<const char*>(row + kAhead * step);
+    for (int64_t b = 0; b < how.dim * static_cast<int64_t>(sizeof(T)); b += 64)
+      __builtin_prefetch(ahead + b);
+    pack_row<T, M>(row, walk.table_row(), how, buffer, out + r * width);
+  }
+  if (padded > count) std::memset(out + count * width, 0, (padded - count) * width * 4);
+}
+
+// 16 packed rows (from row `first` of `total` padded to whole vectors) into the lanes form, whose
+// panels are kWide vectors wide, the last one narrower.
+inline void to_lanes(const int32_t* rows, int64_t width, int64_t first, int64_t total,
+                     int64_t steps, int32_t* out) {
+  const int64_t panel = first / kPanel * kPanel;
+  const int64_t lanes = total - panel < kPanel ? total - panel : kPanel;
+  int32_t* to = out + panel * steps + (first - panel);
+  for (int64_t s = 0; s < steps; s += kVector)
+    transpose16(rows + s, width, to + s * lanes, lanes, steps - s);
+}
+
+}  // namespace
+}  // namespace kdfast::cpu

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// All element types with products in fp32: AVX2, FMA and F16C.
+#include "cpu/isa/pruned_attention_kernel.h"
+#include "cpu/isa/register_tiles.h"
+
+namespace kdfast::cpu {
+
+AttentionKernel<float> attention_avx2(Element element) {
+  switch (element) {
+    case Element::bf16: return attention_kernel<Bf16, RegisterTiles<Fp32Math>>();
+    case Element::f16: return attention_kernel<Half, RegisterTiles<Fp32Math>>();
+    default: return attention_kernel<float, RegisterTiles<Fp32Math>>();
+  }
+}
+
+}  // namespace kdfast::cpu

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward of one head, over the products M: RegisterTiles of register_tiles.h, or the AmxTiles of
+// amx_tiles.h.
+//
+// Whole rows of scores of a few queries stay in L1 or L2, so the softmax needs one pass and no
+// rescaling.
+#pragma once
+#include "cpu/isa/attention_packing.h"
+#include "cpu/isa/pruned_attention.h"
+
+namespace kdfast::cpu {
+namespace {
+
+template <class A>
+A* take(char*& scratch, int64_t count) {
+  A* out = reinterpret_cast<A*>(scratch);
+  scratch += round_up(count * static_cast<int64_t>(sizeof(A)), 64);
+  return out;
+}
+
+// Sizes in dwords of the packed forms of one head.
+template <class M>
+struct Sizes {
+  int64_t dim, steps, width, columns;
+
+  explicit Sizes(int64_t d)
+      : dim(d),
+        steps(round_up(divide_up(d, M::kPair), M::kUnit)),
+        width(divide_up(d, kVector * M::kPair) * kVector),
+        columns(round_up(d, kVector)) {}
+  int64_t lanes(int64_t n) const { return round_up(n, kVector) * steps; }
+  int64_t pairs(int64_t n) const { return round_up(n, M::kTokens) / M::kPair * columns; }
+  // A row of n weights; the odd stride keeps rows from sharing cache sets.
+  static int64_t row(int64_t n) { return round_up(n, 2 * kVector) / M::kPair + kVector; }
+};
+
+template <class T, class M>
+struct Forward {
+  const AttentionHead<float>& head;
+  const Sizes<M> size{head.dim};
+  const int64_t n = span_tokens(head.span);
+  const int64_t vectors = divide_up(n, kVector), stride = Sizes<M>::row(n);
+  const int64_t strip = round_up(n, kVector) + kVector;
+  static constexpr int64_t kBlock = M::kRows > kVector ? M::kRows : kVector;
+  int32_t *keys, *values, *block, *p;
+  float *buffer, *scores, *sums;
+  float total[M::kRows], pads[M::kRows];
+
+  static int64_t bytes(int64_t n, int64_t dim) {
+    const Sizes<M> s(dim);
+    const int64_t dwords = s.lanes(n) + s.pairs(n) + kBlock * s.width + M::kRows * s.row(n) +
+                           s.width * M::kPair +
+                           M::kRows * (round_up(n, kVector) + kVector + s.columns);
+    return dwords * 4 + 7 * 64;
+  }
+
+  Forward(const AttentionHead<float>& h, char* scratch) : head(h) {
+    keys = take<int32_t>(scratch, size.lanes(n));
+    values = take<int32_t>(scratch, size.pairs(n));
+    block = take<int32_t>(scratch, kBlock * size.width);
+    p = take<int32_t>(scratch, M::kRows * stride);
+    buffer = take<float>(scratch, size.width * M::kPair);
+    scores = take<float>(scratch, M::kRows * strip);
+    sums = take<float>(scratch, M::kRows * size.columns);
+  }
+
+  void pack() {
+    const Reading rotated{head.dim, &head.table, 1.0f}, plain{head.dim, nullptr, 1.0f};
+    const T* k = static_cast<const T*>(head.k.data);
+    const T* v = static_cast<const T*>(head.v.data);
+    Walk key(head.span, 0), value(head.span, 0);
+    for (int64_t first = 0; first < n; first += kVector) {
+      const int64_t count = n - first < kVector ? n - first : kVector;
+      pack_rows<T, M>(k, head.k.step, key, count, kVector, rotated, buffer, block);
+      to_lanes(block, size.width, first, vectors * kVector, size.steps, keys);
+      pack_rows<T, M>(v, head.v.step, value, count, kVector, plain, buffer, block);
+      M::to_pairs(block, size.width, kVector, size.columns,
+                  values + first / M::kPair * size.columns);
+    }
+    const int64_t packed = vectors * kVector / M::kPair * size.columns;
+    std::memset(values + packed, 0, (size.pairs(n) - packed) * 4);
+  }
+
+  // scores of the first `count` queries in `block` against all keys
+  void score(int64_t count) {
+    for (int64_t first = 0; first < vectors; first += kWide) {
+      const int64_t wide = vectors - first < kWide ? vectors - first : kWide;
+      M::scores(block, size.width, count, keys + first * kVector * size.steps, wide * kVector,
+                size.steps, scores + first * kVector, strip);
+    }
+  }
+
+  // scores to weights exp(c * score - max), unnormalised; c is |scale|
+  void weigh(int r, float c, float* lse) {
+    const float* from = scores + r * strip;
+    const Mask16 last = tail_mask(n - (vectors - 1) * kVector);
+    Vec16 top = splat16(-INFINITY);
+    for (int64_t v = 0; v + 1 < vectors; ++v) top = max16(top, load16(from + v * kVector));
+    top = max16(last, top, load16(from + (vectors - 1) * kVector));
+    float m = top16(top) * c;
+    if (head.span.pads && m < 0) m = 0;
+    const Vec16 offset = splat16(-m), factor = splat16(c);
+    int32_t* to = p + r * stride;
+    Vec16 sum = zero16();
+    const auto weight = [&](int64_t v) {
+      return exponential<M::kDegree>(fma16(load16(from + v * kVector), factor, offset));
+    };
+    int64_t v = 0;
+    for (; v + 2 < vectors; v += 2) {
+      const Vec16 a = weight(v), b = weight(v + 1);
+      sum = sum + (a + b);
+      M::store2(to + v * kVector / M::kPair, a, b);
+    }
+    const bool two = v + 2 == vectors;
+    const Vec16 a = keep16(two ? tail_mask(kVector) : last, weight(v));
+    const Vec16 b = two ? keep16(last, weight(v + 1)) : zero16();
+    sum = sum + (a + b);
+    M::store2(to + v * kVector / M::kPair, a, b);
+    pads[r] = head.span.pads ? head.span.pads * expf(-m) : 0.0f;
+    total[r] = sum16(sum) + pads[r];
+    *lse = m + logf(total[r]);
+  }
+
+  void apply(int64_t count, T* const* out) {
+    M::weighted(p, stride, count, values, size.columns, divide_up(n, M::kPair), sums, false);
+    for (int r = 0; r < count; ++r) {
+      const Vec16 share = splat16(1.0f / total[r]), pad = splat16(pads[r]);
+      for (int64_t d = 0; d < head.dim; d += kVector) {
+        const Mask16 m = tail_mask(head.dim - d);
+        Vec16 o = load16(sums + r * size.columns + d);
+        if (head.span.pads) o = fma16(pad, load16(head.pad + d, m), o);
+        store16(out[r] + d, m, o * share);
+      }
+    }
+  }
+
+  void run(int64_t begin, int64_t end, MutableRows to, float* lse) {
+    [[maybe_unused]] const typename M::Session session;
+    pack();
+    const float c = fabsf(head.scale);
+    const Reading how{head.dim, &head.table, head.scale < 0 ? -1.0f : 1.0f};
+    const T* q = static_cast<const T*>(head.q.data);
+    Walk query(head.span, begin), result(head.span, begin);
+    for (int64_t i = begin; i < end; i += M::kRows) {
+      const int64_t count = end - i < M::kRows ? end - i : M::kRows;
+      pack_rows<T, M>(q, head.q.step, query, count, M::kRows, how, buffer, block);
+      score(count);
+      T* out[M::kRows];
+      for (int r = 0; r < count; ++r, result.next()) {
+        weigh(r, c, lse + result.token());
+        out[r] = static_cast<T*>(to.data) + result.token() * to.step;
+      }
+      apply(count, out);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace kdfast::cpu
