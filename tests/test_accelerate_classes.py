@@ -11,14 +11,20 @@ import pytest
 import torch
 from timm.layers import Attention, AttentionPoolLatent, AttentionRope, RmsNorm
 from timm.layers.diff_attention import DiffAttention
-from timm.models import fastvit, metaformer, nest, visformer, volo
+from timm.layers.pos_embed_rel import RelPosBias, RelPosBiasTf, RelPosMlp
+from timm.models import beit, fastvit, maxxvit, metaformer, nest, tiny_vit, visformer, volo
 from timm.models.cait import ClassAttn
 from timm.models.crossvit import CrossAttention
 from timm.models.davit import WindowAttention
 from timm.models.eva import EvaAttention
+from timm.models.gcvit import WindowAttentionGlobal
 from timm.models.hiera import MaskUnitAttention
 from timm.models.hieradet_sam2 import MultiScaleAttention
+from timm.models.swin_transformer import WindowAttention as SwinAttention
+from timm.models.swin_transformer_v2 import WindowAttention as SwinV2Attention
+from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
 from timm.models.vision_transformer import ParallelScalingBlock
+from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
 import kdfast
@@ -37,6 +43,12 @@ def table(*lead: int, prefix: int = 1, dim: int = 8, half: bool = False) -> Tens
     return torch.cat((angles.sin(), angles.cos()), -1)
 
 
+def mask(windows: int, tokens: int) -> Tensor:
+    """(G, N, N) as Swin makes it for shifted windows, some pairs at -100."""
+    part = torch.randint(0, 2, (windows, tokens), generator=torch.Generator().manual_seed(3))
+    return -100.0 * (part[:, :, None] != part[:, None, :])
+
+
 def rope(**kwargs: Any) -> nn.Module:
     return AttentionRope(C, 3, norm_layer=LAYER_NORM, **kwargs)
 
@@ -45,7 +57,8 @@ def eva(**kwargs: Any) -> nn.Module:
     return EvaAttention(C, 3, norm_layer=LAYER_NORM, **kwargs)
 
 
-CASES: dict[str, tuple[Make, tuple[Any, ...]]] = {
+# A maker, then further inputs, or ("shape", ...) of the input and perhaps further inputs.
+CASES: dict[str, tuple[Any, ...]] = {
     "plain": (lambda: Attention(C, 3), ()),
     "everything": (
         lambda: Attention(
@@ -112,22 +125,70 @@ CASES: dict[str, tuple[Make, tuple[Any, ...]]] = {
     "Visformer": (lambda: visformer.Attention(C, 3, head_dim_ratio=0.5), ("shape", 2, C, 3, 5)),
     "VOLO": (lambda: volo.Attention(C, 3, qkv_bias=True), ("shape", 2, 3, 5, C)),
     "FastViT": (lambda: fastvit.Attention(C, head_dim=8), ("shape", 2, C, 3, 5)),
+    "Swin": (lambda: SwinAttention(C, 3, window_size=(3, 4)), ("shape", 2, 12, C)),
+    "Swin, shifted": (
+        lambda: SwinAttention(C, 2, head_dim=10, window_size=3),
+        ("shape", 6, 9, C), (mask(3, 9),),
+    ),
+    "Swin v2": (lambda: SwinV2Attention(C, (3, 3), 3), ("shape", 4, 9, C), (mask(2, 9),)),
+    "Swin v2 cr": (
+        lambda: WindowMultiHeadAttention(C, 3, (3, 3)).eval(), ("shape", 4, 9, C), (mask(2, 9),)
+    ),
+    "BEiT": (lambda: beit.Attention(C, 3, qkv_bias=True, window_size=(2, 5)), ()),
+    "BEiT, shared bias": (
+        lambda: beit.Attention(C, 3), ("shape", B, N, C), (torch.randn(1, 3, N, N),)
+    ),
+    "BEiT, both biases": (
+        lambda: beit.Attention(C, 3, qkv_bias=True, qkv_bias_separate=True, window_size=(2, 5)),
+        ("shape", B, N, C), (torch.randn(1, 3, N, N),),
+    ),
+    "relative positions": (
+        lambda: RelPosAttention(
+            C, 3, qk_norm=True, rel_pos_cls=partial(RelPosBias, (2, 5), prefix_tokens=1)
+        ),
+        (),
+    ),
+    "relative positions by a network": (
+        lambda: RelPosAttention(C, 3, rel_pos_cls=partial(RelPosMlp, (3, 3))).eval(),
+        ("shape", 2, 9, C),
+    ),
+    "MaxViT": (
+        lambda: maxxvit.AttentionCl(
+            C, dim_head=8, head_first=False, rel_pos_cls=partial(RelPosBiasTf, (3, 3))
+        ),
+        ("shape", 2, 3, 3, C),
+    ),
+    "CoAtNet": (
+        lambda: maxxvit.Attention2d(C, 16, dim_head=8, rel_pos_cls=partial(RelPosBias, (3, 3))),
+        ("shape", 2, C, 3, 3),
+    ),
+    "GC ViT": (lambda: WindowAttentionGlobal(C, 3, (3, 3), use_global=False), ("shape", 4, 9, C)),
+    "GC ViT, queries of the image": (
+        lambda: WindowAttentionGlobal(C, 3, (3, 3)), ("shape", 4, 9, C), (torch.randn(2, 9, C),)
+    ),
+    "TinyViT": (lambda: tiny_vit.Attention(C, 8, 3, 1, (3, 4)), ("shape", 2, 12, C)),
     "parallel one output": (lambda: ParallelScalingBlock(C, 3, fuse_out_proj=True), ()),
 }  # fmt: skip
 
 
 def build(case: str) -> tuple[nn.Sequential, list[Tensor]]:
     """The module, its parameters far from their special values, and its inputs, in fp64."""
-    make, extra = CASES[case]
+    make, extra, *more = CASES[case]
     holder = nn.Sequential(make()).double()
     with torch.no_grad():
         for parameter in holder.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     if extra[:1] == ("shape",):
-        return holder, [torch.randn(extra[1:], dtype=torch.float64)]
+        given = [x.double() for x in (more[0] if more else ())]
+        return holder, [torch.randn(extra[1:], dtype=torch.float64), *given]
     linears = [m for m in holder.modules() if isinstance(m, nn.Linear)]
     width = max(m.in_features for m in linears if m.in_features in (7, C))
     return holder, [torch.randn(B, N, width, dtype=torch.float64), *extra]
+
+
+def others(inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """All but the first; rotary tables stay fp32, as in timm."""
+    return [x.to(dtype) if x.dtype == torch.float64 else x for x in inputs[1:]]
 
 
 def step(holder: nn.Sequential, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -137,7 +198,7 @@ def step(holder: nn.Sequential, inputs: list[Tensor], dtype: torch.dtype) -> lis
 
     def call(x: Tensor, *parameters: Tensor) -> Tensor:
         state = {n.removeprefix("0."): p for n, p in zip(names, parameters, strict=True)}
-        return torch.func.functional_call(holder[0], state, (x, *inputs[1:]))
+        return torch.func.functional_call(holder[0], state, (x, *others(inputs, dtype)))
 
     return run(call, [inputs[0].to(dtype), *(p.detach() for p in holder.parameters())])
 
@@ -172,17 +233,31 @@ def test_eval_and_restore(case: str) -> None:
     holder, inputs = build(case)
     holder.float().eval()
     x = inputs[0].float()
-    want = holder[0](x, *inputs[1:])
+    want = holder[0](x, *others(inputs, torch.float32))
     kdfast.accelerate(holder)
     with torch.no_grad():
-        torch.testing.assert_close(holder[0](x, *inputs[1:]), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            holder[0](x, *others(inputs, torch.float32)), want, rtol=1e-4, atol=1e-5
+        )
     assert kdfast.restore(holder) == 1
-    assert torch.equal(holder[0](x, *inputs[1:]), want)
+    assert torch.equal(holder[0](x, *others(inputs, torch.float32)), want)
 
 
 SLOW = [
     pytest.param(case, marks=pytest.mark.slow)
-    for case in ("rope grouped", "rope per head", "parallel", "latent pool", "NesT", "differential")
+    for case in (
+        "rope grouped",
+        "rope per head",
+        "parallel",
+        "latent pool",
+        "NesT",
+        "differential",
+        "Swin, shifted",
+        "Swin v2",
+        "BEiT, both biases",
+        "GC ViT, queries of the image",
+        "TinyViT",
+    )
 ]
 
 
@@ -190,7 +265,7 @@ SLOW = [
 def test_compile(case: str) -> None:
     holder, inputs = build(case)
     holder.float()
-    args = (inputs[0].float(), *inputs[1:])
+    args = (inputs[0].float(), *others(inputs, torch.float32))
     kdfast.accelerate(holder)
     want = holder[0](*args)
     compiled = torch.compile(holder[0], fullgraph=True, backend="aot_eager")
@@ -202,7 +277,7 @@ def test_compile(case: str) -> None:
 def test_export_needs_no_kdfast(case: str) -> None:
     holder, inputs = build(case)
     holder.float()
-    args = (inputs[0].float(), *inputs[1:])
+    args = (inputs[0].float(), *others(inputs, torch.float32))
     kdfast.accelerate(holder)
     program = torch.export.export(holder[0], args)
     torch.testing.assert_close(program.module()(*args), holder[0](*args), rtol=1e-4, atol=1e-5)
@@ -215,9 +290,9 @@ def test_autocast(case: str) -> None:
     holder.float()
     x = inputs[0].float()
     with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
-        want = holder[0](x, *inputs[1:])
+        want = holder[0](x, *others(inputs, torch.float32))
         kdfast.accelerate(holder)
-        out = holder[0](x, *inputs[1:])
+        out = holder[0](x, *others(inputs, torch.float32))
     assert out.dtype == want.dtype
     torch.testing.assert_close(out, want, rtol=3e-2, atol=3e-2)
 
@@ -237,6 +312,10 @@ PRUNED = {
     "eva02": [0, 1], "eva separate bias": [1, 2], "class attention": [0, 2],
     "cross attention": [1], "class attention of VOLO": [2], "latent pool": [0, 1],
     "latent pool, all options": [], "mask units": [0, 2],
+    "Swin": [], "Swin, shifted": [1], "Swin v2": [0, 2], "Swin v2 cr": [2],
+    "BEiT, both biases": [1], "BEiT, shared bias": [0, 2], "relative positions": [0, 2],
+    "relative positions by a network": [1], "TinyViT": [0], "differential": [1, 2], "FastViT": [],
+    "VOLO": [0, 2],
     "Hiera, global": [1], "SAM 2": [0], "MetaFormer": [1, 2], "windows of DaViT": [], "dinov3": [],
 }  # fmt: skip
 
@@ -258,13 +337,13 @@ def test_keep_heads(case: str) -> None:
     )
     want = attn(*inputs)
     hook.remove()
+    before = {name: parameter.shape for name, parameter in attn.named_parameters()}
     attn.keep_heads(heads)
     torch.testing.assert_close(attn(*inputs), want)
     for name, axis in attn.axes.items():
-        if attn.num_heads and name in dict(attn.named_parameters()):
+        if name in before:
             size = attn.get_parameter(name).shape[axis.dim]
-            group = attn.kv_group if axis.grouped else 1
-            assert size == axis.parts * len(heads) // group * attn.head_dim, name
+            assert size * len(mask) == before[name][axis.dim] * len(heads), name
 
 
 def test_keep_heads_needs_whole_groups() -> None:

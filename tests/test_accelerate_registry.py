@@ -27,14 +27,18 @@ SAMPLE = [
     "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "beit3_base_patch16_224",
     "eva_large_patch14_196", "eva02_tiny_patch14_224", "pit_ti_distilled_224",
     "naflexvit_base_patch16_gap", "hiera_tiny_224", "mobilevit_xxs", "visformer_tiny",
-    "davit_tiny", "xcit_nano_12_p16_224",
+    "davit_tiny", "xcit_nano_12_p16_224", "beit_base_patch16_224", "swin_tiny_patch4_window7_224",
+    "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224", "vit_relpos_small_patch16_224",
+    "tiny_vit_5m_224", "gcvit_xxtiny", "test_maxvit", "test_coatnet",
 ]  # fmt: skip
 # Not every attention of these can go.
 PARTLY = {"hiera", "davit", "xcit", "cait", "volo", "hieradet_sam2", "twins", "nextvit"}
 FAMILIES = [
-    "cait", "crossvit", "csatv2", "davit", "deepseek_vit", "deit", "eva", "fastvit", "hiera",
-    "hieradet_sam2", "metaformer", "mobilevit", "naflexvit", "nest", "pit", "qwen3_vit",
-    "vision_transformer", "vision_transformer_hybrid", "visformer", "vitamin", "volo", "xcit",
+    "beit", "cait", "crossvit", "csatv2", "davit", "deepseek_vit", "deit", "eva", "fastvit",
+    "gcvit", "hiera", "hieradet_sam2", "maxxvit", "metaformer", "mobilevit", "naflexvit", "nest",
+    "pit", "qwen3_vit", "swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr",
+    "tiny_vit", "vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos",
+    "visformer", "vitamin", "volo", "xcit",
 ]  # fmt: skip
 
 
@@ -46,11 +50,24 @@ class TooBig(Exception):
     """No option of the model makes it small; its smaller siblings are swept."""
 
 
+class NoAttention(Exception):
+    """The model has none; some siblings do."""
+
+
+STAGES = {"depths": (1, 1, 2, 1), "embed_dim": 24, "num_heads": (1, 2, 2, 3)}
 # What makes families without a ``depth`` small.
 SMALL: dict[str, dict[str, Any]] = {
     "davit": {"depths": (1,) * 4, "embed_dims": (32, 64, 64, 64), "num_heads": (1, 2, 2, 2)},
     "hiera": {"stages": (1, 1, 2, 1), "embed_dim": 24, "num_heads": 1, "img_size": 128},
     "pit": {"depths": (1, 1, 1)},
+    "swin_transformer": STAGES,
+    "swin_transformer_v2": STAGES,
+    "swin_transformer_v2_cr": STAGES,
+    "tiny_vit": {"depths": (1, 1, 2, 1), "embed_dims": (32, 64, 64, 96), "num_heads": (1, 2, 2, 3)},
+    "gcvit": {"depths": (1, 1, 2, 1), "embed_dim": 24, "num_heads": (1, 2, 2, 3)},
+    "maxxvit": {"embed_dim": (32, 32, 64, 64), "depths": (1, 1, 2, 1), "stem_width": 16},
+    "metaformer": {"depths": (1,) * 4, "dims": (32, 32, 64, 64)},
+    "fastvit": {"layers": (1,) * 4, "embed_dims": (32, 32, 64, 64)},
 }
 
 
@@ -85,6 +102,8 @@ def small(name: str) -> tuple[nn.Module, Tensor]:
                     model(torch.empty(2, 3, size, size))
         except Exception:  # an option that this model does not have, or not so
             continue
+        if not kdfast.accelerate(model).replaced:
+            raise NoAttention(name)
         if sum(parameter.numel() for parameter in model.parameters()) < 30e6:
             break
     else:
@@ -148,7 +167,7 @@ def test_sweep(own: str) -> None:
         try:
             check(name)
             swept += 1
-        except TooBig:
+        except (TooBig, NoAttention):
             continue
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"

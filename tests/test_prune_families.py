@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models import fastvit, metaformer, nest, volo
+from timm.models.hieradet_sam2 import MultiScaleAttention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kdfast
 from kdfast.nn import FusedAttention
+from kdfast.nn.table import FUSED
 from kdfast.pruning import (
     evaluate_selections,
     head_scores,
@@ -22,7 +25,9 @@ from kdfast.pruning import (
     select_heads,
 )
 from kdfast.pruning.adapter import Site, adapter_of
+from kdfast.pruning.vit_adapter import stand_ins
 
+STAGES = {"depths": (2, 1), "embed_dim": 32, "num_heads": (2, 4), "depth": None}
 # Name, arguments and image side: every class of attention, of MLP and of position table.
 SMALL: dict[str, tuple[dict[str, Any], int]] = {
     "vit_tiny_patch16_224": ({"img_size": 32}, 32),
@@ -42,16 +47,39 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
     "vit_pe_spatial_tiny_patch16_512": ({"img_size": 32, "embed_dim": 64, "num_heads": 4}, 32),
     "vit_small_patch16_18x2_224": ({"img_size": 32, "embed_dim": 64, "num_heads": 4}, 32),
     "flexivit_small": ({"img_size": 32, "embed_dim": 64, "num_heads": 4}, 32),
+    "vit_dwee_patch16_reg1_gap_256": ({"img_size": 32, "embed_dim": 64, "num_heads": 4}, 32),
+    "beit_base_patch16_224": ({"img_size": 32, "embed_dim": 64, "num_heads": 4}, 32),
+    "vit_relpos_small_patch16_224": ({"img_size": 32, "embed_dim": 64, "num_heads": 4}, 32),
+    "swin_tiny_patch4_window7_224": ({**STAGES, "img_size": 56}, 56),
+    "swinv2_tiny_window8_256": ({**STAGES, "img_size": 64}, 64),
+    "swinv2_cr_tiny_ns_224": ({**STAGES, "img_size": 64, "window_size": 8}, 64),
+    "tiny_vit_5m_224": (
+        {**STAGES, "embed_dims": (32, 64), "window_sizes": (4, 4), "embed_dim": None},
+        32,
+    ),
+    "davit_tiny": ({**STAGES, "embed_dims": (32, 64), "embed_dim": None}, 28),
+    "hiera_tiny_224": (
+        {"stages": (1, 1, 1, 2), "embed_dim": 16, "num_heads": 2, "img_size": 64, "depth": None},
+        64,
+    ),
+}
+# Classes of models that have no small variant, alone in a block, and the shape of an image's input.
+BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "MetaFormer": (lambda: metaformer.Attention(32, head_dim=8), (9, 32)),
+    "SAM 2": (lambda: MultiScaleAttention(32, 32, 4), (3, 5, 32)),
+    "VOLO": (lambda: volo.Attention(32, 4), (3, 5, 32)),
+    "FastViT": (lambda: fastvit.Attention(32, head_dim=8), (32, 3, 5)),
 }
 # Files of timm, how many of their names are pruned, and how many refused with a reason: parallel
-# scaling and differential blocks, and BEiT with its position bias.
-REGISTRY = {"vision_transformer": (156, 7), "deit": (16, 0), "eva": (65, 0), "beit": (0, 7)}
+# scaling blocks, differential ones among them.
+REGISTRY = {"vision_transformer": (158, 5), "deit": (16, 0), "eva": (65, 0), "beit": (7, 0)}
 
 
 def small(name: str) -> tuple[nn.Module, Tensor]:
     arguments, side = SMALL[name]
     torch.manual_seed(0)
-    model = timm.create_model(name, depth=2, num_classes=5, **arguments).eval()
+    given = {name: x for name, x in {"depth": 2, **arguments}.items() if x is not None}
+    model = timm.create_model(name, num_classes=5, **given).eval()
     randomise(model)
     return model, torch.randn(2, 3, side, side)
 
@@ -118,10 +146,9 @@ def partial_norm(index: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:
 def check(model: nn.Module, x: Tensor) -> None:
     adapter = adapter_of("test", model)
     sites, mlps = adapter.attentions(model), adapter.mlps(model)
-    group = sites[0].group
-    rows = torch.arange(len(sites[0].held)).view(-1, group)
-    uneven = [rows[i % 2 :: 2].flatten().tolist() for i in range(len(sites))]
-    uneven[0] = uneven[0][:group]
+    rows = [torch.arange(len(site.held)).view(-1, site.group) for site in sites]
+    uneven = [row[i % 2 :: 2].flatten().tolist() for i, row in enumerate(rows)]
+    uneven[0] = uneven[0][: sites[0].group]
     none = [[], *uneven[1:]]
     units = [list(range(1, len(site.held), 3)) for site in mlps] or None
     with torch.no_grad():
@@ -139,6 +166,44 @@ def check(model: nn.Module, x: Tensor) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_timm(name: str) -> None:
     check(*small(name))
+
+
+class Block(nn.Module):
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attn(x)
+
+
+def blocks(name: str) -> tuple[nn.Module, Tensor]:
+    make, shape = BLOCKS[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(make()), Block(make())).eval()
+    randomise(model)
+    return model, torch.randn(2, *shape)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(name: str) -> None:
+    check(*blocks(name))
+
+
+def test_every_prunable_class_is_pruned_here() -> None:
+    """docs/support.md marks classes by ``unprunable``; the tests above prune all the others."""
+    models = [*map(small, SMALL), *map(blocks, BLOCKS), torchvision_vit()]
+    pruned = {
+        fused.source
+        for model, _ in models
+        for _, fused in stand_ins(model)
+        if isinstance(fused, FusedAttention)
+    }
+    assert pruned == {source for source, kind in FUSED.items() if kind.unprunable is None}
+    refused = nn.Sequential(Block(nest.Attention(32, 4)))
+    with pytest.raises(TypeError, match="nest.Attention: its output projection interleaves the"):
+        prune_heads(refused, [[0]])
+    assert all(kind.axes for kind in FUSED.values() if kind.unprunable is None)
 
 
 def smallest(name: str) -> tuple[nn.Module, Tensor]:
@@ -353,8 +418,8 @@ def test_accelerated_models_prune_the_same() -> None:
 
 
 def test_unsupported_models_are_named() -> None:
-    with pytest.raises(TypeError, match="SwinTransformer.*swin_transformer.WindowAttention: "):
-        prune_heads(timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)), [[0]])
+    with pytest.raises(TypeError, match="PyramidVisionTransformerV2.*pvt_v2.Attention: its keys"):
+        prune_heads(timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1)), [[0]])
     with pytest.raises(TypeError, match="got timm.models.resnet.ResNet, which holds no attention"):
         prune_heads(timm.create_model("resnet18"), [[0]])
     with pytest.raises(TypeError, match="it is the model itself, which nothing holds"):

@@ -17,7 +17,7 @@ from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.ops._checks import head_list
 from kdfast.ops._library import FallbackWarning
 from kdfast.ops.pruned_attention import rotated
-from kdfast.ops.sdpa import self_attention
+from kdfast.ops.sdpa import repeated, self_attention
 
 _warned: set[tuple[str, str]] = set()
 
@@ -49,9 +49,11 @@ class FusedAttention(nn.Module):
         scale: Factor of the logits.
         source: Qualified class name of the original.
         backend: As in ``kdfast.pruned_attention``, or None.
+        unprunable: Why ``kdfast.prune_heads`` leaves such attentions whole; None where it does not.
     """
 
     axes: ClassVar[Mapping[str, HeadAxis]] = {}
+    unprunable: ClassVar[str | None] = None
 
     num_heads: int
     head_dim: int
@@ -111,6 +113,14 @@ class FusedAttention(nn.Module):
         """The module whose input (B, N, H * D) is the heads' outputs side by side."""
         return cast(nn.Module, self.proj)
 
+    def slice_dim(self) -> int:
+        """Channels of one head in the input of ``projection``."""
+        return self.head_dim
+
+    def sequences(self, x: Tensor) -> tuple[int, int]:
+        """How many sequences attend apart in a call with ``x``, and the tokens of each."""
+        return x.shape[0], x.shape[1]
+
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
         """Queries, keys and values of a call with these arguments of ``forward``; H is not 0."""
         raise NotImplementedError(f"{type(self).__name__} must say how it projects")
@@ -125,7 +135,7 @@ class FusedAttention(nn.Module):
 
         Args:
             call: From ``project``.
-            attn_mask: Boolean or additive mask that broadcasts to (B, H, N, N).
+            attn_mask: Boolean or additive mask that broadcasts to (B, H, N, N); not with a bias.
             is_causal: Whether a token sees only itself and the tokens before it.
         """
         q, k, v = call.q, call.k, cast(Tensor, call.v)
@@ -138,10 +148,14 @@ class FusedAttention(nn.Module):
         elif q.shape != k.shape:
             what = "queries that are not one per key"
         if what is None:
-            out = self_attention(q, k, v, rope=call.rope, scale=call.scale, backend=self.backend)
+            out = self_attention(
+                q, k, v, rope=call.rope, scale=call.scale, bias=call.bias, backend=self.backend
+            )
         else:
             self._say_once(what)
             q, k = rotated(q, call.rope, None), rotated(k, call.rope, None)
+            if call.bias is not None:
+                attn_mask = repeated(call.bias, q)
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask, dropout_p, is_causal, scale=call.scale
             )

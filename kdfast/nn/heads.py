@@ -37,6 +37,7 @@ class AttentionCall(NamedTuple):
         window: Windows of the call.
         scale: Factor of the logits; D ** -0.5 if None.
         v: (B, H, N, D) values; None where the reader did not ask for them.
+        bias: (G, H, N, N) added to the scaled scores; G divides B, image b takes ``bias[b % G]``.
     """
 
     q: Tensor
@@ -45,3 +46,4 @@ class AttentionCall(NamedTuple):
     window: Window | None
     scale: float | None
     v: Tensor | None = None
+    bias: Tensor | None = None

@@ -70,6 +70,9 @@ class TimmClassAttention(FusedAttention):
         "proj.weight": HeadAxis(1),
     }
     projections: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+    unprunable: ClassVar[str | None] = (
+        "a pool of few queries is scored by no method; keep_heads cuts it"
+    )
 
     @classmethod
     def why_not(cls, original: nn.Module) -> str | None:

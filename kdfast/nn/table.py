@@ -18,6 +18,16 @@ from kdfast.nn.timm_attention import (
     TimmParallelBlock,
     TimmRopeAttention,
 )
+from kdfast.nn.timm_bias import (
+    TimmBeitAttention,
+    TimmGlobalWindowAttention,
+    TimmMaxxAttention,
+    TimmRelPosAttention,
+    TimmSwinAttention,
+    TimmSwinCrAttention,
+    TimmSwinV2Attention,
+    TimmTinyAttention,
+)
 from kdfast.nn.timm_grid import (
     TimmBlockAttention,
     TimmChannelsFirstAttention,
@@ -50,13 +60,21 @@ FUSED: dict[str, type[FusedAttention]] = {
     "timm.models.cait.ClassAttn": TimmClassAttention,
     "timm.models.crossvit.CrossAttention": TimmCrossAttention,
     "timm.models.volo.ClassAttention": TimmPackedClassAttention,
+    "timm.models.beit.Attention": TimmBeitAttention,
+    "timm.models.gcvit.WindowAttentionGlobal": TimmGlobalWindowAttention,
+    "timm.models.maxxvit.Attention2d": TimmMaxxAttention,
+    "timm.models.maxxvit.AttentionCl": TimmMaxxAttention,
+    "timm.models.swin_transformer.WindowAttention": TimmSwinAttention,
+    "timm.models.swin_transformer_v2.WindowAttention": TimmSwinV2Attention,
+    "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": TimmSwinCrAttention,
+    "timm.models.tiny_vit.Attention": TimmTinyAttention,
+    "timm.models.vision_transformer_relpos.RelPosAttention": TimmRelPosAttention,
 }
 
 UNKNOWN = "not a class that kdfast knows"
 
-_BIAS = "it adds a position bias to the scores (the kernels add none)"
+_BIAS = "its position bias depends on the queries"
 _FEW_KEYS = "its keys are pooled or strided: fewer keys than queries"
-_COSINE = "cosine attention with a position bias (the kernels add none)"
 _CHANNELS = "it attends over channels, not tokens: a D x D matrix, nothing to fuse"
 _LINEAR = "linear attention: no softmax over keys"
 _WIDE = "values are wider than keys, and a position bias is added"
@@ -67,18 +85,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "layers.bottleneck_attn.BottleneckAttn",
         "layers.halo_attn.HaloAttn",
         "layers.lambda_layer.LambdaLayer",
-        "models.beit.Attention",
-        "models.gcvit.WindowAttentionGlobal",
-        "models.maxxvit.Attention2d",
-        "models.maxxvit.AttentionCl",
-        "models.swin_transformer.WindowAttention",
-        "models.tiny_vit.Attention",
-        "models.vision_transformer_relpos.RelPosAttention",
         "models.vision_transformer_sam.Attention",
-    ),
-    _COSINE: (
-        "models.swin_transformer_v2.WindowAttention",
-        "models.swin_transformer_v2_cr.WindowMultiHeadAttention",
     ),
     _WIDE: (
         "models.efficientformer.Attention",

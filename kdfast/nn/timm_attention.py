@@ -24,6 +24,19 @@ def drops_attention(original: nn.Module) -> str | None:
     return None
 
 
+def biased_qkv(attention: Any, x: Tensor) -> Tensor:
+    """(B, N, 3 * H * D) of a packed projection whose q, k and v biases are apart, if any."""
+    packed: Tensor
+    if attention.q_bias is None:
+        packed = attention.qkv(x)
+        return packed
+    bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+    if attention.qkv_bias_separate:
+        packed = attention.qkv(x)
+        return packed + bias
+    return F.linear(x, attention.qkv.weight, bias)
+
+
 class TimmAttention(FusedAttention):
     """``timm.layers.Attention``: packed qkv, optional q/k norm, scale norm and gate."""
 
@@ -164,12 +177,7 @@ class TimmEvaAttention(TimmRopeAttention):
         super()._configure()
 
     def _packed(self, x: Tensor) -> Tensor:
-        if self.q_bias is None:
-            return super()._packed(x)
-        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        if self.qkv_bias_separate:
-            return super()._packed(x) + bias
-        return F.linear(x, self.qkv.weight, bias)
+        return biased_qkv(self, x)
 
     def init_non_persistent_buffers(self) -> None:
         """What timm calls after a model left the meta device."""
@@ -182,6 +190,10 @@ class TimmParallelBlock(FusedAttention):
 
     Its heads cannot be removed: ``axes`` is empty.
     """
+
+    unprunable: ClassVar[str | None] = (
+        "its projections hold the MLP's channels before those of heads"
+    )
 
     @classmethod
     def why_not(cls, original: nn.Module) -> str | None:

@@ -31,16 +31,21 @@ class TimmPlainAttention(FusedAttention):
     def _configure(self) -> None:
         self.head_dim = self.proj.weight.shape[1] // self.num_heads
 
+    def _packed(self, x: Tensor) -> Tensor:
+        """(B, N, 3 * H * D)."""
+        packed: Tensor = self.qkv(x)
+        return packed
+
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
+        qkv = self._packed(x).unflatten(2, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return AttentionCall(q, k, None, None, self.scale, v)
 
-    def context(self, x: Tensor) -> Tensor:
+    def context(self, x: Tensor, *args: Any) -> Tensor:
         """The heads' outputs (B, N, H * D) of tokens (B, N, C)."""
         if self.num_heads == 0:
             return x.new_zeros(x.shape[0], x.shape[1], 0)
-        return self.attend(self.project(x))
+        return self.attend(self.project(x, *args))
 
     def finish(self, context: Tensor) -> Tensor:
         """The output projection, and its dropout where there is one."""
@@ -58,6 +63,10 @@ class TimmBlockAttention(TimmPlainAttention):
 
     # In the output projection a head is every H-th channel, which no HeadAxis says.
     axes: ClassVar[Mapping[str, HeadAxis]] = {}
+    unprunable: ClassVar[str | None] = "its output projection interleaves the channels of heads"
+
+    def sequences(self, x: Tensor) -> tuple[int, int]:
+        return x.shape[0] * x.shape[1], x.shape[2]
 
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
         return super().project(x.flatten(0, 1))
@@ -87,6 +96,10 @@ class TimmMaskUnitAttention(TimmPlainAttention):
     def _units(self, x: Tensor) -> int:
         return x.shape[1] // self.window_size if self.use_mask_unit_attn else 1
 
+    def sequences(self, x: Tensor) -> tuple[int, int]:
+        units = self._units(x)
+        return x.shape[0] * units, x.shape[1] // units
+
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
         units, heads = self._units(x), (3, self.num_heads, self.head_dim)
         # Token n belongs to unit n % T; units go to the batch.
@@ -104,6 +117,9 @@ class TimmMaskUnitAttention(TimmPlainAttention):
 
 class TimmMapAttention(TimmPlainAttention):
     """Attention of all tokens of a map (B, h, w, C): VOLO."""
+
+    def sequences(self, x: Tensor) -> tuple[int, int]:
+        return x.shape[0], x[0, ..., 0].numel()
 
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
         return super().project(x.flatten(1, -2))
@@ -126,6 +142,9 @@ class TimmScaleAttention(TimmMapAttention):
 class TimmChannelsFirstAttention(TimmPlainAttention):
     """``timm.models.fastvit.Attention``: of all tokens of a map (B, C, h, w)."""
 
+    def sequences(self, x: Tensor) -> tuple[int, int]:
+        return x.shape[0], x[0, 0].numel()
+
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
         return super().project(x.flatten(2).transpose(1, 2) if x.dim() == 4 else x)
 
@@ -137,6 +156,8 @@ class TimmChannelsFirstAttention(TimmPlainAttention):
 
 class TimmConvAttention(TimmPlainAttention):
     """``timm.models.visformer.Attention``: projections are 1 x 1 convolutions."""
+
+    unprunable: ClassVar[str | None] = "its projections are convolutions"
 
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
         packed = self.qkv(x).flatten(2).unflatten(1, (3, self.num_heads, self.head_dim))
@@ -157,8 +178,8 @@ class TimmDiffAttention(TimmAttention):
     One call of twice the heads: queries and keys, half as wide as values, are padded with zeros.
     """
 
-    # Two query heads and one value head make a head, which no HeadAxis says.
-    axes: ClassVar[Mapping[str, HeadAxis]] = {}
+    def slice_dim(self) -> int:
+        return 2 * self.head_dim
 
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
         q, k, v = self.qkv(x).chunk(3, 2)
@@ -185,5 +206,7 @@ class TimmDiffAttention(TimmAttention):
         return out.flatten(2)
 
     def finish(self, x: Tensor, context: Tensor) -> Tensor:
-        out: Tensor = self.proj_drop(self.proj(self.norm(self._difference(context))))
+        if self.num_heads:
+            context = self.norm(self._difference(context))
+        out: Tensor = self.proj_drop(self.proj(context))
         return out

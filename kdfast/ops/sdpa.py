@@ -95,6 +95,7 @@ def self_attention(
     *,
     rope: Rope | None = None,
     scale: float | None = None,
+    bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """``pruned_attention`` of all heads, or torch's function where that is the better fallback.
@@ -105,6 +106,7 @@ def self_attention(
         v: (B, H, N, D).
         rope: Tables for q and k.
         scale: Multiplies the scores; D ** -0.5 if None.
+        bias: (G, H, N, N) added to the scaled scores, as in ``pruned_attention``.
         backend: As in ``pruned_attention``, except that "auto" takes torch's function, not the
             reference with its whole score matrix, where the kernel is missing or slower, and while
             ``torch.export`` traces.
@@ -112,12 +114,24 @@ def self_attention(
     Returns:
         (B, H, N, D) in q's dtype.
     """
-    if _choice(backend) == "auto":
+    choice = _choice(backend)
+    if choice == "auto":
         exporting = torch.compiler.is_exporting()
-        if exporting or why_not(q) is not None or slower_here(q) is not None:
+        if bias is not None or exporting or why_not(q) is not None or slower_here(q) is not None:
             q, k = rotated(q, rope, None), rotated(k, rope, None)
-            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+            mask = None if bias is None else repeated(bias, q)
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    if bias is not None:
+        raise NotImplementedError(f"self_attention: backend={choice!r} takes no bias")
     return pruned_attention(q, k, v, rope=rope, scale=scale, backend=backend)
+
+
+def repeated(bias: Tensor, q: Tensor) -> Tensor:
+    """A bias (G, H, N, N) for every image of q (B, H, N, D), as torch's function takes it."""
+    times = q.shape[0] // bias.shape[0]
+    if bias.shape[0] > 1 and times > 1:
+        bias = bias.repeat(times, 1, 1, 1)
+    return bias.to(q.dtype)
 
 
 def _choice(backend: str | None) -> str:

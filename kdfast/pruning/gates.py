@@ -37,6 +37,7 @@ class HeadGates:
 
     def __init__(self, model: nn.Module) -> None:
         adapter = adapter_of("HeadGates", model)
+        self._model, self._batch = model, 1
         self._sites = adapter.attentions(model)
         self._metadata: dict[str, Any] = {
             "model": adapter.family,
@@ -50,7 +51,8 @@ class HeadGates:
         self.last: list[Tensor | None] = [None] * len(self._sites)
 
     def __enter__(self) -> Self:
-        self._handles = [
+        watch = self._model.register_forward_pre_hook(self._count, with_kwargs=True)
+        self._handles = [watch] + [
             site.projection.register_forward_pre_hook(partial(self._watch, index))
             for index, site in enumerate(self._sites)
         ]
@@ -66,16 +68,22 @@ class HeadGates:
             handle.remove()
         self._handles = []
 
+    def _count(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = (*args, *kwargs.values())
+        self._batch = next((len(x) for x in given if isinstance(x, Tensor)), 1)
+
     def _watch(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> None:
         context = args[0]
         if context.requires_grad and torch.is_grad_enabled():
-            context.register_hook(partial(self._add, index, context.detach()))
+            context.register_hook(partial(self._add, index, self._batch, context.detach()))
 
     @torch.no_grad()
-    def _add(self, index: int, context: Tensor, grad: Tensor) -> None:
+    def _add(self, index: int, images: int, context: Tensor, grad: Tensor) -> None:
         site: Site = self._sites[index]
         # Per image, so that gradients of opposite sign of different images do not cancel.
         each = (split(context, site).double() * split(grad, site).double()).sum((1, 3))
+        # Windows of an image follow one another.
+        each = each.unflatten(0, (images, -1)).sum(1)
         total, old = len(each) * each.abs().sum(0), self._sums[index]
         self._sums[index] = total if old is None else old + total
         self._images[index] += len(each)

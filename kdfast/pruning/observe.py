@@ -121,19 +121,19 @@ class ContextObserver:
             grads = torch.autograd.grad(loss, contexts)
         # The loss is a mean over images: times B, the gradient is that of each image's own loss.
         rows = [
-            self._scores(site, c.detach(), len(images) * g)
+            len(images) * self._scores(site, c.detach(), len(images) * g)
             for site, c, g in zip(self.sites, contexts, grads, strict=True)
         ]
         _add(self.totals, rows)
 
     def _scores(self, site: Site, context: Tensor, grad: Tensor) -> Tensor:
-        """(H,): sums over images of the mean over tokens; context and grad are (B, N, H * D)."""
+        """(H,): mean over images and tokens; context and grad are (B, N, H * D), or windows'."""
         context, grad = (split(x.double(), site) for x in (context, grad))
         if self.method == "taylor":
             change = (context * grad).sum(-1).abs()
         else:
             change = grad.norm(dim=-1)
-        return change.mean(1).sum(0)
+        return change.mean((0, 1))
 
 
 class MeanObserver:
@@ -151,13 +151,13 @@ class MeanObserver:
         ]
 
     def _keep(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self._rows[index] = args[0].detach().double().flatten(1, -2).mean(1).sum(0)
+        self._rows[index] = args[0].detach().double().flatten(0, -2).mean(0)
 
     def run(self, images: Tensor, batch: Any) -> None:
         self._rows.clear()
         with torch.no_grad():
             self.model(images)
-        _add(self.totals, [self._rows[index] for index in sorted(self._rows)])
+        _add(self.totals, [len(images) * self._rows[index] for index in sorted(self._rows)])
 
 
 class EntropyObserver:
@@ -196,13 +196,15 @@ class EntropyObserver:
         if self.unit == "share":
             # A token that sees one key has limit 0 and entropy 0: its share counts as 0.
             value = value / torch.where(limit > 0, limit, 1.0)
-        self._rows[block] = value.clamp_min(0).mean(-1).sum(0)
+        # Two softmaxes of one head (differential attention) count as one, by their mean.
+        value = value.clamp_min(0).unflatten(1, (len(site.held), -1))
+        self._rows[block] = value.mean((0, 2, 3))
 
     def run(self, images: Tensor, batch: Any) -> None:
         self._rows.clear()
         with torch.no_grad():
             self.model(images)
-        _add(self.totals, [self._rows[block] for block in sorted(self._rows)])
+        _add(self.totals, [len(images) * self._rows[block] for block in sorted(self._rows)])
 
 
 class RandomProjection:

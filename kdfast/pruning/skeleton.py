@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdfast.nn.attention import qualified_name
+from kdfast.nn.attention import FusedAttention, qualified_name
 from kdfast.nn.heads import HeadAxis
 from kdfast.pruning.adapter import BlockFlops, Site
 
@@ -141,14 +141,16 @@ def counted_flops(
     Raises:
         ValueError: The model does not run on such an image.
     """
-    tokens: dict[str, int] = {}
+    tokens: dict[str, tuple[int, int]] = {}
     linears: dict[str, int] = {site.name: 0 for site in sites}
     handles = []
     for site in sites:
 
-        def see(_: nn.Module, args: Any, kwargs: Any, name: str = site.name) -> None:
+        def see(module: nn.Module, args: Any, kwargs: Any, name: str = site.name) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            tokens[name] = hidden.shape[0] * hidden.shape[1]
+            tokens[name] = hidden.shape[:2]
+            if isinstance(module, FusedAttention):
+                tokens[name] = module.sequences(hidden)
 
         handles.append(site.module.register_forward_pre_hook(see, with_kwargs=True))
         prefix = site.name.rpartition(".")[0]
@@ -180,8 +182,9 @@ def counted_flops(
     return blocks, counter.get_total_flops() - inside_flops
 
 
-def _block_flops(site: Site, tokens: int, mlp: int) -> BlockFlops:
+def _block_flops(site: Site, shape: tuple[int, int], mlp: int) -> BlockFlops:
+    sequences, tokens = shape
     matrices = sum(t.numel() for _, t in site.tensors().values() if t.dim() == 2)
-    gemm = 2 * tokens * matrices
-    attention = 4 * len(site.held) * site.size * tokens**2
+    gemm = 2 * sequences * tokens * matrices
+    attention = 4 * len(site.held) * site.size * sequences * tokens**2
     return BlockFlops(0, gemm, attention, gemm, attention, mlp)

@@ -17,14 +17,8 @@ from kdfast.nn.table import FUSED, unfused_reason
 from kdfast.pruning.adapter import Site
 from kdfast.pruning.site_adapter import SiteAdapter
 
-# Token attentions whose stand-ins take any number of heads and call their projection as a module.
-PRUNABLE = (
-    "timm.layers.attention.Attention",
-    "timm.layers.attention.AttentionRope",
-    "timm.models.eva.EvaAttention",
-    "torch.nn.modules.activation.MultiheadAttention",
-)
-# torch's own module is used in many ways; here it is plain self-attention.
+# torch's own module is used in many ways; in this block it is plain self-attention.
+MULTIHEAD = "torch.nn.modules.activation.MultiheadAttention"
 TORCHVISION_BLOCK = "torchvision.models.vision_transformer.EncoderBlock"
 
 
@@ -32,22 +26,21 @@ def stand_in(module: nn.Module, parent: nn.Module | None) -> FusedAttention | st
     """The fused stand-in of an attention, the reason why there is none, or None for the rest."""
     fused = isinstance(module, FusedAttention)
     source = module.source if isinstance(module, FusedAttention) else qualified_name(module)
-    if source not in PRUNABLE:
-        if not fused and source not in FUSED:
-            reason = unfused_reason(module)
-            return f"{source}: {reason}" if reason else None
-        return f"{source}: its heads cannot be removed"
+    if not fused and source not in FUSED:
+        reason = unfused_reason(module)
+        return f"{source}: {reason}" if reason else None
+    kind = type(module) if isinstance(module, FusedAttention) else FUSED[source]
+    if kind.unprunable:
+        return f"{source}: {kind.unprunable}"
     if parent is None:
         return f"{source}: it is the model itself, which nothing holds"
-    if source == PRUNABLE[-1] and qualified_name(parent) != TORCHVISION_BLOCK:
+    if source == MULTIHEAD and qualified_name(parent) != TORCHVISION_BLOCK:
         return f"{source}: only torchvision's blocks are known to use it for self-attention"
     if isinstance(module, FusedAttention):
         return module
-    if source not in FUSED:
-        return f"{source}: it has no fused stand-in"
-    if reason := FUSED[source].why_not(module):
+    if reason := kind.why_not(module):
         return f"{source}: {reason}"
-    return FUSED[source].adopt(module)
+    return kind.adopt(module)
 
 
 def stand_ins(model: nn.Module) -> Iterator[tuple[str, FusedAttention | str]]:
@@ -69,13 +62,13 @@ class VitAdapter(SiteAdapter):
         for name, fused in stand_ins(model):
             if isinstance(fused, str):
                 continue
-            norm = fused._modules.get("norm")
+            norm = fused._modules.get("norm") if "norm.weight" in fused.axes else None
             sites.append(
                 Site(
                     name,
                     fused,
                     fused.axes,
-                    fused.head_dim,
+                    fused.slice_dim(),
                     list(fused.heads),
                     fused.projection(),
                     fused.kv_group,
