@@ -249,57 +249,83 @@ def forward(
     With ``inplace`` the gradient takes the place of student, which is then contiguous. A row is
     read as a whole, or a tile of it, before any of it is written.
     """
-    classes, device = student.shape[-1], student.device
-    s, t = student.reshape(-1, classes), teacher.reshape(-1, classes)
-    s, t = (unit_stride(x) for x in (s, t))
-    rows, mean = s.shape[0], reduction == "batchmean"
-    saved = torch.float32 if student.dtype == torch.float16 else student.dtype
-    grad = student
-    if not inplace:
-        grad = torch.empty(student.shape if need_grad else (0,), dtype=saved, device=device)
-    kd, ce = (torch.empty(student.shape[:-1], device=device) for _ in range(2))
-    if rows == 0 and reduction == "none":
-        return torch.empty_like(kd), kd, ce, grad
-    hard = target is not None and not target.is_floating_point()
-    one = classes <= ONE_TILE
-    cols = max(16, power_of_two(classes)) if one else TILE
-    rows_per_program = max(1, 1024 // cols)
+    device = student.device
+    rows, mean = student.shape[:-1].numel(), reduction == "batchmean"
     with torch.cuda.device_of(student):
         # Always a divisor on the device, so that the count of a hard target needs no sync.
         count = torch.full((1,), float(rows if mean else 1), device=device)
         if target is not None:
             target = target.contiguous()
-            if hard and mean:
+            if mean and not target.is_floating_point():
                 _count_kernel[(1,)](target, count, rows, ignore_index, BLOCK=SUM_BLOCK)
-        if rows:
-            _rows_kernel[(-(-rows // rows_per_program),)](
-                s,
-                t,
-                s if target is None else target,
-                count,
-                kd,
-                ce,
-                grad,
-                s.stride(0),
-                t.stride(0),
-                rows,
-                classes,
-                float(temperature),
-                alpha / (rows if mean else 1),
-                1.0 - alpha,
-                1.0 - label_smoothing,
-                label_smoothing / classes,
-                ignore_index,
-                TARGET=0 if target is None else 1 if hard else 2,
-                NEED_GRAD=need_grad,
-                ONE=one,
-                ROWS=rows_per_program,
-                COLS=cols,
-                UNIT=math.gcd(16, classes, s.stride(0), t.stride(0)),
-                num_warps=max(4, min(16, cols * rows_per_program // 512)),
-            )
+        kd, ce, grad = rows_of(
+            *(student, teacher, target, count, rows if mean else 1, temperature, alpha),
+            *(label_smoothing, ignore_index, need_grad),
+            inplace=inplace,
+        )
         if reduction == "none":
             return alpha * kd + (1 - alpha) * ce, kd, ce, grad
         totals = tuple(torch.empty((), device=device) for _ in range(3))
         _total_kernel[(1,)](kd, ce, count, *totals, rows, float(alpha), MEAN=mean, BLOCK=SUM_BLOCK)
     return *totals, grad
+
+
+def rows_of(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    count: Tensor,
+    kd_count: int,
+    temperature: float,
+    alpha: float,
+    label_smoothing: float,
+    ignore_index: int,
+    need_grad: bool,
+    *,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """kd and ce of each row, and the gradient of alpha kd / kd_count + (1 - alpha) ce / count.
+
+    The rows may be some of those that ``kd_count`` and ``count``, (1,) fp32, have counted.
+    """
+    classes, device = student.shape[-1], student.device
+    s, t = (unit_stride(x.reshape(-1, classes)) for x in (student, teacher))
+    rows = s.shape[0]
+    saved = torch.float32 if student.dtype == torch.float16 else student.dtype
+    grad = student
+    if not inplace:
+        grad = torch.empty(student.shape if need_grad else (0,), dtype=saved, device=device)
+    kd, ce = (torch.empty(student.shape[:-1], device=device) for _ in range(2))
+    if rows == 0:
+        return kd, ce, grad
+    one = classes <= ONE_TILE
+    cols = max(16, power_of_two(classes)) if one else TILE
+    rows_per_program = max(1, 1024 // cols)
+    with torch.cuda.device_of(student):
+        _rows_kernel[(-(-rows // rows_per_program),)](
+            s,
+            t,
+            s if target is None else target,
+            count,
+            kd,
+            ce,
+            grad,
+            s.stride(0),
+            t.stride(0),
+            rows,
+            classes,
+            float(temperature),
+            alpha / kd_count,
+            1.0 - alpha,
+            1.0 - label_smoothing,
+            label_smoothing / classes,
+            ignore_index,
+            TARGET=0 if target is None else 2 if target.is_floating_point() else 1,
+            NEED_GRAD=need_grad,
+            ONE=one,
+            ROWS=rows_per_program,
+            COLS=cols,
+            UNIT=math.gcd(16, classes, s.stride(0), t.stride(0)),
+            num_warps=max(4, min(16, cols * rows_per_program // 512)),
+        )
+    return kd, ce, grad

@@ -287,10 +287,14 @@ def losses() -> dict[str, tuple[Call, list[Tensor]]]:
             lambda x: kdfast.feature_loss(x, goal, backend="fused"),
             [on(torch.randn(6, 40), LOW)],
         ),
+        "linear_kd_loss": (
+            lambda x: kdfast.linear_kd_loss(x, goal.t(), goal, labels, chunk=4)[0],
+            [on(torch.randn(6, 6), LOW)],
+        ),
     }
 
 
-OPS = ["pruned_attention", "attention_distill", "kd_loss", "feature_loss"]
+OPS = ["pruned_attention", "attention_distill", "kd_loss", "feature_loss", "linear_kd_loss"]
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import kdfast
+from kdfast.ops import _linear_kd
 from kdfast.ops import kd_loss as op
 from kdfast.testing import assert_no_worse, interpreted_kernels, run
 
@@ -229,3 +230,39 @@ def test_inplace_needs_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.randn(2, 5), torch.randn(2, 5)
     with pytest.raises(NotImplementedError, match="inplace needs a compiled kernel, got cpu"):
         kdfast.kd_loss(x, y, inplace=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ignored", [slice(0, 0), slice(0, None, 3), slice(None)])
+def test_linear_kd_loss_with_a_count_on_the_device(
+    ignored: slice, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_linear_kd, "COUNTED_ON", frozenset({"cpu"}))
+    label = torch.randint(19, (11,))
+    label[ignored] = -100
+    teacher = (3 * torch.randn(11, 19)).to(dtype)
+    layer = [torch.randn(shape).to(dtype) for shape in ((11, 8), (19, 8), (19,))]
+
+    def call(backend: str) -> Any:
+        def losses(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            chunk = {"chunk": 4} if backend == "fused" else {}
+            goal = teacher.to(hidden.dtype)
+            every = kdfast.linear_kd_loss(
+                *(hidden, weight, goal, label),
+                bias=bias,
+                label_smoothing=0.1,
+                backend=backend,
+                **chunk,
+            )
+            # Without a row that counts, ce and the loss are NaN; their gradient is not.
+            return every[0].nan_to_num(), every[1].detach()
+
+        return losses
+
+    got, eager = run(call("fused"), layer), run(call("reference"), layer)
+    exact = run(call("reference"), [x.double() for x in layer])
+    if label.max() < 0:
+        got, eager, exact = got[1:2], eager[1:2], exact[1:2]
+    for i, triple in enumerate(zip(got, exact, eager, strict=True)):
+        limit = 4 * torch.finfo(dtype).eps if triple[0].dim() == 0 else None
+        assert_no_worse(f"result {i}", *triple, eps=limit)

@@ -5,13 +5,21 @@ C classes, D features; gradients of a row stay unscaled until they have been mul
 fp16 does not lose those of a mean over many rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.ops._losses import accumulator, saved_dtype
+
+# temperature, alpha, label_smoothing, ignore_index; kd, ce and gradient of rows; what makes these
+# of the logits of student and teacher and the target.
+Options = tuple[float, float, float, int]
+Losses = tuple[Tensor, Tensor, Tensor]
+Step = Callable[[Tensor, Tensor, Tensor | None], Losses]
+# Devices whose results the host should not wait for.
+COUNTED_ON = frozenset({"cuda"})
 
 
 def logits_dtype(
@@ -66,14 +74,14 @@ def chunked(
         logits_dtype(hidden, weight, bias, teacher_logits, teacher_hidden),
     )
     kd_count, ce_count = _counts(rows, target, reduction, ignore_index)
-    # What a row's kd and ce count in the loss; 0 instead of a part of no rows.
-    kd_part = alpha / max(kd_count, 1)
-    ce_part = 0.0 if target is None else (1 - alpha) / max(ce_count, 1)
-    # The kernel's gradient is that of share kd + (1 - share) ce.
-    factor = kd_part + ce_part
-    options = (temperature, kd_part / factor if factor else 1.0, "none", label_smoothing)
-    # Nobody else has the logits of a chunk, so their gradient can take their place.
-    over = hidden.device.type == "cpu" and dtype != torch.float16
+    options = (temperature, alpha, label_smoothing, ignore_index)
+    if isinstance(ce_count, Tensor):
+        half = hidden.dtype == torch.float16
+        step, factor = _by_count(kd_count, ce_count, options, any(need_grad), half)
+    else:
+        over = hidden.device.type == "cpu" and dtype != torch.float16
+        ce_part = 0.0 if target is None else 1 / max(ce_count, 1)
+        step, factor = _by_parts(1 / max(kd_count, 1), ce_part, options, any(need_grad), over)
     gradients = _Gradients(hidden, weight, bias, need_grad, factor)
     kd, ce = (hidden.new_empty(rows, dtype=accumulator(dtype)) for _ in range(2))
     for begin in range(0, rows, chunk):
@@ -84,16 +92,7 @@ def chunked(
             t = teacher_logits[part]
         s = F.linear(hidden[part], weight, bias)
         y = None if target is None else target[part]
-        s, t = s.to(dtype), t.to(dtype)
-        if any(need_grad) and over:
-            _, kd[part], ce[part] = torch.ops.kdfast.kd_loss_.default(
-                s, t, y, *options, ignore_index
-            )
-            g = s
-        else:
-            _, kd[part], ce[part], g = torch.ops.kdfast.kd_loss.default(
-                s, t, y, *options, ignore_index, any(need_grad)
-            )
+        kd[part], ce[part], g = step(s.to(dtype), t.to(dtype), y)
         if any(need_grad):
             gradients.add(part, g if row_weight is None else g.mul_(row_weight[part, None]))
     if reduction != "none":
@@ -104,15 +103,62 @@ def chunked(
     return alpha * kd + (1 - alpha) * ce, kd, ce, *gradients.results()
 
 
-def _counts(rows: int, target: Tensor | None, reduction: str, ignore_index: int) -> tuple[int, int]:
-    """What the sums of kd and ce are divided by."""
+def _counts(
+    rows: int, target: Tensor | None, reduction: str, ignore_index: int
+) -> tuple[int, int | Tensor]:
+    """What the sums of kd and ce are divided by; () where reading it would stall a GPU."""
     if reduction != "batchmean":
         return 1, 1
     if target is None:
         return rows, 1
     if target.is_floating_point():
         return rows, rows
-    return rows, int((target != ignore_index).sum())
+    count = (target != ignore_index).sum()
+    return rows, count if target.device.type in COUNTED_ON else int(count)
+
+
+def _by_parts(
+    kd_part: float, ce_part: float, options: Options, need_grad: bool, over: bool
+) -> tuple[Step, float]:
+    """kd, ce and the gradient over the factor of a chunk's rows, by the op; and the factor.
+
+    ``kd_part`` and ``ce_part`` are what a row counts in the mean, ``over`` lets the gradient take
+    the place of the logits.
+    """
+    temperature, alpha, label_smoothing, ignore_index = options
+    kd_part, ce_part = alpha * kd_part, (1 - alpha) * ce_part
+    factor = kd_part + ce_part
+    # The kernel's gradient is that of share kd + (1 - share) ce.
+    share = kd_part / factor if factor else 1.0
+    arguments = (temperature, share, "none", label_smoothing, ignore_index)
+
+    def step(s: Tensor, t: Tensor, y: Tensor | None) -> Losses:
+        # Nobody else has the logits of a chunk.
+        if need_grad and over:
+            _, kd, ce = torch.ops.kdfast.kd_loss_.default(s, t, y, *arguments)
+            return kd, ce, s
+        _, kd, ce, g = torch.ops.kdfast.kd_loss.default(s, t, y, *arguments, need_grad)
+        return kd, ce, g
+
+    return step, factor
+
+
+def _by_count(
+    rows: int, count: Tensor, options: Options, need_grad: bool, half: bool
+) -> tuple[Step, float | Tensor]:
+    """``_by_parts`` for means over ``rows`` and ``count`` rows, which stays on the device."""
+    from kdfast.kernels.kd_loss import rows_of
+
+    alpha = options[1]
+    divisor = count.float().view(1)
+    factor = alpha / max(rows, 1) + (1 - alpha) / count.clamp(min=1)
+
+    def step(s: Tensor, t: Tensor, y: Tensor | None) -> Losses:
+        over = need_grad and s.dtype != torch.float16
+        kd, ce, g = rows_of(s, t, y, divisor, rows, *options, need_grad, inplace=over)
+        return kd, ce, g / factor if half else g
+
+    return step, factor if half else 1.0
 
 
 class _Gradients:
@@ -124,9 +170,12 @@ class _Gradients:
         weight: Tensor,
         bias: Tensor | None,
         need: Sequence[bool],
-        factor: float,
+        factor: float | Tensor,
     ) -> None:
-        self.hidden, self.weight, self.factor, self.need = hidden, weight, factor, need
+        self.hidden, self.weight, self.need = hidden, weight, need
+        # A number goes into the products; one on the device would have to be read for that.
+        self.last = factor if isinstance(factor, Tensor) else None
+        self.factor = 1.0 if isinstance(factor, Tensor) else factor
         self.d_hidden, *sums = empty_gradients((hidden, weight, bias), need)
         dtype = accumulator(hidden.dtype)
         self.d_weight, self.d_bias = (torch.zeros_like(x, dtype=dtype) for x in sums)
@@ -152,4 +201,7 @@ class _Gradients:
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of hidden, weight and bias, in the dtypes of ``empty_gradients``."""
         dtype = self.d_hidden.dtype
+        if self.last is not None:
+            for x in (self.d_hidden, self.d_weight, self.d_bias):
+                x.mul_(self.last)
         return self.d_hidden, self.d_weight.to(dtype), self.d_bias.to(dtype)

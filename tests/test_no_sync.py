@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA implementations never wait for the device: shown without one, on fake CUDA tensors.
+
+Fake tensors have no values, so reading one raises; copies between devices raise here. Launches of
+Triton kernels are left out, everything around them runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kdfast.ops import attention_distill, feature_loss, kd_loss, linear_kd_loss, pruned_attention
+from kdfast.ops._linear_kd import chunked
+from kdfast.ops._losses import scaled_gradient
+from kdfast.ops.geometry import Rope, Window
+
+jit = pytest.importorskip("triton.runtime.jit")
+common = pytest.importorskip("kdfast.kernels._common")
+READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+
+class NoSync(TorchDispatchMode):
+    """Raises for what makes the host wait for the device, or the device for the host."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        on_device = any(x.is_cuda for x in inputs)
+        if on_device and name in READS:
+            raise AssertionError(f"{name} waits for the device")
+        results = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(results) if isinstance(x, torch.Tensor)]
+        # A number (0-dim) on the host is an argument of the launch.
+        given = {x.device.type for x in inputs if x.dim()} | {x.device.type for x in made}
+        if given >= {"cuda", "cpu"}:
+            raise AssertionError(f"{name} copies between host and device")
+        return results
+
+
+@contextmanager
+def fake_device() -> Iterator[None]:
+    """CUDA tensors without values; launches do nothing."""
+    common.head_table.cache_clear()
+    try:
+        with (
+            mock.patch.object(jit.KernelInterface, "__getitem__", lambda *_: lambda *_, **__: None),
+            mock.patch("torch.cuda.device_of", lambda _: nullcontext()),
+            mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
+            FakeTensorMode(),
+            torch.no_grad(),
+        ):
+            yield
+    finally:
+        common.head_table.cache_clear()
+
+
+def without_sync(call: Any) -> Any:
+    # As before a capture: the first call brings the indices of the heads to the device.
+    call()
+    with NoSync():
+        return call()
+
+
+def cuda(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def labels(rows: int) -> torch.Tensor:
+    return torch.zeros(rows, device="cuda", dtype=torch.int64)
+
+
+@pytest.mark.parametrize("geometry", ["plain", "rope", "windows"])
+def test_pruned_attention(geometry: str) -> None:
+    with fake_device():
+        tokens = 12 if geometry == "windows" else 37
+        q, k, v = cuda(2, tokens, 3, 4, 32).permute(2, 0, 3, 1, 4).unbind()
+        turn = cuda(4 if geometry == "windows" else tokens - 1, 32, dtype=torch.float32)
+        rope = {"plain": None, "rope": Rope(turn, turn, 1), "windows": Rope(turn, turn)}[geometry]
+        window = Window((3, 4), 2, cuda(4, 32)) if geometry == "windows" else None
+        args = ([2, 0], *pruned_attention.geometry_args(rope, window, 0.5))
+        out, lse = without_sync(lambda: pruned_attention._cuda(q, k, v, *args))
+        assert isinstance(out, FakeTensor) and out.is_cuda
+        without_sync(lambda: pruned_attention._cuda_bwd(out, q, k, v, out, lse, *args))
+        without_sync(
+            lambda: pruned_attention.pruned_attention(
+                q, k, v, heads=[2, 0], rope=rope, window=window, backend="fused"
+            )
+        )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", attention_distill.STATS)
+def test_attention_distill(kind: str, temperature: float) -> None:
+    with fake_device():
+        q, k, v = cuda(2, 37, 3, 4, 32).permute(2, 0, 3, 1, 4).unbind()
+        turn = cuda(37, 32, dtype=torch.float32)
+        side = pruned_attention.geometry_args(Rope(turn, turn), None, 0.5)
+        args = (q, k, v, q, k, [2, 0], [1, 3], *side, *side[:5], temperature, kind)
+        out, loss, stats = without_sync(lambda: attention_distill._cuda(*args))
+        without_sync(lambda: attention_distill._cuda_bwd(out, loss, out, stats, *args))
+
+
+TARGETS = ("none", "hard", "soft")
+
+
+def make_target(kind: str) -> torch.Tensor | None:
+    return {"none": None, "hard": labels(9), "soft": cuda(9, 40, dtype=torch.float32)}[kind]
+
+
+@pytest.mark.parametrize("reduction", kd_loss.REDUCTIONS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_kd_loss(target: str, reduction: str) -> None:
+    with fake_device():
+        s, goal = cuda(9, 40), make_target(target)
+        options = (4.0, 0.7, reduction, 0.1, -100)
+        grad = without_sync(lambda: kd_loss._cuda(s, s, goal, *options, True))[3]
+        without_sync(lambda: kd_loss._cuda_inplace(s, s.clone(), goal, *options))
+        upstream = cuda(9, 1) if reduction == "none" else cuda(1).squeeze()
+        without_sync(lambda: scaled_gradient("kd_loss", grad, upstream, s.dtype))
+        without_sync(lambda: kd_loss.kd_loss(s, s, goal, reduction=reduction, backend="fused"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("reduction", kd_loss.REDUCTIONS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_linear_kd_loss(target: str, reduction: str, dtype: torch.dtype) -> None:
+    with fake_device():
+        hidden, weight, bias = cuda(9, 8, dtype=dtype), cuda(40, 8, dtype=dtype), None
+        teacher, goal = cuda(9, 40, dtype=dtype), make_target(target)
+        row = cuda(9, dtype=torch.float32) if reduction == "none" else None
+        args = (hidden, weight, bias, teacher, None, None, None, goal, row)
+        options = (4.0, 0.7, reduction, 0.1, -100, 4, [True, True, False])
+        results = without_sync(lambda: chunked(*args, *options))
+        assert results[0].is_cuda and results[4].shape == weight.shape
+        without_sync(
+            lambda: linear_kd_loss.linear_kd_loss(hidden, weight, teacher, goal, backend="fused")
+        )
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer", "channel"])
+@pytest.mark.parametrize("kind", ["mse", "cosine", "smooth_l1"])
+def test_feature_loss(kind: str, normalize: str) -> None:
+    with fake_device():
+        x = cuda(9, 40)
+        without_sync(lambda: feature_loss._cuda(x, x, kind, normalize, True))
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda x: x.sum().item(), "_local_scalar_dense waits"),
+        (lambda x: x.nonzero(), "nonzero waits"),
+        (lambda x: bool((x > 0).any()), "waits"),
+        (lambda x: x.cpu(), "copies between"),
+        (lambda x: torch.ones(3).to(x.device), "copies between"),
+        (lambda x: x[torch.tensor([0, 2])], "copies between"),
+    ],
+)
+def test_a_sync_is_seen(call: Any, match: str) -> None:
+    with fake_device(), NoSync():
+        x = torch.randn(4, 4, device="cuda")
+        with pytest.raises(AssertionError, match=match):
+            call(x)
