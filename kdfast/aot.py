@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from kdfast.ops import attention_distill, feature_loss, kd_loss, pruned_attention
+from kdfast.ops._attention import geometry_args
 from kdfast.ops.geometry import Rope, Window
 
 AMD = 942  # gfx942, MI300; all others are compute capabilities
@@ -201,7 +202,7 @@ def compile_attention(
         table = torch.zeros(window**2 or tokens, dim)
         rope = Rope(table, table, 0 if window else 1, layout)
     windows = None if grid is None else Window(grid, window, torch.zeros(2, dim))
-    arguments = pruned_attention.geometry_args(rope, windows, dim**-0.5)
+    arguments = geometry_args(rope, windows, dim**-0.5)
     out, lse = pruned_attention._cuda(q, k, v, [1], *arguments)
     pruned_attention._cuda_bwd(out, q, k, v, out, lse, [1], *arguments)
 
@@ -212,7 +213,7 @@ def compile_distill(
     """Launches ``attention_distill`` and its backward, with RoPE on both sides."""
     q, k, v = torch.zeros(1, tokens, 3, 2, dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind()
     table = torch.zeros(tokens, dim)
-    student = pruned_attention.geometry_args(Rope(table, table), None, dim**-0.5)
+    student = geometry_args(Rope(table, table), None, dim**-0.5)
     every = (q, k, v, q, k, [1], [1], *student, *student[:5], float(temperature), kind)
     out, loss, stats = attention_distill._cuda(*every)
     attention_distill._cuda_bwd(out, loss, out, stats, *every)

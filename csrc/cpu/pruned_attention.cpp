@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "cpu/attention_bias.h"
 #include "cpu/attention_boundary.h"
 #include "dispatch.h"
 
@@ -29,13 +30,14 @@ Element element_of(const at::Tensor& x) {
 }
 
 template <class A>
-AttentionKernel<A> choose_kernel(Element element);
+AttentionKernel<A> choose_kernel(Element element, bool bias);
 template <>
-AttentionKernel<double> choose_kernel<double>(Element) {
+AttentionKernel<double> choose_kernel<double>(Element, bool) {
   return attention_generic_f64();
 }
 template <>
-AttentionKernel<float> choose_kernel<float>(Element element) {
+AttentionKernel<float> choose_kernel<float>(Element element, bool bias) {
+  if (bias) return attention_generic(element);
 #if defined(KDFAST_X86)
   // fp16 has no products of its own: in bf16 it would lose three bits.
   if (element == Element::bf16) {
@@ -58,13 +60,13 @@ struct Options {
   double scale;
   at::OptionalIntArrayRef grid;
   int64_t window;
-  const std::optional<at::Tensor>& pad_value;
+  const std::optional<at::Tensor>&pad_value, &bias;
 };
 
 // One call, with everything resolved that an item (image, kept head, window, part) needs.
 template <class A>
 struct Call {
-  at::Tensor q, k, v, pad;
+  at::Tensor q, k, v, pad, bias;
   std::vector<int64_t> heads;
   TokenGrid grid;
   Tables<A> tables;
@@ -76,6 +78,7 @@ struct Call {
       : q(checked(q_, q_)),
         k(checked(k_, q_)),
         v(checked(v_, q_)),
+        bias(checked_bias(kOp, o.bias, q, o.grid.has_value(), c10::CppTypeToScalarType<A>::value)),
         heads(kept_heads(kOp, o.heads, q.size(1))),
         grid(token_grid(kOp, o.grid, o.window, q.size(2))),
         tables(kOp, o.cos, o.sin, o.prefix, o.interleaved,
@@ -87,7 +90,7 @@ struct Call {
         dim(q.size(3)),
         windows(window_count(grid)),
         largest(span_tokens(window_span(grid, 0, false))),
-        kernel(choose_kernel<A>(element_of(q))) {
+        kernel(choose_kernel<A>(element_of(q), bias.defined())) {
     if (!o.pad_value.has_value()) return;
     pad = o.pad_value->to(c10::CppTypeToScalarType<A>::value).contiguous();
     TORCH_CHECK_VALUE(pad.dim() == 2 && pad.size(0) == q.size(1) && pad.size(1) == dim, kOp,
@@ -123,7 +126,14 @@ struct Call {
     return {rows(q, b, h), rows(k, b, h),
             rows(v, b, h), window_span(grid, window_of(item), pad.defined()),
             dim,           static_cast<A>(scale),
-            tables.view,   value};
+            tables.view,   value,
+            bias_of(b, h)};
+  }
+
+  Bias<A> bias_of(int64_t b, int64_t h) const {
+    if (!bias.defined()) return {nullptr, 0};
+    const A* data = bias.const_data_ptr<A>() + b % bias.size(0) * bias.stride(0);
+    return {data + h * bias.stride(1), bias.stride(2)};
   }
 };
 
@@ -167,12 +177,12 @@ at::Tensor sum_pads(const Call<A>& call, const std::vector<A>& parts, int64_t ch
   return total.to(pad_value.scalar_type());
 }
 
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 template <class A>
 Gradients backward(const at::Tensor& grad_, const at::Tensor& q, const at::Tensor& k,
                    const at::Tensor& v, const at::Tensor& out_, const at::Tensor& lse_,
-                   const Options& options) {
+                   const Options& options, bool bias_grad) {
   const Call<A> call(q, k, v, options);
   const at::Tensor grad = with_contiguous_rows(grad_), out = with_contiguous_rows(out_);
   const at::Tensor lse = lse_.contiguous();
@@ -185,20 +195,23 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& q, const at::Tenso
   at::Tensor gradients[3];
   for (auto& x : gradients) x = empty_heads(q, q.size(1), options.heads.has_value());
   const auto& [dq, dk, dv] = gradients;
-  at::Tensor dpad = at::zeros({0}, q.options());
+  TORCH_CHECK_VALUE(call.bias.defined() || !bias_grad, kOp, ": bias_grad needs a bias");
+  at::Tensor dpad = at::zeros({0}, q.options()), dbias = at::zeros({0}, q.options());
   if (out.numel() == 0) {
     if (call.pad.defined()) dpad = at::zeros_like(*options.pad_value);
-    return {dq, dk, dv, dpad};
+    if (bias_grad) dbias = at::zeros(options.bias->sizes(), options.bias->options());
+    return {dq, dk, dv, dpad, dbias};
   }
+  const BiasSums<A> bias_sums(bias_grad ? call.bias : at::Tensor(), call.batch, call.kept);
   // Heads fewer than threads: the chunks of a head's queries go to different threads, and their
   // shares of dk and dv are added up afterwards, in the order in which one thread would add them.
   const int64_t chunk = query_chunk(call.largest);
-  const bool split = call.items() < at::get_num_threads();
+  const bool split = call.items() < at::get_num_threads() && !bias_sums.shared();
   const int64_t parts = split ? (call.largest + chunk - 1) / chunk : 1;
   const int64_t sums_size = 2 * sum_rows(call.largest) * sum_columns(call.dim);
   const A* lse_data = lse.const_data_ptr<A>();
   std::vector<A> pads(call.pad.defined() ? call.items() * parts * call.dim : 0);
-  const auto arguments = [&](int64_t item, int64_t part) -> AttentionGrad<A> {
+  const auto arguments = [&](int64_t item, int64_t part, A* to) -> AttentionGrad<A> {
     const int64_t b = call.image_of(item), j = call.kept_of(item), h = call.heads[j];
     return {Call<A>::rows(grad, b, j),
             Call<A>::rows(out, b, j),
@@ -206,18 +219,23 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& q, const at::Tenso
             Call<A>::rows_to(dq, b, h),
             Call<A>::rows_to(dk, b, h),
             Call<A>::rows_to(dv, b, h),
-            pads.empty() ? nullptr : pads.data() + (item * parts + part) * call.dim};
+            pads.empty() ? nullptr : pads.data() + (item * parts + part) * call.dim,
+            to};
   };
   const int64_t scratch_bytes = call.kernel.backward_bytes(call.largest, call.dim);
   const int64_t items = call.items();
   if (!split) {
     const int64_t sums_bytes = round_up(sums_size * sizeof(A), 64);
-    share_items(items, sums_bytes + scratch_bytes, [&](int64_t item, char* scratch) {
-      const AttentionHead<A> head = call.head(item);
-      const AttentionGrad<A> args = arguments(item, 0);
-      A* sums = reinterpret_cast<A*>(scratch);
-      call.kernel.backward(head, args, 0, span_tokens(head.span), true, sums, scratch + sums_bytes);
-      call.kernel.backward_keys(head, args, sums, 1);
+    const int64_t works = call.windows * bias_sums.works();
+    share_items(works, sums_bytes + scratch_bytes, [&](int64_t work, char* scratch) {
+      bias_sums.each(work, [&](int64_t item, A* to) {
+        const AttentionHead<A> head = call.head(item);
+        const AttentionGrad<A> args = arguments(item, 0, to);
+        A* sums = reinterpret_cast<A*>(scratch);
+        call.kernel.backward(head, args, 0, span_tokens(head.span), true, sums,
+                             scratch + sums_bytes);
+        call.kernel.backward_keys(head, args, sums, 1);
+      });
     });
   } else {
     const at::Tensor memory = at::empty({items * parts * sums_size}, lse.options());
@@ -232,19 +250,22 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& q, const at::Tenso
       const AttentionHead<A> head = call.head(item);
       if (part >= count(head)) return;
       const int64_t n = span_tokens(head.span), size = query_chunk(n);
-      call.kernel.backward(
-          head, arguments(item, part), part * size, std::min(n, (part + 1) * size), true,
-          sums + item * parts * sums_size + part * 2 * sum_rows(n) * sum_columns(call.dim),
-          scratch);
+      A* own = sums + item * parts * sums_size + part * 2 * sum_rows(n) * sum_columns(call.dim);
+      // The chunks of one head add to different columns.
+      bias_sums.each(item, [&](int64_t, A* to) {
+        call.kernel.backward(head, arguments(item, part, to), part * size,
+                             std::min(n, (part + 1) * size), true, own, scratch);
+      });
     });
     share_items(items, 0, [&](int64_t item, char*) {
       const AttentionHead<A> head = call.head(item);
-      call.kernel.backward_keys(head, arguments(item, 0), sums + item * parts * sums_size,
+      call.kernel.backward_keys(head, arguments(item, 0, nullptr), sums + item * parts * sums_size,
                                 count(head));
     });
   }
   if (call.pad.defined()) dpad = sum_pads(call, pads, parts, *options.pad_value);
-  return {dq, dk, dv, dpad};
+  if (bias_grad) dbias = bias_sums.total(*options.bias, call.heads);
+  return {dq, dk, dv, dpad, dbias};
 }
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -252,8 +273,9 @@ using OptionalTensor = std::optional<at::Tensor>;
 std::tuple<at::Tensor, at::Tensor> pruned_attention(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::OptionalIntArrayRef heads,
     const OptionalTensor& cos, const OptionalTensor& sin, int64_t prefix, bool interleaved,
-    double scale, at::OptionalIntArrayRef grid, int64_t window, const OptionalTensor& pad_value) {
-  const Options options{heads, cos, sin, prefix, interleaved, scale, grid, window, pad_value};
+    double scale, at::OptionalIntArrayRef grid, int64_t window, const OptionalTensor& pad_value,
+    const OptionalTensor& bias) {
+  const Options options{heads, cos, sin, prefix, interleaved, scale, grid, window, pad_value, bias};
   return element_of(q) == Element::f64 ? forward<double>(q, k, v, options)
                                        : forward<float>(q, k, v, options);
 }
@@ -263,10 +285,12 @@ Gradients pruned_attention_bwd(const at::Tensor& grad, const at::Tensor& q, cons
                                at::OptionalIntArrayRef heads, const OptionalTensor& cos,
                                const OptionalTensor& sin, int64_t prefix, bool interleaved,
                                double scale, at::OptionalIntArrayRef grid, int64_t window,
-                               const OptionalTensor& pad_value) {
-  const Options options{heads, cos, sin, prefix, interleaved, scale, grid, window, pad_value};
-  return element_of(q) == Element::f64 ? backward<double>(grad, q, k, v, out, lse, options)
-                                       : backward<float>(grad, q, k, v, out, lse, options);
+                               const OptionalTensor& pad_value, const OptionalTensor& bias,
+                               bool bias_grad) {
+  const Options options{heads, cos, sin, prefix, interleaved, scale, grid, window, pad_value, bias};
+  return element_of(q) == Element::f64
+             ? backward<double>(grad, q, k, v, out, lse, options, bias_grad)
+             : backward<float>(grad, q, k, v, out, lse, options, bias_grad);
 }
 
 }  // namespace

@@ -225,16 +225,19 @@ class _Watcher(TorchFunctionMode):
         self._add(name, q, k, None)
 
     def _pruned(self, name: str, q: Tensor, k: Tensor, v: Tensor, heads: Any, *rest: Any) -> None:
-        """A call of the compiled op: q, k and v, heads, then its geometry arguments."""
-        cos, sin, prefix, interleaved, scale, grid, size, pad = rest
+        """A call of the compiled op: q, k and v, heads, then its geometry arguments and bias."""
+        cos, sin, prefix, interleaved, scale, grid, size, pad, bias = rest
+        if bias is not None:
+            bias = bias.detach().repeat(q.shape[0] // bias.shape[0], 1, 1, 1)
         if heads is not None:
             q, k = (x[:, heads] for x in (q, k))
             pad = None if pad is None else pad[heads]
+            bias = None if bias is None else bias[:, heads]
         rope = None
         if cos is not None:
             rope = Rope(cos, sin, prefix, "interleaved" if interleaved else "half")
         window = None if grid is None else Window((grid[0], grid[1]), size, pad)
-        self._add(name, q, k, scale, rope=rope, window=window)
+        self._add(name, q, k, scale, rope=rope, window=window, bias=bias)
 
     def _add(
         self,

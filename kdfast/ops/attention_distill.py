@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdfast.ops import _distill_composed
 from kdfast.ops import pruned_attention as attention
+from kdfast.ops._attention import check_geometry, check_qkv, geometry_args
 from kdfast.ops._checks import head_list
 from kdfast.ops._library import (
     DEFAULT_BACKEND,
@@ -115,8 +116,8 @@ def attention_distill(
             "attention_distill", backend, why_not(q, teacher_q), compiled=device in FUSED_ON
         ):
             op = torch.ops.kdfast.attention_distill.default
-            student = attention.geometry_args(rope, window, scale)
-            teacher = attention.geometry_args(teacher_rope, None, teacher_scale)[:5]
+            student = geometry_args(rope, window, scale)
+            teacher = geometry_args(teacher_rope, None, teacher_scale)[:5]
             out, loss, _ = op(
                 q, k, v, teacher_q, teacher_k, kept, mapped, *student, *teacher, temperature, kind
             )
@@ -147,8 +148,8 @@ def _checked(
 ) -> Rope | None:
     """The teacher's rope, after the checks of all tensors and of both geometries."""
     op, teacher = "attention_distill", "attention_distill (teacher)"
-    attention.check_qkv(op, q=q, k=k, v=v)
-    attention.check_qkv(op, teacher_q=teacher_q, teacher_k=teacher_k)
+    check_qkv(op, q=q, k=k, v=v)
+    check_qkv(op, teacher_q=teacher_q, teacher_k=teacher_k)
     if (teacher_q.shape[0], teacher_q.shape[2]) != (q.shape[0], q.shape[2]):
         raise ValueError(
             f"{op}: teacher_q must be (B, Ht, N, Dt) with B, N = {q.shape[0]}, {q.shape[2]} like "
@@ -156,7 +157,7 @@ def _checked(
         )
     if teacher_q.device != q.device:
         raise ValueError(f"{op}: teacher_q must be on {q.device} like q, got {teacher_q.device}")
-    attention.check_geometry(op, q, rope, window)
+    check_geometry(op, q, rope, window)
     if teacher_rope is None and rope is not None:
         if teacher_q.shape[3] != q.shape[3]:
             raise ValueError(
@@ -165,7 +166,7 @@ def _checked(
             )
         teacher_rope = rope
     bare = None if window is None else Window(window.grid, window.size)
-    attention.check_geometry(teacher, teacher_q, teacher_rope, bare)
+    check_geometry(teacher, teacher_q, teacher_rope, bare)
     return teacher_rope
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Softmax attention over the kept heads, with RoPE and windows inside.
 
-See docs/pruned_attention.md. B batch, H heads, K kept heads, N tokens, D head dim.
+See docs/pruned_attention.md. B batch, H heads, K kept heads, N tokens, D head dim, G biases that
+the images of a batch take in turn.
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdfast.ops._attention import check_bias, check_geometry, check_qkv, geometry_args
 from kdfast.ops._checks import head_list
 from kdfast.ops._library import (
     CPU_ISA,
@@ -25,7 +27,6 @@ from kdfast.ops.geometry import Rope, Window
 MAX_HEAD_DIM = 128  # of the CUDA kernel
 # Instruction sets for which the only kernel is the plain one, written to be right on any CPU.
 PLAIN_ISAS = ("generic",)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def pruned_attention(
@@ -37,13 +38,14 @@ def pruned_attention(
     rope: Rope | None = None,
     scale: float | None = None,
     window: Window | None = None,
+    bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Softmax self-attention over the kept heads; the other heads are never read.
 
-    ``out[b, j] = softmax(scale * R(q)[b, h] R(k)[b, h]^T) v[b, h]`` with ``h = heads[j]`` and R the
-    rotation of ``rope``, inside each window of ``window``. Under autocast q, k and v are first cast
-    to its dtype (fp64 is left alone).
+    ``out[b, j] = softmax(scale * R(q)[b, h] R(k)[b, h]^T + bias[b % G, h]) v[b, h]`` with ``h =
+    heads[j]`` and R the rotation of ``rope``, inside each window of ``window``. Under autocast q, k
+    and v are first cast to its dtype (fp64 is left alone), and so is a bias that is not fp32.
 
     Args:
         q: (B, H, N, D), fp16, bf16, fp32 or fp64; any strides, fastest with a contiguous last dim.
@@ -54,6 +56,10 @@ def pruned_attention(
         rope: Tables for q and k; in a call with a window they are indexed inside the window.
         scale: Multiplies the scores; D ** -0.5 if None.
         window: Splits the tokens into windows; None: every token sees every token.
+        bias: (G, H, N, N), or (H, N, N) for G = 1, in q's dtype or fp32: added to the scaled scores
+            of the images b with ``b % G`` equal to its index; G divides B. Swin's windows, folded
+            into the batch, take one each of its G biases. An entry may be -inf; a row of them gives
+            a row of zeros and no gradient, as in torch. Not with ``window``.
         backend: "auto", "fused" or "reference"; ``KDFAST_BACKEND`` if None.
 
     Returns:
@@ -64,89 +70,52 @@ def pruned_attention(
     Raises:
         TypeError: Dtypes differ or are not supported, or ``heads`` are not integers.
         ValueError: Shapes or devices do not match, or a head is out of range or repeated.
-        NotImplementedError: A rope table requires a gradient, or ``backend="fused"`` and the
-            kernel cannot run (the reason is given).
+        NotImplementedError: A rope table requires a gradient, a bias comes with a window, or
+            ``backend="fused"`` and the kernel cannot run (the reason is given).
 
-    Gradients: q, k, v and ``window.pad_value`` (zero for heads that are not kept); none for the
-    rope tables; the fused op cannot be differentiated twice. Deterministic: yes.
+    Gradients: q, k, v, ``window.pad_value`` and ``bias`` (zero for heads that are not kept); none
+    for the rope tables; the fused op cannot be differentiated twice. The gradient of the bias is
+    summed over the images in fp32, in slices of the batch that the shapes alone fix; they take up
+    to 64 MiB, or one (G, K, N, N) where that is more. Deterministic: yes.
     Source: arXiv 1706.03762 eq. 1; arXiv 2205.14135 alg. 1; arXiv 2104.09864 sec. 3.4.
     """
     kind = q.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+        if bias is not None and bias.dtype not in (torch.float32, torch.float64):
+            bias = bias.to(dtype)
         with torch.autocast(kind, enabled=False):
             return pruned_attention(
-                q, k, v, heads=heads, rope=rope, scale=scale, window=window, backend=backend
+                *(q, k, v),
+                heads=heads,
+                rope=rope,
+                scale=scale,
+                window=window,
+                bias=bias,
+                backend=backend,
             )
     check_qkv("pruned_attention", q=q, k=k, v=v)
     check_geometry("pruned_attention", q, rope, window)
+    if bias is not None:
+        bias = bias[None] if bias.dim() == 3 else bias
+        check_bias("pruned_attention", q, bias, window)
     kept = None if heads is None else head_list("pruned_attention", "heads", heads, q.shape[1])
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    reason = why_not(q)
+    reason = why_not(q, bias)
     slower = slower_here(q)
     if use_fused("pruned_attention", backend, reason, compiled=kind in FUSED_ON, slower=slower):
         op = torch.ops.kdfast.pruned_attention.default
-        out: Tensor = op(q, k, v, kept, *geometry_args(rope, window, scale))[0]
+        out: Tensor = op(q, k, v, kept, *geometry_args(rope, window, scale), bias)[0]
         return out
-    return reference(q, k, v, kept, rope, scale, window)
+    return reference(q, k, v, kept, rope, scale, window, bias)
 
 
-def check_qkv(op: str, **tensors: Tensor) -> None:
-    """Raises TypeError or ValueError unless all are (B, H, N, D) of one shape, dtype and device."""
-    (first_name, first), *rest = tensors.items()
-    if first.dtype not in DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{op}: {first_name} must be one of {names}, got {first.dtype}")
-    if first.dim() != 4 or first.shape[3] == 0:
-        raise ValueError(f"{op}: {first_name} must be (B, H, N, D), got {tuple(first.shape)}")
-    for name, x in rest:
-        if x.dtype != first.dtype:
-            raise TypeError(f"{op}: {name} must be {first.dtype} like {first_name}, got {x.dtype}")
-        if x.shape != first.shape:
-            raise ValueError(
-                f"{op}: {name} must be {tuple(first.shape)} like {first_name}, got {tuple(x.shape)}"
-            )
-        if x.device != first.device:
-            raise ValueError(
-                f"{op}: {name} must be on {first.device} like {first_name}, got {x.device}"
-            )
-
-
-def check_geometry(op: str, q: Tensor, rope: Rope | None, window: Window | None) -> None:
-    """Raises unless the tables and windows fit q (B, H, N, D); see the callers' Raises."""
-    heads, tokens, head_dim = q.shape[1:]
-    tables: list[tuple[str, Tensor | None]] = []
-    if window is not None:
-        window.check(op, tokens, heads, head_dim)
-        tables.append(("window.pad_value", window.pad_value))
-    if rope is not None:
-        rope.check(op, tokens if window is None else window.size**2, head_dim)
-        if window is not None and rope.prefix:
-            raise ValueError(f"{op}: rope.prefix must be 0 with a window, got {rope.prefix}")
-        if torch.is_grad_enabled() and (rope.cos.requires_grad or rope.sin.requires_grad):
-            raise NotImplementedError(f"{op}: rope tables get no gradient; detach them")
-        tables += [("rope.cos", rope.cos), ("rope.sin", rope.sin)]
-    for name, table in tables:
-        if table is not None and table.device != q.device:
-            raise ValueError(f"{op}: {name} must be on {q.device} like q, got {table.device}")
-
-
-def geometry_args(rope: Rope | None, window: Window | None, scale: float) -> tuple[Any, ...]:
-    """The arguments (cos, sin, prefix, interleaved, scale, grid, window, pad_value) of the op."""
-    rotary = (None, None, 0, True) if rope is None else _rope_args(rope)
-    if window is None:
-        return (*rotary, scale, None, 0, None)
-    return (*rotary, scale, list(window.grid), window.size, window.pad_value)
-
-
-def _rope_args(rope: Rope) -> tuple[Tensor, Tensor, int, bool]:
-    return rope.cos, rope.sin, rope.prefix, rope.layout == "interleaved"
-
-
-def why_not(q: Tensor) -> str | None:
+def why_not(q: Tensor, bias: Tensor | None = None) -> str | None:
     """The reason why the compiled kernel cannot run this input, or None."""
     if q.device.type == "cuda":
+        if bias is not None:
+            return "the CUDA kernel takes no bias"
         if q.dtype == torch.float64:
             return "the CUDA kernel takes fp16, bf16 and fp32, not fp64"
         if q.shape[3] > MAX_HEAD_DIM:
@@ -196,6 +165,7 @@ def reference(
     rope: Rope | None,
     scale: float,
     window: Window | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The specification: gathered heads, rotated, softmax over each window's whole score matrix."""
     pad = None if window is None else window.pad_value
@@ -203,6 +173,7 @@ def reference(
         index = torch.tensor(heads, device=q.device)
         q, k, v = (x.index_select(1, index) for x in (q, k, v))
         pad = None if pad is None else pad.index_select(0, index)
+        bias = None if bias is None else bias.index_select(1, index)
     result, dtype = q.dtype, math_dtype(q.dtype)
     q, k, v = (x.to(dtype) for x in (rotated(q, rope, window), rotated(k, rope, window), v))
     groups = [(torch.arange(q.shape[2], device=q.device), 0)]
@@ -211,7 +182,9 @@ def reference(
     parts = []
     for tokens, pads in groups:
         scores = scale * q[:, :, tokens] @ k[:, :, tokens].transpose(-1, -2)
-        if pad is None or pads == 0:
+        if bias is not None:
+            part = biased_weights(scores, bias.to(dtype)) @ v
+        elif pad is None or pads == 0:
             part = scores.softmax(-1) @ v[:, :, tokens]
         else:
             # `pads` equal columns of logit 0 weigh as much as one column of logit log(pads).
@@ -223,16 +196,26 @@ def reference(
     return torch.cat(parts, 1).index_select(1, order).to(result).transpose(1, 2)
 
 
+def biased_weights(scores: Tensor, bias: Tensor) -> Tensor:
+    """softmax(scores (B, K, N, N) + bias (G, K, N, N)); rows without a finite score are zero."""
+    turns = (scores.shape[0] // bias.shape[0], bias.shape[0])
+    scores = (scores.unflatten(0, turns) + bias).flatten(0, 1)
+    dead = (scores == -math.inf).all(-1, keepdim=True)
+    return scores.masked_fill(dead, 0).softmax(-1).masked_fill(dead, 0)
+
+
 _GEOMETRY = (
     "int[]? heads, Tensor? cos, Tensor? sin, int prefix, bool interleaved, float scale, "
     "int[]? grid, int window, Tensor? pad_value"
 )
 LIB.define(
-    f"pruned_attention(Tensor q, Tensor k, Tensor v, {_GEOMETRY}) -> (Tensor out, Tensor lse)"
+    f"pruned_attention(Tensor q, Tensor k, Tensor v, {_GEOMETRY}, Tensor? bias=None) "
+    "-> (Tensor out, Tensor lse)"
 )
 LIB.define(
     "pruned_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_GEOMETRY}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dpad)"
+    f"{_GEOMETRY}, Tensor? bias=None, bool bias_grad=False) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dpad, Tensor dbias)"
 )
 
 
@@ -253,27 +236,32 @@ def _fake(
 
 @torch.library.register_fake("kdfast::pruned_attention_bwd", lib=LIB)
 def _fake_bwd(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pad = rest[-1]
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    # The dispatcher leaves out trailing arguments that have their default.
+    pad, bias, bias_grad = (*rest[8:], None, False)[:3]
     dpad = q.new_empty(0) if pad is None else torch.empty_like(pad).contiguous()
-    dq, dk, dv = (_empty_heads(q, q.shape[1]) for _ in range(3))
-    return dq, dk, dv, dpad
+    dbias = torch.empty_like(bias).contiguous() if bias_grad else q.new_empty(0)
+    return *(_empty_heads(q, q.shape[1]) for _ in range(3)), dpad, dbias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.heads, cos, sin, *ctx.geometry, pad_value = inputs
+    q, k, v, ctx.heads, cos, sin, *ctx.geometry, pad_value, bias = inputs
     out, lse = output
     # The softmax is recomputed from lse; out is needed for the row sums of grad * out only.
-    ctx.save_for_backward(q, k, v, out, lse, cos, sin, pad_value)
+    ctx.save_for_backward(q, k, v, out, lse, cos, sin, pad_value, bias)
     ctx.mark_non_differentiable(lse)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *saved, cos, sin, pad_value = ctx.saved_tensors
+    *saved, cos, sin, pad_value, bias = ctx.saved_tensors
+    arguments = (*saved, ctx.heads, cos, sin, *ctx.geometry, pad_value)
+    # Without a bias the dispatcher has left it out of the inputs.
+    wanted = bias is not None and ctx.needs_input_grad[-1]
     op = torch.ops.kdfast.pruned_attention_bwd.default
-    dq, dk, dv, dpad = op(grad, *saved, ctx.heads, cos, sin, *ctx.geometry, pad_value)
-    return dq, dk, dv, *(None,) * 8, None if pad_value is None else dpad
+    dq, dk, dv, dpad, dbias = op(grad, *arguments, bias, wanted)
+    dpad, dbias = (None if pad_value is None else dpad, dbias if wanted else None)
+    return dq, dk, dv, *(None,) * 8, dpad, dbias
 
 
 def _twice(ctx: Any, *grads: Tensor) -> None:
@@ -297,10 +285,10 @@ if HAS_TRITON:
         return forward(*args)
 
     @torch.library.impl(LIB, "pruned_attention_bwd", "CUDA")
-    def _cuda_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _cuda_bwd(*args: Any) -> tuple[Tensor, ...]:
         from kdfast.kernels.pruned_attention import backward
 
-        return backward(*args)
+        return *backward(*args), args[0].new_empty(0)
 
 
 FUSED_ON = fused_devices("pruned_attention")

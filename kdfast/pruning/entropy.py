@@ -6,8 +6,9 @@ import math
 import torch
 from torch import Tensor
 
+from kdfast.ops._attention import check_geometry, check_qkv
 from kdfast.ops.geometry import Rope, Window
-from kdfast.ops.pruned_attention import check_geometry, check_qkv, math_dtype, rotated
+from kdfast.ops.pruned_attention import math_dtype, rotated
 
 # Elements of one tile of scores: 16 MiB in fp32, whatever N is.
 TILE = 1 << 22

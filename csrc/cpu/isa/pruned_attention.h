@@ -19,6 +19,13 @@ struct MutableRows {
   int64_t step;
 };
 
+// Added to the scores of one head: (queries, keys), `step` elements from a query to the next.
+template <class A>
+struct Bias {
+  const A* data;  // null: none
+  int64_t step;
+};
+
 // One head of one image inside one window. A: float, or double for f64.
 template <class A>
 struct AttentionHead {
@@ -28,14 +35,16 @@ struct AttentionHead {
   A scale;
   RotaryTable<A> table;
   const A* pad;  // (D,) value of the span.pads padded keys
+  Bias<A> bias;  // in a call without windows
 };
 
 template <class A>
 struct AttentionGrad {
   Rows grad, out;
-  const A* lse;  // per token
+  const A* lse;  // per token; infinite where no score is finite, so that P is zero
   MutableRows dq, dk, dv;
-  A* dpad;  // (D,), added to
+  A* dpad;   // (D,), added to
+  A* dbias;  // (keys, bias_columns(tokens)), added to: transposed; null if not wanted
 };
 
 // Kernels of one element type; queries [begin, end) are positions inside the window, and `scratch`
@@ -61,6 +70,7 @@ constexpr int64_t kMaxQueryChunk = 320;
 
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 static inline int64_t sum_columns(int64_t dim) { return round_up(dim, kLanes); }
+static inline int64_t bias_columns(int64_t tokens) { return round_up(tokens, kLanes); }
 static inline int64_t sum_rows(int64_t tokens) { return round_up(tokens, kSumRows); }
 
 // Queries that the backward takes at a time. It depends on the window alone, and a chunk's share of

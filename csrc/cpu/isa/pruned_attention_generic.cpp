@@ -2,6 +2,7 @@
 // Any CPU, any D, all element types: plain loops, one query row at a time.
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "cpu/isa/elements.h"
 #include "cpu/isa/pruned_attention.h"
@@ -51,6 +52,15 @@ void products(const A* x, const A* columns, int64_t dim, int64_t n, A* scores) {
     for (int64_t j = 0; j < n; ++j) scores[j] += x[d] * columns[d * n + j];
 }
 
+// Products to scores of query i.
+template <class A>
+void finish_scores(const AttentionHead<A>& head, int64_t i, int64_t n, A* scores) {
+  for (int64_t j = 0; j < n; ++j) scores[j] *= head.scale;
+  if (head.bias.data == nullptr) return;
+  const A* bias = head.bias.data + i * head.bias.step;
+  for (int64_t j = 0; j < n; ++j) scores[j] += bias[j];
+}
+
 // out[d] += sum_j weights[j] rows[j, d], and their sum to the return value. Summed up by blocks:
 // one long chain of fp32 additions would lose more than a matrix product does.
 template <class A>
@@ -90,16 +100,19 @@ void forward(const AttentionHead<A>& head, int64_t begin, int64_t end, MutableRo
   for (int64_t i = begin; i < end; ++i) {
     load_row<T>(head.q, head, i, true, row);
     products(row, keys, dim, n, p);
-    A top = head.span.pads ? A(0) : p[0] * head.scale;
-    for (int64_t j = 0; j < n; ++j) top = std::fmax(top, p[j] *= head.scale);
+    finish_scores(head, i, n, p);
+    A top = head.span.pads ? A(0) : p[0];
+    for (int64_t j = 0; j < n; ++j) top = std::fmax(top, p[j]);
+    if (top == -std::numeric_limits<A>::infinity()) top = 0;
     const A pads = head.span.pads ? head.span.pads * std::exp(-top) : A(0);
     for (int64_t j = 0; j < n; ++j) p[j] = std::exp(p[j] - top);
     for (int64_t d = 0; d < dim; ++d) sum[d] = head.span.pads ? pads * head.pad[d] : A(0);
     const A total = pads + add_rows(p, values, dim, n, row, sum);
+    const bool dead = total == 0;  // no score is finite
     const int64_t token = span_token(head.span, i);
     T* to = static_cast<T*>(out.data) + token * out.step;
-    for (int64_t d = 0; d < dim; ++d) to[d] = store<T>(sum[d] / total);
-    lse[token] = top + std::log(total);
+    for (int64_t d = 0; d < dim; ++d) to[d] = store<T>(dead ? A(0) : sum[d] / total);
+    lse[token] = dead ? std::numeric_limits<A>::infinity() : top + std::log(total);
   }
 }
 
@@ -132,14 +145,18 @@ struct Backward {
     load_row<T>(grad.grad, head, i, false, g);
     products(q, key_columns, dim, n, p);
     products(g, value_columns, dim, n, ds);
+    finish_scores(head, i, n, p);
     // The row is at hand, so P is normalised again, which undoes the rounding of lse, and delta is
     // the sum of P dP: equal to <g, out>, but its error cancels in dP - delta.
     A pads = head.span.pads ? head.span.pads * std::exp(-lse) : A(0), total = pads, delta = 0;
-    for (int64_t j = 0; j < n; ++j) total += p[j] = std::exp(p[j] * head.scale - lse);
+    for (int64_t j = 0; j < n; ++j) total += p[j] = std::exp(p[j] - lse);
+    if (total == 0) total = 1;  // no score is finite: all of P is zero
     pads /= total;
     for (int64_t d = 0; head.span.pads && d < dim; ++d) delta += pads * g[d] * head.pad[d];
     for (int64_t j = 0; j < n; ++j) delta += (p[j] /= total) * ds[j];
     for (int64_t j = 0; j < n; ++j) ds[j] = p[j] * (ds[j] - delta);
+    for (int64_t j = 0; grad.dbias != nullptr && j < n; ++j)
+      grad.dbias[j * bias_columns(n) + i] += ds[j];
     for (int64_t d = 0; d < dim; ++d) dq[d] = 0;
     add_rows(ds, keys, dim, n, part, dq);
     for (int64_t j = 0; j < n; ++j) {
