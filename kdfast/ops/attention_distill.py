@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.ops import _distill_composed
+from kdfast.ops import _distill_composed, _logit_gram
 from kdfast.ops import pruned_attention as attention
 from kdfast.ops._attention import check_geometry, check_qkv, geometry_args
 from kdfast.ops._checks import head_list
@@ -112,9 +112,23 @@ def attention_distill(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     teacher_scale = teacher_q.shape[3] ** -0.5 if teacher_scale is None else float(teacher_scale)
     with torch.autocast(device, enabled=False):
-        if use_fused(
+        fused = use_fused(
             "attention_distill", backend, why_not(q, teacher_q), compiled=device in FUSED_ON
-        ):
+        )
+        requested = backend or DEFAULT_BACKEND
+        sizes = q.shape[2], q.shape[3], teacher_q.shape[3], window
+        gram = kind == "logit_mse" and scale != 0 and _logit_gram.pays(*sizes)
+        if gram and requested != "reference":
+            student = _side(q, k, kept, rope, window)
+            every = mapped == list(range(teacher_q.shape[1]))  # then no copy is made
+            teacher = _side(teacher_q, teacher_k, None if every else mapped, teacher_rope, window)
+            scales = scale / temperature, teacher_scale / temperature
+            chosen = "fused" if fused else "reference"
+            out = attention.pruned_attention(
+                q, k, v, heads=kept, rope=rope, scale=scale, window=window, backend=chosen
+            )
+            return out, _logit_gram.logit_mse(*student, *teacher, *scales, window)
+        if fused:
             op = torch.ops.kdfast.attention_distill.default
             student = geometry_args(rope, window, scale)
             teacher = geometry_args(teacher_rope, None, teacher_scale)[:5]
@@ -122,7 +136,7 @@ def attention_distill(
                 q, k, v, teacher_q, teacher_k, kept, mapped, *student, *teacher, temperature, kind
             )
             return out, loss
-        if (backend or DEFAULT_BACKEND) != "reference" and kind == "kl" and window is None:
+        if requested != "reference" and kind == "kl" and window is None:
             if count * q.shape[0] * q.shape[2] ** 2 > _distill_composed.MOST_ELEMENTS:
                 student = _side(q, k, kept, rope)
                 teacher = _side(teacher_q, teacher_k, mapped, teacher_rope)
