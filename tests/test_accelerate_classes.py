@@ -26,6 +26,10 @@ from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
 from timm.models.vision_transformer import ParallelScalingBlock
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import (
+    ShiftedWindowAttention,
+    ShiftedWindowAttentionV2,
+)
 
 import kdfast
 from kdfast.nn import FusedAttention
@@ -165,6 +169,18 @@ CASES: dict[str, tuple[Any, ...]] = {
     "GC ViT": (lambda: WindowAttentionGlobal(C, 3, (3, 3), use_global=False), ("shape", 4, 9, C)),
     "GC ViT, queries of the image": (
         lambda: WindowAttentionGlobal(C, 3, (3, 3)), ("shape", 4, 9, C), (torch.randn(2, 9, C),)
+    ),
+    "torchvision's Swin": (
+        lambda: ShiftedWindowAttention(C, [3, 4], [0, 0], 3), ("shape", 2, 5, 7, C)
+    ),
+    "torchvision's Swin, shifted": (
+        lambda: ShiftedWindowAttention(C, [3, 4], [1, 2], 3, qkv_bias=False), ("shape", 2, 5, 7, C)
+    ),
+    "torchvision's Swin, shifted one way": (
+        lambda: ShiftedWindowAttention(C, [4, 2], [2, 1], 3), ("shape", 2, 4, 7, C)
+    ),
+    "torchvision's Swin v2": (
+        lambda: ShiftedWindowAttentionV2(C, [3, 3], [1, 1], 3), ("shape", 2, 6, 7, C)
     ),
     "TinyViT": (lambda: tiny_vit.Attention(C, 8, 3, 1, (3, 4)), ("shape", 2, 12, C)),
     "parallel one output": (lambda: ParallelScalingBlock(C, 3, fuse_out_proj=True), ()),
@@ -315,7 +331,7 @@ PRUNED = {
     "Swin": [], "Swin, shifted": [1], "Swin v2": [0, 2], "Swin v2 cr": [2],
     "BEiT, both biases": [1], "BEiT, shared bias": [0, 2], "relative positions": [0, 2],
     "relative positions by a network": [1], "TinyViT": [0], "differential": [1, 2], "FastViT": [],
-    "VOLO": [0, 2],
+    "VOLO": [0, 2], "torchvision's Swin, shifted": [1], "torchvision's Swin v2": [0, 2],
     "Hiera, global": [1], "SAM 2": [0], "MetaFormer": [1, 2], "windows of DaViT": [], "dinov3": [],
 }  # fmt: skip
 

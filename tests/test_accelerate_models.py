@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kdfast
-from kdfast.nn import TorchMultiheadAttention, register_transformers
+from kdfast.nn import TorchMultiheadAttention, register_transformers, transformers_attention
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -81,13 +81,41 @@ def test_transformers_vision_towers(name: str) -> None:
     assert report.complete and len(report.replaced) == (2 if name == "CLIPVision" else 3)
 
 
-def test_transformers_beit_is_left() -> None:
-    model, inputs = hugging_face("Beit", use_relative_position_bias=True)
-    report = kdfast.accelerate(model)
-    assert not report.replaced and len(report.left) == 2
-    assert "config.use_relative_position_bias" in report.left[0].detail
-    model, inputs = hugging_face("Beit")
-    assert compare(model, inputs).complete
+@pytest.mark.parametrize("how", ["use_relative_position_bias", "use_shared_relative_position_bias"])
+def test_transformers_beit(how: str) -> None:
+    model, inputs = hugging_face("Beit", **{how: True})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "relative_position_bias_table" in name:
+                parameter.normal_()
+    report = compare(model, inputs)
+    assert report.complete and len(report.replaced) == 2
+    assert compare(*hugging_face("Beit")).complete
+
+
+def test_transformers_swin(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4
+    )
+    given: list[Any] = []
+    real = transformers_attention.self_attention
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        given.append(kwargs["bias"].shape)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(transformers_attention, "self_attention", spy)
+    model = transformers.SwinModel(config)
+    report = compare(model, {"pixel_values": torch.randn(2, 3, 32, 32)})
+    assert report.complete and len(report.replaced) == 3
+    # The second block is shifted: one bias for every window of every image.
+    assert given[:3] == [(1, 2, 16, 16), (32, 2, 16, 16), (1, 4, 16, 16)]
+
+
+def test_transformers_data2vec_is_left() -> None:
+    model, _ = hugging_face("Data2VecVision", use_relative_position_bias=True)
+    assert not kdfast.accelerate(model).replaced
 
 
 def test_transformers_dropout_is_left() -> None:
@@ -130,8 +158,6 @@ def test_transformers_by_name_runs_the_kernel_and_masks_run_sdpa(monkeypatch: An
     transformers = pytest.importorskip("transformers")
     register_transformers()
     calls: list[int] = []
-    from kdfast.nn import transformers_attention
-
     real = transformers_attention.self_attention
     monkeypatch.setattr(
         transformers_attention,
@@ -156,6 +182,21 @@ def vit_of_torchvision(**options: Any) -> nn.Module:
     model = vision.VisionTransformer(**size, hidden_dim=32, mlp_dim=48, num_classes=7, **options)
     nn.init.normal_(model.heads[-1].weight)
     return model
+
+
+def test_torchvision_swin() -> None:
+    vision = pytest.importorskip("torchvision.models.swin_transformer")
+    sizes = {"embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": [3, 3]}
+    for block in (vision.SwinTransformerBlock, vision.SwinTransformerBlockV2):
+        merge = vision.PatchMerging if block is vision.SwinTransformerBlock else None
+        model = vision.SwinTransformer(
+            [4, 4], **sizes, num_classes=5, block=block, stochastic_depth_prob=0.0,
+            downsample_layer=merge or vision.PatchMergingV2,
+        )  # fmt: skip
+        report = compare(model, {"x": torch.randn(2, 3, 32, 32)})
+        assert report.complete and len(report.replaced) == 3
+    model.features[1][0].attn.attention_dropout = 0.1
+    assert kdfast.accelerate(model).left[0].detail.startswith("attention dropout 0.1")
 
 
 def test_torchvision() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.vitamin import VitCfg, VitConvCfg
 from torch import Tensor, nn
 
 import kdfast
@@ -29,7 +30,7 @@ SAMPLE = [
     "naflexvit_base_patch16_gap", "hiera_tiny_224", "mobilevit_xxs", "visformer_tiny",
     "davit_tiny", "xcit_nano_12_p16_224", "beit_base_patch16_224", "swin_tiny_patch4_window7_224",
     "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224", "vit_relpos_small_patch16_224",
-    "tiny_vit_5m_224", "gcvit_xxtiny", "test_maxvit", "test_coatnet",
+    "tiny_vit_5m_224", "test_coatnet",
 ]  # fmt: skip
 # Not every attention of these can go.
 PARTLY = {"hiera", "davit", "xcit", "cait", "volo", "hieradet_sam2", "twins", "nextvit"}
@@ -64,6 +65,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "swin_transformer_v2": STAGES,
     "swin_transformer_v2_cr": STAGES,
     "tiny_vit": {"depths": (1, 1, 2, 1), "embed_dims": (32, 64, 64, 96), "num_heads": (1, 2, 2, 3)},
+    "vitamin": {
+        "depth": 2,
+        "embed_dim": 48,
+        "num_heads": 3,
+        "embed_cfg": VitCfg(
+            (16, 32, 48), (1, 1, 1), 16, VitConvCfg(norm_layer="layernorm2d"), "1d"
+        ),
+    },
     "gcvit": {"depths": (1, 1, 2, 1), "embed_dim": 24, "num_heads": (1, 2, 2, 3)},
     "maxxvit": {"embed_dim": (32, 32, 64, 64), "depths": (1, 1, 2, 1), "stem_width": 16},
     "metaformer": {"depths": (1,) * 4, "dims": (32, 32, 64, 64)},

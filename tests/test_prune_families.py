@@ -12,6 +12,7 @@ from timm.models import fastvit, metaformer, nest, volo
 from timm.models.hieradet_sam2 import MultiScaleAttention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 import kdfast
 from kdfast.nn import FusedAttention
@@ -69,6 +70,8 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "SAM 2": (lambda: MultiScaleAttention(32, 32, 4), (3, 5, 32)),
     "VOLO": (lambda: volo.Attention(32, 4), (3, 5, 32)),
     "FastViT": (lambda: fastvit.Attention(32, head_dim=8), (32, 3, 5)),
+    "torchvision's Swin": (lambda: ShiftedWindowAttention(32, [3, 3], [1, 1], 4), (5, 7, 32)),
+    "torchvision's Swin v2": (lambda: ShiftedWindowAttentionV2(32, [3, 3], [1, 1], 4), (5, 7, 32)),
 }
 # Files of timm, how many of their names are pruned, and how many refused with a reason: parallel
 # scaling blocks, differential ones among them.

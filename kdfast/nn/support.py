@@ -2,21 +2,26 @@
 """`python -m kdfast.nn.support`: which of timm's models run fused, written as Markdown.
 
 Every registered model is built on the meta device, so no weights are needed; this takes minutes.
+With ``--rows`` a run that was stopped goes on where it was.
 """
 
 import argparse
+import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import timm
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from kdfast.nn.accelerate import accelerate
+from kdfast.nn.attention import FusedAttention
 from kdfast.nn.table import FUSED
+from kdfast.pruning.vit_adapter import stand_ins
 
 HEADER = """\
 # Which models run fused
@@ -31,14 +36,15 @@ attention module was replaced. *Partly*: some were, the others are listed. *Left
 | a module with timm's `fused_attn` switch | {flagged} |
 | any attention | {any} |
 
-Heads can be removed where the class is not marked with *. Besides timm: torchvision's `vit_*`
-(`torch.nn.MultiheadAttention`) and the vision towers of transformers, see
-[accelerate.md](accelerate.md).
+`kdfast.prune_heads` removes heads of {pruned} names, of {whole} of them in every attention; column
+*pruned*. Fused classes marked with * keep their heads, [see below](#fused-not-pruned). Besides
+timm: torchvision's `vit_*` (`torch.nn.MultiheadAttention`) and `swin_*`, and the vision towers of
+transformers, see [accelerate.md](accelerate.md) and [pruning.md](pruning.md).
 
 ## By family
 
-| family | names | fused | partly | left | fused classes | left, and why |
-| --- | --- | --- | --- | --- | --- | --- |
+| family | names | fused | partly | left | pruned | fused classes | left, and why |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -51,6 +57,7 @@ class Support(NamedTuple):
         flagged: Whether a module has timm's ``fused_attn`` switch.
         fused: Qualified class names that were replaced.
         left: Qualified class names that were left, with the reason.
+        pruned: Qualified class names whose heads can be removed.
     """
 
     name: str
@@ -58,6 +65,7 @@ class Support(NamedTuple):
     flagged: bool
     fused: frozenset[str]
     left: frozenset[tuple[str, str]]
+    pruned: frozenset[str]
 
     @property
     def status(self) -> str:
@@ -67,9 +75,12 @@ class Support(NamedTuple):
         return "left" if self.left else "none"
 
 
-def survey(names: Iterable[str]) -> Iterator[Support]:
-    """Builds each model on the meta device and accelerates it."""
+def survey(names: Iterable[str], known: Mapping[str, Support] | None = None) -> Iterator[Support]:
+    """Builds each model on the meta device, unless its row is known, and accelerates it."""
     for name in names:
+        if known and name in known:
+            yield known[name]
+            continue
         model = _build(name)
         flagged = any(hasattr(module, "fused_attn") for module in model.modules())
         report = accelerate(model)
@@ -79,6 +90,7 @@ def survey(names: Iterable[str]) -> Iterator[Support]:
             flagged,
             frozenset(site.source for site in report.replaced),
             frozenset((site.source, site.detail) for site in report.left),
+            frozenset(s.source for _, s in stand_ins(model) if isinstance(s, FusedAttention)),
         )
 
 
@@ -99,14 +111,21 @@ def markdown(rows: Iterable[Support]) -> str:
         version=timm.__version__,
         flagged=_counts([row for row in rows if row.flagged]),
         any=_counts(rows),
+        pruned=sum(bool(row.pruned) for row in rows),
+        whole=sum(row.status == "fused" and row.pruned == row.fused for row in rows),
     )
     families = sorted({row.family for row in rows})
     for family in families:
         own = [row for row in rows if row.family == family]
         fused = sorted({_fused_name(source) for row in own for source in row.fused})
         left = sorted({f"`{_short(s)}`: {why}" for row in own for s, why in row.left})
-        cells = [family, _counts(own), ", ".join(fused) or "-", "; ".join(left) or "-"]
+        pruned = str(sum(bool(row.pruned) for row in own))
+        cells = [family, _counts(own), pruned, ", ".join(fused) or "-", "; ".join(left) or "-"]
         text += f"| {' | '.join(cells)} |\n"
+    text += "\n## Fused, not pruned\n\n"
+    for source, kind in sorted(FUSED.items()):
+        if kind.unprunable:
+            text += f"- `{_short(source)}`: {kind.unprunable}\n"
     for status in ("partly", "left"):
         text += f"\n## Names: {status}\n\n"
         for family in families:
@@ -129,7 +148,23 @@ def _short(source: str) -> str:
 
 
 def _fused_name(source: str) -> str:
-    return f"`{_short(source)}`" + ("" if FUSED[source].axes else "*")
+    return f"`{_short(source)}`" + ("*" if FUSED[source].unprunable else "")
+
+
+def read_rows(path: Path) -> dict[str, Support]:
+    """The rows that ``write_row`` wrote, by name; none if there is no such file."""
+    rows = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        name, family, flagged, fused, left, pruned = json.loads(line)
+        reasons = frozenset((source, why) for source, why in left)
+        rows[name] = Support(name, family, flagged, frozenset(fused), reasons, frozenset(pruned))
+    return rows
+
+
+def write_row(path: Path, row: Support) -> None:
+    """Appends one row as a line of JSON."""
+    with path.open("a") as file:
+        file.write(json.dumps([sorted(x) if isinstance(x, frozenset) else x for x in row]) + "\n")
 
 
 def main() -> None:
@@ -137,8 +172,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kdfast.nn.support", description=__doc__)
     parser.add_argument("--filter", default="", help="timm's pattern, such as vit_*")
     parser.add_argument("--out", type=Path, help="file to write; standard output if not given")
+    parser.add_argument("--rows", type=Path, help="file to keep rows in, to go on after a stop")
     args = parser.parse_args()
-    page = markdown(survey(timm.list_models(args.filter)))
+    names = timm.list_models(args.filter)
+    known = read_rows(args.rows) if args.rows else {}
+    rows = []
+    for row in tqdm(survey(names, known), total=len(names), unit="model", disable=None):
+        rows.append(row)
+        if args.rows and row.name not in known:
+            write_row(args.rows, row)
+    page = markdown(rows)
     if args.out:
         args.out.write_text(page)
     else:

@@ -39,6 +39,7 @@ from kdfast.nn.timm_grid import (
     TimmScaleAttention,
 )
 from kdfast.nn.torch_attention import TorchMultiheadAttention
+from kdfast.nn.torchvision_swin import TorchvisionSwinAttention, TorchvisionSwinV2Attention
 
 # By qualified name, so that no library has to be imported to be known.
 FUSED: dict[str, type[FusedAttention]] = {
@@ -54,6 +55,8 @@ FUSED: dict[str, type[FusedAttention]] = {
     "timm.models.fastvit.Attention": TimmChannelsFirstAttention,
     "timm.models.volo.Attention": TimmMapAttention,
     "torch.nn.modules.activation.MultiheadAttention": TorchMultiheadAttention,
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": TorchvisionSwinAttention,
+    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": TorchvisionSwinV2Attention,
     "timm.models.metaformer.Attention": TimmPlainAttention,
     "timm.models.nest.Attention": TimmBlockAttention,
     "timm.models.visformer.Attention": TimmConvAttention,

@@ -21,8 +21,8 @@ def register_transformers() -> None:
     """Makes ``attn_implementation="kdfast"`` known to transformers.
 
     Vision towers can then be built with it or switched by ``model.set_attn_implementation``. Masks,
-    causal calls, dropout, cross-attention and position biases run transformers' own "sdpa"
-    function, so text towers keep working.
+    causal calls, dropout and cross-attention run transformers' own "sdpa" function, so text towers
+    keep working.
 
     Raises:
         ImportError: transformers is not installed.
@@ -52,7 +52,7 @@ def attention_function(
         query: (B, H, N, D).
         key: (B, H, N, D), or anything that "sdpa" takes.
         value: Like ``key``.
-        attention_mask: None in a fused call.
+        attention_mask: In a fused call None, or the position bias (G, H, N, N) of BEiT or Swin.
         dropout: 0 in a fused call.
         scaling: Factor of the logits.
         is_causal: False in a fused call; the module's attribute if None.
@@ -61,14 +61,24 @@ def attention_function(
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     other = [name for name in _SPECIAL if kwargs.get(name) is not None]
-    if other or unfused(query, key, value, attention_mask, dropout, bool(causal)):
+    bias = attention_mask if _is_bias(attention_mask, query) else None
+    mask = attention_mask if bias is None else None
+    if other or unfused(query, key, value, mask, dropout, bool(causal)):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         kwargs.update(dropout=dropout, scaling=scaling, is_causal=is_causal)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     backend = getattr(module, _BACKEND, None)
-    out = self_attention(query, key, value, scale=scaling, backend=backend)
+    out = self_attention(query, key, value, scale=scaling, bias=bias, backend=backend)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _is_bias(mask: Tensor | None, query: Tensor) -> bool:
+    """Whether a mask is one number for every head and pair of tokens, in turn for the images."""
+    if mask is None or not mask.is_floating_point() or mask.dim() != 4:
+        return False
+    batch, heads, tokens = query.shape[:3]
+    return mask.shape[1:] == (heads, tokens, tokens) and batch % max(1, mask.shape[0]) == 0
 
 
 _SPECIAL = ("softcap", "position_bias", "cache", "sliding_window", "s_aux")
@@ -100,9 +110,8 @@ def _why_not(module: nn.Module, owner: Any) -> str | None:
     for field in ("attention_probs_dropout_prob", "attention_dropout"):
         if (getattr(config, field, 0) or 0) > 0:
             return f"attention dropout {getattr(config, field)} (the kernels have none)"
-    for field in _BIASED:
-        if getattr(config, field, False):
-            return f"it adds a bias to the scores (config.{field}), which the kernels do not"
+    if reason := _why_no_bias(module, config):
+        return reason
     if getattr(module, "is_causal", False):
         return "it is causal"
     if getattr(config, "output_attentions", False):
@@ -110,7 +119,24 @@ def _why_not(module: nn.Module, owner: Any) -> str | None:
     return None
 
 
-_BIASED = ("use_relative_position_bias", "use_shared_relative_position_bias", "use_rel_pos")
+def _why_no_bias(module: nn.Module, config: Any) -> str | None:
+    names = ("use_relative_position_bias", "use_shared_relative_position_bias", "use_rel_pos")
+    fields = [f"config.{name}" for name in names if getattr(config, name, False)]
+    if hasattr(module, "relative_position_bias"):
+        fields.append("a table of its own")
+    if not fields:
+        return None
+    if type(module).__module__ not in _BIASED:
+        return f"it adds a bias to the scores ({fields[0]}) in a way that kdfast does not know"
+    if next(module.parameters()).device.type == "cuda":
+        return f"it adds a bias to the scores ({fields[0]}), which the CUDA kernels do not"
+    return None
+
+
+# Files whose attentions give their bias to the interface, as a mask.
+_BIASED = tuple(
+    f"transformers.models.{name}" for name in ("beit.modeling_beit", "swin.modeling_swin")
+)
 
 
 def switch(module: Any, backend: str | None) -> None:

@@ -114,16 +114,15 @@ def self_attention(
     Returns:
         (B, H, N, D) in q's dtype.
     """
-    choice = _choice(backend)
-    if choice == "auto":
+    if _choice(backend) == "auto":
         exporting = torch.compiler.is_exporting()
-        if bias is not None or exporting or why_not(q) is not None or slower_here(q) is not None:
+        # With a bias the only compiled kernel is the plain one, which loses to torch's function.
+        plain = bias is not None and q.dtype != torch.float64
+        if plain or exporting or why_not(q, bias) is not None or slower_here(q) is not None:
             q, k = rotated(q, rope, None), rotated(k, rope, None)
             mask = None if bias is None else repeated(bias, q)
             return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-    if bias is not None:
-        raise NotImplementedError(f"self_attention: backend={choice!r} takes no bias")
-    return pruned_attention(q, k, v, rope=rope, scale=scale, backend=backend)
+    return pruned_attention(q, k, v, rope=rope, scale=scale, bias=bias, backend=backend)
 
 
 def repeated(bias: Tensor, q: Tensor) -> Tensor:
