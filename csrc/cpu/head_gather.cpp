@@ -24,13 +24,20 @@ void move_runs(const HeadLayout& m, const at::Tensor& src, at::Tensor& dst) {
   if (rows == 0 || m.run == 0) return;
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / m.run);
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t from = source_offset(m, row);
+    // A division per run takes as long as a short run itself.
+    int64_t head = begin % m.dst_heads;
+    const char* block = in + begin / m.dst_heads * m.src_heads * m.run;
+    for (char* to = out + begin * m.run; to != out + end * m.run; to += m.run) {
+      const int64_t from = m.source[head];
       // memcpy and memset of a run are the C library's widest moves for this CPU.
       if (from < 0)
-        std::memset(out + row * m.run, 0, m.run);
+        std::memset(to, 0, m.run);
       else
-        std::memcpy(out + row * m.run, in + from, m.run);
+        std::memcpy(to, block + from * m.run, m.run);
+      if (++head == m.dst_heads) {
+        head = 0;
+        block += m.src_heads * m.run;
+      }
     }
   });
 }

@@ -22,6 +22,7 @@ from kdfast.ops._library import (
     LIB,
     fused_devices,
     not_compiled,
+    register_gradient,
     use_fused,
 )
 from kdfast.ops.geometry import Rope, Window
@@ -376,10 +377,8 @@ def _twice(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-torch.library.register_autograd(
-    "kdfast::attention_distill", _backward, setup_context=_setup_context, lib=LIB
-)
-torch.library.register_autograd("kdfast::attention_distill_bwd", _twice, lib=LIB)
+register_gradient("attention_distill", _backward, _setup_context)
+register_gradient("attention_distill_bwd", _twice)
 
 
 if HAS_TRITON:

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.ops._library import HAS_TRITON, LIB, fused_devices, not_compiled, use_fused
+from kdfast.ops._library import (
+    HAS_TRITON,
+    LIB,
+    fused_devices,
+    not_compiled,
+    register_gradient,
+    use_fused,
+)
 from kdfast.ops._losses import FLOATING, accumulator, saved_dtype, scaled_gradient
 
 KINDS = ("mse", "cosine", "smooth_l1")
@@ -180,9 +187,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return scaled_gradient("feature_loss", ctx.saved_tensors[0], grad, ctx.dtype), *(None,) * 4
 
 
-torch.library.register_autograd(
-    "kdfast::feature_loss", _backward, setup_context=_setup_context, lib=LIB
-)
+register_gradient("feature_loss", _backward, _setup_context)
 
 
 if HAS_TRITON:

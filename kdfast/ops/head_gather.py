@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from kdfast.ops._checks import head_list
-from kdfast.ops._library import LIB, fused_devices, not_compiled, use_fused
+from kdfast.ops._library import (
+    LIB,
+    call_below_autograd,
+    fused_devices,
+    not_compiled,
+    register_gradient,
+    use_fused,
+)
 
 # Fits the kernel-argument table of csrc/head_gather.h, which spares a device copy of the indices.
 MAX_HEADS = 512
@@ -49,15 +56,17 @@ def head_gather(
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"head_gather: dim must be in [{-x.dim()}, {x.dim()}), got {dim}")
     dim %= x.dim()
-    if head_dim < 1 or x.shape[dim] % head_dim:
+    size = x.shape[dim]
+    if head_dim < 1 or size % head_dim:
         raise ValueError(
             f"head_gather: size of dim {dim} must be a multiple of head_dim, "
-            f"got {x.shape[dim]} and {head_dim}"
+            f"got {size} and {head_dim}"
         )
-    kept = head_list("head_gather", "heads", heads, x.shape[dim] // head_dim)
+    kept = head_list("head_gather", "heads", heads, size // head_dim)
     reason = why_not(x, head_dim, dim)
     if use_fused("head_gather", backend, reason, compiled=x.device.type in FUSED_ON):
-        out: Tensor = torch.ops.kdfast.head_gather.default(x, kept, head_dim, dim)
+        op = torch.ops.kdfast.head_gather.default
+        out: Tensor = call_below_autograd(op, x, kept, head_dim, dim)
         return out
     return reference(x, kept, head_dim, dim)
 
@@ -113,10 +122,6 @@ def _bwd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, Non
     return op(grad, ctx.heads, ctx.head_dim, ctx.dim), None, None, None, None
 
 
-torch.library.register_autograd(
-    "kdfast::head_gather", _backward, setup_context=_setup_context, lib=LIB
-)
-torch.library.register_autograd(
-    "kdfast::head_gather_bwd", _bwd_backward, setup_context=_bwd_setup_context, lib=LIB
-)
+register_gradient("head_gather", _backward, _setup_context)
+register_gradient("head_gather_bwd", _bwd_backward, _bwd_setup_context)
 FUSED_ON = fused_devices("head_gather")

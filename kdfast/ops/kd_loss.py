@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.ops._library import HAS_TRITON, LIB, fused_devices, not_compiled, use_fused
+from kdfast.ops._library import (
+    HAS_TRITON,
+    LIB,
+    fused_devices,
+    not_compiled,
+    register_gradient,
+    use_fused,
+)
 from kdfast.ops._losses import FLOATING, accumulator, saved_dtype, scaled_gradient
 
 REDUCTIONS = ("batchmean", "sum", "none")
@@ -266,7 +273,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     return scaled_gradient("kd_loss", ctx.saved_tensors[0], upstream, ctx.dtype), *(None,) * 8
 
 
-torch.library.register_autograd("kdfast::kd_loss", _backward, setup_context=_setup_context, lib=LIB)
+register_gradient("kd_loss", _backward, _setup_context)
 
 
 LIB.define(

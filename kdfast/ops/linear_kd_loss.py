@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.ops import kd_loss as logits_op
-from kdfast.ops._library import LIB, fused_devices, not_compiled, use_fused
+from kdfast.ops._library import LIB, fused_devices, not_compiled, register_gradient, use_fused
 from kdfast.ops._linear_kd import chunked, empty_gradients, logits_dtype
 from kdfast.ops._losses import FLOATING, accumulator, scaled_gradient
 
@@ -284,7 +284,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     return *(g if n else None for g, n in zip(gradients, need, strict=True)), *(None,) * 13
 
 
-torch.library.register_autograd(f"kdfast::{OP}", _backward, setup_context=_setup_context, lib=LIB)
+register_gradient(OP, _backward, _setup_context)
 
 for _device in logits_op.FUSED_ON:
     torch.library.impl(LIB, OP, _device.upper())(chunked)

@@ -20,6 +20,7 @@ from kdfast.ops._library import (
     LIB,
     fused_devices,
     not_compiled,
+    register_gradient,
     use_fused,
 )
 from kdfast.ops.geometry import Rope, Window
@@ -270,10 +271,8 @@ def _twice(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-torch.library.register_autograd(
-    "kdfast::pruned_attention", _backward, setup_context=_setup_context, lib=LIB
-)
-torch.library.register_autograd("kdfast::pruned_attention_bwd", _twice, lib=LIB)
+register_gradient("pruned_attention", _backward, _setup_context)
+register_gradient("pruned_attention_bwd", _twice)
 
 
 if HAS_TRITON:
