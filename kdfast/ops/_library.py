@@ -84,19 +84,19 @@ def register_gradient(
 ) -> None:
     """The derivative of op ``name``: ``torch.library.register_autograd`` at half its cost a call.
 
-    torch's own looks up the defaults of arguments that the dispatcher dropped, in time quadratic in
-    the length of the schema (30 us for attention); no schema here has defaults.
+    torch's own asks the schema for the defaults of arguments, which the dispatcher leaves out, at
+    every call and in time quadratic in their number: 30 us for attention.
 
     Args:
         name: Of an op defined on ``LIB``.
         backward: (context, one gradient per output) to one gradient or None per argument.
-        setup_context: Called with context, tuple of arguments and output.
+        setup_context: Called with context, tuple of all arguments and output.
     """
     op = getattr(torch.ops.kdfast, name).default
-    below_autograd = torch._C._AutoDispatchBelowAutograd
+    defaults = [argument.default_value for argument in op._schema.arguments]
 
     def call(keyset: Any, args: tuple[Any, ...]) -> Any:
-        with below_autograd():
+        with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     class Gradient(torch.autograd.Function):
@@ -105,12 +105,17 @@ def register_gradient(
             *inputs, keyset = args
             output = call(keyset, tuple(inputs))
             if setup_context is not None:
-                setup_context(ctx, tuple(inputs), output)
+                setup_context(ctx, (*inputs, *defaults[len(inputs) :]), output)
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            return *backward(ctx, *grads), None
+            needed = ctx.needs_input_grad
+            ctx.needs_input_grad = needed[:-1]  # the last is the keyset, which is nobody's business
+            try:
+                return *backward(ctx, *grads), None
+            finally:
+                ctx.needs_input_grad = needed
 
     def autograd(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):

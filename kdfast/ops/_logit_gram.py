@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.ops._library import LIB
+from kdfast.ops._library import LIB, register_gradient
 from kdfast.ops.geometry import Window
 
 # Gram matrices take 20 n W^2 operations for a window of n tokens, tiles of scores that ride on the
@@ -234,7 +234,5 @@ def _twice(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-torch.library.register_autograd(
-    "kdfast::attention_logit_mse", _autograd, setup_context=_setup_context, lib=LIB
-)
-torch.library.register_autograd("kdfast::attention_logit_mse_bwd", _twice, lib=LIB)
+register_gradient("attention_logit_mse", _autograd, _setup_context)
+register_gradient("attention_logit_mse_bwd", _twice)
