@@ -102,6 +102,8 @@ def run(options: argparse.Namespace) -> None:
     print(f"{options.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"scoring heads by {options.method}, on {source(options)}")
     data = None if options.method == "magnitude" else batches
+    if options.method == "leave_one_out":
+        print(effort(model, sum(len(site.held) for site in adapter.attentions(model)), batches))
     scores = head_scores(model, options.method, data, seed=options.seed)
     kept = select_heads(scores, options.keep, options.scope)
     units = None
@@ -153,6 +155,21 @@ def source(options: argparse.Namespace) -> str:
     if options.data:
         return f"{count} pictures of {options.data}"
     return f"{count} rendered driving scenes; --data takes pictures of your own"
+
+
+@torch.no_grad()
+def effort(model: nn.Module, heads: int, batches: Sequence[Tensor]) -> str:
+    """How long leave-one-out will take, from one pass: half of one for every head and batch."""
+    model(batches[0][:1])
+    start = time.perf_counter()
+    model(batches[0])
+    seconds = (time.perf_counter() - start) * len(batches) * (1 + heads / 2)
+    span = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
+    images = sum(map(len, batches))
+    return (
+        f"{heads} heads, each left out in half a pass over {images} pictures: about {span}; "
+        "fewer --batches take less; --method taylor takes one pass forth and back in all"
+    )
 
 
 def pictures(

@@ -84,6 +84,15 @@ def test_scenes_without_data_and_pruning_again(
     assert sum(len(b.attn.heads) for b in load_pretrained(tmp_path / "two").blocks) == 2
 
 
+def test_leave_one_out_says_how_long_it_takes(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(model_folder, tmp_path / "out", method="leave_one_out", keep=1)) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"6 heads, each left out in half a pass over 2 pictures: about \d+ sec", text)
+    assert [len(b.attn.heads) for b in load_pretrained(tmp_path / "out").blocks] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("more", "match"),
     [

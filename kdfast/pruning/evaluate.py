@@ -156,16 +156,21 @@ class SelectionObserver:
             whole = self.model(images)
             self._watch = False
             values = [self._value(whole, whole, batch)]
-            for kept in tqdm(
-                self.selections,
-                desc="selections",
+            work = [(kept, self._before(kept)) for kept in self.selections]
+            # By blocks to run, not by selections: those that change late blocks cost less.
+            steps = [len(self._order) + 1 - len(done) for _, done in work]
+            with tqdm(
+                total=sum(steps),
+                desc=f"{len(work)} selections",
+                unit="block",
                 leave=False,
                 disable=None if self.progress else True,
-            ):
-                self._kept = kept
-                done = self._before(kept)
-                with replayed([(self.blocks[i], self._outputs[i]) for i in done]):
-                    values.append(self._value(self.model(images), whole, batch))
+            ) as bar:
+                for (kept, done), step in zip(work, steps, strict=True):
+                    self._kept = kept
+                    with replayed([(self.blocks[i], self._outputs[i]) for i in done]):
+                        values.append(self._value(self.model(images), whole, batch))
+                    bar.update(step)
         self._kept, self._outputs = {}, {}
         row = len(images) * torch.tensor(values, dtype=torch.float64)
         self.totals[:] = [self.totals[0] + row] if self.totals else [row]
