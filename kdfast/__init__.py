@@ -21,6 +21,7 @@ from kdfast.ops.kd_loss import kd_loss
 from kdfast.ops.linear_kd_loss import linear_kd_loss
 from kdfast.ops.pruned_attention import pruned_attention
 from kdfast.ops.sdpa import scaled_dot_product_attention
+from kdfast.ops.swiglu_norm import swiglu_norm
 
 if TYPE_CHECKING:
     from kdfast.nn import AccelerateReport, accelerate, restore
@@ -62,6 +63,7 @@ __all__ = [
     "save_pretrained",
     "scaled_dot_product_attention",
     "select_heads",
+    "swiglu_norm",
 ]
 
 _LAZY = (

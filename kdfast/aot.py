@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from kdfast.ops import attention_distill, feature_loss, kd_loss, pruned_attention
+from kdfast.ops import attention_distill, feature_loss, kd_loss, pruned_attention, swiglu_norm
 from kdfast.ops._attention import geometry_args
 from kdfast.ops.geometry import Rope, Window
 
@@ -234,11 +234,20 @@ def compile_feature_loss(
     feature_loss._cuda(x, x, kind, normalize, True)
 
 
+def compile_swiglu_norm(dtype: torch.dtype, channels: int) -> None:
+    """Launches ``swiglu_norm`` and its backward, from a packed projection."""
+    gate, value = torch.zeros(64, 2 * channels, dtype=dtype).chunk(2, -1)
+    weight = torch.zeros(channels, dtype=dtype)
+    out, mean, rstd = swiglu_norm._cuda(gate, value, weight, weight, 1e-6)
+    swiglu_norm._cuda_bwd(out, gate, value, weight, mean, rstd)
+
+
 OPS: dict[str, Callable[..., None]] = {
     "pruned_attention": compile_attention,
     "attention_distill": compile_distill,
     "kd_loss": compile_kd_loss,
     "feature_loss": compile_feature_loss,
+    "swiglu_norm": compile_swiglu_norm,
 }
 
 
@@ -248,7 +257,9 @@ def main() -> None:
     parser.add_argument("op", choices=OPS)
     parser.add_argument("--arch", type=int, choices=SHARED_LIMIT, default=90)
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--dim", type=int, default=64, help="head dim, classes or features")
+    parser.add_argument(
+        "--dim", type=int, default=64, help="head dim, classes, features or channels"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="of the op")
     args = parser.parse_args()
     options = dict(pair.split("=") for pair in args.set)

@@ -23,6 +23,7 @@ OPS = (
     "linear_kd_loss",
     "feature_loss",
     "head_gather",
+    "swiglu_norm",
 )
 PACKAGES = (
     "torch",

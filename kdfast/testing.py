@@ -26,7 +26,13 @@ SHAPES = {
 
 # With this set, checks that are written for a GPU run small on the CPU, in Triton's interpreter.
 DRY_RUN = os.environ.get("KDFAST_DRY_RUN", "0") == "1"
-TRITON_OPS = ("pruned_attention", "attention_distill", "kd_loss", "feature_loss")
+TRITON_OPS = (
+    "pruned_attention",
+    "attention_distill",
+    "kd_loss",
+    "feature_loss",
+    "swiglu_norm",
+)
 
 
 def assert_no_worse(

@@ -94,7 +94,7 @@ def test_source_tree_without_install_says_what_to_do(tmp_path: Path) -> None:
 def test_one_file_of_each_kind_per_op() -> None:
     files = tracked(".")
     attention = ("head_gather", "pruned_attention", "attention_distill")
-    for op in (*attention, "kd_loss", "linear_kd_loss", "feature_loss"):
+    for op in (*attention, "kd_loss", "linear_kd_loss", "feature_loss", "swiglu_norm"):
         for path in (f"kdfast/ops/{op}.py", f"tests/test_{op}.py", f"docs/{op}.md"):
             assert path in files, path
 

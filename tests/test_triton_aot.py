@@ -98,6 +98,28 @@ def test_feature_loss_compiles() -> None:
     check_losses(rows, "_positions_kernel", True)
 
 
+def check_swiglu(rows: list[dict[str, Any]], wide: bool) -> None:
+    assert {row["name"] for row in rows} == {"_fwd_kernel", "_bwd_kernel", "_sum_kernel"}
+    for row in rows:
+        assert row["spill_bytes"] == 0, row
+        assert row["shared_bytes"] <= SHARED, row
+        if row["name"] != "_sum_kernel" and wide:
+            assert row["loads_16"] >= 2, row
+
+
+def test_swiglu_norm_compiles() -> None:
+    check_swiglu(compiled("swiglu_norm", "--dim", "2048"), True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("channels", [192, 2048, 2730, 8192])
+def test_swiglu_norm_sweep(arch: int, dtype: str, channels: int) -> None:
+    rows = compiled("swiglu_norm", "--arch", str(arch), "--dtype", dtype, "--dim", str(channels))
+    check_swiglu(rows, channels % 16 == 0 and channels > 1000)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the boundaries of kd_loss and feature_loss share.
+// What the boundaries of kd_loss, feature_loss and swiglu_norm share.
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

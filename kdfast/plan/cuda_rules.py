@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-OPS = ("pruned_attention", "attention_distill", "kd_loss", "feature_loss", "head_gather")
+OPS = (
+    "pruned_attention",
+    "attention_distill",
+    "kd_loss",
+    "feature_loss",
+    "head_gather",
+    "swiglu_norm",
+)
 HALF = (torch.float16, torch.bfloat16)
 # What autocast runs in fp32 on CUDA, and leaves alone on CPUs; copies are saved for the backward.
 WIDE = frozenset(

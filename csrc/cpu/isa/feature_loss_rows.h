@@ -13,22 +13,6 @@ struct Pair {
   V s, t;
 };
 
-// Terms of a lane that are added up in the type of the terms before they go to fp64.
-constexpr int64_t kShort = 16;
-
-template <class A>
-struct LaneSum {
-  typename Lanes<A>::V part{};
-  WideSum whole;
-
-  KDFAST_INLINE void operator+=(typename Lanes<A>::V v) { part += v; }
-  KDFAST_INLINE void flush() {
-    whole += part;
-    part = typename Lanes<A>::V{};
-  }
-  KDFAST_INLINE double total() const { return whole.total(); }
-};
-
 // One row of both sides, normalised while it is read.
 template <class In, class A, FeatureNorm norm>
 struct RowPair {

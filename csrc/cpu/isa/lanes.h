@@ -78,6 +78,19 @@ KDFAST_INLINE BFloat narrow(float x) {
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
+KDFAST_INLINE Half narrow_half(float x) {
+  const uint32_t bits = bit_copy<uint32_t>(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
+  if (size >= 0x477ff000)
+    return {static_cast<uint16_t>(sign | 0x7c00)};  // 65520 rounds to infinity
+  if (size < 0x38800000) {
+    // Subnormal: adding 0.5 rounds to a multiple of 2^-24 in hardware.
+    const uint32_t sum = bit_copy<uint32_t>(bit_copy<float>(size) + 0.5f);
+    return {static_cast<uint16_t>(sign | (sum - 0x3f000000))};
+  }
+  return {static_cast<uint16_t>(sign | (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13)};
+}
+
 // --- loads and stores of one vector ---
 
 KDFAST_INLINE VF load(const float* p) {
@@ -133,6 +146,14 @@ KDFAST_INLINE void store(BFloat* p, VF v) {
 #endif
 }
 
+KDFAST_INLINE void store(Half* p, VF v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, 0));
+#else
+  for (int i = 0; i < Lanes<float>::width; ++i) p[i] = narrow_half(v[i]);
+#endif
+}
+
 // Past the cache, for results that are larger than it; p is a multiple of kVecBytes.
 template <class Out, class V>
 KDFAST_INLINE void stream(Out* p, V v) {
@@ -158,6 +179,20 @@ KDFAST_INLINE typename Lanes<A>::V load_some(const In* p, int64_t n, A other) {
   for (int64_t i = n; i < Lanes<A>::width; ++i) v[i] = other;
   return v;
 }
+
+#if defined(__AVX512F__)
+template <>
+KDFAST_INLINE VF load_some(const float* p, int64_t n, float other) {
+  return (VF)_mm512_mask_loadu_ps(_mm512_set1_ps(other), (1u << n) - 1, p);
+}
+template <>
+KDFAST_INLINE VF load_some(const BFloat* p, int64_t n, float other) {
+  const __mmask16 some = (1u << n) - 1;
+  const __m256i raw = _mm256_maskz_loadu_epi16(some, p);
+  const __m512 v = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
+  return (VF)_mm512_mask_mov_ps(_mm512_set1_ps(other), some, v);
+}
+#endif
 
 template <class Out, class V>
 KDFAST_INLINE void store_some(Out* p, V v, int64_t n) {
@@ -250,6 +285,22 @@ struct WideSum {
   }
   KDFAST_INLINE void operator+=(VD v) { low += v; }
   KDFAST_INLINE double total() const { return sum(low + high); }
+};
+
+// Terms of a lane that are added up in the type of the terms before they go to fp64.
+constexpr int64_t kShort = 16;
+
+template <class A>
+struct LaneSum {
+  typename Lanes<A>::V part{};
+  WideSum whole;
+
+  KDFAST_INLINE void operator+=(typename Lanes<A>::V v) { part += v; }
+  KDFAST_INLINE void flush() {
+    whole += part;
+    part = typename Lanes<A>::V{};
+  }
+  KDFAST_INLINE double total() const { return whole.total(); }
 };
 
 template <class V>

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""swiglu_norm against its eager reference and torch.compile of it, forward and with backward.
+
+The limit counts what has to move: gate, value and the result; in the backward gate, value, the
+upstream gradient and both gradients.
+"""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdfast
+from kdfast import benchmark
+from kdfast.ops import swiglu_norm as op
+
+# ORION's MLP on one image, and a ViT-L's with 2048 hidden channels on eight.
+SHAPES = benchmark.sized([(1600, 2730), (8 * 257, 2048)], [(6, 40)])
+DTYPES = benchmark.sized([torch.float32, torch.bfloat16], [torch.float32])
+Calls = dict[str, Callable[[], Tensor]]
+
+
+def prepare(
+    device: torch.device, shape: tuple[int, int], dtype: torch.dtype
+) -> tuple[list[Tensor], Calls]:
+    """Gate, value, weight, bias, and the candidates on them."""
+    shapes = (shape, shape, shape[1:], shape[1:])
+    inputs = [torch.randn(s).to(device, dtype).requires_grad_() for s in shapes]
+    compiled = benchmark.compiled(op.reference)
+    calls: Calls = {
+        "kdfast": lambda: kdfast.swiglu_norm(*inputs, backend="fused"),
+        "eager": lambda: op.reference(*inputs, 1e-6),
+        "compile": lambda: compiled(*inputs, 1e-6),
+    }
+    return inputs, calls
+
+
+def check(steps: dict[str, Callable[[], Sequence[Tensor]]]) -> None:
+    want = steps["eager"]()
+    for name in ("kdfast", "compile"):
+        for got, other in zip(steps[name](), want, strict=True):
+            size = other.detach().abs().max().item()
+            torch.testing.assert_close(got, other, rtol=2e-2, atol=1e-2 * size, msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def bench_forward(  # type: ignore[no-untyped-def]
+    compare, device: torch.device, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    inputs, calls = prepare(device, shape, dtype)
+
+    def inference(call: Callable[[], Tensor]) -> Callable[[], Sequence[Tensor]]:
+        def run() -> Sequence[Tensor]:
+            with torch.no_grad():
+                return (call(),)
+
+        return run
+
+    steps = {name: inference(call) for name, call in calls.items()}
+    check(steps)
+    case = f"fwd {shape[0]}x{shape[1]} {dtype}"
+    compare("swiglu_norm", case, steps, nbytes=3 * inputs[0].nbytes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def bench_forward_backward(  # type: ignore[no-untyped-def]
+    compare, device: torch.device, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    inputs, calls = prepare(device, shape, dtype)
+    upstream = torch.randn(shape).to(device, dtype)
+
+    def training(call: Callable[[], Tensor]) -> Callable[[], Sequence[Tensor]]:
+        return lambda: torch.autograd.grad(call(), inputs, upstream)
+
+    steps = {name: training(call) for name, call in calls.items()}
+    check(steps)
+    case = f"fwd+bwd {shape[0]}x{shape[1]} {dtype}"
+    compare("swiglu_norm", case, steps, nbytes=8 * inputs[0].nbytes, memory=True)

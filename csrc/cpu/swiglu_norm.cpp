@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "isa/swiglu_norm.h"
+
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "dispatch.h"
+#include "row_loss.h"
+
+namespace kdfast::cpu {
+namespace {
+
+struct Kernels {
+  decltype(&swiglu_norm_rows_generic) forward;
+  decltype(&swiglu_norm_bwd_rows_generic) backward;
+};
+
+Kernels kernels() {
+#if KDFAST_X86
+  if (isa() == Isa::avx2) return {swiglu_norm_rows_avx2, swiglu_norm_bwd_rows_avx2};
+  if (isa() != Isa::generic) return {swiglu_norm_rows_avx512, swiglu_norm_bwd_rows_avx512};
+#endif
+  return {swiglu_norm_rows_generic, swiglu_norm_bwd_rows_generic};
+}
+
+// Rows whose gradients by weight and bias are added up together: a matter of the shape alone, so
+// that the sums do not depend on the number of threads.
+int64_t rows_together(int64_t rows) { return std::clamp<int64_t>(rows / 64, 16, 256); }
+
+void check(const at::Tensor& gate, const at::Tensor& value, const at::Tensor& weight) {
+  TORCH_CHECK_VALUE(gate.dim() > 0 && gate.size(-1) > 0 && gate.is_same_size(value) &&
+                        gate.scalar_type() == value.scalar_type() && weight.dim() == 1 &&
+                        weight.size(0) == gate.size(-1),
+                    "swiglu_norm: gate and value must be alike and weight must fit, got ",
+                    gate.sizes(), ", ", value.sizes(), " and ", weight.sizes());
+}
+
+SwigluNormArgs inputs(const at::Tensor& gate, const at::Tensor& g, const at::Tensor& v,
+                      const at::Tensor& weight) {
+  SwigluNormArgs args{};
+  args.elem = elem_of("swiglu_norm", gate);
+  args.gate = g.const_data_ptr();
+  args.value = v.const_data_ptr();
+  args.weight = weight.const_data_ptr();
+  args.channels = gate.size(-1);
+  args.gate_stride = g.stride(0);
+  args.value_stride = v.stride(0);
+  args.streamed = gate.nbytes() >= kStreamBytes;
+  return args;
+}
+
+at::Tensor empty_result(const at::Tensor& like) {
+  const at::Tensor out = at::empty(like.sizes(), like.options());
+  advise_huge(out);
+  return out;
+}
+
+// gate, value (..., C), weight, bias (C) -> out (..., C), mean and rstd (...) of the products.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> swiglu_norm(const at::Tensor& gate,
+                                                           const at::Tensor& value,
+                                                           const at::Tensor& weight,
+                                                           const at::Tensor& bias, double eps) {
+  check(gate, value, weight);
+  check(gate, value, bias);
+  const auto wide = accumulator(gate);
+  const at::Tensor g = as_rows(gate), v = as_rows(value);
+  const at::Tensor w = weight.to(wide).contiguous(), b = bias.to(wide).contiguous();
+  const at::Tensor out = empty_result(gate);
+  const auto options = gate.options().dtype(wide);
+  const at::Tensor mean = at::empty(gate.sizes().slice(0, gate.dim() - 1), options);
+  const at::Tensor rstd = at::empty_like(mean);
+  SwigluNormArgs args = inputs(gate, g, v, w);
+  args.bias = b.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  args.mean = mean.mutable_data_ptr();
+  args.rstd = rstd.mutable_data_ptr();
+  args.eps = eps;
+  const auto fn = kernels().forward;
+  for_rows(g.size(0), args.channels, args.channels, wide,
+           [&](int64_t begin, int64_t end, void* scratch) { fn(args, begin, end, scratch); });
+  return {out, mean, rstd};
+}
+
+// sums (blocks, 2, size) of the accumulator, added up in the order of the blocks.
+template <class A>
+void add_blocks(const at::Tensor& sums, const at::Tensor& first, const at::Tensor& second) {
+  const int64_t blocks = sums.size(0), size = sums.size(2);
+  const A* p = sums.const_data_ptr<A>();
+  std::vector<double> total(2 * size);
+  for (int64_t b = 0; b < blocks; ++b) {
+    for (int64_t i = 0; i < 2 * size; ++i) total[i] += p[b * 2 * size + i];
+  }
+  std::copy_n(total.begin(), size, first.mutable_data_ptr<A>());
+  std::copy_n(total.begin() + size, size, second.mutable_data_ptr<A>());
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swiglu_norm_bwd(
+    const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& value,
+    const at::Tensor& weight, const at::Tensor& mean, const at::Tensor& rstd) {
+  check(gate, value, weight);
+  check(gate, grad, weight);
+  const auto wide = accumulator(gate);
+  const at::Tensor g = as_rows(gate), v = as_rows(value), d = as_rows(grad);
+  const int64_t rows = g.size(0);
+  TORCH_CHECK_VALUE(mean.numel() == rows && rstd.numel() == rows && mean.is_contiguous() &&
+                        rstd.is_contiguous() && mean.scalar_type() == wide &&
+                        rstd.scalar_type() == wide,
+                    "swiglu_norm: mean and rstd must be the forward's, got ", mean.sizes());
+  const at::Tensor w = weight.to(wide).contiguous();
+  const at::Tensor dgate = empty_result(gate), dvalue = empty_result(gate);
+  const at::Tensor dweight = at::empty_like(w), dbias = at::empty_like(w);
+  SwigluNormArgs args = inputs(gate, g, v, w);
+  args.grad = d.const_data_ptr();
+  args.grad_stride = d.stride(0);
+  args.dgate = dgate.mutable_data_ptr();
+  args.dvalue = dvalue.mutable_data_ptr();
+  args.mean = const_cast<void*>(mean.const_data_ptr());
+  args.rstd = const_cast<void*>(rstd.const_data_ptr());
+
+  const int64_t together = rows_together(rows), blocks = (rows + together - 1) / together;
+  const at::Tensor sums = at::empty({blocks, 2, args.channels}, w.options());
+  char* p = static_cast<char*>(sums.mutable_data_ptr());
+  const size_t block_bytes = 2 * args.channels * sums.element_size();
+  const auto fn = kernels().backward;
+  for_rows(blocks, together * args.channels, args.channels, wide,
+           [&](int64_t begin, int64_t end, void* scratch) {
+             for (int64_t b = begin; b < end; ++b) {
+               fn(args, b * together, std::min(rows, (b + 1) * together), scratch,
+                  p + b * block_bytes);
+             }
+           });
+  const auto add = wide == at::kDouble ? add_blocks<double> : add_blocks<float>;
+  add(sums, dweight, dbias);
+  return {dgate, dvalue, dweight.to(weight.scalar_type()), dbias.to(weight.scalar_type())};
+}
+
+}  // namespace
+}  // namespace kdfast::cpu
+
+TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("swiglu_norm", &kdfast::cpu::swiglu_norm);
+  m.impl("swiglu_norm_bwd", &kdfast::cpu::swiglu_norm_bwd);
+}

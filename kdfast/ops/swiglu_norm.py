@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LayerNorm of a gated product, the inside of a SwiGLU MLP. See docs/swiglu_norm.md.
+
+C hidden channels.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdfast.ops._library import HAS_TRITON, LIB, fused_devices, not_compiled, use_fused
+from kdfast.ops._losses import FLOATING, accumulator
+
+MAX_CHANNELS = 8192  # of the CUDA kernel, which holds a row in registers
+
+
+def swiglu_norm(
+    gate: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """``LayerNorm(silu(gate) * value)`` over the last dimension.
+
+    Args:
+        gate: (..., C), fp16/bf16/fp32/fp64. Rows may have any stride: the halves of a packed
+            projection are read in place.
+        value: Shape and dtype of ``gate``.
+        weight: (C,) of the norm, in the dtype of ``gate``; under a low-precision ``gate`` also
+            fp32, as autocast has it.
+        bias: (C,), dtype of ``weight``.
+        eps: Added to the variance.
+        backend: "auto", "fused" or "reference"; ``KDFAST_BACKEND`` if None.
+
+    Returns:
+        (..., C) in the dtype of ``gate``. The fused kernel computes in fp32 (fp64 for fp64) and
+        rounds once; the reference rounds like eager code, also after silu and the product.
+
+    Raises:
+        TypeError: Dtypes are not floating or do not go together.
+        ValueError: Shapes or devices do not match, or ``eps`` is negative.
+        NotImplementedError: ``backend="fused"`` and the kernel cannot run (the reason is given);
+            second derivatives of the fused kernel.
+
+    Gradients: gate, value, weight, bias. The fused kernel keeps gate, value, weight and two numbers
+    per row. Deterministic: yes, whatever the number of threads.
+    """
+    _check(gate, value, weight, bias, eps)
+    compiled = gate.device.type in FUSED_ON
+    if use_fused("swiglu_norm", backend, why_not(gate), compiled=compiled):
+        out: Tensor = torch.ops.kdfast.swiglu_norm.default(gate, value, weight, bias, eps)[0]
+        return out
+    return reference(gate, value, weight, bias, eps)
+
+
+def _check(gate: Tensor, value: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    if gate.dtype not in FLOATING or value.dtype != gate.dtype:
+        raise TypeError(
+            f"swiglu_norm: gate and value must have one dtype of {FLOATING}, "
+            f"got {gate.dtype} and {value.dtype}"
+        )
+    wide = accumulator(gate.dtype)
+    if weight.dtype not in (gate.dtype, wide) or bias.dtype != weight.dtype:
+        raise TypeError(
+            f"swiglu_norm: weight and bias must both be {gate.dtype} or both {wide}, "
+            f"got {weight.dtype} and {bias.dtype}"
+        )
+    if gate.dim() == 0 or gate.shape[-1] == 0 or gate.shape != value.shape:
+        raise ValueError(
+            "swiglu_norm: gate and value must both be (..., C) with C > 0, "
+            f"got {tuple(gate.shape)} and {tuple(value.shape)}"
+        )
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x.shape != gate.shape[-1:]:
+            raise ValueError(
+                f"swiglu_norm: {name} must be ({gate.shape[-1]},), got {tuple(x.shape)}"
+            )
+    for name, x in (("value", value), ("weight", weight), ("bias", bias)):
+        if x.device != gate.device:
+            raise ValueError(
+                f"swiglu_norm: {name} must be on the device of gate, "
+                f"got {x.device} and {gate.device}"
+            )
+    if eps < 0:
+        raise ValueError(f"swiglu_norm: eps must not be negative, got {eps}")
+
+
+def why_not(gate: Tensor) -> str | None:
+    """The reason why the compiled kernel cannot run this input, or None."""
+    if gate.device.type == "cuda":
+        if gate.dtype == torch.float64:
+            return "the CUDA kernel takes fp16, bf16 and fp32, not fp64"
+        if gate.shape[-1] > MAX_CHANNELS:
+            return f"the CUDA kernel takes up to {MAX_CHANNELS} channels, got {gate.shape[-1]}"
+    return not_compiled("swiglu_norm", gate.device, FUSED_ON)
+
+
+def reference(gate: Tensor, value: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The specification, in plain torch on checked inputs."""
+    hidden = F.silu(gate) * value
+    normed = F.layer_norm(hidden.to(weight.dtype), weight.shape, weight, bias, eps)
+    return normed.to(gate.dtype)
+
+
+LIB.define(
+    "swiglu_norm(Tensor gate, Tensor value, Tensor weight, Tensor bias, float eps) "
+    "-> (Tensor out, Tensor mean, Tensor rstd)"
+)
+LIB.define(
+    "swiglu_norm_bwd(Tensor grad, Tensor gate, Tensor value, Tensor weight, Tensor mean, "
+    "Tensor rstd) -> (Tensor dgate, Tensor dvalue, Tensor dweight, Tensor dbias)"
+)
+
+
+@torch.library.register_fake("kdfast::swiglu_norm", lib=LIB)
+def _fake(
+    gate: Tensor, value: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (gate.new_empty(gate.shape[:-1], dtype=accumulator(gate.dtype)) for _ in range(2))
+    return gate.new_empty(gate.shape), mean, rstd
+
+
+@torch.library.register_fake("kdfast::swiglu_norm_bwd", lib=LIB)
+def _fake_bwd(
+    grad: Tensor, gate: Tensor, value: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dgate, dvalue = (gate.new_empty(gate.shape) for _ in range(2))
+    dweight, dbias = (weight.new_empty(weight.shape) for _ in range(2))
+    return dgate, dvalue, dweight, dbias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    gate, value, weight, _, _ = inputs
+    _, mean, rstd = output
+    # The product is made again from gate and value; mean and rstd spare the backward its sums.
+    ctx.save_for_backward(gate, value, weight, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
+    grads = torch.ops.kdfast.swiglu_norm_bwd.default(grad, *ctx.saved_tensors)
+    return *grads, None
+
+
+def _twice(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "swiglu_norm: the fused op has no second derivative; use backend='reference'"
+    )
+
+
+torch.library.register_autograd(
+    "kdfast::swiglu_norm", _backward, setup_context=_setup_context, lib=LIB
+)
+torch.library.register_autograd("kdfast::swiglu_norm_bwd", _twice, lib=LIB)
+
+
+if HAS_TRITON:
+
+    @torch.library.impl(LIB, "swiglu_norm", "CUDA")
+    def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        from kdfast.kernels.swiglu_norm import forward
+
+        return forward(*args)
+
+    @torch.library.impl(LIB, "swiglu_norm_bwd", "CUDA")
+    def _cuda_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from kdfast.kernels.swiglu_norm import backward
+
+        return backward(*args)
+
+
+FUSED_ON = fused_devices("swiglu_norm")
