@@ -16,6 +16,7 @@ from kdfast.models.trace import BlockTarget
 from kdfast.ops.attention_distill import attention_distill
 from kdfast.ops.geometry import Rope, Window
 from kdfast.ops.pruned_attention import pruned_attention
+from kdfast.ops.swiglu_norm import swiglu_norm
 
 NORM_EPS = 1e-6
 
@@ -45,7 +46,15 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
-        out: Tensor = self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
+        gate, value, norm = self.w1(x), self.w2(x), self.ffn_ln
+        if norm._forward_hooks or norm._forward_pre_hooks:
+            # Whoever hooks the norm, as evaluate_selections does, wants it called.
+            hidden = norm(F.silu(gate) * value)
+        else:
+            # An exported graph must run where kdfast is not installed.
+            backend = "reference" if torch.compiler.is_exporting() else None
+            hidden = swiglu_norm(gate, value, norm.weight, norm.bias, eps=norm.eps, backend=backend)
+        out: Tensor = self.w3(hidden)
         return out
 
 
