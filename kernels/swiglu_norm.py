@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LayerNorm of a gated product, forward and backward. See docs/swiglu_norm.md.
 
-C hidden channels. A program holds a row, with all its channels, in registers.
+P elements of a row, of which the first C are channels that count. A program holds a row in
+registers.
 """
 
 import math
@@ -33,15 +34,16 @@ def _sigmoid(x):
 
 @triton.jit
 def _fwd_kernel(
-    gate_ptr,  # (R, C)
-    value_ptr,  # (R, C)
+    gate_ptr,  # (R, P)
+    value_ptr,  # (R, P)
     weight_ptr,  # (C,)
     bias_ptr,  # (C,)
-    out_ptr,  # (R, C), contiguous
+    out_ptr,  # (R, P), contiguous
     mean_ptr,  # (R,)
     rstd_ptr,  # (R,)
     stride_g,
     stride_v,
+    width,
     channels,
     eps,
     COLS: tl.constexpr,
@@ -59,27 +61,29 @@ def _fwd_kernel(
     d = tl.where(ok, h - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(d * d, 0) / channels + eps)
     out = d * rstd * _row(weight_ptr, 0, cols, ok) + _row(bias_ptr, 0, cols, ok)
-    place = out_ptr + row * (channels // UNIT) * UNIT + cols
-    tl.store(place, out.to(out_ptr.dtype.element_ty), mask=ok)
+    # Weight and bias are loaded as 0 beyond the channels, so the padding of the result is 0.
+    place = out_ptr + row * (width // UNIT) * UNIT + cols
+    tl.store(place, out.to(out_ptr.dtype.element_ty), mask=cols // UNIT < width // UNIT)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
 
 
 @triton.jit
 def _bwd_kernel(
-    grad_ptr,  # (R, C)
-    gate_ptr,  # (R, C)
-    value_ptr,  # (R, C)
+    grad_ptr,  # (R, P)
+    gate_ptr,  # (R, P)
+    value_ptr,  # (R, P)
     weight_ptr,  # (C,)
     mean_ptr,  # (R,)
     rstd_ptr,  # (R,)
-    dgate_ptr,  # (R, C), contiguous
-    dvalue_ptr,  # (R, C), contiguous
+    dgate_ptr,  # (R, P), contiguous
+    dvalue_ptr,  # (R, P), contiguous
     part_ptr,  # (programs, 2, C) sums over this program's rows, for weight and bias
     stride_d,
     stride_g,
     stride_v,
     rows,
+    width,
     channels,
     rows_each,
     COLS: tl.constexpr,
@@ -104,13 +108,14 @@ def _bwd_kernel(
         dweight += d * x
         dbias += d
         y = d * weight
-        # Masked channels have y = 0, and what they get is not stored.
         centre, slope = tl.sum(y, 0) / channels, tl.sum(y * x, 0) / channels
         dh = (y - centre - x * slope) * rstd
-        place = row * (channels // UNIT) * UNIT + cols
+        # Beyond the channels silu and v are 0, so the gradients are.
+        inside = cols // UNIT < width // UNIT
+        place = row * (width // UNIT) * UNIT + cols
         dtype = dgate_ptr.dtype.element_ty
-        tl.store(dvalue_ptr + place, (dh * silu).to(dtype), mask=ok)
-        tl.store(dgate_ptr + place, (dh * v * (s + silu * (1.0 - s))).to(dtype), mask=ok)
+        tl.store(dvalue_ptr + place, (dh * silu).to(dtype), mask=inside)
+        tl.store(dgate_ptr + place, (dh * v * (s + silu * (1.0 - s))).to(dtype), mask=inside)
     part_ptr += program * 2 * (channels // UNIT) * UNIT + cols
     tl.store(part_ptr, dweight, mask=ok)
     tl.store(part_ptr + channels // UNIT * UNIT, dbias, mask=ok)
@@ -148,11 +153,11 @@ def forward(
     gate: Tensor, value: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches ``kdfast::swiglu_norm``: the result, and mean and 1 / deviation of every row."""
-    channels = gate.shape[-1]
+    width, channels = gate.shape[-1], weight.shape[0]
     g, v = _as_rows(gate), _as_rows(value)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     mean, rstd = (torch.empty(gate.shape[:-1], device=gate.device) for _ in range(2))
-    cols = max(16, power_of_two(channels))
+    cols = max(16, power_of_two(width))
     if out.numel():
         with torch.cuda.device_of(gate):
             _fwd_kernel[(g.shape[0],)](
@@ -165,10 +170,11 @@ def forward(
                 rstd,
                 g.stride(0),
                 v.stride(0),
+                width,
                 channels,
                 eps,
                 COLS=cols,
-                UNIT=math.gcd(16, channels, g.stride(0), v.stride(0)),
+                UNIT=math.gcd(16, width, channels, g.stride(0), v.stride(0)),
                 num_warps=_warps(cols),
             )
     return out, mean, rstd
@@ -178,7 +184,7 @@ def backward(
     grad: Tensor, gate: Tensor, value: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches ``kdfast::swiglu_norm_bwd``: gradients by gate, value, weight and bias."""
-    channels, device = gate.shape[-1], gate.device
+    width, channels, device = gate.shape[-1], weight.shape[0], gate.device
     d, g, v = _as_rows(grad), _as_rows(gate), _as_rows(value)
     rows = g.shape[0]
     dgate, dvalue = (torch.empty(gate.shape, dtype=gate.dtype, device=device) for _ in range(2))
@@ -188,7 +194,7 @@ def backward(
         rows_each = -(-rows // PROGRAMS)
         programs = -(-rows // rows_each)
         parts = torch.empty((programs, 2, channels), device=device)
-        cols = max(16, power_of_two(channels))
+        cols = max(16, power_of_two(width))
         with torch.cuda.device_of(gate):
             _bwd_kernel[(programs,)](
                 d,
@@ -204,10 +210,11 @@ def backward(
                 g.stride(0),
                 v.stride(0),
                 rows,
+                width,
                 channels,
                 rows_each,
                 COLS=cols,
-                UNIT=math.gcd(16, channels, d.stride(0), g.stride(0), v.stride(0)),
+                UNIT=math.gcd(16, width, channels, d.stride(0), g.stride(0), v.stride(0)),
                 num_warps=_warps(cols),
             )
             _sum_kernel[(-(-2 * channels // SUM_COLS),)](

@@ -79,6 +79,22 @@ def test_one_gradient_alone(needed: int) -> None:
     torch.testing.assert_close(got, want)
 
 
+def test_padding_is_ignored_and_zero() -> None:
+    gate, value, weight, bias = inputs(7, 40)
+    dirty = [torch.cat((x, torch.full((7, 5), math.nan)), -1).detach() for x in (gate, value)]
+    wide = [x.requires_grad_() for x in dirty]
+    out = kdfast.swiglu_norm(*wide, weight, bias)
+    want = kdfast.swiglu_norm(gate, value, weight, bias)
+    torch.testing.assert_close(out[:, :40], want)
+    assert not out[:, 40:].any()
+    upstream = torch.randn(7, 45).double()
+    grads = torch.autograd.grad(out, [*wide, weight, bias], upstream)
+    expected = torch.autograd.grad(want, [gate, value, weight, bias], upstream[:, :40])
+    for one, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(one[..., :40], other)
+    assert not grads[0][:, 40:].any() and not grads[1][:, 40:].any()
+
+
 def test_no_rows() -> None:
     leaves = inputs(0, 5, dtype=torch.float32)
     out = kdfast.swiglu_norm(*leaves)
@@ -128,14 +144,15 @@ REJECTED: list[tuple[type[Exception], str, Change]] = [
     (TypeError, "weight and bias must both", lambda x: x.update(weight=x["weight"].half())),
     (TypeError, "weight and bias must both", lambda x: x.update(bias=x["bias"].double())),
     (ValueError, r"got \(4, 6\) and \(3, 6\)", lambda x: x.update(value=torch.ones(3, 6))),
+    (ValueError, r"must both be \(..., P\)", lambda x: x.update(gate=torch.ones(()))),
+    (ValueError, "0 < C <= 5", lambda x: x.update(gate=x["gate"][:, 1:], value=x["gate"][:, 1:])),
     (
         ValueError,
-        "with C > 0",
-        lambda x: x.update(gate=torch.ones(4, 0), value=torch.ones(4, 0)),
+        r"0 < C <= 6, got \(0,\) and \(0,\)",
+        lambda x: x.update(weight=torch.ones(0), bias=torch.ones(0)),
     ),
-    (ValueError, "with C > 0", lambda x: x.update(gate=torch.ones(()), value=torch.ones(()))),
-    (ValueError, r"weight must be \(6,\), got \(1,\)", lambda x: x.update(weight=torch.ones(1))),
-    (ValueError, r"bias must be \(6,\), got \(5,\)", lambda x: x.update(bias=torch.ones(5))),
+    (ValueError, r"got \(6,\) and \(5,\)", lambda x: x.update(bias=torch.ones(5))),
+    (ValueError, r"got \(1, 6\) and \(6,\)", lambda x: x.update(weight=torch.ones(1, 6))),
     (
         ValueError,
         "value must be on the device of gate",

@@ -67,6 +67,21 @@ def test_more_rows_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_no_worse(name, *triple)
 
 
+def test_padding_is_ignored_and_zero() -> None:
+    gate, value, weight, bias = (x.float() for x in make(5, 20))
+    wide = [torch.cat((x, torch.full((5, 4), float("nan"))), -1) for x in (gate, value)]
+    out, mean, rstd = op._cuda(*wide, weight, bias, 1e-6)
+    want, *moments = op._cuda(gate, value, weight, bias, 1e-6)
+    torch.testing.assert_close([out[:, :20], mean, rstd], [want, *moments])
+    grad = torch.randn(5, 24)
+    grads = op._cuda_bwd(grad, *wide, weight, mean, rstd)
+    expected = op._cuda_bwd(grad[:, :20], gate, value, weight, *moments)
+    for one, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(one[..., :20], other)
+    for x in (out, *grads[:2]):
+        assert not x[:, 20:].any()
+
+
 def test_strides_and_no_rows() -> None:
     packed = torch.randn(6, 48)
     weight, bias = torch.randn(24), torch.randn(24)
@@ -95,7 +110,7 @@ def test_cuda_takes_the_kernel_or_says_why_not() -> None:
         wide, w2 = x.repeat(1, 1, 2000), w.repeat(2000)
         for bad, p, reason in (
             (x.double(), w.double(), "not fp64"),
-            (wide, w2, "up to 8192 channels"),
+            (wide, w2, "rows of up to 8192"),
         ):
             with pytest.raises(NotImplementedError, match=reason):
                 kdfast.swiglu_norm(bad, bad, p, p, backend="fused")

@@ -33,7 +33,7 @@ int64_t rows_together(int64_t rows) { return std::clamp<int64_t>(rows / 64, 16, 
 void check(const at::Tensor& gate, const at::Tensor& value, const at::Tensor& weight) {
   TORCH_CHECK_VALUE(gate.dim() > 0 && gate.size(-1) > 0 && gate.is_same_size(value) &&
                         gate.scalar_type() == value.scalar_type() && weight.dim() == 1 &&
-                        weight.size(0) == gate.size(-1),
+                        weight.size(0) > 0 && weight.size(0) <= gate.size(-1),
                     "swiglu_norm: gate and value must be alike and weight must fit, got ",
                     gate.sizes(), ", ", value.sizes(), " and ", weight.sizes());
 }
@@ -45,7 +45,8 @@ SwigluNormArgs inputs(const at::Tensor& gate, const at::Tensor& g, const at::Ten
   args.gate = g.const_data_ptr();
   args.value = v.const_data_ptr();
   args.weight = weight.const_data_ptr();
-  args.channels = gate.size(-1);
+  args.width = gate.size(-1);
+  args.channels = weight.size(0);
   args.gate_stride = g.stride(0);
   args.value_stride = v.stride(0);
   args.streamed = gate.nbytes() >= kStreamBytes;
@@ -58,13 +59,16 @@ at::Tensor empty_result(const at::Tensor& like) {
   return out;
 }
 
-// gate, value (..., C), weight, bias (C) -> out (..., C), mean and rstd (...) of the products.
+// gate, value (..., P), weight, bias (C), C <= P -> out (..., P), mean and rstd (...) of the
+// products.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> swiglu_norm(const at::Tensor& gate,
                                                            const at::Tensor& value,
                                                            const at::Tensor& weight,
                                                            const at::Tensor& bias, double eps) {
   check(gate, value, weight);
   check(gate, value, bias);
+  TORCH_CHECK_VALUE(bias.is_same_size(weight), "swiglu_norm: bias must be like weight, got ",
+                    bias.sizes());
   const auto wide = accumulator(gate);
   const at::Tensor g = as_rows(gate), v = as_rows(value);
   const at::Tensor w = weight.to(wide).contiguous(), b = bias.to(wide).contiguous();

@@ -6,6 +6,7 @@ B batch, K kept heads, N tokens, D head dim, C channels.
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from kdfast.ops.pruned_attention import pruned_attention
 from kdfast.ops.swiglu_norm import swiglu_norm
 
 NORM_EPS = 1e-6
+# fp32 on CPUs: hidden widths that matrix products are fast at, and rows from which that pays.
+PAD_MULTIPLE, PAD_ROWS = 32, 256
 
 
 class PatchEmbed(nn.Module):
@@ -34,6 +37,42 @@ class PatchEmbed(nn.Module):
         return out
 
 
+class GatedNorm(nn.LayerNorm):
+    """LayerNorm of ``silu(gate) * value``."""
+
+    def forward(self, gate: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, N, P), of which the first C elements of a row count, to the same, padded with 0."""
+        # An exported graph must run where kdfast is not installed.
+        backend = "reference" if torch.compiler.is_exporting() else None
+        return swiglu_norm(gate, value, self.weight, self.bias, eps=self.eps, backend=backend)
+
+
+class _PaddedLinear(torch.autograd.Function):
+    """A linear layer whose weight gets rows and columns of zeros for the time of the product.
+
+    The graph keeps the weight itself: copies of all of them would cost more than the activations.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, rows: int, cols: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.rows, ctx.cols = rows, cols
+        return F.linear(x, F.pad(weight, (0, cols, 0, rows)), F.pad(bias, (0, rows)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        flat = grad.flatten(0, -2)
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = grad @ F.pad(weight, (0, ctx.cols, 0, ctx.rows))
+        if ctx.needs_input_grad[1]:
+            dweight = (flat.t() @ x.flatten(0, -2))[: weight.shape[0], : weight.shape[1]]
+        if ctx.needs_input_grad[2]:
+            dbias = flat.sum(0)[: weight.shape[0]]
+        return dx, dweight, dbias, None, None
+
+
 class SwiGLU(nn.Module):
     """Gated MLP with a LayerNorm before the output projection."""
 
@@ -41,21 +80,45 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.w1 = nn.Linear(dim, hidden_dim)
         self.w2 = nn.Linear(dim, hidden_dim)
-        self.ffn_ln = nn.LayerNorm(hidden_dim, eps=NORM_EPS)
+        self.ffn_ln = GatedNorm(hidden_dim, eps=NORM_EPS)
         self.w3 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
-        gate, value, norm = self.w1(x), self.w2(x), self.ffn_ln
-        if norm._forward_hooks or norm._forward_pre_hooks:
-            # Whoever hooks the norm, as evaluate_selections does, wants it called.
-            hidden = norm(F.silu(gate) * value)
-        else:
-            # An exported graph must run where kdfast is not installed.
-            backend = "reference" if torch.compiler.is_exporting() else None
-            hidden = swiglu_norm(gate, value, norm.weight, norm.bias, eps=norm.eps, backend=backend)
-        out: Tensor = self.w3(hidden)
+        out: Tensor
+        pad = self._pad(x)
+        if pad == 0:
+            out = self.w3(self.ffn_ln(self.w1(x), self.w2(x)))
+            return out
+        gate, value = (_PaddedLinear.apply(x, w.weight, w.bias, pad, 0) for w in (self.w1, self.w2))
+        out = _PaddedLinear.apply(self.ffn_ln(gate, value), self.w3.weight, self.w3.bias, 0, pad)
         return out
+
+    def _pad(self, x: Tensor) -> int:
+        """Columns of zeros that make the projections faster than they cost. See docs/eva.md."""
+        linears = (self.w1, self.w2, self.w3)
+        worthwhile = (
+            x.device.type == "cpu"
+            and x.dtype == self.w1.weight.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and x.numel() // x.shape[-1] >= PAD_ROWS
+        )
+        # Only what nobody has replaced or hooked may be bypassed.
+        if not worthwhile or not all(type(w) is nn.Linear and not _hooked(w) for w in linears):
+            return 0
+        return -self.w1.out_features % PAD_MULTIPLE
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+    )
 
 
 class Attention(nn.Module):

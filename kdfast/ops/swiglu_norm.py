@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LayerNorm of a gated product, the inside of a SwiGLU MLP. See docs/swiglu_norm.md.
 
-C hidden channels.
+C hidden channels, in rows of P >= C elements.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from kdfast.ops._library import HAS_TRITON, LIB, fused_devices, not_compiled, use_fused
 from kdfast.ops._losses import FLOATING, accumulator
 
-MAX_CHANNELS = 8192  # of the CUDA kernel, which holds a row in registers
+MAX_WIDTH = 8192  # of the CUDA kernel, which holds a row in registers
 
 
 def swiglu_norm(
@@ -25,11 +25,11 @@ def swiglu_norm(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> Tensor:
-    """``LayerNorm(silu(gate) * value)`` over the last dimension.
+    """``LayerNorm(silu(gate) * value)`` over the first C elements of the last dimension.
 
     Args:
-        gate: (..., C), fp16/bf16/fp32/fp64. Rows may have any stride: the halves of a packed
-            projection are read in place.
+        gate: (..., P), fp16/bf16/fp32/fp64; the elements from C on are padding. Rows may have any
+            stride: the halves of a packed projection are read in place.
         value: Shape and dtype of ``gate``.
         weight: (C,) of the norm, in the dtype of ``gate``; under a low-precision ``gate`` also
             fp32, as autocast has it.
@@ -38,8 +38,9 @@ def swiglu_norm(
         backend: "auto", "fused" or "reference"; ``KDFAST_BACKEND`` if None.
 
     Returns:
-        (..., C) in the dtype of ``gate``. The fused kernel computes in fp32 (fp64 for fp64) and
-        rounds once; the reference rounds like eager code, also after silu and the product.
+        (..., P) in the dtype of ``gate``; the padding is 0, also in gradients. The fused kernel
+        computes in fp32 (fp64 for fp64) and rounds once; the reference rounds like eager code, also
+        after silu and the product.
 
     Raises:
         TypeError: Dtypes are not floating or do not go together.
@@ -70,16 +71,17 @@ def _check(gate: Tensor, value: Tensor, weight: Tensor, bias: Tensor, eps: float
             f"swiglu_norm: weight and bias must both be {gate.dtype} or both {wide}, "
             f"got {weight.dtype} and {bias.dtype}"
         )
-    if gate.dim() == 0 or gate.shape[-1] == 0 or gate.shape != value.shape:
+    if gate.dim() == 0 or gate.shape != value.shape:
         raise ValueError(
-            "swiglu_norm: gate and value must both be (..., C) with C > 0, "
+            "swiglu_norm: gate and value must both be (..., P), "
             f"got {tuple(gate.shape)} and {tuple(value.shape)}"
         )
-    for name, x in (("weight", weight), ("bias", bias)):
-        if x.shape != gate.shape[-1:]:
-            raise ValueError(
-                f"swiglu_norm: {name} must be ({gate.shape[-1]},), got {tuple(x.shape)}"
-            )
+    width = gate.shape[-1]
+    if weight.dim() != 1 or not 0 < weight.shape[0] <= width or bias.shape != weight.shape:
+        raise ValueError(
+            f"swiglu_norm: weight and bias must both be (C,) with 0 < C <= {width}, "
+            f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
     for name, x in (("value", value), ("weight", weight), ("bias", bias)):
         if x.device != gate.device:
             raise ValueError(
@@ -95,16 +97,17 @@ def why_not(gate: Tensor) -> str | None:
     if gate.device.type == "cuda":
         if gate.dtype == torch.float64:
             return "the CUDA kernel takes fp16, bf16 and fp32, not fp64"
-        if gate.shape[-1] > MAX_CHANNELS:
-            return f"the CUDA kernel takes up to {MAX_CHANNELS} channels, got {gate.shape[-1]}"
+        if gate.shape[-1] > MAX_WIDTH:
+            return f"the CUDA kernel takes rows of up to {MAX_WIDTH}, got {gate.shape[-1]}"
     return not_compiled("swiglu_norm", gate.device, FUSED_ON)
 
 
 def reference(gate: Tensor, value: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The specification, in plain torch on checked inputs."""
-    hidden = F.silu(gate) * value
+    channels, width = weight.shape[0], gate.shape[-1]
+    hidden = F.silu(gate[..., :channels]) * value[..., :channels]
     normed = F.layer_norm(hidden.to(weight.dtype), weight.shape, weight, bias, eps)
-    return normed.to(gate.dtype)
+    return F.pad(normed.to(gate.dtype), (0, width - channels))
 
 
 LIB.define(

@@ -6,21 +6,22 @@
 
 namespace kdfast::cpu {
 
-// Everything but the rows to do. Strides are in elements; a row's channels are contiguous. What has
-// no type is of elem's; A is the accumulator: float, or double for f64.
+// Everything but the rows to do. Strides are in elements; a row is contiguous. What has no type is
+// of elem's; A is the accumulator: float, or double for f64. Of a row of `width` elements the first
+// `channels` count; the others are not read, and 0 in the results.
 struct SwigluNormArgs {
   Elem elem;
-  const void* gate;    // (rows, channels)
-  const void* value;   // (rows, channels)
-  const void* grad;    // (rows, channels), backward only
+  const void* gate;    // (rows, width)
+  const void* value;   // (rows, width)
+  const void* grad;    // (rows, width), backward only
   const void* weight;  // (channels) of A
   const void* bias;    // (channels) of A, forward only
-  void* out;           // (rows, channels) contiguous, forward only
-  void* dgate;         // (rows, channels) contiguous, backward only
+  void* out;           // (rows, width) contiguous, forward only
+  void* dgate;         // (rows, width) contiguous, backward only
   void* dvalue;        // likewise
   void* mean;          // (rows) of A, written by the forward
   void* rstd;          // likewise
-  int64_t channels, gate_stride, value_stride, grad_stride;
+  int64_t width, channels, gate_stride, value_stride, grad_stride;
   double eps;
   bool streamed;  // whether the results are too large to be kept in cache
 };

@@ -66,7 +66,7 @@ KDFAST_INLINE void forward_row(const SwigluNormArgs& a, int64_t r, A* hidden) {
   const In* value = static_cast<const In*>(a.value) + r * a.value_stride;
   const A* weight = static_cast<const A*>(a.weight);
   const A* bias = static_cast<const A*>(a.bias);
-  In* out = static_cast<In*>(a.out) + r * size;
+  In* out = static_cast<In*>(a.out) + r * a.width;
 
   LaneSum<A> total;
   sweep<A>(
@@ -92,6 +92,7 @@ KDFAST_INLINE void forward_row(const SwigluNormArgs& a, int64_t r, A* hidden) {
     const V x = (read<A>(hidden + i, n) - mean) * rstd;
     write(out + i, fma(x, read<A>(weight + i, n), read<A>(bias + i, n)), n, a.streamed);
   });
+  for (int64_t i = size; i < a.width; ++i) out[i] = In{};
   static_cast<A*>(a.mean)[r] = mean;
   static_cast<A*>(a.rstd)[r] = rstd;
 }
@@ -106,8 +107,8 @@ KDFAST_INLINE void backward_row(const SwigluNormArgs& a, int64_t r, A* sigmoids,
   const In* value = static_cast<const In*>(a.value) + r * a.value_stride;
   const In* grad = static_cast<const In*>(a.grad) + r * a.grad_stride;
   const A* weight = static_cast<const A*>(a.weight);
-  In* dgate = static_cast<In*>(a.dgate) + r * size;
-  In* dvalue = static_cast<In*>(a.dvalue) + r * size;
+  In* dgate = static_cast<In*>(a.dgate) + r * a.width;
+  In* dvalue = static_cast<In*>(a.dvalue) + r * a.width;
   const A mean = static_cast<const A*>(a.mean)[r], rstd = static_cast<const A*>(a.rstd)[r];
 
   LaneSum<A> sum, along;
@@ -134,6 +135,7 @@ KDFAST_INLINE void backward_row(const SwigluNormArgs& a, int64_t r, A* sigmoids,
     // d silu / d gate = s (1 + g (1 - s)) = s + silu (1 - s)
     write(dgate + i, dh * v * fma(silu, 1.0f - s, s), n, a.streamed);
   });
+  for (int64_t i = size; i < a.width; ++i) dgate[i] = dvalue[i] = In{};
 }
 
 template <class In, class A>
