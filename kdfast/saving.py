@@ -162,6 +162,11 @@ def _config(model: Any, family: str, model_args: dict[str, Any]) -> dict[str, An
         config = json.loads(model.config.to_json_string(use_diff=False))
         return {**config, "architectures": [type(model).__name__]}
     if family == "torchvision":
+        if type(model).__name__ != "VisionTransformer":
+            raise TypeError(
+                "save_pretrained: a model of torchvision must be a VisionTransformer, got "
+                f"{type(model).__name__}, which does not keep its arguments; save its state_dict"
+            )
         arguments = {name: getattr(model, name) for name in TORCHVISION}
         first = model.encoder.layers[0].self_attention
         counts = {

@@ -310,6 +310,55 @@ def test_grouped_queries_go_in_groups() -> None:
         select_heads(scores, 1)
 
 
+def test_magnitude_where_heads_are_packed_one_by_one_or_normalised() -> None:
+    """TinyViT's rows are (H, 3, D); cosines hide the size of queries and keys."""
+    model, _ = small("tiny_vit_5m_224")
+    attn = adapter_of("test", model).attentions(model)[0].module
+    count = len(adapter_of("test", model).attentions(model)[0].held)
+    weight, bias = attn.qkv.weight.double(), attn.qkv.bias.double()
+    rows = torch.cat((weight, bias[:, None]), 1).view(count, 3, -1, weight.shape[1] + 1)
+    want = []
+    for head, (q, k, v) in enumerate(rows):
+        out = attn.proj.weight.double().view(weight.shape[1], count, -1)[:, head]
+        want.append(((out @ v).norm() * (q.T @ k).norm()).sqrt())
+    scores = head_scores(model, "magnitude")
+    torch.testing.assert_close(scores.scores[0], torch.stack(want).detach())
+    model, _ = small("swinv2_tiny_window8_256")
+    before = head_scores(model, "magnitude").scores
+    with torch.no_grad():
+        model.layers[0].blocks[0].attn.qkv.weight[:32] *= 3
+    torch.testing.assert_close(head_scores(model, "magnitude").scores, before)
+
+
+def test_scores_of_windows_are_means_over_images() -> None:
+    """Twice the same picture scores as once, and gates add up over the windows of an image."""
+    model, x = small("swin_tiny_patch4_window7_224")
+
+    def loss(output: Tensor, batch: Tensor) -> Tensor:
+        return output.square().sum(1).mean()
+
+    for method in ("taylor", "entropy"):
+        given = {"loss": loss} if method == "taylor" else {}
+        once = head_scores(model, method, [x[:1]], progress=False, **given)
+        twice = head_scores(model, method, [x[[0, 0]]], progress=False, **given)
+        torch.testing.assert_close(once.scores, twice.scores, rtol=1e-4, atol=1e-9)
+        if method == "entropy":
+            assert all(0 <= share <= 1 for row in once.scores for share in row.tolist())
+    with kdfast.HeadGates(model) as gates:
+        loss(model(x), x).backward()
+    site = adapter_of("test", model).attentions(model)[0]
+    grads = []
+    for scale in (1 + 1e-3, 1 - 1e-3):
+        twin = copy.deepcopy(model).double()
+        with torch.no_grad():
+            twin.get_submodule(site.name).proj.weight[:, channels(site, [1])] *= scale
+            grads.append(twin(x.double()).square().sum(1))
+    want = (grads[0] - grads[1]) / 2e-3 / len(x)
+    torch.testing.assert_close(gates.last[0][1], want.sum(), rtol=1e-3, atol=1e-6)
+    # The gradient of an image's own loss, which the mean over the batch divides.
+    torch.testing.assert_close(gates.scores().scores[0][1], want.abs().sum(), rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["magnitude", "gradient", "taylor", "entropy", "leave_one_out"])
 @pytest.mark.parametrize("build", ["timm", "eva", "torchvision", "hf"])
 def test_scores_of_a_dead_head_are_last(build: str, method: str) -> None:

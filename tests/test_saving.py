@@ -290,3 +290,23 @@ def test_load_rejects(
         return
     with pytest.raises(error, match=match):
         load_pretrained(tmp_path)
+
+
+def test_swin_is_saved_pruned(tmp_path: Path) -> None:
+    sizes = {"depths": (2, 1), "embed_dim": 32, "num_heads": (2, 4), "img_size": 56}
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **sizes).eval()
+    pruned = kdfast.prune_heads(model, [[1], [], [0, 2]])
+    kdfast.save_pretrained(pruned, tmp_path)
+    again, x = kdfast.load_pretrained(tmp_path), torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        assert torch.equal(again(x), pruned(x))
+    block = kdfast.pruning_report(model, [0.5], image_size=56).full.blocks[0]
+    # Four windows of 49 tokens.
+    assert block.window == 7 and block.attention == 4 * 32 * 4 * 49**2
+
+
+def test_other_models_of_torchvision_say_so(tmp_path: Path) -> None:
+    vision = pytest.importorskip("torchvision.models.swin_transformer")
+    whole = vision.SwinTransformer([4, 4], 32, [2], [2], [7, 7], num_classes=5)
+    with pytest.raises(TypeError, match="of torchvision must be a VisionTransformer.*got Swin"):
+        kdfast.save_pretrained(kdfast.prune_heads(whole, [[1], [0]]), tmp_path)

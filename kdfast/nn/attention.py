@@ -49,10 +49,12 @@ class FusedAttention(nn.Module):
         scale: Factor of the logits.
         source: Qualified class name of the original.
         backend: As in ``kdfast.pruned_attention``, or None.
+        cosine: Whether queries and keys are scaled to a length, which hides the size of weights.
         unprunable: Why ``kdfast.prune_heads`` leaves such attentions whole; None where it does not.
     """
 
     axes: ClassVar[Mapping[str, HeadAxis]] = {}
+    cosine: ClassVar[bool] = False
     unprunable: ClassVar[str | None] = None
 
     num_heads: int

@@ -36,7 +36,7 @@ def indexed(table: Tensor, index: Tensor) -> Tensor:
     return table[index.flatten()].unflatten(0, (tokens, tokens)).permute(2, 0, 1)
 
 
-def cosine(call: AttentionCall, logit_scale: Tensor) -> AttentionCall:
+def cosines(call: AttentionCall, logit_scale: Tensor) -> AttentionCall:
     """The call with queries and keys of length 1, times exp of a scale (H,) up to 100."""
     scale = logit_scale.flatten().clamp(max=math.log(100)).exp().unflatten(0, (-1, 1, 1))
     q, k = F.normalize(call.q, dim=-1) * scale, F.normalize(call.k, dim=-1)
@@ -112,6 +112,8 @@ class TimmSwinV2Attention(TimmSwinAttention):
         "cpb_mlp.2.weight": HeadAxis(0),
     }
 
+    cosine: ClassVar[bool] = True
+
     def _configure(self) -> None:
         super()._configure()
         self.scale = 1.0
@@ -124,7 +126,7 @@ class TimmSwinV2Attention(TimmSwinAttention):
         return 16 * torch.sigmoid(indexed(table, self.relative_position_index))
 
     def project(self, x: Tensor, mask: Tensor | None = None, *args: Any) -> AttentionCall:
-        return cosine(super().project(x, mask), self.logit_scale)
+        return cosines(super().project(x, mask), self.logit_scale)
 
 
 class TimmSwinCrAttention(TimmSwinV2Attention):

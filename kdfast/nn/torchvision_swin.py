@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdfast.nn.heads import AttentionCall, HeadAxis
-from kdfast.nn.timm_bias import cosine, indexed, masked, why_no_bias
+from kdfast.nn.timm_bias import cosines, indexed, masked, why_no_bias
 from kdfast.nn.timm_grid import TimmPlainAttention
 
 
@@ -101,6 +101,8 @@ class TorchvisionSwinAttention(TimmPlainAttention):
 class TorchvisionSwinV2Attention(TorchvisionSwinAttention):
     """``torchvision.models.swin_transformer.ShiftedWindowAttentionV2``."""
 
+    cosine: ClassVar[bool] = True
+
     axes: ClassVar[Mapping[str, HeadAxis]] = {
         **TimmPlainAttention.axes,
         "logit_scale": HeadAxis(0),
@@ -119,4 +121,4 @@ class TorchvisionSwinV2Attention(TorchvisionSwinAttention):
         return 16 * torch.sigmoid(indexed(table, self.relative_position_index))
 
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
-        return cosine(super().project(x), self.logit_scale)
+        return cosines(super().project(x), self.logit_scale)

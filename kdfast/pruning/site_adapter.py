@@ -62,6 +62,7 @@ class SiteAdapter:
             weight = weight * site.norm.weight.detach()
         proj = weight.unflatten(1, (len(site.held), site.size)).transpose(0, 1)
         hidden = not isinstance(site.module._modules.get("q_norm") or nn.Identity(), nn.Identity)
+        hidden |= getattr(site.module, "cosine", False)
         return HeadWeights(None if hidden else q, None if hidden else k, v, proj)
 
     def _rows(self, named: Mapping[str, Tensor], site: Site) -> list[Tensor]:
@@ -70,9 +71,18 @@ class SiteAdapter:
         biases: Sequence[Tensor | None]
         packed = next((n for n in (f"{self.packed}.weight", "in_proj_weight") if n in named), None)
         if packed is not None:
-            weights = named[packed].chunk(3)
+            parts = (site.axes[packed].parts == 1) * len(site.held)
+
+            def third(tensor: Tensor) -> Sequence[Tensor]:
+                # (3, H, D) rows, or (H, 3, D) where q, k and v of a head are side by side.
+                if not parts:
+                    return tensor.chunk(3)
+                tall = tensor.unflatten(0, (parts, 3, -1)).transpose(0, 1)
+                return tall.flatten(1, 2).unbind(0)
+
+            weights = third(named[packed])
             bias = named.get(packed.removesuffix("weight") + "bias")
-            biases = [None] * 3 if bias is None else bias.chunk(3)
+            biases = [None] * 3 if bias is None else third(bias)
         else:
             weights = [named[f"{name}.weight"] for name in self.separate]
             biases = [named.get(f"{name}.bias") for name in self.separate]

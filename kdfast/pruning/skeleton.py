@@ -2,6 +2,7 @@
 """Copies of models without memory, narrower layers, and MLPs that can lose hidden units."""
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -187,4 +188,5 @@ def _block_flops(site: Site, shape: tuple[int, int], mlp: int) -> BlockFlops:
     matrices = sum(t.numel() for _, t in site.tensors().values() if t.dim() == 2)
     gemm = 2 * sequences * tokens * matrices
     attention = 4 * len(site.held) * site.size * sequences * tokens**2
-    return BlockFlops(0, gemm, attention, gemm, attention, mlp)
+    window = math.isqrt(tokens) if sequences > 1 else 0
+    return BlockFlops(window, gemm, attention, gemm, attention, mlp)
