@@ -22,8 +22,7 @@ pytestmark = pytest.mark.skipif(
     "cpu" not in op.FUSED_ON, reason="attention_distill has no compiled CPU kernel in this build"
 )
 KINDS = tuple(op.STATS)
-# Those that have a kernel of their own; faster names run one of them.
-ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
+ISAS = EXTENSION.testable_isas() if EXTENSION else ["generic"]
 # name: (B, H, N, D), (Ht, Dt), temperature, heads, teacher heads, window (grid, size), rope layout
 CASES: dict[str, tuple[Any, ...]] = {
     "plain": ((2, 2, 37, 16), (2, 16), 1.0, None, None, None, None),
@@ -82,13 +81,6 @@ def compare(call: Callable[..., Any], inputs: list[Tensor], kinds: Sequence[str]
             pools.setdefault(name, []).append([x.flatten() * unit for x in triple])
     for name, triples in pools.items():
         fused, exact, eager = (torch.cat(x) for x in zip(*triples, strict=True))
-        rms = [float((x.double() - exact).square().mean().sqrt()) for x in (fused, eager)]
-        size = float(exact.square().mean().sqrt())
-        assert rms[0] <= 2 * rms[1] + torch.finfo(eager.dtype).eps * size, name
-        if eager.dtype == torch.float32:
-            # Which of two fp32 roundings has the worst single element is luck; the root mean
-            # square above is not, so only the maximum gets this room.
-            eager = (exact + 1.25 * (eager - exact)).float()
         assert_no_worse(name, fused, exact, eager)
 
 
@@ -96,8 +88,6 @@ def compare(call: Callable[..., Any], inputs: list[Tensor], kinds: Sequence[str]
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("isa", ISAS)
 def test_forward_backward(isa: str, case: str, dtype: torch.dtype) -> None:
-    if isa not in EXTENSION.available_isas():
-        pytest.skip(f"this CPU cannot run {isa}")
     EXTENSION.set_cpu_isa(isa)
     assert EXTENSION.cpu_isa() == isa
     call, inputs = make_case(case, dtype)
@@ -182,6 +172,37 @@ def test_extreme_logits(kind: str) -> None:
         torch.testing.assert_close(
             a.double(), b, rtol=1e-4, atol=0.1, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("isa", [name for name in ISAS if name != "generic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rider(isa: str, dtype: torch.dtype) -> None:
+    """kl at temperature 1: chunks of queries, pads, two head dims, signs of both scales."""
+    EXTENSION.set_cpu_isa(isa)
+    rope, teacher_rope = make_rope(16, 40, "interleaved"), make_rope(16, 24, "half")
+    window = Window((5, 6), 4, torch.randn(3, 40).to(dtype))
+    windowed = {"rope": rope, "teacher_rope": teacher_rope, "window": window}
+    for tokens, options in ((350, {}), (30, windowed)):
+        x = [torch.randn(2, 3, tokens, 40).to(dtype) for _ in range(3)]
+        teacher = [torch.randn(2, 2, tokens, 24).to(dtype) for _ in range(2)]
+
+        def call(backend: str, kind: str, teacher=teacher, options=options) -> Callable[..., Any]:  # type: ignore[no-untyped-def]
+            return lambda *t: kdfast.attention_distill(
+                *(*t, *(y.to(t[0].dtype) for y in teacher)),
+                **{"kind": kind, "backend": backend, "heads": [2, 0], "teacher_heads": [1, 1]},
+                **{"scale": -0.2, "teacher_scale": 0.3, **options},
+            )
+
+        compare(call, x, ["kl"])
+
+
+def test_rider_at_the_teacher() -> None:
+    """The same rows on both sides have the same bits, and the gradient is what rounding leaves."""
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (torch.randn(1, 2, 50, 16).to(dtype).requires_grad_() for _ in range(3))
+        _, loss = kdfast.attention_distill(q, k, v, q, k, backend="fused")
+        assert loss.item() == 0
+        assert all(g.abs().max() < 1e-7 for g in torch.autograd.grad(loss, (q, k)))
 
 
 def test_layouts() -> None:

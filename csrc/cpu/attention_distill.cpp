@@ -57,13 +57,26 @@ Element element_of(const at::Tensor& x) {
   }
 }
 
+#if KDFAST_X86
+// Tensors of other types would lose digits in products of bf16.
+DistillKernel<float> choose_rider(Element element) {
+  if (element == Element::bf16) {
+    if (isa() == Isa::amx) return rider_amx();
+    if (isa() == Isa::amx_emulated) return rider_amx_emulated();
+    if (isa() == Isa::avx512_bf16) return rider_avx512_bf16();
+  }
+  return isa() >= Isa::avx512 ? rider_avx512(element) : rider_avx2(element);
+}
+#endif
+
 template <class A>
-DistillKernel<A> choose_kernel([[maybe_unused]] Element student, [[maybe_unused]] Element teacher) {
+DistillKernel<A> choose_kernel([[maybe_unused]] Element student, [[maybe_unused]] Element teacher,
+                               [[maybe_unused]] bool plain_kl) {
   if constexpr (sizeof(A) == 8) {
     return distill_generic_f64();
   } else {
 #if KDFAST_X86
-    // Tensors of other types would lose digits in products of bf16.
+    if (plain_kl && student == teacher && isa() >= Isa::avx2) return choose_rider(student);
     const bool both = student == Element::bf16 && teacher == Element::bf16;
     if (isa() >= Isa::avx512_bf16 && both) return distill_avx512_bf16();
     if (isa() >= Isa::avx512) return distill_avx512();
@@ -122,7 +135,8 @@ struct Call {
         tokens(q.size(2)),
         dim(q.size(3)),
         windows(tokens == 0 ? 0 : window_count(grid)),
-        kernel(choose_kernel<A>(element_of(q), element_of(teacher_q))) {
+        kernel(choose_kernel<A>(element_of(q), element_of(teacher_q),
+                                kind == MapLoss::kl && a.temperature == 1)) {
     TORCH_CHECK_VALUE(teacher_q.size(0) == batch && teacher_q.size(2) == tokens, kOp,
                       ": the teacher must have q's B and N, got ", teacher_q.sizes(), " and ",
                       q.sizes());

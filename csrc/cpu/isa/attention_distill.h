@@ -58,5 +58,11 @@ DistillKernel<float> distill_generic();
 DistillKernel<float> distill_avx2();
 DistillKernel<float> distill_avx512();
 DistillKernel<float> distill_avx512_bf16();  // bf16 on both sides, products in bf16
+// "kl" at temperature 1 only, with one element type on both sides, not f64.
+DistillKernel<float> rider_avx2(Element element);
+DistillKernel<float> rider_avx512(Element element);
+DistillKernel<float> rider_avx512_bf16();   // bf16, products in bf16
+DistillKernel<float> rider_amx();           // the same
+DistillKernel<float> rider_amx_emulated();  // the same
 
 }  // namespace kdfast::cpu

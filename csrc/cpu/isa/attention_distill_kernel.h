@@ -208,8 +208,9 @@ void backward_kind(const DistillHead<A>& head, const DistillGrad<A>& grad, char*
       const int64_t rows = n - i < kQueries ? n - i : kQueries;
       student.tile(i, rows, j, keys, s, lds);
       teacher.tile(i, rows, j, keys, t, lds);
-      gemm<A, false>(rows, keys, d, {g + i * ld, ld, 1},
-                     {v_panels + j * d, kPanelColumns<A>, kPanelColumns<A> * d}, ds, lds);
+      // Where P is nearly a single 1, dS is the small difference of dP and delta: short chains.
+      gemm<A, false, 8>(rows, keys, d, {g + i * ld, ld, 1},
+                        {v_panels + j * d, kPanelColumns<A>, kPanelColumns<A> * d}, ds, lds);
       for (int64_t r = 0; r < rows; ++r) {
         const A delta = dot(g + (i + r) * ld, out + (i + r) * ld, ld);
         backward_row<A, kind, temper>(task, keys, head.stats + span_token(head.span, i + r), delta,

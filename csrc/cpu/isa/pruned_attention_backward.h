@@ -132,14 +132,18 @@ struct Backward {
     }
   }
 
-  // P and dS of kRows keys from `key` on (row `at` of the block, row `above` of ds_pairs) and
-  // `wide` vectors of queries.
-  void probabilities(int64_t key, int64_t at, int64_t above, int64_t lane, int64_t wide) {
+  // Scores and dP of kRows keys from `key` on and `wide` vectors of queries.
+  void products(int64_t key, int64_t lane, int64_t wide) {
     const int64_t panel = lane * size.steps, row = key * size.width, rows = n - key;
     M::scores(k_rows + row, size.width, rows, q_lanes + panel, wide * kVector, size.steps, scores,
               kPanel);
     M::scores(v_rows + row, size.width, rows, g_lanes + panel, wide * kVector, size.steps, dp,
               kPanel);
+  }
+
+  // P and dS of the same (row `at` of the block, row `above` of ds_pairs).
+  void probabilities(int64_t key, int64_t at, int64_t above, int64_t lane, int64_t wide) {
+    products(key, lane, wide);
     for (int64_t v = 0; v < wide; v += 2) {
       const int64_t to = at * stride + (lane + v * kVector) / M::kPair;
       int32_t* pairs =
@@ -184,16 +188,17 @@ struct Backward {
     }
   }
 
-  void run_chunk(int64_t begin, int64_t count, bool first, float* sums) {
-    pack_queries(begin, count);
+  template <class Self>
+  void run_chunk(Self& self, int64_t begin, int64_t count, bool first, float* sums) {
+    self.pack_queries(begin, count);
     const int64_t vectors = divide_up(count, kVector), steps = divide_up(count, M::kPair);
     int64_t start = 0;  // of the keys that dq lacks
     for (int64_t key = 0; key < n; key += M::kKeys) {
       const int64_t rows = n - key < M::kKeys ? n - key : M::kKeys;
       for (int64_t v = 0; v < vectors; v += kWide)
         for (int64_t r = 0; r < rows; r += M::kRows)
-          probabilities(key + r, r, key + r - start, v * kVector,
-                        vectors - v < kWide ? vectors - v : kWide);
+          self.probabilities(key + r, r, key + r - start, v * kVector,
+                             vectors - v < kWide ? vectors - v : kWide);
       for (int64_t r = 0; r < rows; r += M::kRows) {
         float* dk = sums + (key + r) * size.columns;
         float* dv = dk + sum_rows(n) * size.columns;
@@ -238,11 +243,17 @@ struct Backward {
                   reinterpret_cast<int32_t*>(turned + d), size.columns, kVector);
   }
 
-  void run(int64_t begin, int64_t end, bool first, float* sums) {
+  // `self` is this, as what it was derived to: attention_distill has more to pack, and other
+  // scores.
+  template <class Self>
+  void run_as(Self& self, int64_t begin, int64_t end, bool first, float* sums) {
     [[maybe_unused]] const typename M::Session session;
     pack_keys();
     for (int64_t i = begin; i < end; i += chunk, first = false)
-      run_chunk(i, end - i < chunk ? end - i : chunk, first, sums);
+      run_chunk(self, i, end - i < chunk ? end - i : chunk, first, sums);
+  }
+  void run(int64_t begin, int64_t end, bool first, float* sums) {
+    run_as(*this, begin, end, first, sums);
   }
 };
 

@@ -121,8 +121,7 @@ inline void gemm_step(int64_t depth, Left<T> a, const T* b, int64_t stride, T* c
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v)
-      acc[m][v] = add ? load_vector(c + m * ldc + v * kWidth<T>) : Vec<T>{};
+    for (int v = 0; v < V; ++v) acc[m][v] = Vec<T>{};
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> right[V];
 #pragma GCC unroll 8
@@ -137,26 +136,44 @@ inline void gemm_step(int64_t depth, Left<T> a, const T* b, int64_t stride, T* c
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store_vector(c + m * ldc + v * kWidth<T>, acc[m][v]);
+    for (int v = 0; v < V; ++v) {
+      T* to = c + m * ldc + v * kWidth<T>;
+      store_vector(to, add ? load_vector(to) + acc[m][v] : acc[m][v]);
+    }
+}
+
+// One step of kRows rows and up to kPanelColumns columns: c += or = a b.
+template <class T, bool add>
+inline void gemm_strip(int64_t vectors, int64_t depth, Left<T> a, const T* b, int64_t stride, T* c,
+                       int64_t ldc) {
+  if constexpr (kMaxVectors == 4) {
+    if (vectors == 3) gemm_step<T, 3, add>(depth, a, b, stride, c, ldc);
+    if (vectors >= 4) gemm_step<T, 4, add>(depth, a, b, stride, c, ldc);
+  } else if (vectors >= 3) {
+    gemm_step<T, 2, add>(depth, a, b, stride, c, ldc);
+  }
+  if (vectors == 2) gemm_step<T, 2, add>(depth, a, b, stride, c, ldc);
+  if (vectors == 1) gemm_step<T, 1, add>(depth, a, b, stride, c, ldc);
 }
 
 // c (rows, columns) += or = a b; writes whole steps of kRows rows and whole vectors of columns.
-template <class T, bool add>
+// Each kChain products are summed by themselves, to round no more than a matrix product of BLAS.
+template <class T, bool add, int64_t kChain = 64>
 void gemm(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Right<T> b, T* c, int64_t ldc) {
   for (int64_t j = 0; j < columns; j += kPanelColumns<T>) {
     const T* panel = b.b + j / kPanelColumns<T> * b.panel;
     const int64_t vectors = (columns - j + kWidth<T> - 1) / kWidth<T>;
     for (int64_t i = 0; i < rows; i += kRows) {
-      const Left<T> left{a.a + i * a.am, a.am, a.ak};
       T* out = c + i * ldc + j;
-      if constexpr (kMaxVectors == 4) {
-        if (vectors == 3) gemm_step<T, 3, add>(depth, left, panel, b.stride, out, ldc);
-        if (vectors >= 4) gemm_step<T, 4, add>(depth, left, panel, b.stride, out, ldc);
-      } else if (vectors >= 3) {
-        gemm_step<T, 2, add>(depth, left, panel, b.stride, out, ldc);
+      for (int64_t k = 0; k < depth; k += kChain) {
+        const int64_t steps = depth - k < kChain ? depth - k : kChain;
+        const Left<T> left{a.a + i * a.am + k * a.ak, a.am, a.ak};
+        const T* right = panel + k * b.stride;
+        if (add || k > 0)
+          gemm_strip<T, true>(vectors, steps, left, right, b.stride, out, ldc);
+        else
+          gemm_strip<T, false>(vectors, steps, left, right, b.stride, out, ldc);
       }
-      if (vectors == 2) gemm_step<T, 2, add>(depth, left, panel, b.stride, out, ldc);
-      if (vectors == 1) gemm_step<T, 1, add>(depth, left, panel, b.stride, out, ldc);
     }
   }
 }
