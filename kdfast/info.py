@@ -19,6 +19,7 @@ from kdfast.ops import _library
 OPS = (
     "pruned_attention",
     "attention_distill",
+    "attention_entropy",
     "kd_loss",
     "linear_kd_loss",
     "feature_loss",

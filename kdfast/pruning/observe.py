@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
+from kdfast.ops.attention_entropy import attention_entropy
 from kdfast.pruning.adapter import Adapter, Site
-from kdfast.pruning.entropy import attention_entropy
 
 Loss = Callable[[Any, Any], Tensor]
 
