@@ -149,6 +149,7 @@ inline __m256 from_bf16(__m128i x) {
 }
 
 inline Vec16 load16(const float* p, Mask16 m) {
+  if (m.count >= kVector) return load16(p);
   return {_mm256_maskload_ps(p, m.low), _mm256_maskload_ps(p + 8, m.high)};
 }
 inline Vec16 load16(const Bf16* p, Mask16 m) {
@@ -174,6 +175,7 @@ inline __m256i to_half(Vec16 x) {
 }
 
 inline void store16(float* p, Mask16 m, Vec16 x) {
+  if (m.count >= kVector) return store16(p, x);  // masked stores are slow on AMD
   _mm256_maskstore_ps(p, m.low, x.low);
   _mm256_maskstore_ps(p + 8, m.high, x.high);
 }
