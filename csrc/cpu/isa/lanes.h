@@ -122,6 +122,8 @@ KDFAST_INLINE VF load(const BFloat* p) {
 KDFAST_INLINE VF load(const Half* p) {
 #if defined(__AVX512F__)
   return (VF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (VF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   VF v;
   for (int i = 0; i < Lanes<float>::width; ++i) v[i] = widen(p[i]);
@@ -141,6 +143,15 @@ KDFAST_INLINE void store(BFloat* p, VF v) {
   const __m512i out = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16)));
+#elif defined(__AVX2__)
+  const __m256i bits = (__m256i)v;
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i nan = (__m256i)_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i words = _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 #else
   for (int i = 0; i < Lanes<float>::width; ++i) p[i] = narrow(v[i]);
 #endif
