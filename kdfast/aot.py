@@ -35,6 +35,9 @@ SHARED_LIMIT[AMD] = 64 << 10
 # Warps and KiB of shared memory of one SM; its registers are 65536 everywhere.
 SM_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64}
 SM_SHARED = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10}
+# Bytes of local memory that a thread may have: a few registers outside the loop cost nothing that
+# shows.
+SPILL_BUDGET = 64
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 
 
@@ -67,15 +70,6 @@ class Compiled:
         # A block's shared memory is charged with 1 KiB of the system's.
         fitting.append(SM_SHARED[self.arch] // (self.shared_bytes + 1024))
         return min(min(fitting) * self.warps, SM_WARPS[self.arch]) / SM_WARPS[self.arch]
-
-
-def spill_budget(dtype: str, dim: int) -> int:
-    """Bytes of local memory that a thread of an attention kernel may have.
-
-    A few registers outside the loop cost nothing that shows. fp32 rows of two tiles (72, 80, 96
-    channels) hold both three times, as TF32 and remainders: no block size fits them.
-    """
-    return 704 if dtype == "float32" and dim & (dim - 1) else 64
 
 
 class _Driver:

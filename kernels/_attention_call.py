@@ -109,7 +109,7 @@ class Call:
     ) -> None:
         """Runs an attention kernel whose tensors after ``pointers`` have three strides each."""
         blocks = -(-max(self.lengths) // tiles.rows)
-        low, high = chunks(self.head_dim)
+        low, high = chunks(self.head_dim, pointers[0].dtype.itemsize)
         kernel[(blocks * len(self.lengths) * self.kept * self.batch,)](
             *pointers,
             *(stride for x in strided for stride in x.stride()[:3]),

@@ -33,6 +33,9 @@ class Tiles:
 # Chosen from compiled binaries, not timed on a GPU: no spills, and at most 99 KiB of shared memory,
 # which every GPU from sm_80 to sm_100 has. (kernel, widest head dim, bytes per
 # element): (row block, warps) in order of preference; column block; stages of the pipeline.
+# Head dims of two tiles in fp32, of which every warp keeps TF32 parts and remainders, have the
+# width TWO.
+TWO = 0
 BLOCKS: dict[tuple[str, int, int], tuple[tuple[tuple[int, int], ...], int, int]] = {
     ("fwd", 64, 2): (((128, 8), (64, 4), (32, 4)), 64, 3),
     ("fwd", 128, 2): (((128, 8), (64, 4), (32, 4)), 64, 2),
@@ -59,6 +62,12 @@ BLOCKS: dict[tuple[str, int, int], tuple[tuple[tuple[int, int], ...], int, int]]
     ("distance", 128, 2): (((64, 8), (32, 4)), 32, 2),
     ("distance", 64, 4): (((64, 8), (32, 4)), 32, 1),
     ("distance", 128, 4): (((16, 4),), 16, 1),
+    ("fwd", TWO, 4): (((32, 8),), 16, 1),
+    ("dq", TWO, 4): (((16, 4),), 16, 1),
+    ("dkdv", TWO, 4): (((16, 4),), 16, 1),
+    ("dq_rider", TWO, 4): (((16, 4),), 16, 1),
+    ("dkdv_rider", TWO, 4): (((16, 8),), 16, 1),
+    ("distance", TWO, 4): (((16, 4),), 16, 1),
 }
 # Rows of the element-wise kernels.
 PLAIN_ROWS = 32
@@ -103,7 +112,10 @@ def choose_tiles(kernel: str, lengths: tuple[int, ...], head_dim: int, itemsize:
         head_dim: At most 128.
         itemsize: Bytes of an element, 2 or 4.
     """
-    rows, cols, stages = BLOCKS[kernel, 64 if head_dim <= 64 else 128, itemsize]
+    width = 64 if head_dim <= 64 else 128
+    if itemsize == 4 and chunks(head_dim, itemsize)[1]:
+        width = TWO
+    rows, cols, stages = BLOCKS[kernel, width, itemsize]
     longest = max(SMALLEST, power_of_two(max(lengths)))
     cols = min(cols, longest)
     fitting = [(r, warps) for r, warps in rows if r <= longest] or [(longest, 4)]
@@ -113,12 +125,17 @@ def choose_tiles(kernel: str, lengths: tuple[int, ...], head_dim: int, itemsize:
     return good[0] if good else max(choices, key=lambda t: useful_share(lengths, t))
 
 
-def chunks(head_dim: int) -> tuple[int, int]:
-    """``head_dim`` as two tile widths, powers of two or 0: 64 is (64, 0), 72 is (64, 16)."""
+def chunks(head_dim: int, itemsize: int) -> tuple[int, int]:
+    """``head_dim`` as two tile widths, powers of two or 0: 64 is (64, 0), 72 is (64, 16).
+
+    In fp32 the second is half of the first at least, (64, 32): of narrower ones several warps would
+    compute the same.
+    """
     low = 1 << (head_dim.bit_length() - 1)
     if low == head_dim or low < SMALLEST:
         return max(SMALLEST, power_of_two(head_dim)), 0
-    return low, max(SMALLEST, power_of_two(head_dim - low))
+    least = low // 2 if itemsize == 4 else SMALLEST
+    return low, max(SMALLEST, least, power_of_two(head_dim - low))
 
 
 def alignment(*tensors: Tensor) -> int:

@@ -226,9 +226,10 @@ def calls(
     teacher = make_call(
         teacher_q, teacher_heads, cos, sin, prefix, interleaved, scale, *student[-3:]
     )
-    # Blocks have to suit both sides.
-    width = max(call.head_dim, teacher.head_dim)
+    # Blocks have to suit both sides: those of two tiles are the smallest.
     itemsize = max(q.dtype.itemsize, teacher_q.dtype.itemsize)
+    dims = (call.head_dim, teacher.head_dim)
+    width = max(dims, key=lambda d: (itemsize == 4 and chunks(d, itemsize)[1] > 0, d))
     return replace(call, width=width, itemsize=itemsize), teacher, *arguments[-2:]
 
 
@@ -262,7 +263,7 @@ def rider(
     ``a`` and ``c`` are its q and k, k and q for the gradient of keys, as ``rotated`` gives them;
     the forward pass takes q as it is.
     """
-    low, high = chunks(teacher.head_dim)
+    low, high = chunks(teacher.head_dim, a.dtype.itemsize)
     names = [f"stride_t{side}{axis}" for side in "ac" for axis in "bhn"]
     strides = [*a.stride()[:3], *c.stride()[:3]]
     rows = stats[0].numel()

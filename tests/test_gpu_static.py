@@ -61,7 +61,7 @@ ROW = {
     [
         ({}, []),
         ({"spill_bytes": 72}, ["72 bytes of registers spilled"]),
-        ({"spill_bytes": 72, "dtype": "float32", "dim": 72}, []),
+        ({"spill_bytes": 64, "dtype": "float32", "dim": 72}, []),
         ({"shared_bytes": 100 << 10}, ["102400 bytes of shared memory"]),
         ({"shared_bytes": 100 << 10, "arch": 80}, []),
         ({"tensor_core": 0}, ["0 tensor-core instructions"]),

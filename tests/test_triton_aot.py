@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kdfast.aot import spill_budget
+from kdfast.aot import SPILL_BUDGET
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -29,12 +29,10 @@ def compiled(op: str, *arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def check_attention(
-    rows: list[dict[str, Any]], wide_loads: float = 0.4, budget: int = spill_budget("bfloat16", 64)
-) -> None:
+def check_attention(rows: list[dict[str, Any]], wide_loads: float = 0.4) -> None:
     assert {row["name"] for row in rows} >= ATTENTION
     for row in rows:
-        assert row["spill_bytes"] <= budget, row
+        assert row["spill_bytes"] <= SPILL_BUDGET, row
         assert row["shared_bytes"] <= SHARED, row
         assert (row["tensor_core"] > 0) == (row["name"] in ATTENTION), row
         # The rest are row statistics, 4 bytes each, and tiles too small for 16 bytes per thread.
@@ -51,11 +49,11 @@ def test_attention_compiles_for_amd() -> None:
     assert all(row["shared_bytes"] <= 64 << 10 for row in rows)
 
 
-def check_distill(rows: list[dict[str, Any]], budget: int = spill_budget("bfloat16", 64)) -> None:
+def check_distill(rows: list[dict[str, Any]]) -> None:
     streaming = {"fwd_kernel", "_distance_kernel", "bwd_kernel"}
     assert {row["name"] for row in rows} >= streaming
     for row in rows:
-        assert row["spill_bytes"] <= budget, row
+        assert row["spill_bytes"] <= SPILL_BUDGET, row
         assert row["shared_bytes"] <= SHARED, row
         assert (row["tensor_core"] > 0) == (row["name"] in streaming), row
 
@@ -70,7 +68,7 @@ def test_distill_compiles() -> None:
 @pytest.mark.parametrize("dim", [16, 64, 72, 128])
 def test_distill_sweep(arch: int, dtype: str, dim: int) -> None:
     common = ("--arch", str(arch), "--dtype", dtype, "--dim", str(dim))
-    check_distill(compiled("attention_distill", *common), spill_budget(dtype, dim))
+    check_distill(compiled("attention_distill", *common))
     if dim == 64:
         for kind in ("reverse_kl", "jsd", "mse", "cosine", "logit_mse"):
             choice = ("--set", f"kind={kind}", "temperature=2")
@@ -144,7 +142,7 @@ def test_losses_sweep(arch: int, dtype: str) -> None:
 def test_attention_sweep(arch: int, dtype: str, dim: int) -> None:
     common = ("--arch", str(arch), "--dtype", dtype, "--dim", str(dim))
     wide = 0.4 if dim >= 64 else 0.0
-    check_attention(compiled("pruned_attention", *common), wide, spill_budget(dtype, dim))
+    check_attention(compiled("pruned_attention", *common), wide)
     if dim == 64:
         check_attention(compiled("pruned_attention", *common, "--set", "window=16"))
         check_attention(compiled("pruned_attention", *common, "--set", "layout=half", "tokens=197"))
