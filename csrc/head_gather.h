@@ -23,10 +23,17 @@ struct HeadLayout {
   int16_t source[kMaxHeads];
 };
 
+// Source run that fills destination run `row` of (outer, dst_heads), or -1. 32 bits are faster.
+template <typename Index>
+KDFAST_HD Index source_run(const int16_t* source, Index row, Index src_heads, Index dst_heads) {
+  const int16_t head = source[row % dst_heads];
+  return head < 0 ? Index(-1) : row / dst_heads * src_heads + static_cast<Index>(head);
+}
+
 // Start (in units) of the source run that fills destination run `row` of (outer, dst_heads), or -1.
 KDFAST_HD int64_t source_offset(const HeadLayout& m, int64_t row) {
-  const int64_t head = m.source[row % m.dst_heads];
-  return head < 0 ? -1 : (row / m.dst_heads * m.src_heads + head) * m.run;
+  const int64_t from = source_run<int64_t>(m.source, row, m.src_heads, m.dst_heads);
+  return from < 0 ? -1 : from * m.run;
 }
 
 }  // namespace kdfast

@@ -17,6 +17,7 @@ from kdfast.ops.attention_distill import attention_distill
 from kdfast.ops.feature_loss import feature_loss
 from kdfast.ops.geometry import Rope, Window
 from kdfast.ops.head_gather import head_gather
+from kdfast.ops.head_gather_block import head_gather_block
 from kdfast.ops.kd_loss import kd_loss
 from kdfast.ops.linear_kd_loss import linear_kd_loss
 from kdfast.ops.pruned_attention import pruned_attention
@@ -51,6 +52,7 @@ __all__ = [
     "evaluate_selections",
     "feature_loss",
     "head_gather",
+    "head_gather_block",
     "head_scores",
     "kd_loss",
     "linear_kd_loss",

@@ -24,6 +24,7 @@ OPS = (
     "linear_kd_loss",
     "feature_loss",
     "head_gather",
+    "head_gather_block",
     "swiglu_norm",
 )
 PACKAGES = (

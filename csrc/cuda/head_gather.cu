@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "head_gather.h"
 #include "head_layout.h"
@@ -63,6 +64,104 @@ void move(const at::Tensor& src, at::Tensor& dst, at::IntArrayRef heads, int64_t
   }
 }
 
+// The tensors of one launch: with the table of heads, less than the 4 KB of kernel arguments.
+constexpr int kMaxParts = 32;
+
+struct Part {
+  const void* in;
+  void* out;
+  int64_t rows;       // destination runs: outer * dst_heads
+  int64_t run;        // in units
+  int32_t src_heads;  // heads in the source
+  int32_t unit;       // bytes: 1, 2, 4, 8 or 16
+};
+
+struct Block {
+  Part parts[kMaxParts];
+  int32_t dst_heads;
+  int16_t source[kMaxHeads];
+};
+static_assert(sizeof(Block) <= 4096, "kernel arguments of 4 KB are what every GPU takes");
+
+template <typename Unit, typename Index>
+__device__ __forceinline__ void move_part(const Part& p, const int16_t* source, int32_t dst_heads) {
+  const auto* in = static_cast<const Unit*>(p.in);
+  auto* out = static_cast<Unit*>(p.out);
+  const auto run = static_cast<Index>(p.run), total = static_cast<Index>(p.rows) * run;
+  const Index step = Index{gridDim.x} * blockDim.x;
+  for (Index i = Index{blockIdx.x} * blockDim.x + threadIdx.x; i < total; i += step) {
+    const Index from = source_run<Index>(source, i / run, static_cast<Index>(p.src_heads),
+                                         static_cast<Index>(dst_heads));
+    out[i] = in[from * run + i % run];
+  }
+}
+
+// Row y of the grid moves tensor y; Index holds the units of every source and two steps of the grid.
+template <typename Index>
+__global__ void move_block(const __grid_constant__ Block block) {
+  const Part& p = block.parts[blockIdx.y];
+  switch (p.unit) {
+    case 16: return move_part<uint4, Index>(p, block.source, block.dst_heads);
+    case 8: return move_part<uint2, Index>(p, block.source, block.dst_heads);
+    case 4: return move_part<uint32_t, Index>(p, block.source, block.dst_heads);
+    case 2: return move_part<uint16_t, Index>(p, block.source, block.dst_heads);
+    default: return move_part<uint8_t, Index>(p, block.source, block.dst_heads);
+  }
+}
+
+void launch_block(const Block& block, int parts) {
+  int64_t most = 0, largest = 0;
+  for (int i = 0; i < parts; ++i) {
+    const Part& p = block.parts[i];
+    most = std::max(most, p.rows * p.run);
+    largest = std::max(largest, p.rows / block.dst_heads * p.src_heads * p.run);
+  }
+  if (most == 0) return;
+  const auto across = static_cast<unsigned>(std::min(kMaxBlocks, (most + kThreads - 1) / kThreads));
+  const dim3 grid(across, static_cast<unsigned>(parts));
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  // A step of the grid is 2^24 units at most, which a 32-bit index may go beyond its end.
+  if (largest < int64_t{1} << 31)
+    move_block<uint32_t><<<grid, kThreads, 0, stream>>>(block);
+  else
+    move_block<int64_t><<<grid, kThreads, 0, stream>>>(block);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// tensors[i] (..., heads * head_dim, ...) along dims[i], all on one device: kMaxParts a launch.
+std::vector<at::Tensor> head_gather_block(at::TensorList tensors, at::IntArrayRef heads,
+                                          int64_t head_dim, at::IntArrayRef dims) {
+  TORCH_CHECK_VALUE(tensors.size() == dims.size() && !heads.empty(),
+                    "head_gather_block: one dim a tensor, got ", dims.size(), " and ",
+                    tensors.size());
+  std::vector<at::Tensor> sources, results;
+  if (tensors.empty()) return results;
+  const c10::cuda::CUDAGuard guard(tensors[0].device());
+  Block block{};
+  block.dst_heads = static_cast<int32_t>(heads.size());
+  int used = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const at::Tensor& x = tensors[i];
+    TORCH_CHECK_VALUE(x.device() == tensors[0].device(), "head_gather_block: tensors are on ",
+                      x.device(), " and ", tensors[0].device());
+    check_args(x, heads, head_dim, dims[i], x.size(dims[i]) / head_dim);
+    // Kept until the launch: the caching allocator would hand its memory to the next one.
+    const at::Tensor& in = sources.emplace_back(x.contiguous());
+    at::Tensor& out = results.emplace_back(resized(x, dims[i], block.dst_heads * head_dim));
+    const int64_t unit = unit_bytes(in, out, head_dim, dims[i]);
+    HeadLayout m = head_layout(in, head_dim, dims[i], block.dst_heads, unit);
+    map_gather(m, heads);
+    std::copy_n(m.source, heads.size(), block.source);
+    block.parts[used++] = {in.const_data_ptr(), out.mutable_data_ptr(), m.outer * m.dst_heads,
+                           m.run,               m.src_heads,            static_cast<int32_t>(unit)};
+    if (used == kMaxParts || i + 1 == tensors.size()) {
+      launch_block(block, used);
+      used = 0;
+    }
+  }
+  return results;
+}
+
 at::Tensor head_gather(const at::Tensor& x, at::IntArrayRef heads, int64_t head_dim, int64_t dim) {
   check_args(x, heads, head_dim, dim, x.size(dim) / head_dim);
   const c10::cuda::CUDAGuard guard(x.device());
@@ -87,5 +186,6 @@ at::Tensor head_gather_bwd(const at::Tensor& grad, at::IntArrayRef heads, int64_
 
 TORCH_LIBRARY_IMPL(kdfast, CUDA, m) {
   m.impl("head_gather", &kdfast::cuda::head_gather);
+  m.impl("head_gather_block", &kdfast::cuda::head_gather_block);
   m.impl("head_gather_bwd", &kdfast::cuda::head_gather_bwd);
 }

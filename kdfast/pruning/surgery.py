@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds a physically smaller model from the kept heads and hidden units. See docs/pruning.md."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from kdfast.nn.heads import HeadAxis
 from kdfast.ops._checks import head_list
-from kdfast.ops.head_gather import MAX_HEADS, head_gather
+from kdfast.ops.head_gather import MAX_HEADS
+from kdfast.ops.head_gather_block import head_gather_block
 from kdfast.pruning.adapter import Site, adapter_of
 from kdfast.pruning.observe import MeanObserver, observe
 
@@ -119,41 +120,67 @@ def _fill(model: nn.Module, student: nn.Module, cuts: Sequence[tuple[Site, Seque
     Tensors that the model shares between names are shared again. Buffers that the state dict lacks,
     such as tables of positions, are copied where the student has none of its own.
     """
-    axes = {
-        f"{site.name}.{name}": (site, axis, row)
-        for site, row in cuts
-        for name, axis in site.axes.items()
-    }
-    copies: dict[int, Tensor] = {}
+    given = model.state_dict(keep_vars=True)
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    copies = _cuts({**buffers, **given}, cuts)
 
-    def copied(name: str, tensor: Tensor) -> Tensor:
+    def copied(tensor: Tensor) -> Tensor:
         if id(tensor) not in copies:
-            copy = _cut(tensor.detach(), *axes[name]) if name in axes else tensor.detach().clone()
-            if isinstance(tensor, nn.Parameter):
-                copy = nn.Parameter(copy, tensor.requires_grad)
-            copies[id(tensor)] = copy
+            copies[id(tensor)] = tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter) and not isinstance(copies[id(tensor)], nn.Parameter):
+            copies[id(tensor)] = nn.Parameter(copies[id(tensor)], tensor.requires_grad)
         return copies[id(tensor)]
 
-    state = {name: copied(name, t) for name, t in model.state_dict(keep_vars=True).items()}
+    state = {name: copied(tensor) for name, tensor in given.items()}
     # Strict: a tensor that was missed, is left over or has another shape is an error.
     student.load_state_dict(state, strict=True, assign=True)
     own = dict(student.named_buffers(remove_duplicate=False))
-    for name, buffer in model.named_buffers(remove_duplicate=False):
+    for name, buffer in buffers.items():
         if name in own and own[name].device.type == "meta":
             owner, _, leaf = name.rpartition(".")
-            student.get_submodule(owner)._buffers[leaf] = copied(name, buffer)
+            student.get_submodule(owner)._buffers[leaf] = copied(buffer)
 
 
-def _cut(tensor: Tensor, site: Site, axis: HeadAxis, row: Sequence[int]) -> Tensor:
-    group = site.group if axis.grouped else 1
-    blocks, kept = len(site.held) // group, sorted({position // group for position in row})
+def _cuts(
+    tensors: Mapping[str, Tensor], cuts: Sequence[tuple[Site, Sequence[int]]]
+) -> dict[int, Tensor]:
+    """The kept slices of every tensor that holds some, by its id."""
+    results: dict[int, Tensor] = {}
+    for site, row in cuts:
+        # The tensors of a block with the same heads: one launch on a GPU.
+        alike: dict[tuple[Any, ...], dict[int, tuple[Tensor, HeadAxis]]] = {}
+        for name, axis in site.axes.items():
+            tensor = tensors.get(f"{site.name}.{name}")
+            if tensor is None or id(tensor) in results:
+                continue
+            group = site.group if axis.grouped else 1
+            slices = axis.parts * (len(site.held) // group)
+            size = tensor.shape[axis.dim] // slices if row else 0
+            alike.setdefault((group, size, tensor.device), {})[id(tensor)] = (tensor, axis)
+        for (group, size, _), found in alike.items():
+            kept = sorted({position // group for position in row})
+            cut = _cut(list(found.values()), len(site.held) // group, kept, size)
+            results.update(zip(found, cut, strict=True))
+    return results
+
+
+def _cut(
+    tensors: Sequence[tuple[Tensor, HeadAxis]], blocks: int, kept: Sequence[int], size: int
+) -> list[Tensor]:
+    """The kept ones of ``blocks`` slices of ``size``, of each of a number of tensors."""
     if not kept:
-        return tensor.narrow(axis.dim, 0, 0).clone()
-    slices = [part * blocks + block for part in range(axis.parts) for block in kept]
-    size = tensor.shape[axis.dim] // (axis.parts * blocks)
+        return [x.detach().narrow(axis.dim, 0, 0).clone() for x, axis in tensors]
+    dims = [axis.dim % x.dim() for x, axis in tensors]
+    views = [
+        x.detach().unflatten(dim, (axis.parts, -1))
+        for (x, axis), dim in zip(tensors, dims, strict=True)
+    ]
     # The kernel is for heads; hidden units are too many for its table of indices.
-    backend = "reference" if axis.parts * blocks > MAX_HEADS else None
-    return head_gather(tensor, slices, head_dim=size, dim=axis.dim, backend=backend)
+    backend = "reference" if blocks > MAX_HEADS else None
+    cut = head_gather_block(
+        views, kept, head_dim=size, dims=[dim + 1 for dim in dims], backend=backend
+    )
+    return [y.flatten(dim, dim + 1) for y, dim in zip(cut, dims, strict=True)]
 
 
 def _copy_flags(source: nn.Module, target: nn.Module) -> None:
