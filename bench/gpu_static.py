@@ -9,6 +9,7 @@ bench/results/gpu_static.json; bench/gpu_tables.py makes docs/gpu.md of it.
 import argparse
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -265,7 +266,7 @@ def shares() -> list[dict[str, Any]]:
     return [{"tokens": name} | {k: round(s.share(k), 3) for k in names} for name, s in sizes]
 
 
-def summary(rows: list[dict[str, Any]], source: str) -> dict[str, Any]:
+def summary(rows: list[dict[str, Any]], source: dict[str, str]) -> dict[str, Any]:
     """The result file for these kernels."""
     rows = sorted(rows, key=lambda row: (row["arch"], *label(row)))
     bad = [f"{describe(row)}: {v}" for row in rows for v in violations(row)]
@@ -279,12 +280,25 @@ def summary(rows: list[dict[str, Any]], source: str) -> dict[str, Any]:
     return facts | {"violations": bad, "kernels": rows}
 
 
-def fingerprint() -> str:
-    """Of the compiler and of all kernels; there is none in __init__.py."""
+def sources() -> dict[str, str]:
+    """For each op a fingerprint of the compiler and of the kernels that it launches."""
+    return {op: _fingerprint(op) for op in aot.OPS}
+
+
+def _fingerprint(op: str) -> str:
+    """Of the op's file of kernels and of those that it imports."""
+    texts: dict[str, str] = {}
+    wanted = [op]
+    while wanted:
+        name = wanted.pop()
+        if name not in texts:
+            texts[name] = (ROOT / "kernels" / f"{name}.py").read_text(encoding="utf-8")
+            wanted += re.findall(r"from kdfast\.kernels\.(\w+) import", texts[name])
+            for names in re.findall(r"from kdfast\.kernels import ([\w, ]+)", texts[name]):
+                wanted += names.split(", ")
     digest = hashlib.sha256(triton.__version__.encode())
-    for path in sorted((ROOT / "kernels").glob("*.py")):
-        if path.name != "__init__.py":
-            digest.update(path.read_bytes())
+    for name in sorted(texts):
+        digest.update(texts[name].encode())
     return digest.hexdigest()[:16]
 
 
@@ -305,8 +319,8 @@ def main() -> int:
     args = parser.parse_args()
     # One case takes seconds and all of them many minutes: an interrupted run goes on where it was.
     before = json.loads(args.out.read_text()) if args.out.exists() else {}
-    source = fingerprint()
-    rows = before["kernels"] if before.get("source") == source else []
+    source, old = sources(), before.get("source", {})
+    rows = [row for row in before.get("kernels", []) if old.get(row["op"]) == source[row["op"]]]
     done = {(row["arch"], *label(row)) for row in rows}
     todo = [(arch, case) for arch in args.arch for case in cases(arch)]
     # What every architecture has comes first.

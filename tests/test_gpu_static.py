@@ -77,11 +77,26 @@ def test_kernels_are_named(static: Any) -> None:
     assert static.describe(ROW) == "sm_86 pruned_attention bfloat16 64, bwd_kernel of keys"
 
 
+def test_an_op_depends_on_what_it_imports(static: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = static.sources()
+    read = Path.read_text
+
+    def changed(path: Path, **options: Any) -> str:
+        return read(path, **options) + "#" * (path.name == "_attention_bwd.py")
+
+    monkeypatch.setattr(Path, "read_text", changed)
+    after = static.sources()
+    assert {op for op in after if after[op] != before[op]} == {
+        "pruned_attention",
+        "attention_distill",
+    }
+
+
 def test_files_are_those_of_this_code(static: Any) -> None:
     if not RESULT.exists():
         pytest.skip("python -m bench.gpu_static has not been run")
     facts = json.loads(RESULT.read_text())
-    if facts["source"] != static.fingerprint():
+    if facts["source"] != static.sources():
         pytest.skip("the kernels have changed since; run python -m bench.gpu_static")
     assert facts["violations"] == []
     assert facts["goals"] == json.loads(json.dumps(static.goals()))
