@@ -3,14 +3,18 @@
 
 import copy
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.models import beit, tiny_vit
 from torch import Tensor, nn
 
 import kdfast
 from kdfast.nn import TorchMultiheadAttention, register_transformers, transformers_attention
+from kdfast.nn.table import FUSED
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -174,6 +178,60 @@ def test_transformers_by_name_runs_the_kernel_and_masks_run_sdpa(monkeypatch: An
     assert not calls
     torch.testing.assert_close(vit(pixels)[0], want[1])
     assert len(calls) == 2
+
+
+STAGES = {"depths": (2, 1), "embed_dim": 16, "num_heads": (2, 4)}
+RESIZED: dict[str, dict[str, Any]] = {
+    "swin_tiny_patch4_window7_224": {**STAGES, "img_size": 56},
+    "swinv2_tiny_window8_256": {**STAGES, "img_size": 64},
+    "swinv2_cr_tiny_ns_224": {**STAGES, "img_size": 64},
+    "beit_base_patch16_224": {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32},
+    "vit_relpos_small_patch16_224": {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32},
+}
+
+
+@pytest.mark.parametrize("name", RESIZED)
+def test_timm_image_size_changes_after(name: str) -> None:
+    """Tables of positions are resized through the stand-in as through the original, and back."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **RESIZED[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    plain = copy.deepcopy(model)
+    assert kdfast.accelerate(model).complete
+    for side in (96, 128):
+        for each in (plain, model):
+            size = {"window_size": (6, 6)} if "swin" in name else {}
+            each.set_input_size((side, side), **size)
+        x = torch.randn(2, 3, side, side)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), plain(x), rtol=1e-3, atol=1e-4)
+    kdfast.restore(model)
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+
+
+def test_tiny_vit_is_restored_without_a_stale_bias() -> None:
+    attn = tiny_vit.Attention(16, 8, 2, 1, (3, 3))
+    holder, x = nn.Sequential(attn).eval(), torch.randn(1, 9, 16)
+    holder(x)
+    kdfast.accelerate(holder)
+    with torch.no_grad():
+        attn.attention_biases.normal_()
+    want = holder(x)
+    kdfast.restore(holder)
+    torch.testing.assert_close(holder(x), want)
+
+
+def test_biases_are_left_on_cuda() -> None:
+    class OnCuda(beit.Attention):
+        def parameters(self, recurse: bool = True) -> Any:
+            return iter([SimpleNamespace(device=torch.device("cuda"))])
+
+    for source in ("timm.models.beit.Attention", "timm.models.swin_transformer.WindowAttention"):
+        reason = FUSED[source].why_not(OnCuda(16, 2))
+        assert reason == "it adds a position bias to the scores, which the CUDA kernels do not"
 
 
 def vit_of_torchvision(**options: Any) -> nn.Module:
