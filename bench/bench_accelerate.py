@@ -31,12 +31,11 @@ MODELS = {
 FORWARD = benchmark.sized(
     [
         ("DeiT-S", 1, True),
-        ("DeiT-S", 8, False),
+        ("DeiT-S", 4, False),
         ("ViT-B", 1, False),
-        ("ViT-B", 4, False),
         ("DINOv2-S/14", 1, False),
         ("EVA02-S", 1, False),
-        ("EVA02-S", 8, False),
+        ("EVA02-S", 4, False),
         ("EVA02-L", 1, False),
         ("SigLIP-B", 1, False),
     ],

@@ -52,7 +52,6 @@ def bench_forward(  # type: ignore[no-untyped-def]
         "kdfast": inference(lambda: student(image)),
         "kdfast, 16 heads": inference(lambda: teacher(image)),
         "eager": inference(lambda: eager_forward(teacher, image)),
-        "eager, 8 heads": inference(lambda: eager_forward(student, image)),
     }
     case = f"fwd 3 of 24 blocks, 8 heads, eager: 16 {dtype}"
     compare("EVA-ViT-L", case, calls)

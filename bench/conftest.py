@@ -19,7 +19,7 @@ Compare = Callable[..., dict[str, benchmark.Row]]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STARTED = time.monotonic()
 # Seconds of samples in a comparison of short calls, and of everything where no file knows better.
-CASE_SECONDS, UNKNOWN_SECONDS = 3.0, 7.0
+CASE_SECONDS, UNKNOWN_SECONDS = 2.0, 7.0
 # Of the time that is left, divided by the cases that are left: the rest compiles and checks.
 SAMPLES_SHARE = 0.5
 # Whole models take the longest, so they come last and are what is left out when time is up.

@@ -21,7 +21,7 @@ from kdfast.testing import DRY_RUN
 Candidate = Callable[[], object]
 # A sample is quiet when other processes used less than this share of one core during it.
 QUIET_SHARE = 0.08
-SAMPLE_SECONDS = 0.05
+SAMPLE_SECONDS = 0.03
 # A call that takes longer than this warms up once, not twice.
 LONG_SECONDS = 0.2
 # A calibration loop this much slower than the session's fastest marks a slow window.
