@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <atomic>
 #include <optional>
 #include <vector>
@@ -45,6 +46,11 @@ inline TokenGrid token_grid(const char* op, at::OptionalIntArrayRef grid, int64_
                     op, ": grid must hold ", tokens, " tokens and window be positive, got ", *grid,
                     " and ", size);
   return {(*grid)[0], (*grid)[1], size};
+}
+
+// Tokens of the first window, which is the largest; none in an empty grid, which has no windows.
+inline int64_t largest_window(const TokenGrid& grid) {
+  return std::min(grid.rows, grid.size) * std::min(grid.cols, grid.size);
 }
 
 // Rotary tables in the dtype A of the sums, a row for each of `rows` tokens or places in a window;

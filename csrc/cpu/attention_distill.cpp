@@ -181,7 +181,7 @@ struct Call {
   // work(item, scratch) for every item; no result depends on the number of threads.
   template <class F>
   void for_each(const F& work) const {
-    const int64_t largest = span_tokens(window_span(grid, 0, false));
+    const int64_t largest = largest_window(grid);
     share_items(items(), kernel.scratch_bytes(largest, dim, teacher_q.size(3)), work);
   }
 };

@@ -49,7 +49,7 @@ at::Tensor entropy(const at::Tensor& q, const at::Tensor& k, const Tables<A>& ta
   if (out.numel() == 0) return out;
   A* data = out.mutable_data_ptr<A>();
   const EntropyKernel<A> kernel = choose_kernel<A>();
-  const int64_t largest = span_tokens(window_span(grid, 0, false));
+  const int64_t largest = largest_window(grid);
   share_items(batch * heads * window_count(grid), kernel.scratch_bytes(largest, dim),
               [&](int64_t item, char* scratch) {
                 // Windows are the slowest index: the largest come first.

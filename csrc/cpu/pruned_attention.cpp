@@ -89,7 +89,7 @@ struct Call {
         tokens(q.size(2)),
         dim(q.size(3)),
         windows(window_count(grid)),
-        largest(span_tokens(window_span(grid, 0, false))),
+        largest(largest_window(grid)),
         kernel(choose_kernel<A>(element_of(q), bias.defined())) {
     if (!o.pad_value.has_value()) return;
     pad = o.pad_value->to(c10::CppTypeToScalarType<A>::value).contiguous();
