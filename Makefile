@@ -27,14 +27,16 @@ test-all: $(INSTALLED)
 	$(BIN)/python -m pytest tests -n 2 $(ARGS)
 
 # The op tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, beside the normal build.
+# The report of a finding ends the process and goes to stderr itself, so that must not be captured.
 SANITIZED := build/sanitize
 sanitize: $(INSTALLED)
 	KDFAST_SANITIZE=ON KDFAST_CUDA=OFF KDFAST_BUILD_DIR=$(SANITIZED)/cmake \
 		$(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH=$(SANITIZED)/lib \
-		KDFAST_REQUIRE=cpu $(BIN)/pytest tests/test_pruned_attention_cpu.py tests/test_*_fused.py \
-		tests/test_head_gather.py $(ARGS)
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		PYTHONPATH=$(SANITIZED)/lib KDFAST_REQUIRE=cpu $(BIN)/pytest -m "not slow" --capture=sys \
+		tests/test_pruned_attention_cpu.py tests/test_pruned_attention_bias.py \
+		tests/test_head_entropy.py tests/test_head_gather.py tests/test_*_fused.py $(ARGS)
 
 gpu: $(INSTALLED)  # on a CUDA machine; ARGS=--dry-run anywhere
 	$(BIN)/python -m bench.gpu $(ARGS)
