@@ -57,7 +57,7 @@ def bench_forward(  # type: ignore[no-untyped-def]
     compare("EVA-ViT-L", case, calls)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)  # a round in fp32 takes ten seconds
 def bench_distillation(  # type: ignore[no-untyped-def]
     compare, device: torch.device, dtype: torch.dtype
 ) -> None:
