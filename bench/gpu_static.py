@@ -193,6 +193,7 @@ def cases(arch: int) -> Iterator[Case]:
         yield Case("kd_loss", dtype, 1000, (("target", "indices"),))
         yield Case("kd_loss", dtype, 21841, (("target", "indices"),))
         yield Case("feature_loss", dtype, 1024, (("kind", "cosine"), ("normalize", "channel")))
+        yield Case("swiglu_norm", dtype, 2730)
     if first:
         yield Case("attention_distill", "float16", 64)
         yield Case("pruned_attention", "bfloat16", 64, (("layout", "half"), ("tokens", 197)))
