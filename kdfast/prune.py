@@ -167,7 +167,8 @@ def effort(model: nn.Module, heads: int, batches: Sequence[Tensor]) -> str:
     span = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
     images = sum(map(len, batches))
     return (
-        f"{heads} heads, each left out in half a pass over {images} pictures: about {span}; "
+        f"{heads} heads, each left out in half a pass over {images} "
+        f"picture{'s' * (images > 1)}: about {span}; "
         "fewer --batches take less; --method taylor takes one pass forth and back in all"
     )
 
