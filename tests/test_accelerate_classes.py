@@ -259,6 +259,19 @@ def test_eval_and_restore(case: str) -> None:
     assert torch.equal(holder[0](x, *others(inputs, torch.float32)), want)
 
 
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(
+    "case",
+    ["Swin, shifted", "Swin v2", "BEiT, both biases", "MaxViT", "GC ViT, queries of the image"],
+)
+def test_bias_reaches_the_compiled_kernel(case: str) -> None:
+    """backend="fused" is the op or an error: outputs, and the gradient of every bias."""
+    holder, inputs = build(case)
+    want = step(holder, inputs, torch.float64)
+    assert kdfast.accelerate(holder, backend="fused").complete
+    torch.testing.assert_close(step(holder, inputs, torch.float64), want, rtol=1e-8, atol=1e-10)
+
+
 SLOW = [
     pytest.param(case, marks=pytest.mark.slow)
     for case in (
