@@ -5,7 +5,6 @@
 #pragma once
 #include "cpu/isa/attention_distill.h"
 #include "cpu/isa/pruned_attention_kernel.h"
-#include "cpu/isa/register_tiles.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -148,15 +147,21 @@ struct RiderForward : Forward<T, M> {
   }
 };
 
+// dP, by products of its own if M has them.
+template <class M>
+void value_scores(const int32_t* rows, int64_t width, int64_t count, const int32_t* lanes,
+                  int64_t columns, int64_t steps, float* out, int64_t out_step) {
+  if constexpr (requires { M::kChain; })
+    M::short_scores(rows, width, lanes, columns, steps, out, out_step);
+  else
+    M::scores(rows, width, count, lanes, columns, steps, out, out_step);
+}
+
 template <class T, class M>
 struct RiderBackward : Backward<T, M> {
   using Base = Backward<T, M>;
   using Base::chunk, Base::delta, Base::dp, Base::ds, Base::ds_pairs, Base::n, Base::p,
       Base::scores, Base::stride;
-
-  // What bf16 rounds away hides the rounding of longer chains.
-  static constexpr bool kShort = M::kPair == 1;
-  static constexpr int64_t kChain = 8;
 
   // dS is rounded to what its products take.
   static Vec16 exp_of(Vec16 x) {
@@ -200,7 +205,6 @@ struct RiderBackward : Backward<T, M> {
 
   void pack_queries(int64_t begin, int64_t count) {
     Base::pack_queries(begin, count);
-    if constexpr (kShort) short_delta(begin, count);
     const T* q = static_cast<const T*>(teacher.q.data);
     const int64_t lanes = round_up(count, kVector), step = task.stats_step;
     Walk query(task.span, begin), walk = query;
@@ -224,49 +228,16 @@ struct RiderBackward : Backward<T, M> {
     }
   }
 
-  // Base::products, and delta by the same additions, with sums of dP in chains of kChain products.
-  // Where P is nearly a single 1, dS is the small difference of two such sums.
-  void short_products(int64_t key, int64_t lane, int64_t wide) {
-    M::scores(this->k_rows + key * this->size.width, this->size.width, n - key,
-              this->q_lanes + lane * this->size.steps, wide * kVector, this->size.steps, scores,
-              kPanel);
-    const int32_t *left = this->v_rows + key * this->size.width,
-                  *right = this->g_lanes + lane * this->size.steps;
-    for (int64_t k = 0; k < this->size.steps; k += kChain)
-      for (int64_t c = 0; c < wide; c += kTileWide)
-        tile<M>(wide - c, left + k, this->size.width, 1, right + (k * wide + c) * kVector,
-                wide * kVector, this->size.steps - k < kChain ? this->size.steps - k : kChain,
-                dp + c * kVector, kPanel, k > 0);
-  }
-
-  void short_delta(int64_t begin, int64_t count) {
-    const Reading plain{this->head.dim, nullptr, 1.0f};
-    Walk output(task.span, begin);
-    const T* o = static_cast<const T*>(this->grad.out.data);
-    const int64_t lanes = round_up(count, kVector), steps = this->size.steps;
-    for (int64_t first = 0; first < count; first += kVector) {
-      const int64_t some = count - first < kVector ? count - first : kVector;
-      pack_rows<T, M>(o, this->grad.out.step, output, some, kVector, plain, this->buffer,
-                      this->block);
-      const int64_t panel = first / kPanel * kPanel;
-      const int64_t wide = lanes - panel < kPanel ? lanes - panel : kPanel;
-      const int32_t* right = this->g_lanes + panel * steps + first - panel;
-      Vec16 sum = zero16();
-      for (int64_t k = 0; k < steps; k += kChain)
-        sum = sum + M::diagonal(this->block + k, this->size.width, right + k * wide, wide,
-                                steps - k < kChain ? steps - k : kChain);
-      store16(delta + first, sum);
-    }
-  }
-
   void probabilities(int64_t key, int64_t at, int64_t above, int64_t lane, int64_t wide) {
     M::scores(teacher_k + key * other.width, other.width, n - key,
               teacher_lanes + lane * other.steps, wide * kVector, other.steps, teacher_scores,
               kPanel);
-    if constexpr (kShort)
-      short_products(key, lane, wide);
-    else
-      this->products(key, lane, wide);
+    M::scores(this->k_rows + key * this->size.width, this->size.width, n - key,
+              this->q_lanes + lane * this->size.steps, wide * kVector, this->size.steps, scores,
+              kPanel);
+    value_scores<M>(this->v_rows + key * this->size.width, this->size.width, n - key,
+                    this->g_lanes + lane * this->size.steps, wide * kVector, this->size.steps, dp,
+                    kPanel);
     for (int64_t v = 0; v < wide; v += 2) {
       const int64_t to = at * stride + (lane + v * kVector) / M::kPair;
       int32_t* pairs =

@@ -132,18 +132,14 @@ struct Backward {
     }
   }
 
-  // Scores and dP of kRows keys from `key` on and `wide` vectors of queries.
-  void products(int64_t key, int64_t lane, int64_t wide) {
+  // P and dS of kRows keys from `key` on (row `at` of the block, row `above` of ds_pairs) and
+  // `wide` vectors of queries.
+  void probabilities(int64_t key, int64_t at, int64_t above, int64_t lane, int64_t wide) {
     const int64_t panel = lane * size.steps, row = key * size.width, rows = n - key;
     M::scores(k_rows + row, size.width, rows, q_lanes + panel, wide * kVector, size.steps, scores,
               kPanel);
     M::scores(v_rows + row, size.width, rows, g_lanes + panel, wide * kVector, size.steps, dp,
               kPanel);
-  }
-
-  // P and dS of the same (row `at` of the block, row `above` of ds_pairs).
-  void probabilities(int64_t key, int64_t at, int64_t above, int64_t lane, int64_t wide) {
-    products(key, lane, wide);
     for (int64_t v = 0; v < wide; v += 2) {
       const int64_t to = at * stride + (lane + v * kVector) / M::kPair;
       int32_t* pairs =
