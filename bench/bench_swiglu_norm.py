@@ -40,8 +40,9 @@ def check(steps: dict[str, Callable[[], Sequence[Tensor]]]) -> None:
     want = steps["eager"]()
     for name in ("kdfast", "compile"):
         for got, other in zip(steps[name](), want, strict=True):
-            size = other.detach().abs().max().item()
-            torch.testing.assert_close(got, other, rtol=2e-2, atol=1e-2 * size, msg=name)
+            error = (got.double() - other.double()).norm() / other.double().norm()
+            # In bf16 eager code rounds three times on the way, and so differs by that.
+            assert error < (2e-2 if other.dtype == torch.bfloat16 else 1e-5), f"{name}: {error:.2e}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
