@@ -36,13 +36,17 @@ def prepare(
     return inputs, calls
 
 
-def check(steps: dict[str, Callable[[], Sequence[Tensor]]]) -> None:
-    want = steps["eager"]()
-    for name in ("kdfast", "compile"):
-        for got, other in zip(steps[name](), want, strict=True):
-            error = (got.double() - other.double()).norm() / other.double().norm()
-            # In bf16 eager code rounds three times on the way, and so differs by that.
-            assert error < (2e-2 if other.dtype == torch.bfloat16 else 1e-5), f"{name}: {error:.2e}"
+def check(steps: dict[str, Callable[[], Sequence[Tensor]]], exact: Sequence[Tensor]) -> None:
+    """Nobody is further from fp64 than eager code, whose bf16 sums over rows are 4 % off."""
+    errors = {
+        name: [
+            ((x.double() - y).norm() / y.norm()).item() for x, y in zip(step(), exact, strict=True)
+        ]
+        for name, step in steps.items()
+    }
+    for name, found in errors.items():
+        for error, limit in zip(found, errors["eager"], strict=True):
+            assert error <= 1.1 * limit + 1e-6, f"{name}: {error:.2e}, eager {limit:.2e}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,7 +64,8 @@ def bench_forward(  # type: ignore[no-untyped-def]
         return run
 
     steps = {name: inference(call) for name, call in calls.items()}
-    check(steps)
+    with torch.no_grad():
+        check(steps, (op.reference(*(x.double() for x in inputs), 1e-6),))
     case = f"fwd {shape[0]}x{shape[1]} {dtype}"
     compare("swiglu_norm", case, steps, nbytes=3 * inputs[0].nbytes)
 
@@ -77,6 +82,7 @@ def bench_forward_backward(  # type: ignore[no-untyped-def]
         return lambda: torch.autograd.grad(call(), inputs, upstream)
 
     steps = {name: training(call) for name, call in calls.items()}
-    check(steps)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    check(steps, torch.autograd.grad(op.reference(*wide, 1e-6), wide, upstream.double()))
     case = f"fwd+bwd {shape[0]}x{shape[1]} {dtype}"
     compare("swiglu_norm", case, steps, nbytes=8 * inputs[0].nbytes, memory=True)
