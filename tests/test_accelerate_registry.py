@@ -61,6 +61,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "davit": {"depths": (1,) * 4, "embed_dims": (32, 64, 64, 64), "num_heads": (1, 2, 2, 2)},
     "hiera": {"stages": (1, 1, 2, 1), "embed_dim": 24, "num_heads": 1, "img_size": 128},
     "pit": {"depths": (1, 1, 1)},
+    "crossvit": {"depth": [[1, 1, 0]], "embed_dim": [32, 48], "num_heads": [2, 3]},
     "swin_transformer": STAGES,
     "swin_transformer_v2": STAGES,
     "swin_transformer_v2_cr": STAGES,
