@@ -36,7 +36,9 @@ SHAPES = benchmark.sized(
 DTYPES = benchmark.sized([torch.float32, torch.bfloat16], [torch.float32])
 # ORION: a grid of 40 x 40 tokens in windows of 16, padded to 48.
 HEADS, SIDE, SIZE, PADDED = benchmark.sized((16, 40, 16, 48), (1, 3, 2, 4))
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Images or windows, heads, tokens, head dim, biases: Swin-T's first stage and BEiT-B, 8 images.
+BIASED = {"swin stage 1": (512, 3, 49, 32, 64), "beit": (8, 12, 197, 64, 1)}
+Attention = Callable[..., Tensor]
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -215,3 +217,47 @@ def bench_kept_heads(  # type: ignore[no-untyped-def]
         "all": forward(lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"), wide),
     }
     compare("pruned_attention", f"fwd 8 of 16 heads {dtype}", calls)
+
+
+def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Eager, the images taking the biases in turn, as timm's Swin does."""
+    scores = (q * q.shape[3] ** -0.5) @ k.transpose(-1, -2)
+    scores = scores.unflatten(0, (-1, bias.shape[0])) + bias
+    return scores.flatten(0, 1).softmax(-1) @ v
+
+
+def sdpa_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """torch's function, whose mask has an entry for every image or is the same for all."""
+    turns = q.shape[0] // bias.shape[0] if bias.shape[0] > 1 else 1
+    return F.scaled_dot_product_attention(q, k, v, bias.repeat(turns, 1, 1, 1))
+
+
+@pytest.mark.skipif(DRY_RUN or torch.cuda.is_available(), reason="the CUDA kernel takes no bias")
+@pytest.mark.parametrize("phase", ["fwd", "fwd+bwd"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", BIASED)
+def bench_bias(  # type: ignore[no-untyped-def]
+    compare, device: torch.device, name: str, dtype: torch.dtype, phase: str
+) -> None:
+    """Swin's windows with their shift masks, and BEiT's one bias; the bias gets its gradient."""
+    batch, heads, tokens, dim, biases = BIASED[name]
+    qkv = torch.randn(batch, tokens, 3, heads, dim).to(device, dtype).permute(2, 0, 3, 1, 4)
+    bias = torch.randn(biases, heads, tokens, tokens).to(device, dtype)
+    inputs = [*qkv.unbind(0), bias]
+    if biases > 1:
+        bias[-1, ..., : tokens // 2] = -100
+    candidates: dict[str, Attention] = {
+        "kdfast": lambda q, k, v, b: kdfast.pruned_attention(q, k, v, bias=b, backend="fused"),
+        "eager": with_bias,
+        "sdpa": sdpa_with_bias,
+        "compile": benchmark.compiled(with_bias),
+    }
+    check(candidates, inputs, with_bias(*(x.double() for x in inputs)))
+    weight = torch.randn(batch, heads, tokens, dim).to(device, dtype)
+    calls = {
+        label: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
+        for label, call in candidates.items()
+    }
+    flops = (4 if phase == "fwd" else 14) * batch * heads * tokens**2 * dim
+    case = f"{phase} {name} {dtype}"
+    compare("pruned_attention", case, calls, flops=flops, dtype=dtype, memory=phase != "fwd")

@@ -30,14 +30,13 @@ Element element_of(const at::Tensor& x) {
 }
 
 template <class A>
-AttentionKernel<A> choose_kernel(Element element, bool bias);
+AttentionKernel<A> choose_kernel(Element element);
 template <>
-AttentionKernel<double> choose_kernel<double>(Element, bool) {
+AttentionKernel<double> choose_kernel<double>(Element) {
   return attention_generic_f64();
 }
 template <>
-AttentionKernel<float> choose_kernel<float>(Element element, bool bias) {
-  if (bias) return attention_generic(element);
+AttentionKernel<float> choose_kernel<float>(Element element) {
 #if defined(KDFAST_X86)
   // fp16 has no products of its own: in bf16 it would lose three bits.
   if (element == Element::bf16) {
@@ -90,7 +89,7 @@ struct Call {
         dim(q.size(3)),
         windows(window_count(grid)),
         largest(largest_window(grid)),
-        kernel(choose_kernel<A>(element_of(q), bias.defined())) {
+        kernel(choose_kernel<A>(element_of(q))) {
     if (!o.pad_value.has_value()) return;
     pad = o.pad_value->to(c10::CppTypeToScalarType<A>::value).contiguous();
     TORCH_CHECK_VALUE(pad.dim() == 2 && pad.size(0) == q.size(1) && pad.size(1) == dim, kOp,

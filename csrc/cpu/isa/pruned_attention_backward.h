@@ -27,10 +27,12 @@ struct Backward {
   const int64_t n = span_tokens(head.span), chunk = query_chunk(n);
   const int64_t stride = Sizes<M>::row(chunk), pair_stride = chunk + kVector;
   const int64_t key_stride = Sizes<M>::row(round_up(n, M::kKeys)), dq_stride = chunk + kVector;
+  const int64_t bias_stride = chunk + kVector;
   const float c = fabsf(head.scale);
   int32_t *k_rows, *v_rows, *k_pairs, *k_columns, *q_lanes, *g_lanes, *q_pairs, *g_pairs, *block,
       *p, *ds, *ds_pairs;
-  float *buffer, *lse, *delta, *dq, *turned, *scores, *dp;
+  float *buffer, *lse, *delta, *dq, *turned, *scores, *dp, *bias;
+  int64_t first_query = 0;  // of the chunk at hand
 
   static int64_t bytes(int64_t n, int64_t dim) {
     const Sizes<M> s(dim);
@@ -40,8 +42,9 @@ struct Backward {
                            2 * (s.lanes(m) + s.pairs(m)) + kVector * s.width +
                            2 * M::kKeys * s.row(m) + M::kKeysOfDq / 2 * (m + kVector) +
                            s.width * M::kPair + 2 * m +
-                           (round_up(m, M::kRows) + kVector) * s.columns + 2 * M::kRows * kPanel;
-    return dwords * 4 + 19 * 64;
+                           (round_up(m, M::kRows) + kVector) * s.columns + 2 * M::kRows * kPanel +
+                           M::kKeys * (m + kVector);
+    return dwords * 4 + 20 * 64;
   }
 
   Backward(const AttentionHead<float>& h, const AttentionGrad<float>& g, char* scratch)
@@ -66,6 +69,7 @@ struct Backward {
     turned = M::kDqTransposed ? take<float>(scratch, kVector * size.columns) : nullptr;
     scores = take<float>(scratch, M::kRows * kPanel);
     dp = take<float>(scratch, M::kRows * kPanel);
+    bias = take<float>(scratch, M::kKeys * bias_stride);
   }
 
   void pack_keys() {
@@ -132,6 +136,27 @@ struct Backward {
     }
   }
 
+  // The bias of the queries [begin, begin + count) and of a block of keys from `key` on, keys as
+  // rows; zero where there is no query or no key.
+  void turn_bias(int64_t begin, int64_t count, int64_t key, int64_t rows) {
+    alignas(64) float edge[kVector * kVector];
+    for (int64_t i = 0; i < count; i += kVector)
+      for (int64_t j = 0; j < rows; j += kVector) {
+        const float* from = head.bias.data + (begin + i) * head.bias.step + key + j;
+        int64_t step = head.bias.step;
+        if (count - i < kVector || rows - j < kVector) {
+          for (int64_t r = 0; r < kVector; ++r)
+            store16(edge + r * kVector, i + r < count && j < rows
+                                            ? load16(from + r * step, tail_mask(rows - j))
+                                            : zero16());
+          from = edge;
+          step = kVector;
+        }
+        transpose16(reinterpret_cast<const int32_t*>(from), step,
+                    reinterpret_cast<int32_t*>(bias + j * bias_stride + i), bias_stride, kVector);
+      }
+  }
+
   // P and dS of kRows keys from `key` on (row `at` of the block, row `above` of ds_pairs) and
   // `wide` vectors of queries.
   void probabilities(int64_t key, int64_t at, int64_t above, int64_t lane, int64_t wide) {
@@ -145,13 +170,28 @@ struct Backward {
       int32_t* pairs =
           M::kPair == 1 ? nullptr : ds_pairs + above / 2 * pair_stride + lane + v * kVector;
       // The second vector of the last pair may lie beyond the queries: its lanes are zero.
-      columns(key, lane + v * kVector, scores + v * kVector, dp + v * kVector, v + 1 < wide, to,
-              pairs);
+      const int64_t at_lane = lane + v * kVector;
+      const bool two = v + 1 < wide;
+      if (head.bias.data == nullptr) {
+        columns<false>(key, at_lane, scores + v * kVector, dp + v * kVector, two, to, pairs, {});
+      } else {
+        float* dbias = grad.dbias;
+        if (dbias != nullptr) dbias += key * bias_columns(n) + first_query + at_lane;
+        columns<true>(key, at_lane, scores + v * kVector, dp + v * kVector, two, to, pairs,
+                      {bias + at * bias_stride + at_lane, dbias});
+      }
     }
   }
 
+  // The bias of kRows keys and what its gradient is added to, or null.
+  struct BiasRows {
+    const float* bias;
+    float* grad;
+  };
+
+  template <bool kBiased>
   void columns(int64_t key, int64_t lane, const float* s, const float* g, bool two, int64_t to,
-               int32_t* pairs) {
+               int32_t* pairs, BiasRows biased) {
     const Vec16 factor = splat16(c);
     const Mask16 second = all_or_none(two);
     const Vec16 lse0 = load16(lse + lane), delta0 = load16(delta + lane);
@@ -162,16 +202,34 @@ struct Backward {
     for (int r = 0; r < M::kRows; ++r, s += kPanel, g += kPanel, to += stride) {
       // A row without a key must be zero and no more than that: exp(-lse) may be infinite.
       const Mask16 real = all_or_none(key + r < n);
-      const Vec16 x0 = fms16(load16(s), factor, lse0);
-      const Vec16 x1 = fms16(load16(s + kVector), factor, lse1);
-      const Vec16 p0 = keep16(real, exponential<M::kDegree>(x0));
-      const Vec16 p1 = keep16(both(real, second), exponential<M::kDegree>(x1));
+      Vec16 p0, p1;
+      if constexpr (kBiased) {
+        // Rounded as in the forward: where the scores are large, so is the rounding, and a row with
+        // one key that counts must find P = exp(0).
+        const Vec16 s0 = fma16(load16(s), factor, load16(biased.bias));
+        const Vec16 s1 = fma16(load16(s + kVector), factor, load16(biased.bias + kVector, second));
+        p0 = masked_exponential<M::kDegree>(s0 - lse0);
+        p1 = masked_exponential<M::kDegree>(s1 - lse1);
+        biased.bias += bias_stride;
+      } else {
+        p0 = exponential<M::kDegree>(fms16(load16(s), factor, lse0));
+        p1 = exponential<M::kDegree>(fms16(load16(s + kVector), factor, lse1));
+      }
+      p0 = keep16(real, p0);
+      p1 = keep16(both(real, second), p1);
       const Vec16 g0 = load16(g) - delta0;
       const Vec16 g1 = load16(g + kVector) - delta1;
       const Vec16 d0 = keep16(real, p0 * g0);
       const Vec16 d1 = keep16(both(real, second), p1 * g1);
       M::store2(p + to, p0, p1);
       M::store2(ds + to, d0, d1);
+      if constexpr (kBiased) {
+        if (biased.grad != nullptr && key + r < n) {
+          store16(biased.grad, load16(biased.grad) + d0);
+          if (two) store16(biased.grad + kVector, load16(biased.grad + kVector) + d1);
+          biased.grad += bias_columns(n);
+        }
+      }
       if constexpr (M::kPair == 2) {
         if (r % 2) {
           M::store_pairs(pairs, above[0], d0);
@@ -186,11 +244,13 @@ struct Backward {
 
   template <class Self>
   void run_chunk(Self& self, int64_t begin, int64_t count, bool first, float* sums) {
+    first_query = begin;
     self.pack_queries(begin, count);
     const int64_t vectors = divide_up(count, kVector), steps = divide_up(count, M::kPair);
     int64_t start = 0;  // of the keys that dq lacks
     for (int64_t key = 0; key < n; key += M::kKeys) {
       const int64_t rows = n - key < M::kKeys ? n - key : M::kKeys;
+      if (head.bias.data != nullptr) turn_bias(begin, count, key, rows);
       for (int64_t v = 0; v < vectors; v += kWide)
         for (int64_t r = 0; r < rows; r += M::kRows)
           self.probabilities(key + r, r, key + r - start, v * kVector,

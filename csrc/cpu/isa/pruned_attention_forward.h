@@ -90,7 +90,17 @@ struct Forward {
     }
   }
 
-  // scores to weights exp(c * score - max), unnormalised; c is |scale|
+  // c * score + bias in place of the scores of query i; c is |scale|
+  void add_bias(int r, int64_t i, float c) {
+    float* to = scores + r * strip;
+    const float* bias = head.bias.data + i * head.bias.step;
+    const Vec16 factor = splat16(c);
+    for (int64_t j = 0; j < n; j += kVector)
+      store16(to + j, fma16(load16(to + j), factor, load16(bias + j, tail_mask(n - j))));
+  }
+
+  // scores to weights exp(c * score - max), unnormalised; kBiased: c is 1, scores may be -inf
+  template <bool kBiased>
   void weigh(int r, float c, float* lse) {
     const float* from = scores + r * strip;
     const Mask16 last = tail_mask(n - (vectors - 1) * kVector);
@@ -99,11 +109,13 @@ struct Forward {
     top = max16(last, top, load16(from + (vectors - 1) * kVector));
     float m = top16(top) * c;
     if (head.span.pads && m < 0) m = 0;
+    if (kBiased && m == -INFINITY) m = 0;
     const Vec16 offset = splat16(-m), factor = splat16(c);
     int32_t* to = p + r * stride;
     Vec16 sum = zero16();
     const auto weight = [&](int64_t v) {
-      return exponential<M::kDegree>(fma16(load16(from + v * kVector), factor, offset));
+      const Vec16 x = fma16(load16(from + v * kVector), factor, offset);
+      return kBiased ? masked_exponential<M::kDegree>(x) : exponential<M::kDegree>(x);
     };
     int64_t v = 0;
     for (; v + 2 < vectors; v += 2) {
@@ -119,6 +131,10 @@ struct Forward {
     pads[r] = head.span.pads ? head.span.pads * expf(-m) : 0.0f;
     total[r] = sum16(sum) + pads[r];
     *lse = m + logf(total[r]);
+    if (!kBiased || total[r] != 0) return;
+    // No score is finite: all weights are zero, here and in the backward.
+    total[r] = 1;
+    *lse = INFINITY;
   }
 
   void apply(int64_t count, T* const* out) {
@@ -147,7 +163,12 @@ struct Forward {
       score(count);
       T* out[M::kRows];
       for (int r = 0; r < count; ++r, result.next()) {
-        weigh(r, c, lse + result.token());
+        if (head.bias.data == nullptr) {
+          weigh<false>(r, c, lse + result.token());
+        } else {
+          add_bias(r, i + r, c);
+          weigh<true>(r, 1.0f, lse + result.token());
+        }
         out[r] = static_cast<T*>(to.data) + result.token() * to.step;
       }
       apply(count, out);

@@ -42,10 +42,17 @@ inline Vec16 exp2_poly<6>(Vec16 f) {  // relative error 1.9e-9
   return fma16(p, f, splat16(1.0f));
 }
 
+// Of a finite x; a large negative one gives zero.
 template <int kDegree>
 inline Vec16 exponential(Vec16 x) {
   const Vec16 y = x * splat16(1.44269504088896341f), r = round16(y);
   return scale16(exp2_poly<kDegree>(y - r), r);
+}
+
+// The same, also where x is -inf.
+template <int kDegree>
+inline Vec16 masked_exponential(Vec16 x) {
+  return exponential<kDegree>(max16(splat16(-1e4f), x));
 }
 
 }  // namespace
