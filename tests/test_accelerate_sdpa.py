@@ -48,8 +48,6 @@ def test_fused_call(dtype: torch.dtype, scale: float | None, compiled: None, fus
 
 
 UNFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "mask": ({"attn_mask": torch.ones(13, 13).tril() > 0}, "take no mask"),
-    "bias": ({"attn_mask": torch.linspace(-1, 1, 169).view(13, 13)}, "take no mask"),
     "causal": ({"is_causal": True}, "not causal"),
     "dropout": ({"dropout_p": 0.5}, "dropout_p=0.5"),
 }
@@ -66,6 +64,73 @@ def test_other_calls_are_torchs(case: str, fused_calls) -> None:  # type: ignore
     assert not fused_calls
     with pytest.raises(NotImplementedError, match=f"cannot run here: .*{reason}"):
         kdfast.scaled_dot_product_attention(*inputs, **options, backend="fused")
+
+
+ROWS = torch.linspace(-1, 1, 2 * 3 * 13 * 13).view(2, 3, 13, 13)
+MASKS = {
+    "pairs": torch.ones(13, 13).tril() > 0,
+    "keys of an image": torch.arange(26).view(2, 1, 1, 13) % 5 > 0,
+    "no key": (torch.arange(13) > 4)[:, None],
+    "bias": ROWS[0, 0],
+    "of a head": ROWS[:1],
+    "of all": ROWS,
+    "of queries": ROWS[:, :1, :, :1],
+    "float32 minimum": torch.zeros(2, 1, 13, 13).index_fill(
+        3, torch.tensor([0, 5]), torch.finfo(torch.float32).min
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name: str, dtype: torch.dtype, compiled: None, fused_calls) -> None:  # type: ignore[no-untyped-def]
+    mask = MASKS[name]
+    both = {torch.float64: mask, dtype: mask}
+    if mask.is_floating_point() and mask.min() > -2:
+        both = {kind: mask.to(dtype).to(kind) for kind in both}
+    inputs = qkv(dtype)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kdfast.scaled_dot_product_attention(q, k, v, both[dtype])
+
+    def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        own = both[q.dtype]
+        return F.scaled_dot_product_attention(
+            q, k, v, own if own.dtype == torch.bool else own.to(q)
+        )
+
+    got, theirs = run(ours, inputs), run(torchs, inputs)
+    exact = run(torchs, [x.double() for x in inputs])
+    for label, *triple in zip(("out", "dq", "dk", "dv"), got, exact, theirs, strict=True):
+        assert_no_worse(f"{name} {label}", *triple)
+    assert len(fused_calls) == 1
+    if name == "no key":
+        assert not got[0][:, :, :5].any()
+
+
+def test_gradient_of_a_mask(compiled: None, fused_calls) -> None:  # type: ignore[no-untyped-def]
+    for mask in (ROWS[0, :1], ROWS[:, :1, :1], ROWS):
+        inputs = [*(x.double() for x in qkv()), mask.double()]
+        got = run(kdfast.scaled_dot_product_attention, inputs)
+        want = run(F.scaled_dot_product_attention, inputs)
+        assert got[4].shape == mask.shape
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+    assert len(fused_calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 13, 13), torch.float64), ((5, 13), torch.float32)], ids=str
+)
+def test_masks_that_are_not_fused(shape, dtype, fused_calls) -> None:  # type: ignore[no-untyped-def]
+    call, mask = kdfast.scaled_dot_product_attention, torch.zeros(shape, dtype=dtype)
+    with pytest.raises(NotImplementedError, match="the kernels take no mask of this kind"):
+        call(*qkv(), mask, backend="fused")
+    with pytest.raises(RuntimeError):  # torch's own
+        call(*qkv(), mask)
+    with pytest.raises(RuntimeError):
+        call(*qkv(), torch.zeros(13, 13), is_causal=True)
+    assert not fused_calls
 
 
 def test_shapes_that_the_kernels_lack(fused_calls) -> None:  # type: ignore[no-untyped-def]
@@ -96,9 +161,9 @@ def test_backends(fused_calls) -> None:  # type: ignore[no-untyped-def]
 def test_where_there_is_no_kernel_torchs_function_runs(monkeypatch, fused_calls) -> None:  # type: ignore[no-untyped-def]
     inputs = qkv()
     want = F.scaled_dot_product_attention(*inputs)
-    monkeypatch.setattr(sdpa, "why_not", lambda q: "no kernel here")
+    monkeypatch.setattr(sdpa, "why_not", lambda q, bias: "no kernel here")
     assert torch.equal(kdfast.scaled_dot_product_attention(*inputs), want)
-    monkeypatch.setattr(sdpa, "why_not", lambda q: None)
+    monkeypatch.setattr(sdpa, "why_not", lambda q, bias: None)
     monkeypatch.setattr(sdpa, "slower_here", lambda q: "slower here")
     assert torch.equal(kdfast.scaled_dot_product_attention(*inputs), want)
     assert not fused_calls

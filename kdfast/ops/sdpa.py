@@ -4,6 +4,8 @@
 See docs/accelerate.md. B batch, H heads, N tokens, M key tokens, D head dim.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,17 +29,21 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``, fused where that is the same thing.
 
-    Fused: query, key and value of one shape (B, H, N, D), no mask, no dropout, not causal, on a
-    device whose compiled kernel is there and not known to be slower. Everything else is torch's
-    own function, so the call never fails where torch's works; ``backend="fused"`` asks for the
-    kernel or an error. While ``torch.export`` traces, "auto" keeps torch's function too, so that
-    the exported graph needs no kdfast.
+    Fused: query, key and value of one shape (B, H, N, D), no dropout, not causal, on a device whose
+    compiled kernel is there and not known to be slower; on the CPU also with a mask, which becomes
+    the bias of ``kdfast.pruned_attention``. A query whose keys are all masked gets zeros, as from
+    torch. Not fused: another number of keys than of queries, grouped heads, other than four
+    dimensions, dropout, causal calls (their mask can be passed instead) and, on CUDA, masks. Those
+    calls are torch's own function, so the call never fails where torch's works; ``backend="fused"``
+    asks for the kernel or an error. While ``torch.export`` traces, "auto" keeps torch's function
+    too, so that the exported graph needs no kdfast.
 
     Args:
         query: (B, H, N, D), fp16, bf16, fp32 or fp64.
         key: (B, H, M, D).
         value: (B, H, M, D).
-        attn_mask: Boolean or additive mask that broadcasts to (B, H, N, M).
+        attn_mask: Boolean or additive mask that broadcasts to (B, H, N, M). A boolean one is turned
+            into an additive one of fp32, of its own size.
         dropout_p: Probability to drop an attention weight; applied whenever it is above 0.
         is_causal: Whether a token sees only itself and the tokens before it.
         scale: Multiplies the scores; D ** -0.5 if None.
@@ -52,17 +58,46 @@ def scaled_dot_product_attention(
         ValueError: ``backend`` is not one of the three, or torch's function refuses the call.
         NotImplementedError: ``backend="fused"`` and the kernel lacks something (it says what).
 
-    Gradients: query, key, value; attn_mask by torch's function.
+    Gradients: query, key, value and an additive attn_mask.
     """
-    if reason := unfused(query, key, value, attn_mask, dropout_p, is_causal):
-        if _choice(backend) == "fused":
-            raise NotImplementedError(
-                f"scaled_dot_product_attention: backend='fused' cannot run here: {reason}"
-            )
+    fits = attn_mask is not None and _fits(attn_mask, query)
+    reason = unfused(query, key, value, None if fits else attn_mask, dropout_p, is_causal)
+    if reason and _choice(backend) == "fused":
+        raise NotImplementedError(
+            f"scaled_dot_product_attention: backend='fused' cannot run here: {reason}"
+        )
+    if reason or _torch_is_better(query, attn_mask, backend):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    return self_attention(query, key, value, scale=scale, backend=backend)
+    bias = None if attn_mask is None else _as_bias(attn_mask, query)
+    return pruned_attention(query, key, value, scale=scale, bias=bias, backend=backend)
+
+
+def _fits(mask: Tensor, query: Tensor) -> bool:
+    """Whether a mask can be a bias of the scores of query (B, H, N, D)."""
+    if query.dim() != 4 or mask.dim() > 4 or 0 in mask.shape:
+        return False
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype) or mask.device != query.device:
+        return False
+    want = (*query.shape[:2], query.shape[2], query.shape[2])[4 - mask.dim() :]
+    return all(have in (1, need) for have, need in zip(mask.shape, want, strict=True))
+
+
+def _as_bias(mask: Tensor, query: Tensor) -> Tensor:
+    """A mask that fits as (G, H, N, N) to be added, G 1 or B; what broadcasts is not copied."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
+    mask = mask[(None,) * (4 - mask.dim())]
+    return mask.expand(-1, query.shape[1], query.shape[2], query.shape[2])
+
+
+def _torch_is_better(q: Tensor, bias: Tensor | None, backend: str | None) -> bool:
+    """Whether "auto" takes torch's function for a call that a kernel has."""
+    if _choice(backend) != "auto":
+        return False
+    exporting = torch.compiler.is_exporting()
+    return exporting or why_not(q, bias) is not None or slower_here(q) is not None
 
 
 def unfused(
@@ -75,7 +110,7 @@ def unfused(
 ) -> str | None:
     """What the call has that no kernel of this package does, or None."""
     if attn_mask is not None:
-        return "the kernels take no mask"
+        return "the kernels take no mask of this kind"
     if is_causal:
         return "the kernels are not causal"
     if dropout_p > 0:
@@ -114,14 +149,10 @@ def self_attention(
     Returns:
         (B, H, N, D) in q's dtype.
     """
-    if _choice(backend) == "auto":
-        exporting = torch.compiler.is_exporting()
-        # With a bias the only compiled kernel is the plain one, which loses to torch's function.
-        plain = bias is not None and q.dtype != torch.float64
-        if plain or exporting or why_not(q, bias) is not None or slower_here(q) is not None:
-            q, k = rotated(q, rope, None), rotated(k, rope, None)
-            mask = None if bias is None else repeated(bias, q)
-            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    if _torch_is_better(q, bias, backend):
+        q, k = rotated(q, rope, None), rotated(k, rope, None)
+        mask = None if bias is None else repeated(bias, q)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     return pruned_attention(q, k, v, rope=rope, scale=scale, bias=bias, backend=backend)
 
 

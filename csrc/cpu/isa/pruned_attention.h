@@ -41,7 +41,7 @@ struct AttentionHead {
 template <class A>
 struct AttentionGrad {
   Rows grad, out;
-  const A* lse;  // per token; infinite where no score is finite, so that P is zero
+  const A* lse;  // per token, as the forward gave it; see row_base
   MutableRows dq, dk, dv;
   A* dpad;   // (D,), added to
   A* dbias;  // (keys, bias_columns(tokens)), added to: transposed; null if not wanted
@@ -78,6 +78,14 @@ static inline int64_t sum_rows(int64_t tokens) { return round_up(tokens, kSumRow
 static inline int64_t query_chunk(int64_t tokens) {
   const int64_t chunks = (tokens + kMaxQueryChunk - 1) / kMaxQueryChunk;
   return round_up((tokens + chunks - 1) / chunks, 2 * kLanes);
+}
+
+// With a bias, lse is that of the scores above the row's largest bias, which keeps its digits
+// beside masks of any size; it is infinite in a row without a finite score, so that P is zero
+// there.
+template <class A>
+static inline A row_base(A largest) {
+  return largest == -__builtin_huge_val() ? A(0) : largest;
 }
 
 AttentionKernel<double> attention_generic_f64();

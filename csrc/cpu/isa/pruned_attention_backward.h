@@ -31,7 +31,7 @@ struct Backward {
   const float c = fabsf(head.scale);
   int32_t *k_rows, *v_rows, *k_pairs, *k_columns, *q_lanes, *g_lanes, *q_pairs, *g_pairs, *block,
       *p, *ds, *ds_pairs;
-  float *buffer, *lse, *delta, *dq, *turned, *scores, *dp, *bias;
+  float *buffer, *lse, *delta, *dq, *turned, *scores, *dp, *bias, *base;
   int64_t first_query = 0;  // of the chunk at hand
 
   static int64_t bytes(int64_t n, int64_t dim) {
@@ -43,8 +43,8 @@ struct Backward {
                            2 * M::kKeys * s.row(m) + M::kKeysOfDq / 2 * (m + kVector) +
                            s.width * M::kPair + 2 * m +
                            (round_up(m, M::kRows) + kVector) * s.columns + 2 * M::kRows * kPanel +
-                           M::kKeys * (m + kVector);
-    return dwords * 4 + 20 * 64;
+                           (M::kKeys + 1) * (m + kVector);
+    return dwords * 4 + 21 * 64;
   }
 
   Backward(const AttentionHead<float>& h, const AttentionGrad<float>& g, char* scratch)
@@ -70,6 +70,7 @@ struct Backward {
     scores = take<float>(scratch, M::kRows * kPanel);
     dp = take<float>(scratch, M::kRows * kPanel);
     bias = take<float>(scratch, M::kKeys * bias_stride);
+    base = take<float>(scratch, bias_stride);
   }
 
   void pack_keys() {
@@ -157,6 +158,19 @@ struct Backward {
       }
   }
 
+  // What the lse of each of the queries [begin, begin + count) is counted from.
+  void find_bases(int64_t begin, int64_t count) {
+    for (int64_t i = 0; i < round_up(count, kVector); ++i) {
+      Vec16 largest = splat16(i < count ? -INFINITY : 0.0f);
+      const float* row = head.bias.data + (begin + i) * head.bias.step;
+      for (int64_t j = 0; i < count && j < n; j += kVector) {
+        const Mask16 m = tail_mask(n - j);
+        largest = max16(m, largest, load16(row + j, m));
+      }
+      base[i] = row_base(top16(largest));
+    }
+  }
+
   // P and dS of kRows keys from `key` on (row `at` of the block, row `above` of ds_pairs) and
   // `wide` vectors of queries.
   void probabilities(int64_t key, int64_t at, int64_t above, int64_t lane, int64_t wide) {
@@ -208,8 +222,9 @@ struct Backward {
         // one key that counts must find P = exp(0).
         const Vec16 s0 = fma16(load16(s), factor, load16(biased.bias));
         const Vec16 s1 = fma16(load16(s + kVector), factor, load16(biased.bias + kVector, second));
-        p0 = masked_exponential<M::kDegree>(s0 - lse0);
-        p1 = masked_exponential<M::kDegree>(s1 - lse1);
+        const Vec16 base0 = load16(base + lane), base1 = load16(base + lane + kVector, second);
+        p0 = masked_exponential<M::kDegree>(s0 - base0 - lse0);
+        p1 = masked_exponential<M::kDegree>(s1 - base1 - lse1);
         biased.bias += bias_stride;
       } else {
         p0 = exponential<M::kDegree>(fms16(load16(s), factor, lse0));
@@ -246,6 +261,7 @@ struct Backward {
   void run_chunk(Self& self, int64_t begin, int64_t count, bool first, float* sums) {
     first_query = begin;
     self.pack_queries(begin, count);
+    if (head.bias.data != nullptr) find_bases(begin, count);
     const int64_t vectors = divide_up(count, kVector), steps = divide_up(count, M::kPair);
     int64_t start = 0;  // of the keys that dq lacks
     for (int64_t key = 0; key < n; key += M::kKeys) {

@@ -90,18 +90,25 @@ struct Forward {
     }
   }
 
-  // c * score + bias in place of the scores of query i; c is |scale|
-  void add_bias(int r, int64_t i, float c) {
+  // c * score + bias in place of the scores of query i; c is |scale|. Returns what lse is counted
+  // from.
+  float add_bias(int r, int64_t i, float c) {
     float* to = scores + r * strip;
     const float* bias = head.bias.data + i * head.bias.step;
     const Vec16 factor = splat16(c);
-    for (int64_t j = 0; j < n; j += kVector)
-      store16(to + j, fma16(load16(to + j), factor, load16(bias + j, tail_mask(n - j))));
+    Vec16 largest = splat16(-INFINITY);
+    for (int64_t j = 0; j < n; j += kVector) {
+      const Mask16 m = tail_mask(n - j);
+      const Vec16 b = load16(bias + j, m);
+      largest = max16(m, largest, b);
+      store16(to + j, fma16(load16(to + j), factor, b));
+    }
+    return row_base(top16(largest));
   }
 
   // scores to weights exp(c * score - max), unnormalised; kBiased: c is 1, scores may be -inf
   template <bool kBiased>
-  void weigh(int r, float c, float* lse) {
+  void weigh(int r, float c, float base, float* lse) {
     const float* from = scores + r * strip;
     const Mask16 last = tail_mask(n - (vectors - 1) * kVector);
     Vec16 top = splat16(-INFINITY);
@@ -130,7 +137,7 @@ struct Forward {
     M::store2(to + v * kVector / M::kPair, a, b);
     pads[r] = head.span.pads ? head.span.pads * expf(-m) : 0.0f;
     total[r] = sum16(sum) + pads[r];
-    *lse = m + logf(total[r]);
+    *lse = m - base + logf(total[r]);
     if (!kBiased || total[r] != 0) return;
     // No score is finite: all weights are zero, here and in the backward.
     total[r] = 1;
@@ -164,10 +171,10 @@ struct Forward {
       T* out[M::kRows];
       for (int r = 0; r < count; ++r, result.next()) {
         if (head.bias.data == nullptr) {
-          weigh<false>(r, c, lse + result.token());
+          weigh<false>(r, c, 0.0f, lse + result.token());
         } else {
-          add_bias(r, i + r, c);
-          weigh<true>(r, 1.0f, lse + result.token());
+          const float base = add_bias(r, i + r, c);
+          weigh<true>(r, 1.0f, base, lse + result.token());
         }
         out[r] = static_cast<T*>(to.data) + result.token() * to.step;
       }

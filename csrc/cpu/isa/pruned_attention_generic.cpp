@@ -52,13 +52,18 @@ void products(const A* x, const A* columns, int64_t dim, int64_t n, A* scores) {
     for (int64_t j = 0; j < n; ++j) scores[j] += x[d] * columns[d * n + j];
 }
 
-// Products to scores of query i.
+// Products to scores of query i; returns what its lse is counted from.
 template <class A>
-void finish_scores(const AttentionHead<A>& head, int64_t i, int64_t n, A* scores) {
+A finish_scores(const AttentionHead<A>& head, int64_t i, int64_t n, A* scores) {
   for (int64_t j = 0; j < n; ++j) scores[j] *= head.scale;
-  if (head.bias.data == nullptr) return;
+  if (head.bias.data == nullptr) return 0;
   const A* bias = head.bias.data + i * head.bias.step;
-  for (int64_t j = 0; j < n; ++j) scores[j] += bias[j];
+  A largest = bias[0];
+  for (int64_t j = 0; j < n; ++j) {
+    largest = std::fmax(largest, bias[j]);
+    scores[j] += bias[j];
+  }
+  return row_base(largest);
 }
 
 // out[d] += sum_j weights[j] rows[j, d], and their sum to the return value. Summed up by blocks:
@@ -100,7 +105,7 @@ void forward(const AttentionHead<A>& head, int64_t begin, int64_t end, MutableRo
   for (int64_t i = begin; i < end; ++i) {
     load_row<T>(head.q, head, i, true, row);
     products(row, keys, dim, n, p);
-    finish_scores(head, i, n, p);
+    const A base = finish_scores(head, i, n, p);
     A top = head.span.pads ? A(0) : p[0];
     for (int64_t j = 0; j < n; ++j) top = std::fmax(top, p[j]);
     if (top == -std::numeric_limits<A>::infinity()) top = 0;
@@ -112,7 +117,7 @@ void forward(const AttentionHead<A>& head, int64_t begin, int64_t end, MutableRo
     const int64_t token = span_token(head.span, i);
     T* to = static_cast<T*>(out.data) + token * out.step;
     for (int64_t d = 0; d < dim; ++d) to[d] = store<T>(dead ? A(0) : sum[d] / total);
-    lse[token] = dead ? std::numeric_limits<A>::infinity() : top + std::log(total);
+    lse[token] = dead ? std::numeric_limits<A>::infinity() : top - base + std::log(total);
   }
 }
 
@@ -145,11 +150,11 @@ struct Backward {
     load_row<T>(grad.grad, head, i, false, g);
     products(q, key_columns, dim, n, p);
     products(g, value_columns, dim, n, ds);
-    finish_scores(head, i, n, p);
+    const A base = finish_scores(head, i, n, p);
     // The row is at hand, so P is normalised again, which undoes the rounding of lse, and delta is
     // the sum of P dP: equal to <g, out>, but its error cancels in dP - delta.
     A pads = head.span.pads ? head.span.pads * std::exp(-lse) : A(0), total = pads, delta = 0;
-    for (int64_t j = 0; j < n; ++j) total += p[j] = std::exp(p[j] - lse);
+    for (int64_t j = 0; j < n; ++j) total += p[j] = std::exp(p[j] - base - lse);
     if (total == 0) total = 1;  // no score is finite: all of P is zero
     pads /= total;
     for (int64_t d = 0; head.span.pads && d < dim; ++d) delta += pads * g[d] * head.pad[d];
