@@ -96,7 +96,8 @@ __device__ __forceinline__ void move_part(const Part& p, const int16_t* source, 
   }
 }
 
-// Row y of the grid moves tensor y; Index holds the units of every source and two steps of the grid.
+// Row y of the grid moves tensor y; Index holds the units of every source and two steps of the
+// grid.
 template <typename Index>
 __global__ void move_block(const __grid_constant__ Block block) {
   const Part& p = block.parts[blockIdx.y];
@@ -152,8 +153,9 @@ std::vector<at::Tensor> head_gather_block(at::TensorList tensors, at::IntArrayRe
     HeadLayout m = head_layout(in, head_dim, dims[i], block.dst_heads, unit);
     map_gather(m, heads);
     std::copy_n(m.source, heads.size(), block.source);
-    block.parts[used++] = {in.const_data_ptr(), out.mutable_data_ptr(), m.outer * m.dst_heads,
-                           m.run,               m.src_heads,            static_cast<int32_t>(unit)};
+    block.parts[used++] = {in.const_data_ptr(),   out.mutable_data_ptr(),
+                           m.outer * m.dst_heads, m.run,
+                           m.src_heads,           static_cast<int32_t>(unit)};
     if (used == kMaxParts || i + 1 == tensors.size()) {
       launch_block(block, used);
       used = 0;

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import pruned_attention as attention
-from kdfast.ops._attention import check_geometry, check_qkv
+from kdfast.ops._attention import check_geometry, check_qkv, geometry_args
 from kdfast.ops._library import LIB, fused_devices, not_compiled, use_fused
 from kdfast.ops.geometry import Rope, Window
 
@@ -58,7 +58,7 @@ def attention_entropy(
         if not fused:
             return reference(q, k, rope, window, scale), limit
         live = window is not None and window.pad_value is not None
-        geometry = attention.geometry_args(rope, window, scale)[:7]
+        geometry = geometry_args(rope, window, scale)[:7]
         entropy: Tensor = torch.ops.kdfast.attention_entropy.default(q, k, *geometry, live)
         return entropy, limit
 
