@@ -240,8 +240,9 @@ def test_values_and_gradients(case: str) -> None:
                 assert_no_worse(f"{name} {dtype}", *triple)
 
 
-# A key bias moves all scores of a query alike, so its gradient is 0 and all that is seen is noise.
-NO_GRADIENT = ("k_proj.bias", "0.k.bias", "0.wk.bias")
+# A key bias, or that of the keys' norm, moves all scores of a query alike, so its gradient is 0 and
+# all that is seen is noise.
+NO_GRADIENT = ("k_proj.bias", "0.k.bias", "0.wk.bias", "0.k_norm.bias")
 
 
 @pytest.mark.parametrize("case", CASES)
