@@ -26,6 +26,7 @@ MODELS = {
     "EVA02-S": ("eva02_small_patch14_224", {}),
     "EVA02-L": ("eva02_large_patch14_224", {}),
     "SigLIP-B": ("vit_base_patch16_siglip_224", {}),
+    "Swin-T": ("swin_tiny_patch4_window7_224", {}),
 }
 # Model, batch, whether torch.compile is timed too (it compiles for half a minute).
 FORWARD = benchmark.sized(
@@ -38,11 +39,13 @@ FORWARD = benchmark.sized(
         ("EVA02-S", 4, False),
         ("EVA02-L", 1, False),
         ("SigLIP-B", 1, False),
+        ("Swin-T", 1, False),
+        ("Swin-T", 4, False),
     ],
     [("DeiT-S", 1, True), ("EVA02-S", 1, False), ("SigLIP-B", 1, False)],
 )
 TRAINING = benchmark.sized(
-    [("DeiT-S", 4, True), ("ViT-B", 1, False), ("EVA02-S", 4, False)],
+    [("DeiT-S", 4, True), ("ViT-B", 1, False), ("EVA02-S", 4, False), ("Swin-T", 4, False)],
     [("DeiT-S", 1, False)],
 )
 
@@ -135,14 +138,3 @@ def bench_clip(compare) -> None:  # type: ignore[no-untyped-def]
     for name, tower in {"sdpa": model, "kdfast": fused}.items():
         calls[name] = forward(lambda x, tower=tower: tower(pixel_values=x)[0], x)
     compare("accelerate", "fwd CLIP ViT-B/16 batch 1", calls)
-
-
-def bench_swin(compare) -> None:  # type: ignore[no-untyped-def]
-    """Swin adds a position bias, which the kernels do not: nothing may change."""
-    model = timm.create_model("swin_tiny_patch4_window7_224").to(DEVICE).eval()
-    left = copy.deepcopy(model)
-    report = kdfast.accelerate(left)
-    assert not report.replaced and report.left
-    x = images(model, 1)
-    calls = {"sdpa": forward(model, x), "kdfast, all left": forward(left, x)}
-    compare("accelerate", "fwd Swin-T batch 1", calls)

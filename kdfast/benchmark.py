@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Interleaved timing of candidates, memory counting, and the machine facts of a result file."""
 
+import bisect
 import os
 import platform
 import statistics
@@ -24,8 +25,9 @@ QUIET_SHARE = 0.08
 SAMPLE_SECONDS = 0.03
 # A call that takes longer than this warms up once, not twice.
 LONG_SECONDS = 0.2
-# A calibration loop this much slower than the session's fastest marks a slow window.
-SLOW = 1.25
+# A calibration loop this much slower than the fastest twentieth of the session's marks a slow window:
+# machines with two speeds differ by 2, and a loop after other work by up to 1.3.
+SLOW = 1.5
 CALIBRATION_SECONDS = 4e-4
 # With fewer fast samples a row's time is the median of all of them, and says so.
 FEW = 5
@@ -181,7 +183,7 @@ class Calibration:
     CPU has some, so it is slow when they are.
 
     Attributes:
-        best: Seconds of the fastest loop so far.
+        best: Seconds of the fastest twentieth of the loops so far; the very fastest is a lucky one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -190,9 +192,13 @@ class Calibration:
         dtype = torch.bfloat16 if units else torch.float32
         self._a, self._b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
         self._repeats = 1
-        self.best = min(self._loop() for _ in range(20))
-        self._repeats = max(1, round(CALIBRATION_SECONDS / self.best))
-        self.best = min(self._loop() for _ in range(100))
+        fastest = min(self._loop() for _ in range(20))
+        self._repeats = max(1, round(CALIBRATION_SECONDS / fastest))
+        self._found = sorted(self._loop() for _ in range(20))
+
+    @property
+    def best(self) -> float:
+        return self._found[len(self._found) // 20]
 
     def _loop(self) -> float:
         return _timed(lambda: self._a @ self._b, self._repeats)
@@ -200,7 +206,7 @@ class Calibration:
     def seconds(self) -> float:
         """Of one loop, now: the faster of two, as a thread that wakes up late is no slow window."""
         found = min(self._loop(), self._loop())
-        self.best = min(self.best, found)
+        bisect.insort(self._found, found)
         return found
 
 
@@ -223,7 +229,7 @@ def interleave(
 
     Returns:
         Name to (seconds per call, was it a fast sample) per round: the cores were ours, and the
-        calibration loops before and after ran within SLOW of the fastest.
+        calibration loops before and after ran within SLOW of the best.
     """
     repeats = {} if DRY_RUN else {n: _repeats(call, warmup) for n, call in candidates.items()}
     taken: dict[str, list[tuple[float, bool, float]]] = {name: [] for name in candidates}

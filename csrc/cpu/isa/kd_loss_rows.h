@@ -141,9 +141,11 @@ void write_gradient(const Row<A>& row, const Weights<A>& w, int64_t classes, A c
   if (streamed) {
     // Rows start anywhere, streamed stores do not.
     const int64_t skip = reinterpret_cast<uintptr_t>(grad) % kVecBytes;
-    const int64_t head = skip ? (kVecBytes - skip) / sizeof(Out) : 0;
-    if (head && head < classes) {
-      store_some(grad, gradient(head), head);
+    const int64_t whole = skip ? (kVecBytes - skip) / static_cast<int64_t>(sizeof(Out)) : 0;
+    const int64_t head = whole < classes ? whole : classes;
+    for (; i + W <= head; i += W) store(grad + i, gradient(W));  // two vectors, where Out is narrow
+    if (i < head) {
+      store_some(grad + i, gradient(head - i), head - i);
       i = head;
     }
     for (; i + W <= classes; i += W) stream(grad + i, gradient(W));
