@@ -25,7 +25,7 @@ QUIET_SHARE = 0.08
 SAMPLE_SECONDS = 0.03
 # A call that takes longer than this warms up once, not twice.
 LONG_SECONDS = 0.2
-# A calibration loop this much slower than the fastest twentieth of the session's marks a slow window:
+# A calibration loop this much slower than the session's fastest twentieth marks a slow window:
 # machines with two speeds differ by 2, and a loop after other work by up to 1.3.
 SLOW = 1.5
 CALIBRATION_SECONDS = 4e-4
