@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "cpu/attention_boundary.h"
+#include "cpu/element_of.h"
 #include "dispatch.h"
 
 namespace kdfast::cpu {
@@ -45,16 +46,6 @@ MapLoss map_loss(c10::string_view kind) {
   if (kind == "cosine") return MapLoss::cosine;
   TORCH_CHECK_VALUE(kind == "logit_mse", kOp, ": kind is unknown, got ", kind);
   return MapLoss::logit_mse;
-}
-
-Element element_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kDouble: return Element::f64;
-    case at::kFloat: return Element::f32;
-    case at::kBFloat16: return Element::bf16;
-    case at::kHalf: return Element::f16;
-    default: TORCH_CHECK_TYPE(false, kOp, ": no kernel for ", x.scalar_type());
-  }
 }
 
 #if KDFAST_X86
@@ -135,7 +126,7 @@ struct Call {
         tokens(q.size(2)),
         dim(q.size(3)),
         windows(tokens == 0 ? 0 : window_count(grid)),
-        kernel(choose_kernel<A>(element_of(q), element_of(teacher_q),
+        kernel(choose_kernel<A>(element_of(kOp, q), element_of(kOp, teacher_q),
                                 kind == MapLoss::kl && a.temperature == 1)) {
     TORCH_CHECK_VALUE(teacher_q.size(0) == batch && teacher_q.size(2) == tokens, kOp,
                       ": the teacher must have q's B and N, got ", teacher_q.sizes(), " and ",
@@ -166,8 +157,8 @@ struct Call {
 
   DistillHead<A> head(int64_t item, A* stats) const {
     const int64_t b = image_of(item), j = kept_of(item), h = heads[j], th = teacher_heads[j];
-    return {{rows_of(q, b, h), rows_of(k, b, h), element_of(q), dim, scale, tables.view},
-            {rows_of(teacher_q, b, th), rows_of(teacher_k, b, th), element_of(teacher_q),
+    return {{rows_of(q, b, h), rows_of(k, b, h), element_of(kOp, q), dim, scale, tables.view},
+            {rows_of(teacher_q, b, th), rows_of(teacher_k, b, th), element_of(kOp, teacher_q),
              teacher_q.size(3), teacher_scale, teacher_tables.view},
             rows_of(v, b, h),
             window_span(grid, item / (batch * kept), pad.defined()),

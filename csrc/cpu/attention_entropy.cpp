@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "cpu/attention_boundary.h"
+#include "cpu/element_of.h"
 #include "dispatch.h"
 
 namespace kdfast::cpu {
@@ -22,16 +23,6 @@ EntropyKernel<A> choose_kernel() {
     if (isa() >= Isa::avx2) return entropy_avx2();
 #endif
     return entropy_generic();
-  }
-}
-
-Element element_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kDouble: return Element::f64;
-    case at::kFloat: return Element::f32;
-    case at::kBFloat16: return Element::bf16;
-    case at::kHalf: return Element::f16;
-    default: TORCH_CHECK_TYPE(false, kOp, ": no kernel for ", x.scalar_type());
   }
 }
 
@@ -54,7 +45,7 @@ at::Tensor entropy(const at::Tensor& q, const at::Tensor& k, const Tables<A>& ta
               [&](int64_t item, char* scratch) {
                 // Windows are the slowest index: the largest come first.
                 const int64_t head = item % (batch * heads), b = head / heads, h = head % heads;
-                kernel.rows({rows_of(q, b, h), rows_of(k, b, h), element_of(q), dim,
+                kernel.rows({rows_of(q, b, h), rows_of(k, b, h), element_of(kOp, q), dim,
                              static_cast<A>(scale), tables.view},
                             window_span(grid, item / (batch * heads), pads), data + head * tokens,
                             scratch);

@@ -115,7 +115,7 @@ std::tuple<at::Tensor, at::Tensor> feature_loss(const at::Tensor& student,
                     "feature_loss: features must be alike, got ", student.sizes(), " and ",
                     teacher.sizes());
   FeatureLossArgs args{};
-  args.elem = elem_of("feature_loss", student);
+  args.elem = element_of("feature_loss", student);
   args.kind = parse_kind(kind);
   args.norm = parse_norm(normalize);
   const bool by_row = args.norm != FeatureNorm::none || args.kind == FeatureKind::cosine;
@@ -142,7 +142,7 @@ std::tuple<at::Tensor, at::Tensor> feature_loss(const at::Tensor& student,
   args.teacher_stride = t.stride(0);
   const at::Tensor mean = at::empty({args.features}, options), scale = at::empty_like(mean);
   if (args.norm == FeatureNorm::channel && rows > 0) {
-    const auto fill = args.elem == Elem::f64 ? channel_moments<double> : channel_moments<float>;
+    const auto fill = args.elem == Element::f64 ? channel_moments<double> : channel_moments<float>;
     fill(args, rows, mean, scale);
     args.mean = mean.const_data_ptr();
     args.scale = scale.const_data_ptr();

@@ -77,7 +77,7 @@ Results run(const at::Tensor& student, const at::Tensor& teacher,
 
   const at::Tensor kd = at::empty({rows}, at::kDouble), ce = at::empty({rows}, at::kDouble);
   KdLossArgs args{};
-  args.elem = elem_of("kd_loss", student);
+  args.elem = element_of("kd_loss", student);
   args.student = s.const_data_ptr();
   args.teacher = t.const_data_ptr();
   if (hard) args.labels = goal.const_data_ptr<int64_t>();

@@ -10,6 +10,7 @@
 
 #include "cpu/attention_bias.h"
 #include "cpu/attention_boundary.h"
+#include "cpu/element_of.h"
 #include "dispatch.h"
 
 namespace kdfast::cpu {
@@ -18,16 +19,6 @@ namespace {
 constexpr const char* kOp = "pruned_attention";
 // Below this many queries a part of a head costs more in packing keys than it spreads.
 constexpr int64_t kMinQueries = 96;
-
-Element element_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kDouble: return Element::f64;
-    case at::kFloat: return Element::f32;
-    case at::kBFloat16: return Element::bf16;
-    case at::kHalf: return Element::f16;
-    default: TORCH_CHECK_TYPE(false, kOp, ": no kernel for ", x.scalar_type());
-  }
-}
 
 template <class A>
 AttentionKernel<A> choose_kernel(Element element);
@@ -89,7 +80,7 @@ struct Call {
         dim(q.size(3)),
         windows(window_count(grid)),
         largest(largest_window(grid)),
-        kernel(choose_kernel<A>(element_of(q))) {
+        kernel(choose_kernel<A>(element_of(kOp, q))) {
     if (!o.pad_value.has_value()) return;
     pad = o.pad_value->to(c10::CppTypeToScalarType<A>::value).contiguous();
     TORCH_CHECK_VALUE(pad.dim() == 2 && pad.size(0) == q.size(1) && pad.size(1) == dim, kOp,
@@ -275,8 +266,8 @@ std::tuple<at::Tensor, at::Tensor> pruned_attention(
     double scale, at::OptionalIntArrayRef grid, int64_t window, const OptionalTensor& pad_value,
     const OptionalTensor& bias) {
   const Options options{heads, cos, sin, prefix, interleaved, scale, grid, window, pad_value, bias};
-  return element_of(q) == Element::f64 ? forward<double>(q, k, v, options)
-                                       : forward<float>(q, k, v, options);
+  return element_of(kOp, q) == Element::f64 ? forward<double>(q, k, v, options)
+                                            : forward<float>(q, k, v, options);
 }
 
 Gradients pruned_attention_bwd(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k,
@@ -287,7 +278,7 @@ Gradients pruned_attention_bwd(const at::Tensor& grad, const at::Tensor& q, cons
                                const OptionalTensor& pad_value, const OptionalTensor& bias,
                                bool bias_grad) {
   const Options options{heads, cos, sin, prefix, interleaved, scale, grid, window, pad_value, bias};
-  return element_of(q) == Element::f64
+  return element_of(kOp, q) == Element::f64
              ? backward<double>(grad, q, k, v, out, lse, options, bias_grad)
              : backward<float>(grad, q, k, v, out, lse, options, bias_grad);
 }

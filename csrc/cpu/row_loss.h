@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "isa/elem.h"
+#include "element_of.h"
 
 namespace kdfast::cpu {
 
@@ -21,16 +21,6 @@ constexpr int64_t kGrainElements = 1 << 14;
 
 // A gradient of this size leaves the cache before anybody reads it.
 constexpr size_t kStreamBytes = 8 << 20;
-
-inline Elem elem_of(const char* op, const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kHalf: return Elem::f16;
-    case at::kBFloat16: return Elem::bf16;
-    case at::kFloat: return Elem::f32;
-    case at::kDouble: return Elem::f64;
-    default: TORCH_CHECK_TYPE(false, op, ": must be floating, got ", x.scalar_type());
-  }
-}
 
 inline at::ScalarType accumulator(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

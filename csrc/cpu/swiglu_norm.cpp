@@ -41,7 +41,7 @@ void check(const at::Tensor& gate, const at::Tensor& value, const at::Tensor& we
 SwigluNormArgs inputs(const at::Tensor& gate, const at::Tensor& g, const at::Tensor& v,
                       const at::Tensor& weight) {
   SwigluNormArgs args{};
-  args.elem = elem_of("swiglu_norm", gate);
+  args.elem = element_of("swiglu_norm", gate);
   args.gate = g.const_data_ptr();
   args.value = v.const_data_ptr();
   args.weight = weight.const_data_ptr();

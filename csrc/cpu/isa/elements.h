@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// fp16 and bf16 elements for files in isa/, which include no ATen: as bits, by integer arithmetic.
+// Element types for files in isa/, which include no ATen; fp16 and bf16 as bits, by integer
+// arithmetic.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
 namespace kdfast::cpu {
+
+enum class Element { f64, f32, bf16, f16 };
 
 struct Bf16 {
   uint16_t bits;

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "elem.h"
+#include "elements.h"
 
 namespace kdfast::cpu {
 
@@ -11,7 +11,7 @@ enum class FeatureNorm { none, layer, channel };
 
 // Everything but the rows to do. Strides are in elements; a row's features are contiguous.
 struct FeatureLossArgs {
-  Elem elem;
+  Element elem;
   FeatureKind kind;
   FeatureNorm norm;
   const void* student;  // (rows, features)

@@ -248,10 +248,10 @@ void channel_sums_of(const FeatureLossArgs& a, int64_t begin, int64_t end, const
 
 KDFAST_INLINE void feature_loss_rows(const FeatureLossArgs& a, int64_t begin, int64_t end) {
   switch (a.elem) {
-    case Elem::f16: return rows_of<Half, float, float>(a, begin, end);
-    case Elem::bf16: return rows_of<BFloat, BFloat, float>(a, begin, end);
-    case Elem::f32: return rows_of<float, float, float>(a, begin, end);
-    case Elem::f64: return rows_of<double, double, double>(a, begin, end);
+    case Element::f16: return rows_of<Half, float, float>(a, begin, end);
+    case Element::bf16: return rows_of<Bf16, Bf16, float>(a, begin, end);
+    case Element::f32: return rows_of<float, float, float>(a, begin, end);
+    case Element::f64: return rows_of<double, double, double>(a, begin, end);
   }
 }
 
@@ -260,10 +260,10 @@ KDFAST_INLINE void channel_sums(const FeatureLossArgs& a, int64_t begin, int64_t
   const float* shift_f = static_cast<const float*>(shift);
   float* sums_f = static_cast<float*>(sums);
   switch (a.elem) {
-    case Elem::f16: return channel_sums_of<Half, float>(a, begin, end, shift_f, sums_f);
-    case Elem::bf16: return channel_sums_of<BFloat, float>(a, begin, end, shift_f, sums_f);
-    case Elem::f32: return channel_sums_of<float, float>(a, begin, end, shift_f, sums_f);
-    case Elem::f64:
+    case Element::f16: return channel_sums_of<Half, float>(a, begin, end, shift_f, sums_f);
+    case Element::bf16: return channel_sums_of<Bf16, float>(a, begin, end, shift_f, sums_f);
+    case Element::f32: return channel_sums_of<float, float>(a, begin, end, shift_f, sums_f);
+    case Element::f64:
       return channel_sums_of<double>(a, begin, end, static_cast<const double*>(shift),
                                      static_cast<double*>(sums));
   }

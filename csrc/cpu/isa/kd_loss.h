@@ -2,13 +2,13 @@
 #pragma once
 #include <cstdint>
 
-#include "elem.h"
+#include "elements.h"
 
 namespace kdfast::cpu {
 
 // Everything but the rows to do. Strides are in elements; classes are contiguous.
 struct KdLossArgs {
-  Elem elem;
+  Element elem;
   const void* student;    // (rows, classes)
   const void* teacher;    // (rows, classes)
   const int64_t* labels;  // (rows), or null

@@ -215,10 +215,10 @@ void rows_of(const KdLossArgs& a, int64_t begin, int64_t end, A* scratch) {
 
 KDFAST_INLINE void kd_loss_rows(const KdLossArgs& a, int64_t begin, int64_t end, void* scratch) {
   switch (a.elem) {
-    case Elem::f16: return rows_of<Half, float>(a, begin, end, static_cast<float*>(scratch));
-    case Elem::bf16: return rows_of<BFloat, BFloat>(a, begin, end, static_cast<float*>(scratch));
-    case Elem::f32: return rows_of<float, float>(a, begin, end, static_cast<float*>(scratch));
-    case Elem::f64: return rows_of<double, double>(a, begin, end, static_cast<double*>(scratch));
+    case Element::f16: return rows_of<Half, float>(a, begin, end, static_cast<float*>(scratch));
+    case Element::bf16: return rows_of<Bf16, Bf16>(a, begin, end, static_cast<float*>(scratch));
+    case Element::f32: return rows_of<float, float>(a, begin, end, static_cast<float*>(scratch));
+    case Element::f64: return rows_of<double, double>(a, begin, end, static_cast<double*>(scratch));
   }
 }
 

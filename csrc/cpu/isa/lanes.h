@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-#include "elem.h"
+#include "elements.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -19,14 +19,6 @@ constexpr int kVecBytes = 32;
 #else
 constexpr int kVecBytes = 16;  // SSE2 or NEON, which every 64-bit x86 or Arm CPU has
 #endif
-
-// Storage types; arithmetic is in float, or in double for double.
-struct Half {
-  uint16_t bits;
-};
-struct BFloat {
-  uint16_t bits;
-};
 
 template <class A>
 struct Lanes;
@@ -61,36 +53,6 @@ KDFAST_INLINE typename Lanes<A>::V fill(A x) {
   return x - typename Lanes<A>::V{};  // minus, so that -0.0 survives
 }
 
-// --- scalar conversions, for tails and for CPUs without instructions for them ---
-
-KDFAST_INLINE float widen(BFloat x) { return bit_copy<float>(uint32_t(x.bits) << 16); }
-
-KDFAST_INLINE float widen(Half x) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
-  if (rest >= 0x7c00) return bit_copy<float>(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  // Rebiasing by a multiplication also makes subnormals right.
-  return bit_copy<float>(sign | bit_copy<uint32_t>(bit_copy<float>(rest << 13) * 0x1p112f));
-}
-
-KDFAST_INLINE BFloat narrow(float x) {
-  const uint32_t bits = bit_copy<uint32_t>(x);
-  if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
-  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-
-KDFAST_INLINE Half narrow_half(float x) {
-  const uint32_t bits = bit_copy<uint32_t>(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
-  if (size > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
-  if (size >= 0x477ff000)
-    return {static_cast<uint16_t>(sign | 0x7c00)};  // 65520 rounds to infinity
-  if (size < 0x38800000) {
-    // Subnormal: adding 0.5 rounds to a multiple of 2^-24 in hardware.
-    const uint32_t sum = bit_copy<uint32_t>(bit_copy<float>(size) + 0.5f);
-    return {static_cast<uint16_t>(sign | (sum - 0x3f000000))};
-  }
-  return {static_cast<uint16_t>(sign | (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13)};
-}
-
 // --- loads and stores of one vector ---
 
 KDFAST_INLINE VF load(const float* p) {
@@ -105,7 +67,7 @@ KDFAST_INLINE VD load(const double* p) {
   return v;
 }
 
-KDFAST_INLINE VF load(const BFloat* p) {
+KDFAST_INLINE VF load(const Bf16* p) {
 #if defined(__AVX512F__)
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return (VF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
@@ -114,7 +76,7 @@ KDFAST_INLINE VF load(const BFloat* p) {
   return (VF)_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
 #else
   VF v;
-  for (int i = 0; i < Lanes<float>::width; ++i) v[i] = widen(p[i]);
+  for (int i = 0; i < Lanes<float>::width; ++i) v[i] = load<float>(p[i]);
   return v;
 #endif
 }
@@ -126,7 +88,7 @@ KDFAST_INLINE VF load(const Half* p) {
   return (VF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   VF v;
-  for (int i = 0; i < Lanes<float>::width; ++i) v[i] = widen(p[i]);
+  for (int i = 0; i < Lanes<float>::width; ++i) v[i] = load<float>(p[i]);
   return v;
 #endif
 }
@@ -134,7 +96,7 @@ KDFAST_INLINE VF load(const Half* p) {
 KDFAST_INLINE void store(float* p, VF v) { __builtin_memcpy(p, &v, sizeof v); }
 KDFAST_INLINE void store(double* p, VD v) { __builtin_memcpy(p, &v, sizeof v); }
 
-KDFAST_INLINE void store(BFloat* p, VF v) {
+KDFAST_INLINE void store(Bf16* p, VF v) {
 #if defined(__AVX512F__)
   const __m512i bits = (__m512i)v;
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -153,7 +115,7 @@ KDFAST_INLINE void store(BFloat* p, VF v) {
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 #else
-  for (int i = 0; i < Lanes<float>::width; ++i) p[i] = narrow(v[i]);
+  for (int i = 0; i < Lanes<float>::width; ++i) p[i] = store<Bf16>(v[i]);
 #endif
 }
 
@@ -161,7 +123,7 @@ KDFAST_INLINE void store(Half* p, VF v) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, 0));
 #else
-  for (int i = 0; i < Lanes<float>::width; ++i) p[i] = narrow_half(v[i]);
+  for (int i = 0; i < Lanes<float>::width; ++i) p[i] = store<Half>(v[i]);
 #endif
 }
 
@@ -197,7 +159,7 @@ KDFAST_INLINE VF load_some(const float* p, int64_t n, float other) {
   return (VF)_mm512_mask_loadu_ps(_mm512_set1_ps(other), (1u << n) - 1, p);
 }
 template <>
-KDFAST_INLINE VF load_some(const BFloat* p, int64_t n, float other) {
+KDFAST_INLINE VF load_some(const Bf16* p, int64_t n, float other) {
   const __mmask16 some = (1u << n) - 1;
   const __m256i raw = _mm256_maskz_loadu_epi16(some, p);
   const __m512 v = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);

@@ -4,10 +4,9 @@
 #include <cstdint>
 
 #include "cpu/attention_geometry.h"
+#include "cpu/isa/elements.h"
 
 namespace kdfast::cpu {
-
-enum class Element { f64, f32, bf16, f16 };
 
 // Rows of one head, (tokens, D) with contiguous D; `step` elements from a token to the next.
 struct Rows {

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "elem.h"
+#include "elements.h"
 
 namespace kdfast::cpu {
 
@@ -10,7 +10,7 @@ namespace kdfast::cpu {
 // of elem's; A is the accumulator: float, or double for f64. Of a row of `width` elements the first
 // `channels` count; the others are not read, and 0 in the results.
 struct SwigluNormArgs {
-  Elem elem;
+  Element elem;
   const void* gate;    // (rows, width)
   const void* value;   // (rows, width)
   const void* grad;    // (rows, width), backward only

@@ -158,20 +158,20 @@ void backward_rows(const SwigluNormArgs& a, int64_t begin, int64_t end, void* sc
 KDFAST_INLINE void swiglu_norm_rows(const SwigluNormArgs& a, int64_t begin, int64_t end,
                                     void* scratch) {
   switch (a.elem) {
-    case Elem::f16: return forward_rows<Half, float>(a, begin, end, scratch);
-    case Elem::bf16: return forward_rows<BFloat, float>(a, begin, end, scratch);
-    case Elem::f32: return forward_rows<float, float>(a, begin, end, scratch);
-    case Elem::f64: return forward_rows<double, double>(a, begin, end, scratch);
+    case Element::f16: return forward_rows<Half, float>(a, begin, end, scratch);
+    case Element::bf16: return forward_rows<Bf16, float>(a, begin, end, scratch);
+    case Element::f32: return forward_rows<float, float>(a, begin, end, scratch);
+    case Element::f64: return forward_rows<double, double>(a, begin, end, scratch);
   }
 }
 
 KDFAST_INLINE void swiglu_norm_bwd_rows(const SwigluNormArgs& a, int64_t begin, int64_t end,
                                         void* scratch, void* sums) {
   switch (a.elem) {
-    case Elem::f16: return backward_rows<Half, float>(a, begin, end, scratch, sums);
-    case Elem::bf16: return backward_rows<BFloat, float>(a, begin, end, scratch, sums);
-    case Elem::f32: return backward_rows<float, float>(a, begin, end, scratch, sums);
-    case Elem::f64: return backward_rows<double, double>(a, begin, end, scratch, sums);
+    case Element::f16: return backward_rows<Half, float>(a, begin, end, scratch, sums);
+    case Element::bf16: return backward_rows<Bf16, float>(a, begin, end, scratch, sums);
+    case Element::f32: return backward_rows<float, float>(a, begin, end, scratch, sums);
+    case Element::f64: return backward_rows<double, double>(a, begin, end, scratch, sums);
   }
 }
 
