@@ -42,7 +42,7 @@ gpu: $(INSTALLED)  # on a CUDA machine; ARGS=--dry-run anywhere
 	$(BIN)/python -m bench.gpu $(ARGS)
 
 bench: $(INSTALLED)  # waiting threads sleep: spinning ones time the scheduler of a small machine
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest bench $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest bench -m "not slow" $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -28,6 +28,8 @@ MODELS = {
     "SigLIP-B": ("vit_base_patch16_siglip_224", {}),
     "Swin-T": ("swin_tiny_patch4_window7_224", {}),
 }
+# Beyond the quarter of an hour of `make bench`: `make bench ARGS="-m slow --save FILE"`.
+slow = pytest.mark.slow
 # Model, batch, whether torch.compile is timed too (it compiles for half a minute).
 FORWARD = benchmark.sized(
     [
@@ -41,6 +43,12 @@ FORWARD = benchmark.sized(
         ("SigLIP-B", 1, False),
         ("Swin-T", 1, False),
         ("Swin-T", 4, False),
+        pytest.param("Swin-T", 8, True, marks=slow),
+        pytest.param("DeiT-S", 8, True, marks=slow),
+        pytest.param("DINOv2-S/14", 8, False, marks=slow),
+        pytest.param("EVA02-S", 8, True, marks=slow),
+        pytest.param("ViT-B", 8, False, marks=slow),
+        pytest.param("EVA02-L", 8, False, marks=slow),
     ],
     [("DeiT-S", 1, True), ("EVA02-S", 1, False), ("SigLIP-B", 1, False)],
 )
@@ -124,7 +132,8 @@ def bench_training(compare, name: str, batch: int, compiled: bool) -> None:  # t
     compare("accelerate", case, {n: training(m, x) for n, m in found.items()})
 
 
-def bench_clip(compare) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("batch", [1, pytest.param(8, marks=slow)])
+def bench_clip(compare, batch: int) -> None:  # type: ignore[no-untyped-def]
     """The vision tower of CLIP ViT-B/16 in transformers, switched by its attention interface."""
     transformers = pytest.importorskip("transformers")
     depth = benchmark.sized(12, 1)
@@ -133,8 +142,8 @@ def bench_clip(compare) -> None:  # type: ignore[no-untyped-def]
     fused = transformers.CLIPVisionModel(copy.deepcopy(config)).to(DEVICE).eval()
     fused.load_state_dict(model.state_dict())
     assert kdfast.accelerate(fused).complete
-    x = images(model, 1)
+    x = images(model, batch)
     calls: dict[str, Step] = {}
     for name, tower in {"sdpa": model, "kdfast": fused}.items():
         calls[name] = forward(lambda x, tower=tower: tower(pixel_values=x)[0], x)
-    compare("accelerate", "fwd CLIP ViT-B/16 batch 1", calls)
+    compare("accelerate", f"fwd CLIP ViT-B/16 batch {batch}", calls)
