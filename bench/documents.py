@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m bench.documents``: writes the tables of README.md and docs/benchmarks.md.
 
-What stands between ``<!-- NAME -->`` and ``<!-- end -->`` comes from bench/results/cpu_zen4.json.
+What stands between ``<!-- NAME -->`` and ``<!-- end -->`` comes from bench/results/cpu_zen4.json,
+and for whole models from cpu_zen4_models.json.
 """
 
 import json
@@ -17,6 +18,7 @@ from bench.report import OURS, RIVALS, headline
 from bench.report import table as all_rows
 
 RESULTS = ROOT / "bench" / "results" / "cpu_zen4.json"
+MODEL_RESULTS = RESULTS.with_stem("cpu_zen4_models")
 # Whole models have tables of their own.
 MODELS = ("accelerate", "vit_chain")
 HIGHLIGHTS = (
@@ -141,9 +143,10 @@ def chain(results: dict[str, Any]) -> str:
     return markdown(["link", "timm + torch KD, ms", "kdfast", "kdfast, teacher cache"], rows)
 
 
-def blocks(results: dict[str, Any]) -> dict[str, str]:
-    """The generated blocks of the documents by name."""
+def blocks(results: dict[str, Any], whole: dict[str, Any]) -> dict[str, str]:
+    """The generated blocks of the documents by name, from rows of ops and of whole models."""
     ops = only(results, lambda op, case: op not in MODELS)
+    results = {**results, "rows": ops["rows"] + whole["rows"]}
     lost = [
         f"`{op}` {case} ({value:.2f}x)"
         for (op, case), group in grouped(results).items()
@@ -152,6 +155,7 @@ def blocks(results: dict[str, Any]) -> dict[str, str]:
     skipped = "\n".join(f"- {line}" for line in results["left_out"])
     return {
         "machine": headline(results) + ".",
+        "models machine": headline(whole) + ".",
         "span": span(results),
         "slower": f"Slower than the best other: {', '.join(lost) or 'no row'}.",
         "highlights": all_rows(only(results, lambda *key: key in HIGHLIGHTS)),
@@ -159,9 +163,15 @@ def blocks(results: dict[str, Any]) -> dict[str, str]:
         "weighted": weighted(results),
         "yardsticks": yardsticks(results),
         "peaks": peaks(results),
-        "models": models(results),
-        "chain": chain(results),
+        "models": models(whole),
+        "chain": chain(whole),
     }
+
+
+def committed() -> dict[str, str]:
+    """The blocks of the committed result files."""
+    files = (RESULTS, MODEL_RESULTS)
+    return blocks(*(json.loads(path.read_text(encoding="utf-8")) for path in files))
 
 
 def filled(text: str, contents: dict[str, str]) -> str:
@@ -189,7 +199,7 @@ def documents() -> Iterable[Path]:
 
 def main() -> int:
     """Rewrites the generated blocks of all documents."""
-    contents = blocks(json.loads(RESULTS.read_text(encoding="utf-8")))
+    contents = committed()
     for path in documents():
         path.write_text(filled(path.read_text(encoding="utf-8"), contents), encoding="utf-8")
     return 0
