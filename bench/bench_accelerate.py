@@ -46,7 +46,7 @@ FORWARD = benchmark.sized(
         pytest.param("Swin-T", 8, True, marks=slow),
         pytest.param("DeiT-S", 8, True, marks=slow),
         pytest.param("DINOv2-S/14", 8, False, marks=slow),
-        pytest.param("EVA02-S", 8, True, marks=slow),
+        pytest.param("EVA02-S", 8, False, marks=slow),
         pytest.param("ViT-B", 8, False, marks=slow),
         pytest.param("EVA02-L", 8, False, marks=slow),
     ],
