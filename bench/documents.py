@@ -146,17 +146,17 @@ def chain(results: dict[str, Any]) -> str:
 def blocks(results: dict[str, Any], whole: dict[str, Any]) -> dict[str, str]:
     """The generated blocks of the documents by name, from rows of ops and of whole models."""
     ops = only(results, lambda op, case: op not in MODELS)
-    results = {**results, "rows": ops["rows"] + whole["rows"]}
+    both = {**results, "rows": ops["rows"] + whole["rows"]}
     lost = [
         f"`{op}` {case} ({value:.2f}x)"
-        for (op, case), group in grouped(results).items()
+        for (op, case), group in grouped(both).items()
         if (value := ratio(group)) is not None and value < 1
     ]
     skipped = "\n".join(f"- {line}" for line in results["left_out"])
     return {
         "machine": headline(results) + ".",
         "models machine": headline(whole) + ".",
-        "span": span(results),
+        "span": span(both),
         "slower": f"Slower than the best other: {', '.join(lost) or 'no row'}.",
         "highlights": all_rows(only(results, lambda *key: key in HIGHLIGHTS)),
         "ops": all_rows(ops) + (f"\n\nNot timed:\n\n{skipped}" if skipped else ""),
@@ -164,7 +164,7 @@ def blocks(results: dict[str, Any], whole: dict[str, Any]) -> dict[str, str]:
         "yardsticks": yardsticks(results),
         "peaks": peaks(results),
         "models": models(whole),
-        "chain": chain(whole),
+        "chain": chain(results),
     }
 
 

@@ -244,7 +244,7 @@ def interleave(
             after = loop()
             taken[name].append((sample, quiet, max(before, after)))
             before = after
-        # Not reversed: the first and the last would follow themselves, with their data in the caches.
+        # Not reversed: the first and the last would follow themselves, on warm caches.
         order = [*order[1:], order[0]]
     limit = SLOW * calibration.best if calibration else 0.0
     return {n: [(s, quiet and around <= limit) for s, quiet, around in t] for n, t in taken.items()}
