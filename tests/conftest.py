@@ -45,6 +45,16 @@ def compiled() -> None:
         pytest.skip("kdfast._C is not built")
 
 
+@pytest.fixture(params=EXTENSION.testable_isas() if EXTENSION else ["generic"])
+def isa(request: pytest.FixtureRequest, compiled: None) -> Iterator[str]:
+    """Runs the test with every instruction set that this CPU has or can emulate."""
+    before = EXTENSION.cpu_isa()
+    EXTENSION.set_cpu_isa(request.param)
+    assert EXTENSION.cpu_isa() == request.param
+    yield request.param
+    EXTENSION.set_cpu_isa(before)
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder with real images and golden tensors, which is not part of the repository."""

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled kernel of feature_loss against its reference."""
 
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -12,25 +11,14 @@ from torch import Tensor
 
 import kdfast
 from kdfast.benchmark import peak_bytes, saved_bytes
-from kdfast.ops._library import EXTENSION
 from kdfast.testing import assert_no_worse, run
 
 pytestmark = pytest.mark.usefixtures("compiled")
-ISAS = EXTENSION.available_isas() if EXTENSION else ["generic"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KINDS = ["mse", "cosine", "smooth_l1"]
 NORMALIZATIONS = [None, "layer", "channel"]
 NAMES = ["loss", "d student", "d teacher"]
 OP = torch.ops.kdfast.feature_loss.default
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = EXTENSION.cpu_isa()
-    EXTENSION.set_cpu_isa(request.param)
-    assert EXTENSION.cpu_isa() == request.param
-    yield request.param
-    EXTENSION.set_cpu_isa(before)
 
 
 def make(*shape: int) -> list[Tensor]:

@@ -2,6 +2,7 @@
 """Attention entropy against whole maps in which the pads are tokens like any other."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,30 +16,10 @@ from kdfast.ops._library import EXTENSION
 from kdfast.ops.attention_entropy import attention_entropy
 from kdfast.ops.geometry import Rope, Window
 from kdfast.pruning import head_scores
-from kdfast.testing import assert_no_worse
+from kdfast.testing import assert_no_worse, tiny_eva
 
 HEADS, HEAD_DIM = 4, 16
-
-
-def tiny(**overrides: Any) -> EVAViT:
-    """Window, window, global, all in fp64, nothing zero."""
-    config: dict[str, Any] = {
-        "img_size": 20,
-        "patch_size": 4,
-        "embed_dim": HEADS * HEAD_DIM,
-        "depth": 3,
-        "num_heads": HEADS,
-        "mlp_ratio": 2.0,
-        "window_size": 3,
-        "window_block_indexes": (0, 1),
-        "pretrain_img_size": 12,
-    }
-    torch.manual_seed(1)
-    model = EVAViT(**{**config, **overrides}).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    return model
+tiny = partial(tiny_eva, 0.2)
 
 
 def score(model: EVAViT, x: Tensor, **kwargs: Any) -> Tensor:

@@ -4,6 +4,7 @@
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +15,13 @@ from torch import Tensor, nn
 from kdfast.models import EVAViT
 from kdfast.pruning import HeadScores, head_scores, prune_heads
 from kdfast.pruning.observe import RandomProjection
+from kdfast.testing import tiny_eva
 
 HEADS, HEAD_DIM = 4, 16
+tiny = partial(tiny_eva, 0.2)
 METHODS = ("magnitude", "gradient", "taylor", "entropy")
 NAN = torch.full((1, 3, 8, 8), math.nan)
 NONE = torch.zeros(0, 3, 8, 8)
-
-
-def tiny(**overrides: Any) -> EVAViT:
-    """Window, window, global, all in fp64, nothing zero."""
-    config: dict[str, Any] = {
-        "img_size": 20,
-        "patch_size": 4,
-        "embed_dim": HEADS * HEAD_DIM,
-        "depth": 3,
-        "num_heads": HEADS,
-        "mlp_ratio": 2.0,
-        "window_size": 3,
-        "window_block_indexes": (0, 1),
-        "pretrain_img_size": 12,
-    }
-    torch.manual_seed(1)
-    model = EVAViT(**{**config, **overrides}).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    return model
 
 
 def images(batch: int = 2, height: int = 20, width: int = 28) -> Tensor:

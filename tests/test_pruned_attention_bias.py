@@ -2,7 +2,7 @@
 """The additive bias of pruned_attention: reference, every instruction set, and who gets what."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -21,16 +21,6 @@ from kdfast.testing import assert_no_worse, run
 ISAS = EXTENSION.testable_isas() if EXTENSION else ["generic"]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("out", "dq", "dk", "dv", "dbias")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, compiled: None) -> Iterator[str]:
-    """Runs the test with every instruction set that this CPU has."""
-    before = EXTENSION.cpu_isa()
-    EXTENSION.set_cpu_isa(request.param)
-    assert EXTENSION.cpu_isa() == request.param
-    yield request.param
-    EXTENSION.set_cpu_isa(before)
 
 
 @dataclass(frozen=True)

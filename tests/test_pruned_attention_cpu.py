@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -18,16 +18,6 @@ pytestmark = pytest.mark.usefixtures("compiled")
 ISAS = EXTENSION.testable_isas() if EXTENSION else ["generic"]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("out", "dq", "dk", "dv", "dpad")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test with every instruction set that this CPU has."""
-    before = EXTENSION.cpu_isa()
-    EXTENSION.set_cpu_isa(request.param)
-    assert EXTENSION.cpu_isa() == request.param
-    yield request.param
-    EXTENSION.set_cpu_isa(before)
 
 
 @dataclass(frozen=True)

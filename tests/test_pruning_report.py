@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdfast.models import EVAViT, eva_vit_l_orion
 from kdfast.pruning import PruningReport, prune_heads, pruning_report
+from kdfast.testing import tiny_eva
 
 # Heads per block -> parameters of the backbone, its attentions, and one window block's attention.
 PARAMS = {
@@ -41,19 +42,8 @@ def orion() -> PruningReport:
         return pruning_report(eva_vit_l_orion())
 
 
-def tiny(**overrides: Any) -> EVAViT:
-    config: dict[str, Any] = {
-        "img_size": 20,
-        "patch_size": 4,
-        "embed_dim": 64,
-        "depth": 3,
-        "num_heads": 4,
-        "mlp_ratio": 2.0,
-        "window_size": 3,
-        "window_block_indexes": (0, 1),
-        "pretrain_img_size": 12,
-    }
-    return EVAViT(**{**config, **overrides}).eval()
+def tiny() -> EVAViT:
+    return tiny_eva(0.2).float().eval()
 
 
 def test_orion_parameters(orion: PruningReport) -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled kernel of swiglu_norm against its reference."""
 
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -12,25 +11,14 @@ from torch import Tensor
 
 import kdfast
 from kdfast.benchmark import saved_bytes
-from kdfast.ops._library import EXTENSION
 from kdfast.testing import assert_no_worse, run
 
 pytestmark = pytest.mark.usefixtures("compiled")
-ISAS = EXTENSION.available_isas() if EXTENSION else ["generic"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NAMES = ["out", "d gate", "d value", "d weight", "d bias"]
 OP = torch.ops.kdfast.swiglu_norm.default
 FUSED = partial(kdfast.swiglu_norm, backend="fused")
 REFERENCE = partial(kdfast.swiglu_norm, backend="reference")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = EXTENSION.cpu_isa()
-    EXTENSION.set_cpu_isa(request.param)
-    assert EXTENSION.cpu_isa() == request.param
-    yield request.param
-    EXTENSION.set_cpu_isa(before)
 
 
 def make(*shape: int, size: float = 1.0) -> list[Tensor]:
