@@ -41,14 +41,6 @@ int64_t scratch_bytes(int64_t n, int64_t d, int64_t dt) {
   return values * static_cast<int64_t>(sizeof(A)) + 20 * 64;
 }
 
-// Takes `count` values off the scratch memory, 64-byte aligned.
-template <class A>
-A* take(char*& scratch, int64_t count) {
-  A* out = reinterpret_cast<A*>(scratch);
-  scratch += round_up(count * static_cast<int64_t>(sizeof(A)), 64);
-  return out;
-}
-
 template <class T, class A>
 void load_rows_of(Rows rows, const WindowSpan& span, int64_t dim, const RotaryTable<A>* table,
                   A scale, A* out) {

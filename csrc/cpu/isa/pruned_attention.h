@@ -68,6 +68,14 @@ constexpr int64_t kSumRows = 48;
 constexpr int64_t kMaxQueryChunk = 320;
 
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+// Takes `count` elements off the scratch memory, 64-byte aligned.
+template <class A>
+static inline A* take(char*& scratch, int64_t count) {
+  A* out = reinterpret_cast<A*>(scratch);
+  scratch += round_up(count * static_cast<int64_t>(sizeof(A)), 64);
+  return out;
+}
+
 static inline int64_t sum_columns(int64_t dim) { return round_up(dim, kLanes); }
 static inline int64_t bias_columns(int64_t tokens) { return round_up(tokens, kLanes); }
 static inline int64_t sum_rows(int64_t tokens) { return round_up(tokens, kSumRows); }

@@ -11,13 +11,6 @@
 namespace kdfast::cpu {
 namespace {
 
-template <class A>
-A* take(char*& scratch, int64_t count) {
-  A* out = reinterpret_cast<A*>(scratch);
-  scratch += round_up(count * static_cast<int64_t>(sizeof(A)), 64);
-  return out;
-}
-
 // Sizes in dwords of the packed forms of one head.
 template <class M>
 struct Sizes {

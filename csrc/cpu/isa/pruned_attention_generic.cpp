@@ -10,14 +10,6 @@
 namespace kdfast::cpu {
 namespace {
 
-// Takes `count` elements off the scratch memory, 64-byte aligned.
-template <class A>
-A* take(char*& scratch, int64_t count) {
-  A* out = reinterpret_cast<A*>(scratch);
-  scratch += round_up(count * static_cast<int64_t>(sizeof(A)), 64);
-  return out;
-}
-
 template <class T, class A>
 void load_row(const Rows& rows, const AttentionHead<A>& head, int64_t i, bool rotate, A* out) {
   const T* in = static_cast<const T*>(rows.data) + span_token(head.span, i) * rows.step;
