@@ -105,18 +105,18 @@ def forward(s: Shape) -> list[Work]:
 
 
 def backward(s: Shape) -> list[Work]:
-    prepare = Work("prepare", 2 * s.tensor)
-    return [prepare, *s.rotations(2), s.stream("dq", 5, 3, 1), s.stream("dkdv", 6, 4, 1)]
+    # The keys' copy; dq reads q, k, v, out and grad, writes dq and the copy of q that dkdv reads.
+    return [*s.rotations(1), s.stream("dq", 7, 3, 1), s.stream("dkdv", 6, 4, 1)]
 
 
 def distill(s: Shape, rope: bool) -> list[Work]:
     """What KL at T = 1 adds to the attention's forward and backward."""
     return [
-        # Of the teacher: k in the forward, q and k in the backward pass.
-        *(s.rotations(3) if rope else []),
+        # Of the teacher: k in both passes; the launch of dq writes the copy of q.
+        *(s.rotations(2) if rope else []),
         s.stream("distance", 4, 2, 1),
         # The rider's share of the two backward launches: q, k, scores and map of the teacher.
-        s.stream("rider of dq", 2, 1, 1, "dq_rider"),
+        s.stream("rider of dq", 3 if rope else 2, 1, 1, "dq_rider"),
         s.stream("rider of dkdv", 2, 1, 1, "dkdv_rider"),
     ]
 

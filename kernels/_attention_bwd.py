@@ -13,6 +13,7 @@ from kdfast.kernels._attention import (
     LOG2_E,
     NONE,
     head_base,
+    load_rotated,
     load_tile,
     program,
     row_offsets,
@@ -33,13 +34,59 @@ def across(x, KEYS: tl.constexpr):
 
 
 @triton.jit
+def take_queries(
+    ptr,
+    rows,
+    ok,
+    cos_ptr,
+    sin_ptr,
+    turn,
+    copy_ptr,
+    token,
+    D: tl.constexpr,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
+    ROPE: tl.constexpr,
+):
+    """Both tiles of a program's rows, rotated, in pair order; copied to (N, D) at ``copy_ptr``."""
+    lo = load_rotated(ptr, rows, ok, cos_ptr, sin_ptr, turn, D, 0, LO, ROPE)
+    hi = lo
+    store_tile(copy_ptr, token * D, ok, lo, D, 0, LO, NONE)
+    if HI:
+        hi = load_rotated(ptr, rows, ok, cos_ptr, sin_ptr, turn, D, LO, HI, ROPE)
+        store_tile(copy_ptr, token * D, ok, hi, D, LO, HI, NONE)
+    return lo, hi
+
+
+@triton.jit
+def row_products(x, y):
+    """Inner products (R,) of the rows of x and y (R, C)."""
+    return tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
+
+
+@triton.jit
+def store_pad_part(
+    part_ptr, lse, grad, pads, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr
+):
+    """What the rows of ``grad`` (R, WIDTH) give to the gradient of the pad value."""
+    # Without a padded key, exp(-lse) may be infinite.
+    weight = tl.where(pads > 0, pads * tl.exp(-lse), 0.0)
+    cols = START + tl.arange(0, WIDTH)
+    tl.store(part_ptr + cols, tl.sum(grad.to(tl.float32) * weight[:, None], 0), mask=cols < D)
+
+
+@triton.jit
 def bwd_kernel(
-    a_ptr,  # q, with KEYS k: (B, H, N, D); with ROPE (B, K, N, D), rotated and in pair order
+    a_ptr,  # q (B, H, N, D), with KEYS k, which is as c
     b_ptr,  # grad (B, K, N, D), with KEYS v (B, H, N, D)
-    c_ptr,  # k, with KEYS q
+    c_ptr,  # k, with KEYS q: (B, H, N, D); with ROPE (B, K, N, D), rotated and in pair order
     d_ptr,  # v, with KEYS grad
     lse_ptr,  # (B, K, N)
-    delta_ptr,  # (B, K, N)
+    # Without KEYS these three are results, and the launch with KEYS follows:
+    delta_ptr,  # (B, K, N), rowsum(grad * out)
+    turned_ptr,  # (B, K, N, D), contiguous: q, rotated and in pair order; only with ROPE
+    part_ptr,  # (B * windows * blocks, K, D), zeros: parts of dpad; only with HAS_PAD
+    out_ptr,  # (B, K, N, D)
     da_ptr,  # (B, H, N, D)
     db_ptr,  # (B, H, N, D), dv; without KEYS not used
     heads_ptr,
@@ -57,9 +104,12 @@ def bwd_kernel(
     stride_db,
     stride_dh,
     stride_dn,
-    stride_gb,  # of both results
+    stride_gb,  # of both gradients
     stride_gh,
     stride_gn,
+    stride_ob,
+    stride_oh,
+    stride_on,
     kept,
     tokens,
     blocks,
@@ -82,10 +132,14 @@ def bwd_kernel(
     STAGES: tl.constexpr,
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_PAD: tl.constexpr,
     KEYS: tl.constexpr,
     # The rider: the gradient of the distance to a teacher's maps, see _attention_maps.py.
-    ta_ptr=None,  # the teacher's q, with KEYS k: (B, Ht, N, TD); with TROPE (B, K, N, TD), rotated
-    tc_ptr=None,  # its k, with KEYS q
+    ta_ptr=None,  # the teacher's q (B, Ht, N, TD), with KEYS k, which is as tc
+    tc_ptr=None,  # its k, with KEYS q: (B, Ht, N, TD); with TROPE (B, K, N, TD), rotated
+    teacher_turned_ptr=None,  # (B, K, N, TD), as turned
+    teacher_cos_ptr=None,  # (rows, TD)
+    teacher_sin_ptr=None,
     teacher_heads_ptr=None,  # (K,)
     stats_ptr=None,  # (planes, B, K, N)
     grad_loss_ptr=None,  # ()
@@ -95,6 +149,8 @@ def bwd_kernel(
     stride_tcb=0,
     stride_tch=0,
     stride_tcn=0,
+    teacher_prefix=0,
+    teacher_skipped=0,
     plane=0,
     teacher_scale=0.0,  # over the temperature
     temperature=1.0,
@@ -115,17 +171,19 @@ def bwd_kernel(
     block, window, j, b = program(blocks, windows, kept)
     first, length, count = window_span(window, tokens, grid_h, grid_w, size, WINDOWED)
     head = tl.load(heads_ptr + j)
-    a_ptr = head_base(a_ptr, b, head if ROPE == NONE else j, stride_ab, stride_ah, UNIT)
+    a_ptr = head_base(a_ptr, b, j if KEYS and ROPE else head, stride_ab, stride_ah, UNIT)
     b_ptr = head_base(b_ptr, b, head if KEYS else j, stride_bb, stride_bh, UNIT)
-    c_ptr = head_base(c_ptr, b, head if ROPE == NONE else j, stride_cb, stride_ch, UNIT)
+    c_ptr = head_base(c_ptr, b, j if ROPE else head, stride_cb, stride_ch, UNIT)
     d_ptr = head_base(d_ptr, b, j if KEYS else head, stride_db, stride_dh, UNIT)
     da_ptr = head_base(da_ptr, b, head, stride_gb, stride_gh, UNIT)
     db_ptr = head_base(db_ptr, b, head, stride_gb, stride_gh, UNIT)
+    out_ptr = head_base(out_ptr, b, j, stride_ob, stride_oh, UNIT)
     stats = (b.to(tl.int64) * kept + j) * tokens
     if KIND >= 0:
-        teacher = j if TROPE else tl.load(teacher_heads_ptr + j)
-        ta_ptr = head_base(ta_ptr, b, teacher, stride_tab, stride_tah, TUNIT)
-        tc_ptr = head_base(tc_ptr, b, teacher, stride_tcb, stride_tch, TUNIT)
+        teacher = tl.load(teacher_heads_ptr + j)
+        own = j if KEYS and TROPE else teacher
+        ta_ptr = head_base(ta_ptr, b, own, stride_tab, stride_tah, TUNIT)
+        tc_ptr = head_base(tc_ptr, b, j if TROPE else teacher, stride_tcb, stride_tch, TUNIT)
         weight *= tl.load(grad_loss_ptr).to(tl.float32)
     left = count - block * ROWS
     for PART in tl.static_range(2 if ROW_TAIL else 1):
@@ -133,20 +191,47 @@ def bwd_kernel(
             i = block * ROWS + tl.arange(0, ROW_TAIL if PART else ROWS)
             ok = i < count
             token = window_tokens(tl.minimum(i, count - 1), first, length, grid_w, WINDOWED)
+            turn = table_offsets(token, grid_w, size, prefix, skipped, D, WINDOWED)
             rows = row_offsets(token, stride_an, UNIT)
-            a_lo = load_tile(a_ptr, rows, ok, D, 0, LO)
-            a_hi = load_tile(a_ptr, rows, ok, D, LO, HI) if HI else a_lo
+            # Keys have been rotated before.
+            if KEYS or ROPE == NONE:
+                a_lo = load_tile(a_ptr, rows, ok, D, 0, LO)
+                a_hi = load_tile(a_ptr, rows, ok, D, LO, HI) if HI else a_lo
+            else:
+                copy = turned_ptr + stats * D
+                a_lo, a_hi = take_queries(
+                    a_ptr, rows, ok, cos_ptr, sin_ptr, turn, copy, token, D, LO, HI, ROPE
+                )
             rows = row_offsets(token, stride_bn, UNIT)
             b_lo = load_tile(b_ptr, rows, ok, D, 0, LO)
             b_hi = load_tile(b_ptr, rows, ok, D, LO, HI) if HI else b_lo
-            if KIND >= 0:
-                rows = row_offsets(token, stride_tan, TUNIT)
-                ta_lo = load_tile(ta_ptr, rows, ok, TD, 0, TLO)
-                ta_hi = load_tile(ta_ptr, rows, ok, TD, TLO, THI) if THI else ta_lo
             if not KEYS:
                 lse = tl.load(lse_ptr + stats + token, mask=ok, other=float("inf"))
-                delta = tl.load(delta_ptr + stats + token, mask=ok, other=0.0)
-                if KIND >= 0:
+                rows = row_offsets(token, stride_on, UNIT)
+                delta = row_products(b_lo, load_tile(out_ptr, rows, ok, D, 0, LO))
+                if HI:
+                    delta += row_products(b_hi, load_tile(out_ptr, rows, ok, D, LO, HI))
+                tl.store(delta_ptr + stats + token, delta, mask=ok)
+                if HAS_PAD:
+                    pads = size * size - count
+                    part = (b.to(tl.int64) * windows + window) * blocks + block
+                    here = part_ptr + (part * kept + j) * D
+                    store_pad_part(here, lse, b_lo, pads, D, 0, LO)
+                    if HI:
+                        store_pad_part(here, lse, b_hi, pads, D, LO, HI)
+            if KIND >= 0:
+                rows = row_offsets(token, stride_tan, TUNIT)
+                if KEYS or TROPE == NONE:
+                    ta_lo = load_tile(ta_ptr, rows, ok, TD, 0, TLO)
+                    ta_hi = load_tile(ta_ptr, rows, ok, TD, TLO, THI) if THI else ta_lo
+                else:
+                    cos, sin, skip = teacher_cos_ptr, teacher_sin_ptr, teacher_skipped
+                    turned = table_offsets(token, grid_w, size, teacher_prefix, skip, TD, WINDOWED)
+                    copy = teacher_turned_ptr + stats * TD
+                    ta_lo, ta_hi = take_queries(
+                        ta_ptr, rows, ok, cos, sin, turned, copy, token, TD, TLO, THI, TROPE
+                    )
+                if not KEYS:
                     a_lse, b_lse, x, y = load_stats(stats_ptr + stats, plane, token, ok, KIND)
             da_lo = tl.zeros((token.shape[0], LO), tl.float32)
             da_hi = tl.zeros((token.shape[0], HI if HI else 16), tl.float32)
@@ -214,7 +299,6 @@ def bwd_kernel(
                         db_lo = tl.dot(p, d_lo, db_lo, input_precision=PRECISION)
                         if HI:
                             db_hi = tl.dot(p, d_hi, db_hi, input_precision=PRECISION)
-            turn = table_offsets(token, grid_w, size, prefix, skipped, D, WINDOWED)
             rows = row_offsets(token, stride_gn, UNIT)
             store_grad(da_ptr, rows, ok, da_lo * scale, cos_ptr, sin_ptr, turn, D, 0, LO, ROPE)
             if HI:

@@ -99,6 +99,11 @@ class Call:
         """Blocks of a kernel of ``BLOCKS``."""
         return choose_tiles(kernel, self.lengths, self.width, self.itemsize)
 
+    def programs(self, tiles: Tiles) -> int:
+        """Programs of an attention kernel: one for each block of rows, window, head and image."""
+        blocks = -(-max(self.lengths) // tiles.rows)
+        return blocks * len(self.lengths) * self.kept * self.batch
+
     def launch(
         self,
         kernel: Any,
@@ -110,7 +115,7 @@ class Call:
         """Runs an attention kernel whose tensors after ``pointers`` have three strides each."""
         blocks = -(-max(self.lengths) // tiles.rows)
         low, high = chunks(self.head_dim, pointers[0].dtype.itemsize)
-        kernel[(blocks * len(self.lengths) * self.kept * self.batch,)](
+        kernel[(self.programs(tiles),)](
             *pointers,
             *(stride for x in strided for stride in x.stride()[:3]),
             self.kept,
@@ -182,11 +187,18 @@ def rows_first(x: Tensor, heads: int, *, zero: bool = False) -> Tensor:
     return make((batch, tokens, heads, head_dim)).transpose(1, 2)
 
 
-def rotated(x: Tensor, call: Call) -> Tensor:
-    """The kept heads of x, (B, K, N, D), rotated and in pair order; x itself without rope."""
+def turning(x: Tensor, call: Call) -> Tensor:
+    """Where the rotated copy (B, K, N, D) of x goes; x itself without rope."""
     if call.rope == 0 or x.numel() == 0:
         return x
-    y = x.new_empty((call.batch, call.kept, call.tokens, call.head_dim))
+    return x.new_empty((call.batch, call.kept, call.tokens, call.head_dim))
+
+
+def rotated(x: Tensor, call: Call) -> Tensor:
+    """The kept heads of x, (B, K, N, D), rotated and in pair order; x itself without rope."""
+    y = turning(x, call)
+    if y is x:
+        return x
     rotate_kernel[(call.rows * call.kept * call.batch,)](
         x,
         y,

@@ -28,7 +28,7 @@ from kdfast.kernels._attention import (
     window_span,
     window_tokens,
 )
-from kdfast.kernels._attention_call import Call, make_call, rotated
+from kdfast.kernels._attention_call import Call, make_call, rotated, turning
 from kdfast.kernels._attention_maps import (
     COSINE,
     JSD,
@@ -85,9 +85,12 @@ def _distance_kernel(
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_PAD: tl.constexpr,
-    # The teacher; as in the kernel of the backward pass, but q is not rotated.
+    # The teacher, as in the kernel of the backward pass.
     ta_ptr,
     tc_ptr,
+    teacher_turned_ptr,
+    teacher_cos_ptr,
+    teacher_sin_ptr,
     teacher_heads_ptr,
     stats_ptr,
     grad_loss_ptr,
@@ -97,6 +100,8 @@ def _distance_kernel(
     stride_tcb,
     stride_tch,
     stride_tcn,
+    teacher_prefix,
+    teacher_skipped,
     plane,
     teacher_scale,
     temperature,
@@ -109,10 +114,6 @@ def _distance_kernel(
     TUNIT: tl.constexpr,
     TPRECISION: tl.constexpr,
     PLAIN: tl.constexpr,
-    teacher_cos_ptr,  # (rows, TD)
-    teacher_sin_ptr,
-    teacher_prefix,
-    teacher_skipped,
 ):
     """Distances of one block of queries; fills the planes of stats that the gradient needs."""
     block, window, j, b = program(blocks, windows, kept)
@@ -252,6 +253,7 @@ def log_sums(q: Tensor, k: Tensor, call: Call, temperature: float) -> Tensor:
 def rider(
     a: Tensor,
     c: Tensor,
+    turned: Tensor,
     teacher: Call,
     stats: Tensor,
     grad_loss: Tensor,
@@ -260,8 +262,8 @@ def rider(
 ) -> dict[str, Any]:
     """What the kernels have to know of the teacher.
 
-    ``a`` and ``c`` are its q and k, k and q for the gradient of keys, as ``rotated`` gives them;
-    the forward pass takes q as it is.
+    ``a`` and ``c`` are its q and k as ``rotated`` gives it, for the gradient of keys k and q, both
+    so. ``turned``: where the gradient of queries leaves the rotated q.
     """
     low, high = chunks(teacher.head_dim, a.dtype.itemsize)
     names = [f"stride_t{side}{axis}" for side in "ac" for axis in "bhn"]
@@ -270,9 +272,14 @@ def rider(
     return dict(zip(names, strides, strict=True)) | {
         "ta_ptr": a,
         "tc_ptr": c,
+        "teacher_turned_ptr": turned,
+        "teacher_cos_ptr": teacher.cos,
+        "teacher_sin_ptr": teacher.sin,
         "teacher_heads_ptr": teacher.heads,
         "stats_ptr": stats,
         "grad_loss_ptr": grad_loss,
+        "teacher_prefix": teacher.prefix,
+        "teacher_skipped": teacher.skipped,
         "plane": rows,
         "teacher_scale": teacher.scale / temperature,
         "temperature": float(temperature),
@@ -323,11 +330,7 @@ def forward(
             (q, k, distance, call.heads, call.cos, call.sin),
             (q, k),
             HAS_PAD=call.has_pad,
-            teacher_cos_ptr=teacher.cos,
-            teacher_sin_ptr=teacher.sin,
-            teacher_prefix=teacher.prefix,
-            teacher_skipped=teacher.skipped,
-            **rider(teacher_q, teacher_k, teacher, stats, loss, temperature, kind),
+            **rider(teacher_q, teacher_k, teacher_q, teacher, stats, loss, temperature, kind),
         )
         rows = distance.numel()
         total_kernel[(1,)](distance, loss, rows, float(rows), BLOCK=SUM_BLOCK)
@@ -353,11 +356,12 @@ def backward(
     teacher_q, teacher_k = unit_stride(teacher_q), unit_stride(teacher_k)
     call, teacher, temperature, kind = calls(q, teacher_q, heads, teacher_heads, arguments)
     with torch.cuda.device_of(q):
+        turned = teacher_q
         if out.numel():
-            teacher_q, teacher_k = rotated(teacher_q, teacher), rotated(teacher_k, teacher)
+            teacher_k, turned = rotated(teacher_k, teacher), turning(teacher_q, teacher)
 
         def options(keys: bool) -> dict[str, Any]:
-            sides = (teacher_k, teacher_q) if keys else (teacher_q, teacher_k)
-            return rider(*sides, teacher, stats, grad_loss, temperature, kind)
+            sides = (teacher_k, turned) if keys else (teacher_q, teacher_k)
+            return rider(*sides, turned, teacher, stats, grad_loss, temperature, kind)
 
         return pruned_attention.gradients(grad_out, q, k, v, out, stats[0], call, options)

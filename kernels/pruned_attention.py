@@ -30,8 +30,8 @@ from kdfast.kernels._attention import (
     window_tokens,
 )
 from kdfast.kernels._attention_bwd import bwd_kernel
-from kdfast.kernels._attention_call import Call, make_call, rotated, rows_first
-from kdfast.kernels._common import PLAIN_ROWS, alignment, power_of_two, unit_stride
+from kdfast.kernels._attention_call import Call, make_call, rotated, rows_first, turning
+from kdfast.kernels._common import PLAIN_ROWS, power_of_two, unit_stride
 
 
 @triton.jit
@@ -161,52 +161,6 @@ def fwd_kernel(
 
 
 @triton.jit
-def _bwd_prepare_kernel(
-    grad_ptr,  # (B, K, N, D)
-    out_ptr,  # (B, K, N, D)
-    lse_ptr,  # (B, K, N)
-    delta_ptr,  # (B, K, N)
-    part_ptr,  # (B * blocks, K, D)
-    stride_gb,
-    stride_gh,
-    stride_gn,
-    stride_ob,
-    stride_oh,
-    stride_on,
-    kept,
-    tokens,
-    blocks,
-    grid_h,
-    grid_w,
-    size,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HAS_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNIT: tl.constexpr,
-):
-    """delta = rowsum(grad * out), and this block's part of the gradient of the pad value."""
-    block, _, j, b = program(blocks, 1, kept)
-    token = block * ROWS + tl.arange(0, ROWS)
-    ok = token < tokens
-    grad_ptr = head_base(grad_ptr, b, j, stride_gb, stride_gh, UNIT)
-    out_ptr = head_base(out_ptr, b, j, stride_ob, stride_oh, UNIT)
-    grad = load_tile(grad_ptr, row_offsets(token, stride_gn, UNIT), ok, D, 0, WIDTH).to(tl.float32)
-    out = load_tile(out_ptr, row_offsets(token, stride_on, UNIT), ok, D, 0, WIDTH).to(tl.float32)
-    row = (b.to(tl.int64) * kept + j) * tokens + token
-    tl.store(delta_ptr + row, tl.sum(grad * out, 1), mask=ok)
-    if HAS_PAD:
-        y, x = token // grid_w, token % grid_w
-        runs = tl.minimum(size, grid_h - y // size * size)
-        length = tl.minimum(size, grid_w - x // size * size)
-        lse = tl.load(lse_ptr + row, mask=ok, other=float("inf"))
-        weight = (size * size - runs * length) * tl.exp(-lse)
-        cols = tl.arange(0, WIDTH)
-        place = part_ptr + ((b.to(tl.int64) * blocks + block) * kept + j) * D + cols
-        tl.store(place, tl.sum(grad * weight[:, None], 0), mask=cols < D)
-
-
-@triton.jit
 def _bwd_pad_kernel(
     part_ptr,  # (P, K, D)
     dpad_ptr,  # (H, D)
@@ -278,54 +232,31 @@ def gradients(
     dpad = torch.zeros_like(call.pad) if call.has_pad else q.new_empty(0)
     if out.numel() == 0:
         return dq, dk, dv, dpad
-    delta = row_sums(grad, out, lse, dpad, call)
-    q, k = rotated(q, call), rotated(k, call)
+    delta, k, turned = torch.empty_like(lse), rotated(k, call), turning(q, call)
+    tiles = call.tiles("dq_rider" if rider else "dq")
+    # Sums over the queries of a program; those without a query leave zeros.
+    programs = call.programs(tiles) // call.kept if call.has_pad else 0
+    part = lse.new_zeros((programs, call.kept, call.head_dim))
     for name, pairs, results in (
         ("dq", (q, grad, k, v), (dq, dq)),
-        ("dkdv", (k, v, q, grad), (dk, dv)),
+        ("dkdv", (k, v, turned, grad), (dk, dv)),
     ):
         keys = name == "dkdv"
         extra = rider(keys) if rider else {}
         tiles = call.tiles(f"{name}_rider" if rider else name)
-        pointers = (*pairs, lse, delta, *results, call.heads, call.cos, call.sin)
-        call.launch(bwd_kernel, tiles, pointers, (*pairs, results[0]), KEYS=keys, **extra)
-    return dq, dk, dv, dpad
-
-
-def row_sums(grad: Tensor, out: Tensor, lse: Tensor, dpad: Tensor, call: Call) -> Tensor:
-    """delta = rowsum(grad * out), (B, K, N); fills the kept rows of dpad (H, D) if there is one."""
-    delta = torch.empty_like(lse)
-    width = power_of_two(call.head_dim)
-    parts = call.rows * call.batch
-    shape = (parts, call.kept, call.head_dim) if call.has_pad else (0,)
-    part = torch.empty(shape, dtype=torch.float32, device=grad.device)
-    _bwd_prepare_kernel[(parts * call.kept,)](
-        grad,
-        out,
-        lse,
-        delta,
-        part,
-        *grad.stride()[:3],
-        *out.stride()[:3],
-        call.kept,
-        call.tokens,
-        call.rows,
-        *call.grid,
-        D=call.head_dim,
-        WIDTH=width,
-        HAS_PAD=call.has_pad,
-        ROWS=PLAIN_ROWS,
-        UNIT=alignment(grad, out),
-    )
+        rows = (lse, delta, turned, part, out)
+        pointers = (*pairs, *rows, *results, call.heads, call.cos, call.sin)
+        strided = (*pairs, results[0], out)
+        call.launch(bwd_kernel, tiles, pointers, strided, HAS_PAD=call.has_pad, KEYS=keys, **extra)
     if call.has_pad:
         _bwd_pad_kernel[(call.kept,)](
             part,
             dpad,
             call.heads,
-            parts,
+            programs,
             call.kept,
             D=call.head_dim,
-            WIDTH=width,
+            WIDTH=power_of_two(call.head_dim),
             ROWS=PLAIN_ROWS,
         )
-    return delta
+    return dq, dk, dv, dpad

@@ -27,6 +27,8 @@ def test_limits_by_hand(static: Any) -> None:
     # 64 x 16 x 257 x 64 bf16 are 33.7 MB: k is read and written, then q, k, v read and out written.
     tensor = 2 * 64 * 16 * 257 * 64 / 3.35e12 * 1e6
     assert limits["G1"] == pytest.approx(6 * tensor)
+    # k again; q, k, v, out, grad, dq and the rotated q; then q, k, v, grad, dk and dv.
+    assert limits["G2"] == pytest.approx((2 + 7 + 6) * tensor)
     exp = 1e6 / (132 * 16 * 1.755e9)  # 16 a cycle on each of 132 SMs
     # The KL's forward reads q and k of both sides; its share of each gradient takes one exponential
     # for each of 272 x 272 pairs, the tiles of 257 tokens.

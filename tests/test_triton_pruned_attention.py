@@ -113,6 +113,12 @@ def test_large_logits() -> None:
     # exp(200) is infinite, and so would be a weight whose padded key is not masked.
     check((1, 1, 18, 16), scale=-20.0)
     check((1, 1, 6, 16), None, None, ((2, 3), 2), pad=True, scale=20.0)
+    # A window without padded keys, all of whose logits are -100: it gives the pad value nothing.
+    q, grad, pad = torch.ones(1, 1, 6, 16), torch.ones(1, 1, 6, 16), torch.zeros(1, 16)
+    args = op.geometry_args(None, Window((2, 3), 2, pad), -100 / 16)
+    out, lse = op._cuda(q, q, q, None, *args)
+    # Where it has some, they have the weight 1.
+    torch.testing.assert_close(op._cuda_bwd(grad, q, q, q, out, lse, None, *args)[3], pad + 2)
 
 
 @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
