@@ -7,26 +7,24 @@ bench/results/gpu_static.json; bench/gpu_tables.py makes docs/gpu.md of it.
 """
 
 import argparse
-import hashlib
 import json
-import re
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 
-from kdfast import aot
+from bench.gpu_cases import Case, cases, describe, violations
+from bench.gpu_source import ROOT, fingerprints
+from bench.gpu_sweep import KERNEL, sweep
 from kdfast.kernels._common import choose_tiles, useful_share, window_lengths
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "gpu_static.json"
-STREAMING = ("fwd_kernel", "_distance_kernel", "bwd_kernel")
-DIMS = (16, 64, 72, 80, 88, 96, 128)
-KINDS = ("reverse_kl", "jsd", "mse", "cosine", "logit_mse")
+# Seconds between two writes of the file.
+PAUSE = 30
 
 
 @dataclass(frozen=True)
@@ -160,94 +158,6 @@ GOALS = (
 )
 
 
-@dataclass(frozen=True)
-class Case:
-    """One launch to compile: an op of kdfast.aot, its dtype, size and options."""
-
-    op: str
-    dtype: str
-    dim: int
-    options: tuple[tuple[str, Any], ...] = ()
-
-
-def cases(arch: int) -> Iterator[Case]:
-    """What is compiled: on sm_80 every head dim and entry of the block table, elsewhere fewer.
-
-    fp16 is bf16 with other conversions; 80 and 96 have the tiles of 72 and 88 without their masks.
-    """
-    first, second = arch == 80, arch == 90
-    half = DIMS if first else (64, 72, 88, 128) if second else (64, 72, 128)
-    full = (16, 64, 72, 88, 128) if first else (64, 88) if second else (88,)
-    for dim in half:
-        yield Case("pruned_attention", "bfloat16", dim)
-    for dim in (64, 72, 88, 128) if first else (64, 72, 128) if second else (64, 128):
-        yield Case("attention_distill", "bfloat16", dim)
-    for dim in full if arch != aot.AMD else ():
-        yield Case("pruned_attention", "float32", dim)
-    for dim in full[1:] if first or second else ():
-        yield Case("attention_distill", "float32", dim)
-    yield Case("pruned_attention", "bfloat16", 64, (("window", 16),))
-    if first or second:
-        yield Case("pruned_attention", "float16", 64)
-    for dtype in ("bfloat16", "float32", "float16") if first else ("bfloat16",):
-        yield Case("kd_loss", dtype, 1000, (("target", "indices"),))
-        yield Case("kd_loss", dtype, 21841, (("target", "indices"),))
-        yield Case("feature_loss", dtype, 1024, (("kind", "cosine"), ("normalize", "channel")))
-        yield Case("swiglu_norm", dtype, 2730)
-    if first:
-        yield Case("attention_distill", "float16", 64)
-        yield Case("pruned_attention", "bfloat16", 64, (("layout", "half"), ("tokens", 197)))
-        yield Case("pruned_attention", "bfloat16", 64, (("layout", ""), ("tokens", 577)))
-        # Shorter sequences take smaller blocks.
-        for dim in (64, 128):
-            yield Case("pruned_attention", "bfloat16", dim, (("tokens", 20),))
-            yield Case("attention_distill", "bfloat16", dim, (("tokens", 20),))
-        yield Case("pruned_attention", "bfloat16", 128, (("tokens", 197),))
-    for kind in KINDS if first else ():
-        yield Case("attention_distill", "bfloat16", 64, (("kind", kind), ("temperature", 2)))
-
-
-def compiled(case: Case, arch: int) -> list[dict[str, Any]]:
-    """The kernels of one case on one architecture, each once."""
-    with aot.compile_only(arch) as made:
-        aot.OPS[case.op](getattr(torch, case.dtype), case.dim, **dict(case.options))
-    labels = asdict(case) | {"options": options(case)}
-    rows = {}
-    for kernel in made:
-        row = labels | asdict(kernel) | {"occupancy": kernel.occupancy}
-        rows[json.dumps([row["name"], row["constants"]], default=str)] = row
-    return list(rows.values())
-
-
-def violations(row: dict[str, Any]) -> list[str]:
-    """What a compiled kernel does not keep to of docs/gpu.md."""
-    found = []
-    # The blocks are chosen for NVIDIA's GPUs; what AMD's spill is shown, but no failure.
-    if row["arch"] != aot.AMD and row["spill_bytes"] > aot.SPILL_BUDGET:
-        found.append(f"{row['spill_bytes']} bytes of registers spilled")
-    if row["shared_bytes"] > aot.SHARED_LIMIT[row["arch"]]:
-        found.append(f"{row['shared_bytes']} bytes of shared memory")
-    if (row["tensor_core"] > 0) != (row["name"] in STREAMING):
-        found.append(f"{row['tensor_core']} tensor-core instructions")
-    wide = row["name"] in STREAMING or row["name"] in ("rotate_kernel", "_positions_kernel")
-    if wide and row["dim"] >= 64 and not row["loads_16"]:
-        found.append("no 16-byte loads")
-    return found
-
-
-def arch_name(arch: int) -> str:
-    return "gfx942" if arch == aot.AMD else f"sm_{arch}"
-
-
-def describe(row: dict[str, Any]) -> str:
-    """A kernel in words."""
-    part = {True: " of keys", False: " of queries"}.get(row["constants"].get("KEYS"), "")
-    where = (
-        f"{arch_name(row['arch'])} {row['op']} {row['dtype']} {row['dim']} {row['options']}".strip()
-    )
-    return f"{where}, {row['name']}{part}"
-
-
 def goals() -> list[dict[str, Any]]:
     """The limits of every goal on every device."""
     rows = []
@@ -267,74 +177,108 @@ def shares() -> list[dict[str, Any]]:
     return [{"tokens": name} | {k: round(s.share(k), 3) for k in names} for name, s in sizes]
 
 
-def summary(rows: list[dict[str, Any]], source: dict[str, str]) -> dict[str, Any]:
-    """The result file for these kernels."""
-    rows = sorted(rows, key=lambda row: (row["arch"], *label(row)))
-    bad = [f"{describe(row)}: {v}" for row in rows for v in violations(row)]
-    devices = {name: asdict(device) for name, device in DEVICES.items()}
-    facts = {"source": source, "devices": devices, "goals": goals(), "shares": shares()}
-    done = {(row["arch"], *label(row)) for row in rows}
-    facts["cases"] = {
-        arch_name(arch): [sum(key[0] == arch for key in done), len(list(cases(arch)))]
-        for arch in aot.SHARED_LIMIT
+def summary(done: Mapping[Case, dict[str, Any]], failed: Mapping[Case, str]) -> dict[str, Any]:
+    """The result file: figures, cases, and in words what is missing and what is not as it should.
+
+    Args:
+        done: ``source`` (the fingerprint) and ``kernels`` of each compiled case.
+        failed: Why a case could not be compiled.
+    """
+    every = cases()
+    bad = [
+        f"{describe(case, row)}: {fault}"
+        for case in every
+        if case in done
+        for row in done[case]["kernels"]
+        for fault in violations(case, row)
+    ]
+    return {
+        "triton": triton.__version__,
+        "devices": {name: asdict(device) for name, device in DEVICES.items()},
+        "goals": goals(),
+        "shares": shares(),
+        "violations": bad + [f"{case}: {fault}" for case, fault in failed.items()],
+        "columns": list(KERNEL),
+        "missing": [str(case) for case in every if case not in done],
+        "cases": [
+            asdict(case) | {"source": done[case]["source"], "kernels": packed(done[case])}
+            for case in every
+            if case in done
+        ],
     }
-    return facts | {"violations": bad, "kernels": rows}
 
 
-def sources() -> dict[str, str]:
-    """For each op a fingerprint of the compiler and of the kernels that it launches."""
-    return {op: _fingerprint(op) for op in aot.OPS}
+def packed(answer: Mapping[str, Any]) -> list[list[Any]]:
+    """The kernels of a case as rows of values."""
+    return [[row[name] for name in KERNEL] for row in answer["kernels"]]
 
 
-def _fingerprint(op: str) -> str:
-    """Of the op's file of kernels and of those that it imports."""
-    texts: dict[str, str] = {}
-    wanted = [op]
-    while wanted:
-        name = wanted.pop()
-        if name not in texts:
-            texts[name] = (ROOT / "kernels" / f"{name}.py").read_text(encoding="utf-8")
-            wanted += re.findall(r"from kdfast\.kernels\.(\w+) import", texts[name])
-            for names in re.findall(r"from kdfast\.kernels import ([\w, ]+)", texts[name]):
-                wanted += names.split(", ")
-    digest = hashlib.sha256(triton.__version__.encode())
-    for name in sorted(texts):
-        digest.update(texts[name].encode())
-    return digest.hexdigest()[:16]
+def written(facts: Mapping[str, Any]) -> str:
+    """The text of the file: a line for each case, so that a change shows as one."""
+    parts = [
+        f" {json.dumps(key)}: " + (lines(value) if isinstance(value, list) else json.dumps(value))
+        for key, value in facts.items()
+    ]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def label(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What names the case of a kernel."""
-    return row["op"], row["dtype"], row["dim"], row["options"]
+def lines(values: Sequence[Any]) -> str:
+    return "[\n" + ",\n".join("  " + json.dumps(x) for x in values) + "\n ]" if values else "[]"
 
 
-def options(case: Case) -> str:
-    return " ".join(f"{name}={value}" for name, value in case.options)
+def stored(facts: Mapping[str, Any]) -> dict[Case, dict[str, Any]]:
+    """The cases of a result file."""
+    found = {}
+    for row in facts.get("cases", []):
+        kernels = [dict(zip(facts["columns"], values, strict=True)) for values in row["kernels"]]
+        case = Case(**{field.name: row[field.name] for field in fields(Case)})
+        found[case] = {"source": row["source"], "kernels": kernels}
+    return found
+
+
+def current(facts: Mapping[str, Any]) -> dict[Case, dict[str, Any]]:
+    """Those of them that are of the code as it is."""
+    source = fingerprints()
+    return {c: row for c, row in stored(facts).items() if row["source"] == source[c.op]}
 
 
 def main() -> int:
     """Writes the result file; 1 if a kernel does not keep to what docs/gpu.md promises."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_static")
-    parser.add_argument("--arch", type=int, nargs="*", default=list(aot.SHARED_LIMIT))
+    parser.add_argument("--arch", type=int, nargs="*", help="only these")
+    parser.add_argument("--op", nargs="*", help="only these")
+    parser.add_argument("--dtype", nargs="*", help="only these")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile [1]")
+    parser.add_argument("--minutes", type=float, help="no new case after them; 0: only figures")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    # One case takes seconds and all of them many minutes: an interrupted run goes on where it was.
+    # An interrupted run goes on where it was, and code that has not changed need not be compiled.
     before = json.loads(args.out.read_text()) if args.out.exists() else {}
-    source, old = sources(), before.get("source", {})
-    rows = [row for row in before.get("kernels", []) if old.get(row["op"]) == source[row["op"]]]
-    done = {(row["arch"], *label(row)) for row in rows}
-    todo = [(arch, case) for arch in args.arch for case in cases(arch)]
-    # What every architecture has comes first.
-    for arch, case in sorted(todo, key=lambda x: (x[1].dim != 64, x[1].dtype, x[1].options != ())):
-        labels = asdict(case) | {"options": options(case)}
-        if (arch, *label(labels)) in done:
-            continue
-        rows += compiled(case, arch)
-        args.out.write_text(json.dumps(summary(rows, source), indent=1) + "\n")
-        print(f"{arch_name(arch)} {' '.join(map(str, label(labels)))}", flush=True)
-    facts = summary(rows, source)
-    args.out.write_text(json.dumps(facts, indent=1) + "\n")
+    done = current(before) if before.get("triton") == triton.__version__ else {}
+    todo = [
+        case
+        for case in cases()
+        if case not in done
+        and (not args.arch or case.arch in args.arch)
+        and (not args.op or case.op in args.op)
+        and (not args.dtype or case.dtype in args.dtype)
+    ]
+    failed: dict[Case, str] = {}
+    start = saved = time.monotonic()
+    answers = sweep(todo, args.jobs, None if args.minutes is None else 60 * args.minutes)
+    for case, answer in answers:
+        if "error" in answer:
+            failed[case] = answer["error"]
+        else:
+            done[case] = answer
+        print(f"{time.monotonic() - start:.0f} s: {case}", answer.get("error", ""), flush=True)
+        if time.monotonic() > saved + PAUSE:
+            args.out.write_text(written(summary(done, failed)))
+            saved = time.monotonic()
+    facts = summary(done, failed)
+    args.out.write_text(written(facts))
     print("\n".join(facts["violations"]) or "no violations")
+    print(f"{len(done)} cases, {len(facts['missing'])} missing")
     return bool(facts["violations"])
 
 

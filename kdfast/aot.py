@@ -202,22 +202,49 @@ def compile_attention(
 
 
 def compile_distill(
-    dtype: torch.dtype, dim: int, *, tokens: int = 257, kind: str = "kl", temperature: int = 1
+    dtype: torch.dtype,
+    dim: int,
+    *,
+    tokens: int = 257,
+    kind: str = "kl",
+    temperature: int = 1,
+    window: int = 0,
+    teacher_dim: int = 0,
 ) -> None:
-    """Launches ``attention_distill`` and its backward, with RoPE on both sides."""
-    q, k, v = torch.zeros(1, tokens, 3, 2, dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind()
-    table = torch.zeros(tokens, dim)
-    student = geometry_args(Rope(table, table), None, dim**-0.5)
-    every = (q, k, v, q, k, [1], [1], *student, *student[:5], float(temperature), kind)
+    """Launches ``attention_distill`` and its backward, with RoPE on both sides.
+
+    ``window`` as in ``compile_attention``; the teacher's heads have the student's size unless
+    ``teacher_dim`` is given.
+    """
+    tokens = 1600 if window else tokens
+
+    def side(dim: int) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
+        packed = torch.zeros(1, tokens, 3, 2, dim, dtype=dtype).permute(2, 0, 3, 1, 4)
+        table = torch.zeros(window**2 or tokens, dim)
+        windows = Window((40, 40), window, torch.zeros(2, dim)) if window else None
+        return list(packed.unbind()), geometry_args(Rope(table, table), windows, dim**-0.5)
+
+    (q, k, v), student = side(dim)
+    (tq, tk, _), teacher = side(teacher_dim or dim)
+    every = (q, k, v, tq, tk, [1], [1], *student, *teacher[:5], float(temperature), kind)
     out, loss, stats = attention_distill._cuda(*every)
     attention_distill._cuda_bwd(out, loss, out, stats, *every)
 
 
-def compile_kd_loss(dtype: torch.dtype, classes: int, *, rows: int = 64, target: str = "") -> None:
-    """Launches ``kd_loss`` with its gradient; ``target``: none, "indices" or "probabilities"."""
+def compile_kd_loss(
+    dtype: torch.dtype, classes: int, *, rows: int = 64, target: str = "", inplace: int = 0
+) -> None:
+    """Launches ``kd_loss`` with its gradient; ``target``: none, "indices" or "probabilities".
+
+    With ``inplace`` as ``linear_kd_loss`` launches it for the logits of a chunk.
+    """
     logits = torch.zeros(rows, classes, dtype=dtype)
     targets = {"indices": torch.zeros(rows, dtype=torch.int64), "probabilities": logits.float()}
-    kd_loss._cuda(logits, logits, targets.get(target), 4.0, 0.7, "batchmean", 0.1, -100, True)
+    every = (logits, logits, targets.get(target), 4.0, 0.7, "batchmean", 0.1, -100)
+    if inplace:
+        kd_loss._cuda_inplace(*every)
+    else:
+        kd_loss._cuda(*every, True)
 
 
 def compile_feature_loss(

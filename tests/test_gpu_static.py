@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The counts, limits and checks of bench/gpu_static.py, and the files that it left."""
+"""The counts and limits of bench/gpu_static.py, and that its files hold them."""
 
 import importlib
 import json
@@ -43,65 +43,10 @@ def test_tiles_are_useful(static: Any) -> None:
         assert min(v for k, v in row.items() if k != "tokens") >= 0.75, row
 
 
-ROW = {
-    "op": "pruned_attention",
-    "dtype": "bfloat16",
-    "dim": 64,
-    "options": "",
-    "arch": 86,
-    "name": "bwd_kernel",
-    "constants": {"KEYS": True},
-    "spill_bytes": 0,
-    "shared_bytes": 99 << 10,
-    "tensor_core": 9,
-    "loads_16": 4,
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "found"),
-    [
-        ({}, []),
-        ({"spill_bytes": 72}, ["72 bytes of registers spilled"]),
-        ({"spill_bytes": 64, "dtype": "float32", "dim": 72}, []),
-        ({"shared_bytes": 100 << 10}, ["102400 bytes of shared memory"]),
-        ({"shared_bytes": 100 << 10, "arch": 80}, []),
-        ({"tensor_core": 0}, ["0 tensor-core instructions"]),
-        ({"name": "total_kernel", "tensor_core": 0, "loads_16": 0}, []),
-        ({"loads_16": 0}, ["no 16-byte loads"]),
-    ],
-)
-def test_violations(static: Any, change: dict[str, Any], found: list[str]) -> None:
-    assert static.violations(ROW | change) == found
-
-
-def test_kernels_are_named(static: Any) -> None:
-    assert static.describe(ROW) == "sm_86 pruned_attention bfloat16 64, bwd_kernel of keys"
-
-
-def test_an_op_depends_on_what_it_imports(static: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = static.sources()
-    read = Path.read_text
-
-    def changed(path: Path, **options: Any) -> str:
-        return read(path, **options) + "#" * (path.name == "_attention_bwd.py")
-
-    monkeypatch.setattr(Path, "read_text", changed)
-    after = static.sources()
-    assert {op for op in after if after[op] != before[op]} == {
-        "pruned_attention",
-        "attention_distill",
-    }
-
-
-def test_files_are_those_of_this_code(static: Any) -> None:
-    if not RESULT.exists():
-        pytest.skip("python -m bench.gpu_static has not been run")
+def test_files_hold_these_figures(static: Any) -> None:
     facts = json.loads(RESULT.read_text())
-    if facts["source"] != static.sources():
-        pytest.skip("the kernels have changed since; run python -m bench.gpu_static")
-    assert facts["violations"] == []
-    assert facts["goals"] == json.loads(json.dumps(static.goals()))
-    assert facts["shares"] == static.shares()
+    again = "run `python -m bench.gpu_static --minutes 0` and `python -m bench.gpu_tables`"
+    assert facts["goals"] == json.loads(json.dumps(static.goals())), again
+    assert facts["shares"] == static.shares(), again
     tables = importlib.import_module("bench.gpu_tables")
-    assert tables.document(facts) in (ROOT / "docs" / "gpu.md").read_text()
+    assert tables.document(facts) in (ROOT / "docs" / "gpu.md").read_text(), again

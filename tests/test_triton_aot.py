@@ -1,152 +1,116 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels compiled for GPUs that are not here; each call in a process without the interpreter."""
+"""Kernels compiled for GPUs that are not here: what the result file says of all, and some again."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kdfast.aot import SPILL_BUDGET
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+triton = pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[1]
+AGAIN = (
+    "the kernels have changed: run `python -m bench.gpu_static` and `python -m bench.gpu_tables`"
 )
-# Every architecture's instruction for tensor cores, and shared memory of one block (99 KiB is what
-# sm_86 and sm_89 have; the table of block sizes keeps to it everywhere).
-SHARED = 99 << 10
-ATTENTION = {"fwd_kernel", "bwd_kernel"}
 
 
-def compiled(op: str, *arguments: str) -> list[dict[str, Any]]:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kdfast.aot", op, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Any]:
+    """Gives modules of bench/."""
+    sys.path.insert(0, str(ROOT))
+    yield lambda name: importlib.import_module(f"bench.{name}")
+    sys.path.remove(str(ROOT))
 
 
-def check_attention(rows: list[dict[str, Any]], wide_loads: float = 0.4) -> None:
-    assert {row["name"] for row in rows} >= ATTENTION
-    for row in rows:
-        assert row["spill_bytes"] <= SPILL_BUDGET, row
-        assert row["shared_bytes"] <= SHARED, row
-        assert (row["tensor_core"] > 0) == (row["name"] in ATTENTION), row
-        # The rest are row statistics, 4 bytes each, and tiles too small for 16 bytes per thread.
-        assert row["loads_16"] >= wide_loads * row["loads"], row
+@pytest.fixture(scope="module")
+def facts() -> dict[str, Any]:
+    """The result file."""
+    text = (ROOT / "bench" / "results" / "gpu_static.json").read_text(encoding="utf-8")
+    return dict(json.loads(text))
 
 
-def test_attention_compiles() -> None:
-    check_attention(compiled("pruned_attention", "--arch", "90"))
+def test_every_case_is_compiled_or_named_as_missing(bench: Any, facts: dict[str, Any]) -> None:
+    """Each stored case is of the kernels as they are now."""
+    done = bench("gpu_static").current(facts)
+    assert len(done) == len(facts["cases"]), AGAIN
+    lacking = [str(case) for case in bench("gpu_cases").cases() if case not in done]
+    assert facts["missing"] == lacking, AGAIN
 
 
-def test_attention_compiles_for_amd() -> None:
-    rows = compiled("pruned_attention", "--arch", "942")
-    check_attention(rows, 0.05)
-    assert all(row["shared_bytes"] <= 64 << 10 for row in rows)
+def test_every_kernel_keeps_to_the_rules(bench: Any, facts: dict[str, Any]) -> None:
+    assert facts["violations"] == []
+    cases, done = bench("gpu_cases"), bench("gpu_static").stored(facts)
+    bad = [
+        f"{cases.describe(case, row)}: {fault}"
+        for case, stored in done.items()
+        for row in stored["kernels"]
+        for fault in cases.violations(case, row)
+    ]
+    assert bad == []
+    assert all(stored["kernels"] for stored in done.values())
 
 
-def check_distill(rows: list[dict[str, Any]]) -> None:
-    streaming = {"fwd_kernel", "_distance_kernel", "bwd_kernel"}
-    assert {row["name"] for row in rows} >= streaming
-    for row in rows:
-        assert row["spill_bytes"] <= SPILL_BUDGET, row
-        assert row["shared_bytes"] <= SHARED, row
-        assert (row["tensor_core"] > 0) == (row["name"] in streaming), row
+# Cases to compile once more, and kernels that they must have.
+LIVE = {
+    (90, "pruned_attention", 64, ""): {"rotate_kernel", "fwd_kernel", "bwd_kernel"},
+    (942, "pruned_attention", 64, ""): {"rotate_kernel", "fwd_kernel", "bwd_kernel"},
+    (90, "attention_distill", 64, ""): {"fwd_kernel", "_distance_kernel", "bwd_kernel"},
+    # Both ways of a row.
+    (90, "kd_loss", 1000, "target=indices"): {"_rows_kernel", "_count_kernel", "_total_kernel"},
+    (80, "kd_loss", 21841, "target=indices"): {"_rows_kernel", "_count_kernel", "_total_kernel"},
+    (90, "feature_loss", 1024, "kind=cosine normalize=channel"): {"_positions_kernel"},
+    (90, "swiglu_norm", 2048, ""): {"_fwd_kernel", "_bwd_kernel", "_sum_kernel"},
+}
 
 
-def test_distill_compiles() -> None:
-    check_distill(compiled("attention_distill", "--arch", "90"))
+@pytest.fixture(scope="module")
+def worker(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One process for all of them, without what was compiled before."""
+    sweep = bench("gpu_sweep")
+    with closing(sweep.Worker(str(tmp_path_factory.mktemp("cache")))) as worker:
+        yield worker
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("dim", [16, 64, 72, 128])
-def test_distill_sweep(arch: int, dtype: str, dim: int) -> None:
-    common = ("--arch", str(arch), "--dtype", dtype, "--dim", str(dim))
-    check_distill(compiled("attention_distill", *common))
-    if dim == 64:
-        for kind in ("reverse_kl", "jsd", "mse", "cosine", "logit_mse"):
-            choice = ("--set", f"kind={kind}", "temperature=2")
-            check_distill(compiled("attention_distill", *common, *choice))
+@pytest.mark.parametrize("label", list(LIVE), ids=str)
+def test_compiling_again_gives_the_same(
+    bench: Any, facts: dict[str, Any], worker: Any, label: tuple[int, str, int, str]
+) -> None:
+    arch, op, dim, options = label
+    static, cases = bench("gpu_static"), bench("gpu_cases")
+    case = cases.Case(arch, op, "bfloat16", dim, options)
+    assert case in cases.cases()
+    answer = worker.ask(case)
+    assert "error" not in answer, answer
+    assert {row["name"] for row in answer["kernels"]} >= LIVE[label]
+    assert [
+        cases.violations(case, row) for row in answer["kernels"] if cases.violations(case, row)
+    ] == []
+    done = static.current(facts)
+    if case in done and facts["triton"] == triton.__version__:
+        assert answer["source"] == done[case]["source"]
+        assert answer["kernels"] == done[case]["kernels"]
 
 
-def check_losses(rows: list[dict[str, Any]], main: str, wide: bool) -> None:
-    assert main in {row["name"] for row in rows}
-    for row in rows:
-        assert row["spill_bytes"] == 0, row
-        assert row["shared_bytes"] <= SHARED, row
-        if row["name"] == main and wide:
-            assert row["loads_16"] >= 2, row
+def test_what_cannot_be_compiled_is_an_error(bench: Any, worker: Any) -> None:
+    case = bench("gpu_cases").Case(90, "feature_loss", "bfloat16", 64, "kind=manhattan")
+    assert worker.ask(case)["error"].startswith("ValueError: ")
 
 
-# Both ways of a row; an odd number of classes has rows that are not aligned.
-@pytest.mark.parametrize(("classes", "wide"), [(1000, True), (21841, False)])
-def test_kd_loss_compiles(classes: int, wide: bool) -> None:
-    rows = compiled("kd_loss", "--dim", str(classes), "--set", "target=indices")
-    check_losses(rows, "_rows_kernel", wide)
-
-
-def test_feature_loss_compiles() -> None:
-    rows = compiled("feature_loss", "--dim", "1024", "--set", "kind=cosine", "normalize=channel")
-    check_losses(rows, "_positions_kernel", True)
-
-
-def check_swiglu(rows: list[dict[str, Any]], wide: bool) -> None:
-    assert {row["name"] for row in rows} == {"_fwd_kernel", "_bwd_kernel", "_sum_kernel"}
-    for row in rows:
-        assert row["spill_bytes"] == 0, row
-        assert row["shared_bytes"] <= SHARED, row
-        if row["name"] != "_sum_kernel" and wide:
-            assert row["loads_16"] >= 2, row
-
-
-def test_swiglu_norm_compiles() -> None:
-    check_swiglu(compiled("swiglu_norm", "--dim", "2048"), True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("channels", [192, 2048, 2730, 8192])
-def test_swiglu_norm_sweep(arch: int, dtype: str, channels: int) -> None:
-    rows = compiled("swiglu_norm", "--arch", str(arch), "--dtype", dtype, "--dim", str(channels))
-    check_swiglu(rows, channels % 16 == 0 and channels > 1000)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_losses_sweep(arch: int, dtype: str) -> None:
-    common = ("--arch", str(arch), "--dtype", dtype, "--dim")
-    for classes in (2, 100, 1000, 8192, 21841, 131072):
-        for target in ("", "indices", "probabilities"):
-            rows = compiled("kd_loss", *common, str(classes), "--set", f"target={target}")
-            check_losses(rows, "_rows_kernel", classes % 8 == 0)
-    for features in (192, 1000, 8192):
-        for kind in ("mse", "cosine", "smooth_l1"):
-            for norm in ("none", "layer", "channel"):
-                choice = ("--set", f"kind={kind}", f"normalize={norm}")
-                rows = compiled("feature_loss", *common, str(features), *choice)
-                check_losses(rows, "_positions_kernel", features >= 1000)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("dim", [16, 24, 64, 72, 80, 88, 96, 128])
-def test_attention_sweep(arch: int, dtype: str, dim: int) -> None:
-    common = ("--arch", str(arch), "--dtype", dtype, "--dim", str(dim))
-    wide = 0.4 if dim >= 64 else 0.0
-    check_attention(compiled("pruned_attention", *common), wide)
-    if dim == 64:
-        check_attention(compiled("pruned_attention", *common, "--set", "window=16"))
-        check_attention(compiled("pruned_attention", *common, "--set", "layout=half", "tokens=197"))
-        check_attention(compiled("pruned_attention", *common, "--set", "layout=", "tokens=577"))
+def test_a_process_that_ends_costs_one_case(
+    bench: Any, worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = bench("gpu_cases").Case(90, "feature_loss", "bfloat16", 64, "kind=manhattan")
+    worker.ask(case)
+    worker.process.kill()
+    worker.process.wait()
+    assert worker.ask(case) == {"error": "the compiling process ended with -9"}
+    assert worker.ask(case)["error"].startswith("ValueError: ")
 
 
 def test_interpreter_and_compiler_do_not_mix() -> None:

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles cases in worker processes: starting one takes seconds, so that each takes many.
+
+``python -m bench.gpu_sweep`` is such a process: a JSON line for a case comes in, one with its
+kernels or the error goes out.
+"""
+
+import json
+import math
+import os
+import queue
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from bench.gpu_cases import Case
+from bench.gpu_source import ROOT, fingerprints
+from kdfast import aot
+
+# Seconds of CPU time for one case, and for the compiler of one kernel: a stopped process uses none.
+LIMIT = 300
+# Cases after which a worker makes room: Triton keeps what it has compiled.
+CASES_EACH = 40
+# What the file keeps of a kernel.
+FIELDS = ("warps", "registers", "spill_bytes", "shared_bytes", "tensor_core", "loads_16", "loads")
+KERNEL = ("name", "part", *FIELDS, "occupancy")
+
+
+def compiled(case: Case) -> list[dict[str, Any]]:
+    """The kernels of one case, each once."""
+    with aot.compile_only(case.arch) as made:
+        aot.OPS[case.op](getattr(torch, case.dtype), case.dim, **case.values())
+    rows = {}
+    for kernel in made:
+        part = {True: "keys", False: "queries"}.get(kernel.constants.get("KEYS"), "")
+        row = {"name": kernel.name, "part": part}
+        row |= {name: getattr(kernel, name) for name in FIELDS}
+        row["occupancy"] = round(kernel.occupancy, 3)
+        rows[json.dumps([kernel.name, kernel.constants], default=str)] = row
+    return list(rows.values())
+
+
+class Worker:
+    """A process that compiles, started when there is something to do."""
+
+    def __init__(self, cache: str) -> None:
+        self.env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        self.env["TRITON_CACHE_DIR"] = cache
+        self.process: subprocess.Popen[str] | None = None
+        self.taken = 0
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.communicate()
+        self.process, self.taken = None, 0
+
+    def ask(self, case: Case) -> dict[str, Any]:
+        """``source``, ``kernels`` and ``seconds``; or ``error`` alone."""
+        if self.taken == CASES_EACH:
+            self.close()
+        if self.process is None:
+            command = [sys.executable, "-m", "bench.gpu_sweep"]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self.process = subprocess.Popen(command, cwd=ROOT, env=self.env, text=True, **pipes)
+        self.taken += 1
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with suppress(BrokenPipeError):  # it has ended, as the missing answer shows
+            print(json.dumps(asdict(case)), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if answer:
+            return dict(json.loads(answer))
+        code = self.process.wait()
+        self.process, self.taken = None, 0
+        return {"error": f"the compiling process ended with {code}"}
+
+
+Answer = tuple[Case, dict[str, Any]]
+
+
+def sweep(cases: Iterable[Case], jobs: int = 1, seconds: float | None = None) -> Iterator[Answer]:
+    """The answers of ``jobs`` workers, as they come; after ``seconds`` no other case begins."""
+    waiting, lock = iter(cases), threading.Lock()
+    answers: queue.SimpleQueue[Answer | BaseException | None] = queue.SimpleQueue()
+    end = math.inf if seconds is None else time.monotonic() + seconds
+
+    def work(cache: str) -> None:
+        try:
+            with closing(Worker(cache)) as worker:
+                while time.monotonic() < end:
+                    with lock:
+                        case = next(waiting, None)
+                    if case is None:
+                        break
+                    answers.put((case, worker.ask(case)))
+            answers.put(None)
+        except BaseException as error:
+            answers.put(error)
+
+    with tempfile.TemporaryDirectory() as cache:
+        threads = [threading.Thread(target=work, args=(cache,), daemon=True) for _ in range(jobs)]
+        for thread in threads:
+            thread.start()
+        working = jobs
+        while working:
+            answer = answers.get()
+            if isinstance(answer, BaseException):
+                raise answer
+            if answer is None:
+                working -= 1
+            else:
+                yield answer
+
+
+def main() -> None:
+    """Answers until the input ends."""
+    source = fingerprints()  # of the code that was just imported
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # compilers may print
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    for line in sys.stdin:
+        case = Case(**json.loads(line))
+        start = cpu_seconds()
+        # Compilers inherit the limit, which ends a process that reaches it.
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + LIMIT, hard))
+        try:
+            answer: dict[str, Any] = {"source": source[case.op], "kernels": compiled(case)}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answer["seconds"] = round(cpu_seconds() - start, 1)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it waited for."""
+    return sum(os.times()[:4])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What has to compile for every GPU, the rules for it, and what decides that it still holds."""
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[1]
+NVIDIA = (80, 86, 89, 90, 100)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Any]:
+    """Gives modules of bench/."""
+    sys.path.insert(0, str(ROOT))
+    yield lambda name: importlib.import_module(f"bench.{name}")
+    sys.path.remove(str(ROOT))
+
+
+def test_every_head_dim_of_every_architecture(bench: Any) -> None:
+    every = bench("gpu_cases").cases()
+    assert len(set(every)) == len(every) > 500
+    for op in ("pruned_attention", "attention_distill"):
+        for arch in (*NVIDIA, 942):
+            dims = {c.dim for c in every if (c.op, c.arch, c.dtype) == (op, arch, "bfloat16")}
+            assert dims == {16, 24, 64, 72, 80, 88, 96, 128}, (op, arch)
+        full = {(c.arch, c.dim) for c in every if (c.op, c.dtype) == (op, "float32")}
+        assert len({x for x in full if x[0] in (80, 90, 100)}) == 3 * 8
+        assert {c.arch for c in every if (c.op, c.dtype) == (op, "float16")} == {*NVIDIA, 942}
+    for op in ("kd_loss", "feature_loss", "swiglu_norm"):
+        both = {(c.arch, c.dtype) for c in every if c.op == op}
+        assert len(both) == 6 * 3, op
+
+
+def test_every_kind_of_distance_is_compiled(bench: Any) -> None:
+    every = bench("gpu_cases").cases()
+    for arch in NVIDIA:
+        mine = [c.values() for c in every if c.arch == arch and c.op == "attention_distill"]
+        kinds = {values.get("kind", "kl") for values in mine}
+        assert kinds == {"kl", "reverse_kl", "jsd", "mse", "cosine", "logit_mse"}
+        assert any("window" in values for values in mine)
+
+
+def test_every_entry_of_the_block_table_is_compiled(bench: Any) -> None:
+    """Each choice of rows of BLOCKS that any length takes, on every NVIDIA GPU in bf16."""
+    common = importlib.import_module("kdfast.kernels._common")
+    every = bench("gpu_cases").cases()
+
+    def taken(case: Any) -> Iterator[tuple[Any, ...]]:
+        values = case.values()
+        tokens, size = values.get("tokens", 257), values.get("window", 0)
+        lengths = common.window_lengths(1600 if size else tokens, (40, 40) if size else None, size)
+        names = ("distance", "dq_rider", "dkdv_rider")
+        width, itemsize = (
+            max(case.dim, values.get("teacher_dim", 0)),
+            4 if "32" in case.dtype else 2,
+        )
+        for name in ("fwd", "dq", "dkdv") if case.op == "pruned_attention" else names:
+            tiles = common.choose_tiles(name, lengths, width, itemsize)
+            low = common.TWO if itemsize == 4 and common.chunks(width, 4)[1] else None
+            yield (name, (64 if width <= 64 else 128) if low is None else low, itemsize), tiles.rows
+
+    for arch in NVIDIA:
+        attention = [c for c in every if c.arch == arch and "attention" in c.op]
+        found = {x for c in attention for x in taken(c)}
+        for key, (rows, _, _) in common.BLOCKS.items():
+            if key[2] == 2 or arch in (80, 90, 100):
+                assert {x[1] for x in found if x[0] == key} >= {r for r, _ in rows}, (arch, key)
+
+
+def test_order_is_by_importance(bench: Any) -> None:
+    every = bench("gpu_cases").cases()
+    first = [c for c in every if c.dtype == "bfloat16" and c.arch in (80, 90)]
+    assert every[: len(first)] == first
+    assert {c.dtype for c in every[: len(first) + 100]} == {"bfloat16"}
+
+
+ROW = {
+    "name": "bwd_kernel",
+    "part": "keys",
+    "spill_bytes": 0,
+    "shared_bytes": 99 << 10,
+    "tensor_core": 9,
+    "loads_16": 4,
+}
+LOSS = {"tensor_core": 0, "loads_16": 0}
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "found"),
+    [
+        ({}, {}, []),
+        ({}, {"spill_bytes": 72}, ["72 bytes of registers spilled"]),
+        ({"dtype": "float32", "dim": 72}, {"spill_bytes": 64}, []),
+        ({"arch": 942}, {"spill_bytes": 500, "shared_bytes": 64 << 10}, []),
+        ({"arch": 942}, {"shared_bytes": 65 << 10}, ["66560 bytes of shared memory"]),
+        ({}, {"shared_bytes": 100 << 10}, ["102400 bytes of shared memory"]),
+        ({"arch": 80}, {"shared_bytes": 100 << 10}, []),
+        ({}, {"tensor_core": 0}, ["0 tensor-core instructions"]),
+        ({}, {"name": "total_kernel"}, ["9 tensor-core instructions"]),
+        ({}, {"name": "total_kernel"} | LOSS, []),
+        ({}, {"loads_16": 0}, ["no 16-byte loads"]),
+        ({"dim": 24}, {"loads_16": 0}, []),
+        ({"dim": 1000}, {"name": "_rows_kernel"} | LOSS, ["no 16-byte loads"]),
+        ({"dim": 2730}, {"name": "_fwd_kernel"} | LOSS, []),
+    ],
+)
+def test_violations(
+    bench: Any, case: dict[str, Any], change: dict[str, Any], found: list[str]
+) -> None:
+    labels = {"arch": 86, "op": "pruned_attention", "dtype": "bfloat16", "dim": 64} | case
+    cases = bench("gpu_cases")
+    assert cases.violations(cases.Case(**labels), ROW | change) == found
+
+
+def test_kernels_are_named(bench: Any) -> None:
+    cases = bench("gpu_cases")
+    case = cases.Case(86, "pruned_attention", "bfloat16", 64, "layout= tokens=577")
+    assert case.values() == {"layout": "", "tokens": 577}
+    name = "sm_86 pruned_attention bfloat16 64 layout= tokens=577"
+    assert str(case) == name
+    assert cases.describe(case, ROW) == f"{name}, bwd_kernel of keys"
+
+
+# Where a change stands, what is replaced by what, and the ops whose binaries depend on it.
+CHANGES = {
+    "a comment": ("_attention_bwd.py", "\n\n", "\n\n# More.\n", set()),
+    "a kernel of both": (
+        "_attention_bwd.py",
+        "tl.exp2(",
+        "1 + tl.exp2(",
+        {"pruned_attention", "attention_distill"},
+    ),
+    "the block table": (
+        "_common.py",
+        '("fwd", 64, 2): (((128',
+        '("fwd", 64, 2): (((256',
+        {"pruned_attention", "attention_distill"},
+    ),
+    "what all round by": (
+        "_common.py",
+        "return 1 << max(",
+        "return 2 << max(",
+        {"pruned_attention", "attention_distill", "kd_loss", "feature_loss", "swiglu_norm"},
+    ),
+    "the maps": ("_attention_maps.py", "KINDS = (", "KINDS = (0, ", {"attention_distill"}),
+    "the last sum": (
+        "_sums.py",
+        "SUM_BLOCK = ",
+        "SUM_BLOCK = 2 * ",
+        {"attention_distill", "kd_loss", "feature_loss"},
+    ),
+    "one loss": ("kd_loss.py", "ONE_TILE = 8192", "ONE_TILE = 4096", {"kd_loss"}),
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_what_a_binary_depends_on(bench: Any, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    source = bench("gpu_source")
+    file, old, new, ops = CHANGES[change]
+    read = Path.read_text
+
+    def changed(path: Path, **options: Any) -> str:
+        text = read(path, **options)
+        if path.parent.name != "kernels" or path.name != file:
+            return text
+        assert old in text
+        return text.replace(old, new)
+
+    before = source.fingerprints()
+    monkeypatch.setattr(Path, "read_text", changed)
+    after = {op: source.fingerprint(op) for op in before}
+    assert {op for op in after if after[op] != before[op]} == ops
+
+
+def test_launches_count_as_well(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = bench("gpu_source")
+    read = Path.read_text
+
+    def changed(path: Path, **options: Any) -> str:
+        text = read(path, **options)
+        return text.replace("rows: int = 64", "rows: int = 65") if path.name == "aot.py" else text
+
+    before = source.fingerprints()
+    monkeypatch.setattr(Path, "read_text", changed)
+    assert source.fingerprint("kd_loss") != before["kd_loss"]
+    assert source.fingerprint("swiglu_norm") == before["swiglu_norm"]
+
+
+def test_unknown_statements_are_refused(bench: Any) -> None:
+    source = bench("gpu_source")
+    tree = source.ast.parse("import os\nif os.name:\n    x = 1\n")
+    with pytest.raises(NotImplementedError, match=re.escape("what does this define? if os.name")):
+        source.Module(tree)
