@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -41,12 +43,14 @@ from kdfast.trainer.logs import LOG, close_log
 from kdfast.trainer.loop import Job, Loop, NonFiniteLoss
 from kdfast.trainer.parts import Data, build_data, build_student, choose_heads, score_heads
 from kdfast.trainer.report import draw_predictions, measure, write_report
-from kdfast.trainer.runs import run_folder, show_start
+from kdfast.trainer.runs import release_folder, run_folder, show_start
 from kdfast.trainer.signals import Interrupted
 from kdfast.trainer.state import load_checkpoint, newest
 from kdfast.trainer.teacher import get_teacher
 
 VIEWS = 4
+# The main process may fill a teacher cache while the others wait; NCCL gives up after 10 minutes.
+PATIENCE = timedelta(days=2)
 # What a resumed run may change: it moves files or stops elsewhere, but computes the same.
 FREE = {
     "": ("name", "output", "note"),
@@ -63,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command line without the program; that of the process if None.
 
     Returns:
-        0; 1 if the training broke; 2 if the config, the data or a checkpoint cannot be used; 128
-        plus the signal if it was interrupted and the state was saved.
+        0; 1 if the training broke or a file could not be written; 2 if the config, the data or a
+        checkpoint cannot be used; 128 plus the signal if it was interrupted and the state was
+        saved.
     """
     parser = argparse.ArgumentParser(prog="python -m kdfast.train", description=__doc__)
     names = ", ".join(CONFIGS)
@@ -77,18 +82,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        return run(load(args.config, args.set), resume=args.resume)
+        status = run(load(args.config, args.set), resume=args.resume)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return status
     except Interrupted as stop:
         LOG.info("%s; the state is saved, go on with --resume", stop)
         return 128 + stop.signum
     except KeyboardInterrupt:
         print("error: interrupted outside of training, nothing to save", file=sys.stderr)
         return 128 + signal.SIGINT
-    except (ConfigError, CorruptDataError, NonFiniteLoss) as error:
+    except (ConfigError, CorruptDataError, NonFiniteLoss, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     finally:
         close_log()
+        release_folder()
 
 
 def run(config: Config | ChainConfig, *, resume: bool = False) -> int:
@@ -106,9 +115,12 @@ def make_accelerator(precision: str, device: str) -> Accelerator:
     if not dist.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-    return Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision, cpu=device == "cpu"
-    )
+    with as_config_error():
+        return Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision,
+            cpu=device == "cpu",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
 
 
 def run_pruning(config: Config, accelerator: Accelerator, resume: bool) -> int:

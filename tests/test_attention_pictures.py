@@ -414,6 +414,7 @@ def test_checkpoint_of_a_chain_says_its_model(tmp_path: Path, photo: str, averag
         (["--model", "hf:nowhere"], "takes a folder of save_pretrained, got nowhere"),
         (["--checkpoint", "nowhere.pt"], "there is no file nowhere.pt"),
         (["--model", "test_vit", "--image", "nowhere.jpg"], "there is no file nowhere.jpg"),
+        (["--model", "test_vit", "--output", f"{__file__}/x"], "Not a directory"),
         (["--model", "test_vit", "--image", __file__], "is no picture that can be read"),
         (["--model", "test_vit", "--layers", "90"], r"layer must be in \[0, 6\), got 90"),
         (["--model", "test_vit", "--patch", "1"], "must be row,column, got"),
@@ -427,7 +428,7 @@ def test_command_explains(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with_image = argv if "--image" in argv else [*argv, "--image", photo]
-    assert main([*with_image, "--output", str(tmp_path)]) == 2
+    assert main(["--output", str(tmp_path), *with_image]) == 2
     error = capsys.readouterr().err
     assert "error: " in error and "Traceback" not in error
     assert re.search(match, error)

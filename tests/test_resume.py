@@ -215,8 +215,12 @@ def test_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_broken_checkpoint(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, {"step": 1})
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="must be a whole file"):
+    for content in (path.read_bytes()[:100], b"", b"junk", b"\x80\x02junk"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="must be a whole file of torch.save"):
+            load_checkpoint(path)
+    torch.save([1], path)
+    with pytest.raises(ValueError, match="must have format 1, got None"):
         load_checkpoint(path)
     torch.save({"format": 0}, path)
     with pytest.raises(ValueError, match="must have format 1, got 0"):

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for path in draw(args):
             print(path)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -74,6 +74,9 @@ def draw(args: argparse.Namespace) -> list[Path]:
     """Every picture that the command line asks for."""
     if args.patch is not None and len(args.patch) != 2:
         raise SourceError(f"--patch: must be row,column, got {args.patch}")
+    for image in args.image:
+        if not Path(image).is_file():
+            raise SourceError(f"--image: there is no file {image}")
     model = load_model(args.model, args.checkpoint, pretrained=args.pretrained)
     if args.checkpoint is None and not args.pretrained and not str(args.model).startswith("hf:"):
         print("note: random weights; see --pretrained and --checkpoint", file=sys.stderr)

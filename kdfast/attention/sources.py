@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from kdfast.data.preprocess import preprocess
 from kdfast.models.checkpoint import load_orion_backbone
 from kdfast.models.eva import EVAViT
+from kdfast.models.torch_file import load_torch
 
 TORCHVISION, HUGGING_FACE = "torchvision:", "hf:"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -73,9 +73,9 @@ def _chain_model(path: str) -> nn.Module | None:
     if not zipfile.is_zipfile(path):
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = load_torch(path, mmap=True)
         link, data = state["meta"]["link"], state["meta"]["data"]
-    except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError):
+    except (KeyError, TypeError, ValueError):
         return None
     # The averaged weights where there are such: they are what the chain evaluates.
     ema, prefix = state.get("ema"), "student.net."
@@ -122,12 +122,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     try:
         if str(path).endswith(".safetensors"):
             return load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        state: Any = load_torch(path)
+    except (SafetensorError, OSError, ValueError) as error:
         raise SourceError(f"--checkpoint: {path} cannot be read: {error}") from error
-    except Exception as error:
-        # torch raises pickle's own errors for objects that would have to be executed.
-        raise SourceError(f"--checkpoint: {path} must hold tensors only: {error}") from error
     for key in WEIGHTS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]

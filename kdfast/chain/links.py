@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from kdfast.configs.chain import ChainConfig
 from kdfast.configs.chain_check import INITS, per_link, roles
 from kdfast.configs.fields import ConfigError
 from kdfast.data.classification import Classification
+from kdfast.models.torch_file import load_torch
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.state import load_checkpoint
 
@@ -155,25 +157,7 @@ def load_weights(model: LinkModel, path: Path, link: Link) -> None:
     Raises:
         ConfigError: The file does not fit the model.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # safetensors and others, for which timm has a reader
-        state = None
-    if isinstance(state, dict) and "meta" in state and "module" in state:
-        saved = state["meta"].get("link", {})
-        if (saved.get("model"), saved.get("args")) != (link.model, link.args):
-            raise ConfigError(
-                [
-                    f"init: {path} must hold {link.model} {link.args}, "
-                    f"got {saved.get('model')} {saved.get('args')}"
-                ]
-            )
-        weights = weights_of(state)
-    else:
-        try:
-            weights = timm.models.load_state_dict(str(path), weights_only=True)
-        except (RuntimeError, ValueError, KeyError, EOFError) as error:
-            raise ConfigError([f"init: {path} is no checkpoint: {error}"]) from error
+    weights = _read_weights(path, link)
     mine = model.net.state_dict()
     config: Any = model.net.pretrained_cfg
     heads = config.get("classifier") or ()
@@ -188,6 +172,28 @@ def load_weights(model: LinkModel, path: Path, link: Link) -> None:
         raise ConfigError(
             [f"init: {path} does not fit {link.model} {link.args}: {error}"]
         ) from error
+
+
+def _read_weights(path: Path, link: Link) -> dict[str, Tensor]:
+    """State dict of a file; a chain's checkpoint has to be of the link's architecture."""
+    try:
+        state: Any = None
+        if path.suffix != ".safetensors":
+            state = load_torch(path)
+        if not (isinstance(state, dict) and "meta" in state and "module" in state):
+            found: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
+            return found
+    except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ConfigError([f"init: {path} is no checkpoint: {error}"]) from error
+    saved = state["meta"].get("link", {})
+    if (saved.get("model"), saved.get("args")) != (link.model, link.args):
+        raise ConfigError(
+            [
+                f"init: {path} must hold {link.model} {link.args}, "
+                f"got {saved.get('model')} {saved.get('args')}"
+            ]
+        )
+    return weights_of(state)
 
 
 def weights_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -226,7 +232,10 @@ def load_teacher(path: Path, link: Link, data: Classification) -> LinkModel:
         raise ConfigError(
             [f"stage: needs the {link.role}'s checkpoint {path}; train it first: stage={link.role}"]
         )
-    state = load_checkpoint(path)
+    try:
+        state = load_checkpoint(path)
+    except ValueError as error:
+        raise ConfigError([f"{link.role}: {error}"]) from error
     saved, mine = state["meta"], facts(link, data)
     found: list[str] = []
     for group, names in (("link", ("model", "args")), ("data", ("name", "task", "classes"))):

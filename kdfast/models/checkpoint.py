@@ -3,7 +3,6 @@
 
 import json
 import os
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from kdfast.models.orion_keys import (
     shape_problems,
     table_problems,
 )
+from kdfast.models.torch_file import NeedsCode, load_torch
 
 CONFIG, HEADS = "kdfast.config", "kdfast.heads"
 WINDOWS = ("img_size", "window_size", "window_block_indexes")
@@ -192,18 +192,16 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_torch(path: Path) -> Mapping[str, Any]:
     """State dict of a PyTorch checkpoint, mapped from the file where its format allows."""
     try:
-        loaded = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except pickle.UnpicklingError as error:
+        loaded = load_torch(path, mmap=zipfile.is_zipfile(path))
+    except NeedsCode as error:
         raise ValueError(
-            f"checkpoint: {path} must be readable without running code from it, but PyTorch "
-            "refused an object in it (named in the error above). If you trust its source, rewrite "
-            "it once without that object: state = torch.load(path, map_location='cpu', "
-            "weights_only=False)['state_dict']; torch.save({'state_dict': state}, new_path)"
+            f"checkpoint: {error}, which cannot be read without running code from it. If you trust "
+            "its source, rewrite it once without that object: state = torch.load(path, "
+            "map_location='cpu', weights_only=False)['state_dict']; "
+            "torch.save({'state_dict': state}, new_path)"
         ) from error
-    except (EOFError, RuntimeError) as error:
-        raise ValueError(f"checkpoint: {path} must be a whole checkpoint file: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"checkpoint: {error}") from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise ValueError(f"checkpoint: {path} must hold a state dict, got {type(state).__name__}")

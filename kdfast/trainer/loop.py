@@ -309,7 +309,10 @@ class Loop:
         path = newest(self.job.folder)
         if path is None:
             return False
-        state = load_checkpoint(path)
+        try:
+            state = load_checkpoint(path)
+        except ValueError as error:
+            raise ConfigError([f"--resume: {error}"]) from error
         differing = differences(state["meta"], self.job.meta)
         if differing:
             raise ConfigError([f"--resume: {path} was made with {line}" for line in differing])

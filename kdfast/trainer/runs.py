@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
+import warnings
 from pathlib import Path
+from typing import Any, TextIO
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -11,9 +16,16 @@ from accelerate.utils import broadcast_object_list
 from kdfast.configs import ChainConfig, Config, ConfigError, save
 from kdfast.trainer.logs import LOG, open_log
 
+# Files that a run has before it computes anything: one that never began leaves only these.
+BEGUN = {"config.yaml", "train.log"}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_held: TextIO | None = None
+
 
 def run_folder(output: Path, accelerator: Accelerator, missing: str | None) -> Path:
     """Folder of a run, made: ``output``, or ``output-2`` and so on where that holds one already.
+
+    The folder is this process's until ``release_folder``: another run takes the next one.
 
     Args:
         output: As the config names it.
@@ -22,24 +34,78 @@ def run_folder(output: Path, accelerator: Accelerator, missing: str | None) -> P
             there is none.
 
     Raises:
-        ConfigError: There is no run to go on with.
+        ConfigError: There is no run to go on with, another process is at it, or the folder cannot
+            be written.
     """
-    runs = [output, *output.parent.glob(f"{output.name}-[0-9]*")]
-    used = [path for path in runs if (path / "config.yaml").is_file()]
-    chosen = [output]
-    if missing is not None:
-        if not used:
-            raise ConfigError([f"{missing}there is no run in {output}"])
-        chosen = [max(used, key=lambda path: (path / "config.yaml").stat().st_mtime)]
-    number = 2
-    while missing is None and chosen[0] in used:
-        chosen = [output.with_name(f"{output.name}-{number}")]
-        number += 1
-    broadcast_object_list(chosen)
+    release_folder()
+    answer: list[Any] = [None]
     if accelerator.is_main_process:
-        chosen[0].mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-    return chosen[0]
+        try:
+            answer = [_new(output) if missing is None else _newest(output, missing)]
+        except ConfigError as error:
+            answer = [error.problems]
+    broadcast_object_list(answer)
+    if isinstance(answer[0], list):
+        raise ConfigError(answer[0])
+    chosen: Path = answer[0]
+    return chosen
+
+
+def release_folder() -> None:
+    """Let other processes use the folder of the last run of this one."""
+    global _held
+    if _held is not None:
+        _held.close()
+        _held = None
+
+
+def _new(output: Path) -> Path:
+    number, path = 2, output
+    while _began(path) or not _take(path):
+        path = output.with_name(f"{output.name}-{number}")
+        number += 1
+    return path
+
+
+def _newest(output: Path, missing: str) -> Path:
+    runs = [output, *output.parent.glob(f"{glob.escape(output.name)}-[0-9]*")]
+    used = [path for path in runs if (path / "config.yaml").is_file()]
+    if not used:
+        raise ConfigError([f"{missing}there is no run in {output}"])
+    path = max(used, key=lambda path: (path / "config.yaml").stat().st_mtime)
+    if not _take(path):
+        raise ConfigError([f"output: another process is still writing to {path}"])
+    return path
+
+
+def _began(path: Path) -> bool:
+    """Whether a folder holds a run; a config that was refused at the start leaves none."""
+    if not (path / "config.yaml").is_file():
+        return False
+    return any(file.name not in BEGUN for file in path.iterdir())
+
+
+def _take(path: Path) -> bool:
+    """Make a folder and lock its log, or say that another process has it."""
+    global _held
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        log = (path / "train.log").open("a", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError([f"output: {path} cannot be written: {error.strerror}"]) from error
+    try:
+        # The system gives it back when the process dies, however it dies.
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            log.close()
+            if isinstance(error, BlockingIOError):
+                return False
+            raise
+        text = f"{path}: this file system has no locks; let no other run write here"
+        warnings.warn(text, stacklevel=2)
+    _held = log
+    return True
 
 
 def show_start(

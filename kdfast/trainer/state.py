@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdfast.models.torch_file import load_torch
+
 LAST, PREVIOUS = "last.pt", "previous.pt"
 FORMAT = 1
 
@@ -21,7 +23,8 @@ def rng_state() -> dict[str, Any]:
     version, internal, python_gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
+        # A run on the CPU must not make a context on the GPU.
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
         "numpy": [name, [int(word) for word in words], position, has_gauss, gauss],
         "python": [version, list(internal), python_gauss],
     }
@@ -75,13 +78,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: The file is broken, or of another format.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError) as error:
-        raise ValueError(f"checkpoint: {path} must be a whole file, got {error}") from error
-    if state.get("format") != FORMAT:
-        raise ValueError(
-            f"checkpoint: {path} must have format {FORMAT}, got {state.get('format')!r}"
-        )
+        state: dict[str, Any] = load_torch(path)
+    except ValueError as error:
+        older = path.with_name(PREVIOUS)
+        hint = f"; without it {older} is taken" if path.name == LAST and older.is_file() else ""
+        raise ValueError(f"checkpoint: {error}{hint}") from error
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"checkpoint: {path} must have format {FORMAT}, got {found!r}")
     return state
 
 

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place where files of ``torch.save`` are read; no code from them is run."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class NeedsCode(ValueError):
+    """A file holds an object that only running code from the file could make."""
+
+
+def load_torch(path: str | Path, *, mmap: bool = False) -> Any:
+    """What ``torch.save`` wrote: tensors on the CPU, plain containers and scalars.
+
+    Args:
+        path: The file.
+        mmap: Map it instead of reading it; only files of the zip format can be.
+
+    Raises:
+        OSError: It cannot be opened.
+        NeedsCode: It holds something else; the message names it.
+        ValueError: It is damaged, or of another kind.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError:
+        raise
+    except Exception as error:  # on damaged bytes torch's reader stumbles over whatever comes
+        # Not all of torch's text: it recommends to run the code of the file.
+        text = str(error)
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in text:
+            name = re.search(r"GLOBAL (\S+)", text)
+            raise NeedsCode(
+                f"{path} must hold tensors and plain values only, got "
+                f"{name[1] if name else 'another object'}"
+            ) from error
+        found = text.splitlines()[0] if isinstance(error, RuntimeError) else type(error).__name__
+        raise ValueError(f"{path} must be a whole file of torch.save, got {found}") from error
