@@ -287,13 +287,17 @@ def saved_bytes(call: Callable[[], object]) -> int:
     return sum(seen.values())
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
+def peak_bytes(call: Callable[[], object], device: torch.device | None = None) -> int:
     """Highest extra memory that tensors held at one time during ``call``, in bytes.
 
     On CUDA the allocator's own counter; on the CPU the allocation events of torch's profiler, so
     scratch that a kernel takes outside torch's allocator is not counted.
+
+    Args:
+        call: What is measured.
+        device: Whose memory; None: the GPU's where there is one.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()

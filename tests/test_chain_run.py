@@ -253,6 +253,21 @@ def test_early_stopping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert len(rows(path)) == 3
 
 
+def test_processes_stop_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Early stopping judges what the first process found: with batch norm others find something
+    else, and one that stops alone leaves the rest waiting."""
+    first = iter([50.0, 60.0, 55.0, 70.0])
+
+    def receive(values: list[dict[str, float]]) -> None:
+        values[0] = {**values[0], "accuracy": next(first)}
+
+    monkeypatch.setattr("kdfast.chain.loop.broadcast_object_list", receive)
+    folder = tmp_path / "run"
+    assert main(words(folder, "stage=teacher", "epochs=4", "patience=1")) == 0
+    (log,) = folder.glob("**/teacher/logs/*_log.csv")
+    assert [row["val_accuracy"] for row in rows(log)] == ["50", "60", "55"]
+
+
 def test_non_finite_loss_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

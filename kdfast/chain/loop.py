@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from timm.data.mixup import Mixup
 from timm.optim._optim_factory import create_optimizer_v2
 from timm.scheduler.scheduler_factory import create_scheduler_v2
@@ -220,7 +221,10 @@ class ChainLoop(Loop):
         train = self.meter.compute()
         seconds = self.elapsed + time.monotonic() - self.began
         count = self.meter.count * self.world
-        val = self.evaluate(job.val).compute() if job.val is not None else {}
+        found = [self.evaluate(job.val).compute() if job.val is not None else {}]
+        # Batch norm has other statistics on every process, and all have to stop at the same epoch.
+        broadcast_object_list(found)
+        val = found[0]
         row: dict[str, float | int] = {"epoch": epoch + 1}
         row |= {f"train_{name}": train[name] for name in METRICS}
         row |= {f"val_{name}": val[name] for name in METRICS}

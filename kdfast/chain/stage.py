@@ -112,6 +112,9 @@ def train_link(stage: Stage, accelerator: Accelerator, *, resume: bool) -> dict[
         for model in (student, teacher):
             if model is not None:
                 LOG.info("%s: %s", link.role, accelerate(model.net))
+    if accelerator.process_index:
+        # The weights are those of the first process; drop path and Mixup differ on the others.
+        _seed(stage.seed + accelerator.process_index)
     batch = batch_size(stage, student, accelerator.device)
     loop = _loop(stage, student, teacher, accelerator, batch)
     del teacher

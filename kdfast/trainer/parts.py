@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +137,9 @@ def score_heads(
     if method == "magnitude":
         return head_scores(teacher, method)
     graded = head is not None and method in ("taylor", "gradient")
-    with accelerator.autocast():
+    # Gradients of a mean over pixels are below what fp16 can hold, and no loss scale helps here.
+    half = accelerator.mixed_precision == "fp16"
+    with nullcontext() if half else accelerator.autocast():
         return head_scores(
             teacher,
             method,

@@ -78,7 +78,7 @@ def measure(
     calls = {name: call(model) for name, model in models.items()}
     # The measurement of memory is also the first warm-up.
     began = time.monotonic()
-    peaks = {name: peak_bytes(forward) for name, forward in calls.items()}
+    peaks = {name: peak_bytes(forward, image.device) for name, forward in calls.items()}
     slow = (time.monotonic() - began) * (ROUNDS + 2) > PATIENCE_SECONDS
     samples = interleave(calls, rounds=FEW_ROUNDS if slow else ROUNDS, warmup=0 if slow else 2)
     height, width = image.shape[-2:]
