@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""head_gather against indexing and index_select: a weight, a projection and an activation."""
+"""head_gather against indexing and index_select: a weight, a projection, an activation, a block."""
 
 import pytest
 import torch
 
 import kdfast
 from kdfast.ops import head_gather as op
+from kdfast.ops import head_gather_block as block
 
 HEADS = list(range(0, 16, 2))
 CASES = {
@@ -35,3 +36,29 @@ def bench_gather(  # type: ignore[no-untyped-def]
     for name, call in candidates.items():
         torch.testing.assert_close(call(), want, rtol=0, atol=0, msg=name)
     compare("head_gather", f"{case} {dtype}", candidates, nbytes=2 * want.nbytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def bench_block(  # type: ignore[no-untyped-def]
+    compare, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Weights of q, k, v and proj and two biases of a block of EVA-L, as pruning takes them."""
+    shapes = [(1024, 1024)] * 4 + [(1024,)] * 2
+    tensors = [torch.randn(shape).to(device, dtype) for shape in shapes]
+    dims = [0, 0, 0, 1, 0, 0]
+    index = torch.tensor(HEADS)
+    rows = (index[:, None] * 64 + torch.arange(64)).flatten().to(device)
+    candidates = {
+        "kdfast": lambda: kdfast.head_gather_block(
+            tensors, HEADS, head_dim=64, dims=dims, backend="fused"
+        ),
+        "eager": lambda: block.reference(tensors, HEADS, 64, dims),
+        "index_select": lambda: [
+            x.index_select(dim, rows) for x, dim in zip(tensors, dims, strict=True)
+        ],
+    }
+    want = candidates["eager"]()
+    for name, call in candidates.items():
+        torch.testing.assert_close(call(), want, rtol=0, atol=0, msg=name)
+    nbytes = 2 * sum(x.nbytes for x in want)
+    compare("head_gather_block", f"block of 1024 channels {dtype}", candidates, nbytes=nbytes)

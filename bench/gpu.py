@@ -25,7 +25,8 @@ from kdfast.benchmark import machine_facts
 
 ROOT = Path(__file__).resolve().parents[1]
 # In the order of what they show, for when time runs out.
-BENCHES = ("pruned_attention", "attention_distill", "kd_loss", "feature_loss", "head_gather")
+BENCHES = ("pruned_attention", "attention_distill", "kd_loss", "linear_kd_loss", "swiglu_norm")
+BENCHES += ("feature_loss", "head_gather")
 # Shares of the time: tests, goals and the like, benches; the rest is for starting up.
 TESTS, PROBES, TIMINGS = 0.4, 0.15, 0.4
 

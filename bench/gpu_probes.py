@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_static import EVA, GLOBAL, GOALS, ORION, Shape
+from kdfast import linear_kd_loss
 from kdfast.benchmark import copy_seconds, peak_bytes, sized
 from kdfast.testing import DRY_RUN, launch_on_cpu
 
@@ -75,6 +76,28 @@ def losses(rows: int, classes: int) -> Launch:
     target = torch.randint(0, classes, (rows,), device=DEVICE)
     options = (4.0, 0.7, "batchmean", 0.0, -100, True)
     return lambda: KDFAST.kd_loss(student, teacher, target, *options)
+
+
+def linear_losses(rows: int, classes: int, dim: int) -> Launch:
+    """linear_kd_loss with its gradients, in chunks; the losses and gradients as one tuple."""
+    hidden, weight = (
+        torch.randn(n, dim, device=DEVICE, dtype=DTYPE, requires_grad=True) for n in (rows, classes)
+    )
+    teacher = torch.randn(rows, classes, device=DEVICE, dtype=DTYPE)
+    target = torch.randint(0, classes, (rows,), device=DEVICE)
+
+    def call() -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            loss, *rest = linear_kd_loss(hidden, weight, teacher, target, chunk=-(-rows // 4))
+            return loss, *rest, *torch.autograd.grad(loss, (hidden, weight))
+
+    return call
+
+
+def gated(rows: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate and value of a packed projection, and a weight of the norm."""
+    packed = torch.randn(rows, 2 * channels, device=DEVICE, dtype=DTYPE)
+    return *packed.chunk(2, -1), torch.randn(channels, device=DEVICE, dtype=DTYPE)
 
 
 def seconds(call: Launch) -> float:
@@ -162,12 +185,17 @@ def determinism() -> list[dict[str, Any]]:
     out, lse = case.forward()
     w_out, w_lse = windows.forward()
     student, teacher = (torch.randn(sized(999, 5), 384, device=DEVICE) for _ in range(2))
+    gate, value, weight = gated(*sized((1600, 2730), (5, 24)))
+    normed, *moments = KDFAST.swiglu_norm(gate, value, weight, weight, 1e-6)
     calls: dict[str, Launch] = {
         "pruned_attention": case.forward,
         "pruned_attention_bwd": lambda: case.backward(out, lse),
         "pruned_attention_bwd, windows": lambda: windows.backward(w_out, w_lse),
         "kd_loss": losses(*sized((512, 21841), (4, 20))),
+        "linear_kd_loss": linear_losses(*sized((512, 21841, 384), (5, 20, 16))),
         "feature_loss": lambda: KDFAST.feature_loss(student, teacher, "mse", "channel", True),
+        "swiglu_norm": lambda: KDFAST.swiglu_norm(gate, value, weight, weight, 1e-6),
+        "swiglu_norm_bwd": lambda: KDFAST.swiglu_norm_bwd(normed, gate, value, weight, *moments),
     }
     for kind in sized(("kl", "jsd", "cosine"), ("kl",)):
         distilled, _, stats = case.distill(kind)

@@ -200,7 +200,7 @@ def summary(done: Mapping[Case, dict[str, Any]], failed: Mapping[Case, str]) -> 
         "violations": bad + [f"{case}: {fault}" for case, fault in failed.items()],
         "columns": list(KERNEL),
         "missing": [str(case) for case in every if case not in done],
-        "cases": [
+        "compiled": [
             asdict(case) | {"source": done[case]["source"], "kernels": packed(done[case])}
             for case in every
             if case in done
@@ -229,7 +229,7 @@ def lines(values: Sequence[Any]) -> str:
 def stored(facts: Mapping[str, Any]) -> dict[Case, dict[str, Any]]:
     """The cases of a result file."""
     found = {}
-    for row in facts.get("cases", []):
+    for row in facts.get("compiled", []):
         kernels = [dict(zip(facts["columns"], values, strict=True)) for values in row["kernels"]]
         case = Case(**{field.name: row[field.name] for field in fields(Case)})
         found[case] = {"source": row["source"], "kernels": kernels}

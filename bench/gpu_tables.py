@@ -98,7 +98,7 @@ def kernels(facts: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {k: v for k, v in case.items() if k != "kernels"}
         | dict(zip(facts["columns"], values, strict=True))
-        for case in facts["cases"]
+        for case in facts["compiled"]
         for values in case["kernels"]
     ]
 
@@ -138,7 +138,7 @@ def summary_table(facts: dict[str, Any]) -> str:
             mine = [r for r in every if key.items() <= r.items()]
             if not mine:
                 continue
-            done = sum(key.items() <= case.items() for case in facts["cases"])
+            done = sum(key.items() <= case.items() for case in facts["compiled"])
             total = done + sum(words[0] == name and words[2] == dtype for words in lacking)
             spills = [r["spill_bytes"] for r in mine]
             most = (max(r[k] for r in mine) for k in ("registers", "shared_bytes"))

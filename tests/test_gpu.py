@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kdfast
 from kdfast import Rope, Window
+from kdfast.ops.attention_entropy import attention_entropy
 from kdfast.testing import DRY_RUN, SHAPES, assert_no_worse, launch_on_cpu, run
 
 HAS_CUDA = torch.cuda.is_available()
@@ -253,6 +254,51 @@ def test_feature_loss(kind: str, normalize: str | None, dtype: torch.dtype) -> N
     compare(call, [torch.randn(shape)], dtype)
 
 
+# Rows with and without 16 bytes for a thread, and padded ones.
+WIDTHS = [(24, 24), (40, 37)] if DRY_RUN else [(2048, 2048), (2736, 2730), (24, 24), (37, 37)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[: 1 if DRY_RUN else None], ids=str)
+@pytest.mark.parametrize(("width", "channels"), WIDTHS)
+def test_swiglu_norm(width: int, channels: int, dtype: torch.dtype) -> None:
+    scale = 1 + torch.randn(channels) / 4
+
+    def call(backend: str, packed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return kdfast.swiglu_norm(*packed.chunk(2, -1), weight, bias, backend=backend)
+
+    compare(call, [torch.randn(3, 50, 2 * width), scale, torch.randn(channels)], dtype)
+
+
+@pytest.mark.parametrize("heads", [[0], [3, 1]])
+def test_head_gather_block(heads: list[int]) -> None:
+    shapes, dims = [(32, 10), (32, 24), (32,), (10, 32), (2, 3, 32)], [0, 0, 0, 1, -1]
+    tensors = [torch.randn(shape) for shape in shapes]
+    keep: dict[str, Any] = {"head_dim": 8, "dims": dims}
+    for dtype in (torch.float32, torch.bfloat16):
+        made = [on(x, dtype) for x in tensors]
+        made[1] = made[1][:, ::2]
+        got = kdfast.head_gather_block(made, heads, backend="fused", **keep)
+        for x, y, dim in zip(made, got, dims, strict=True):
+            want = kdfast.head_gather(x.cpu(), heads, head_dim=8, dim=dim, backend="reference")
+            assert torch.equal(y.cpu(), want)
+
+
+@pytest.mark.parametrize("window", [None, ((4, 5), 3)])
+def test_attention_entropy(window: tuple[tuple[int, int], int] | None) -> None:
+    """The pruning score, in tiles of the scores; there is no kernel of its own on CUDA."""
+    q, k = torch.randn(2, 2, 3, 20, 16).unbind()
+    rope = rotary(9 if window else 20, 16)
+    pad = torch.randn(3, 16)
+
+    def entropy(*xs: Tensor) -> Tensor:
+        here = None if window is None else Window(*window, pad.to(xs[0]))
+        return attention_entropy(*xs, rope=placed(rope, xs[0]), window=here, backend="reference")[0]
+
+    exact = entropy(q.double(), k.double())
+    got = entropy(q.to(DEVICE), k.to(DEVICE))
+    assert_no_worse("entropy", got.cpu(), exact, entropy(q, k), eps=2.0**-20)
+
+
 @pytest.mark.parametrize(("shape", "dim"), [((64, 40), 0), ((40, 64), 1), ((64,), 0)])
 def test_head_gather(shape: tuple[int, ...], dim: int) -> None:
 
@@ -273,6 +319,7 @@ def losses() -> dict[str, tuple[Call, list[Tensor]]]:
     pad = torch.zeros(shape[1], shape[3], dtype=LOW, device=DEVICE)
     labels = torch.arange(6, device=DEVICE)
     goal, teacher = on(torch.randn(6, 40), LOW), on(packed(shape), LOW)
+    scale = on(torch.randn(40), LOW)
     return {
         "pruned_attention": (lambda x: attention(x, pad), [on(packed(shape), LOW)]),
         "attention_distill": (
@@ -287,6 +334,10 @@ def losses() -> dict[str, tuple[Call, list[Tensor]]]:
             lambda x: kdfast.feature_loss(x, goal, backend="fused"),
             [on(torch.randn(6, 40), LOW)],
         ),
+        "swiglu_norm": (
+            lambda x: kdfast.swiglu_norm(*x.chunk(2, -1), scale, scale, backend="fused"),
+            [on(torch.randn(6, 80), LOW)],
+        ),
         "linear_kd_loss": (
             lambda x: kdfast.linear_kd_loss(x, goal.t(), goal, labels, chunk=4)[0],
             [on(torch.randn(6, 6), LOW)],
@@ -295,6 +346,7 @@ def losses() -> dict[str, tuple[Call, list[Tensor]]]:
 
 
 OPS = ["pruned_attention", "attention_distill", "kd_loss", "feature_loss", "linear_kd_loss"]
+OPS += ["swiglu_norm"]
 
 
 # The interpreter takes seconds for each op, and tests of the ops themselves compile them all.
