@@ -9,6 +9,7 @@ import copy
 import difflib
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
         run(options)
-    except (UsageError, ValueError, TypeError, FileNotFoundError, ImportError) as error:
+    except (UsageError, ValueError, TypeError, OSError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -91,6 +92,12 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError(f"--out: {options.out} holds a model already; --overwrite replaces it")
     if options.batches < 1 or options.batch_size < 1 or options.rounds < 2:
         raise UsageError("--batches and --batch-size must be at least 1, --rounds at least 2")
+    for name in ("keep", "mlp_keep"):
+        value = getattr(options, name)
+        if isinstance(value, float) and not 0 < value <= 1:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag}: with a point it is a fraction in (0, 1], got {value}")
+    check_writable(options.out)
     torch.manual_seed(options.seed)
     model = load(options.model, options.pretrained)
     adapter = adapter_of("kdfast.prune", model)
@@ -122,6 +129,18 @@ def run(options: argparse.Namespace) -> None:
     latency = timed(model, pruned, batches[0][:1], options.rounds)
     write_report(options, report, kept, latency)
     show(report, latency, options)
+
+
+def check_writable(out: Path) -> None:
+    """Raises UsageError now, instead of after the scoring, where the folder cannot be made."""
+    parent = out.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out: {out} cannot be written: {error.strerror}") from error
 
 
 def load(name: str, pretrained: bool) -> nn.Module:

@@ -100,7 +100,8 @@ def test_leave_one_out_says_how_long_it_takes(
         ({"model": "resnet18"}, "kdfast.prune: model must be one of EVAViT.*holds no attention"),
         ({"data": "nowhere"}, "--data: must be a folder, got nowhere"),
         ({"keep": 4}, r"keep must be in \[1, 3\] for block 0, got 4"),
-        ({"keep": 1.5}, r"keep as a fraction must be in \(0, 1\], got 1.5"),
+        ({"keep": 1.5}, r"--keep: with a point it is a fraction in \(0, 1\], got 1.5"),
+        ({"mlp-keep": 0.0}, r"--mlp-keep: with a point it is a fraction in \(0, 1\], got 0.0"),
         ({"mlp-keep": 500}, r"keep must be in \[1, 192\] for block 0, got 500"),
         ({"batches": 0}, "--batches and --batch-size must be at least 1"),
     ],
@@ -126,6 +127,8 @@ def test_more_bad_requests(
     assert "holds a model already; --overwrite replaces it" in capsys.readouterr().err
     assert main([*arguments(model_folder, tmp_path / "x"), "--pretrained"]) == 2
     assert "--pretrained: belongs to names of timm" in capsys.readouterr().err
+    assert main(arguments(model_folder, model_folder / "config.json" / "x")) == 2
+    assert "--out: " in (error := capsys.readouterr().err) and "cannot be written" in error
     (tmp_path / "empty").mkdir()
     assert main(arguments(model_folder, tmp_path / "x", data=tmp_path / "empty")) == 2
     assert "must hold pictures" in capsys.readouterr().err
