@@ -58,6 +58,7 @@ def test_isa_is_forced_or_fails() -> None:
     assert done.returncode != 0
     known = "generic, avx2, avx512, avx512_bf16, amx, amx_emulated"
     assert f"must be one of {known}, got sse9" in done.stderr
+    assert "another torch" not in done.stderr
     extension = _library.EXTENSION
     assert extension is not None
     before = extension.cpu_isa()

@@ -30,6 +30,8 @@ def _load_extension() -> ModuleType | None:
     try:
         return importlib.import_module("kdfast._C")
     except ImportError as error:
+        if str(error).startswith("KDFAST_"):
+            raise  # a setting, not the build
         raise ImportError(
             "kdfast._C was built but cannot be loaded, most likely for another torch; rebuild it "
             f"with `pip install --no-build-isolation -e .` (torch here: {torch.__version__})"
