@@ -7,6 +7,7 @@
 #pragma once
 #include "cpu/isa/bf16_math.h"
 #include "cpu/isa/pruned_attention.h"
+#include "cpu/isa/split_math.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -94,15 +95,33 @@ struct EmulatedTiles {
 };
 
 // Products in tiles for the attention kernels; see RegisterTiles for what each one is.
-template <class Tiles>
-struct AmxTiles : Bf16Math {
-  static constexpr int64_t kRows = 32, kUnit = 16, kTokens = 32, kKeys = 32;
+template <class Tiles, class Math = Bf16Math>
+struct AmxTiles : Math {
+  static constexpr int64_t kRows = 32, kUnit = Math::kWidth, kTokens = 32, kKeys = 32;
+  static constexpr bool kSplit = kUnit > kVector;
   // A step of dq reads and writes all sums for 32 keys' worth of products, so it takes many keys.
   static constexpr int64_t kKeysOfDq = 256;
   static constexpr bool kDqTransposed = true;
   using Session = typename Tiles::Session;
 
-  // kHigh x kWide tiles of out (+)= a x b over `steps` dwords; steps of a, b and out in dwords.
+  // Adds the products of 16 dwords of a and b to kHigh x kAcross tiles.
+  template <int kHigh, int kAcross>
+  static void step(const int32_t* a, int64_t a_step, const int32_t* b, int64_t b_step) {
+    Tiles::template load<4>(a, a_step);
+    Tiles::template load<6>(b, b_step);
+    Tiles::template multiply_add<0, 4, 6>();
+    if constexpr (kAcross > 1) {
+      Tiles::template load<7>(b + 16, b_step);
+      Tiles::template multiply_add<1, 4, 7>();
+    }
+    if constexpr (kHigh > 1) {
+      Tiles::template load<5>(a + 16 * a_step, a_step);
+      Tiles::template multiply_add<2, 5, 6>();
+    }
+    if constexpr (kHigh * kAcross > 2) Tiles::template multiply_add<3, 5, 7>();
+  }
+
+  // kHigh x kAcross tiles of out (+)= a x b over `steps` dwords; steps of a, b and out in dwords.
   template <int kHigh, int kAcross>
   static void block(const int32_t* a, int64_t a_step, const int32_t* b, int64_t b_step,
                     int64_t steps, float* out, int64_t out_step, bool add) {
@@ -119,18 +138,11 @@ struct AmxTiles : Bf16Math {
       if constexpr (kHigh * kAcross > 2) Tiles::template zero<3>();
     }
     for (int64_t s = 0; s < steps; s += kUnit, a += kUnit, b += kUnit * b_step) {
-      Tiles::template load<4>(a, a_step);
-      Tiles::template load<6>(b, b_step);
-      Tiles::template multiply_add<0, 4, 6>();
-      if constexpr (kAcross > 1) {
-        Tiles::template load<7>(b + 16, b_step);
-        Tiles::template multiply_add<1, 4, 7>();
+      step<kHigh, kAcross>(a, a_step, b, b_step);
+      if constexpr (kSplit) {
+        step<kHigh, kAcross>(a + 16, a_step, b, b_step);
+        step<kHigh, kAcross>(a, a_step, b + 16 * b_step, b_step);
       }
-      if constexpr (kHigh > 1) {
-        Tiles::template load<5>(a + 16 * a_step, a_step);
-        Tiles::template multiply_add<2, 5, 6>();
-      }
-      if constexpr (kHigh * kAcross > 2) Tiles::template multiply_add<3, 5, 7>();
     }
     Tiles::template store<0>(out, out_step);
     if constexpr (kAcross > 1) Tiles::template store<1>(out + 16, out_step);

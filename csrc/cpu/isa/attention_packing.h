@@ -6,6 +6,8 @@
 //   rows   (row, dword of D)           A operand of a product that sums over D
 //   lanes  (panel, dword of D, row)    B operand of a product that sums over D
 //   pairs  (kPair rows, D)             B operand of a product that sums over rows
+// SplitMath of split_math.h makes two bf16 of a value: of 32 elements along the sum, 16 dwords of
+// upper parts and then 16 of lower ones.
 // Included by files compiled for one instruction set only, hence the anonymous namespace.
 #pragma once
 #include <math.h>
@@ -21,15 +23,17 @@ namespace {
 
 constexpr int64_t kAhead = 16;  // rows from a load to its prefetch
 
-// The arithmetic of fp32; Bf16Math of bf16_math.h is the other one.
+// The arithmetic of fp32; Bf16Math of bf16_math.h and SplitMath are the other ones.
 struct Fp32Math {
-  static constexpr int64_t kPair = 1;
+  static constexpr int64_t kPair = 1;         // elements for each dword of a packed form
+  static constexpr bool kNeighbours = false;  // a dword holds neighbours along the sum
+  static constexpr int64_t kWidth = kVector;  // dwords of a packed row come in multiples of it
   static constexpr int kDegree = 6;
   static Vec16 multiply_add(Vec16 sum, Dwords16 a, Dwords16 b) {
     return fma16(as_floats(a), as_floats(b), sum);
   }
-  // Writes 16 values as packed elements along a row, or 32.
-  static void store(int32_t* to, Vec16 x) { store16(to, x); }
+  // Writes 16 values as the elements of a packed row from d on, or 32 from `to` on.
+  static void store(int32_t* row, int64_t d, Vec16 x) { store16(row + d, x); }
   static void store2(int32_t* to, Vec16 x, Vec16 y) {
     store16(to, x);
     store16(to + kVector, y);
@@ -39,11 +43,12 @@ struct Fp32Math {
   static void copy_row(const T* in, int64_t dim, int32_t* out) {
     for (int64_t d = 0; d < dim; d += kVector) store16(out + d, load16(in + d, tail_mask(dim - d)));
   }
-  // `count` packed rows (a multiple of kPair) into the pairs form of `columns` dwords.
+  // `count` packed rows (an even number) become those from `first` on of a pairs form of `columns`
+  // dwords.
   static void to_pairs(const int32_t* rows, int64_t width, int64_t count, int64_t columns,
-                       int32_t* out) {
+                       int32_t* out, int64_t first = 0) {
     for (int64_t r = 0; r < count; ++r)
-      std::memcpy(out + r * columns, rows + r * width, columns * 4);
+      std::memcpy(out + (first + r) * columns, rows + r * width, columns * 4);
   }
 };
 
@@ -81,7 +86,13 @@ struct Reading {
   float sign;
 };
 
-// One row as packed elements, zero beyond D up to a whole vector of dwords.
+// Dwords of a packed row of D elements.
+template <class M>
+inline int64_t packed_width(int64_t dim) {
+  return divide_up(dim, M::kWidth * M::kPair) * M::kWidth;
+}
+
+// One row as packed elements, zero beyond D up to packed_width.
 template <class T, class M>
 inline void pack_row(const T* in, int64_t table_row, const Reading& how, float* buffer,
                      int32_t* out) {
@@ -92,11 +103,11 @@ inline void pack_row(const T* in, int64_t table_row, const Reading& how, float* 
     store16(buffer + d, load16(in + d, tail_mask(how.dim - d)));
   if (turn) rotate<false>(*how.table, table_row, how.dim, buffer);
   const Vec16 sign = splat16(how.sign);
-  const int64_t padded = divide_up(how.dim, kVector * M::kPair) * kVector * M::kPair;
+  const int64_t padded = packed_width<M>(how.dim) * M::kPair;
   for (int64_t d = 0; d < padded; d += kVector) {
     const Vec16 x = d < how.dim ? rounded(load16(buffer + d) * sign, in) : zero16();
     const Mask16 m = tail_mask(how.dim - d > 0 ? how.dim - d : 0);
-    M::store(out + d / M::kPair, keep16(m, x));
+    M::store(out, d, keep16(m, x));
   }
 }
 
@@ -104,7 +115,7 @@ inline void pack_row(const T* in, int64_t table_row, const Reading& how, float* 
 template <class T, class M>
 inline void pack_rows(const T* base, int64_t step, Walk& walk, int64_t count, int64_t padded,
                       const Reading& how, float* buffer, int32_t* out) {
-  const int64_t width = divide_up(how.dim, kVector * M::kPair) * kVector;
+  const int64_t width = packed_width<M>(how.dim);
   for (int64_t r = 0; r < count; ++r, walk.next()) {
     const T* row = base + walk.token() * step;
     // Rows of one head lie up to a page apart, where the hardware does not prefetch.

@@ -99,8 +99,12 @@ AttentionKernel<double> attention_generic_f64();
 AttentionKernel<float> attention_generic(Element element);  // all but f64
 AttentionKernel<float> attention_avx2(Element element);     // all but f64, products in fp32
 AttentionKernel<float> attention_avx512(Element element);   // the same
-AttentionKernel<float> attention_avx512_bf16();             // bf16, products in bf16
-AttentionKernel<float> attention_amx();                     // the same
-AttentionKernel<float> attention_amx_emulated();            // the same
+// Products of bf16: of bf16 elements, or of f32 ones that are rounded.
+AttentionKernel<float> attention_avx512_bf16(Element element);
+AttentionKernel<float> attention_amx(Element element);
+AttentionKernel<float> attention_amx_emulated(Element element);
+// f32 and f16, products of their upper and lower bf16; see split_math.h.
+AttentionKernel<float> attention_amx_split(Element element);
+AttentionKernel<float> attention_amx_split_emulated(Element element);
 
 }  // namespace kdfast::cpu

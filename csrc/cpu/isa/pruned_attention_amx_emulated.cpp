@@ -6,8 +6,16 @@
 
 namespace kdfast::cpu {
 
-AttentionKernel<float> attention_amx_emulated() {
-  return attention_kernel<Bf16, AmxTiles<EmulatedTiles>>();
+AttentionKernel<float> attention_amx_emulated(Element element) {
+  using Products = AmxTiles<EmulatedTiles>;
+  return element == Element::f32 ? attention_kernel<float, Products>()
+                                 : attention_kernel<Bf16, Products>();
+}
+
+AttentionKernel<float> attention_amx_split_emulated(Element element) {
+  using Products = AmxTiles<EmulatedTiles, SplitMath>;
+  return element == Element::f32 ? attention_kernel<float, Products>()
+                                 : attention_kernel<Half, Products>();
 }
 
 }  // namespace kdfast::cpu

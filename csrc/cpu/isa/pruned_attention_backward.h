@@ -37,13 +37,13 @@ struct Backward {
   static int64_t bytes(int64_t n, int64_t dim) {
     const Sizes<M> s(dim);
     const int64_t m = query_chunk(n), rows = round_up(n, M::kKeys);
-    const int64_t dwords = 2 * rows * s.width + s.pairs(rows) +
-                           (M::kDqTransposed ? s.columns * (s.row(rows) + kVector) : 0) +
-                           2 * (s.lanes(m) + s.pairs(m)) + kVector * s.width +
-                           2 * M::kKeys * s.row(m) + M::kKeysOfDq / 2 * (m + kVector) +
-                           s.width * M::kPair + 2 * m +
-                           (round_up(m, M::kRows) + kVector) * s.columns + 2 * M::kRows * kPanel +
-                           (M::kKeys + 1) * (m + kVector);
+    const int64_t dwords =
+        2 * rows * s.width + s.pairs(rows) +
+        (M::kDqTransposed ? s.columns * (s.row(rows) + kVector) : 0) +
+        2 * (s.lanes(m) + s.pairs(m)) + kVector * s.width + 2 * M::kKeys * s.row(m) +
+        (M::kNeighbours ? M::kKeysOfDq / M::kPair * (m + kVector) : 0) + s.width * M::kPair +
+        2 * m + (round_up(m, M::kRows) + kVector) * s.columns + 2 * M::kRows * kPanel +
+        (M::kKeys + 1) * (m + kVector);
     return dwords * 4 + 21 * 64;
   }
 
@@ -61,7 +61,8 @@ struct Backward {
     block = take<int32_t>(scratch, kVector * size.width);
     p = take<int32_t>(scratch, M::kKeys * stride);
     ds = take<int32_t>(scratch, M::kKeys * stride);
-    ds_pairs = M::kPair == 1 ? nullptr : take<int32_t>(scratch, M::kKeysOfDq / 2 * pair_stride);
+    ds_pairs =
+        M::kNeighbours ? take<int32_t>(scratch, M::kKeysOfDq / M::kPair * pair_stride) : nullptr;
     buffer = take<float>(scratch, size.width * M::kPair);
     lse = take<float>(scratch, chunk);
     delta = take<float>(scratch, chunk);
@@ -97,16 +98,17 @@ struct Backward {
     const T* g = static_cast<const T*>(grad.grad.data);
     const T* o = static_cast<const T*>(grad.out.data);
     const int64_t lanes = round_up(count, kVector);
+    size.clear_tail(count, q_pairs);
+    size.clear_tail(count, g_pairs);
     Walk query(head.span, begin), upstream = query, output = query, walk = query;
     for (int64_t first = 0; first < count; first += kVector) {
       const int64_t some = count - first < kVector ? count - first : kVector;
-      const int64_t pairs = first / M::kPair * size.columns;
       pack_rows<T, M>(q, head.q.step, query, some, kVector, rotated, buffer, block);
       to_lanes(block, size.width, first, lanes, size.steps, q_lanes);
-      M::to_pairs(block, size.width, kVector, size.columns, q_pairs + pairs);
+      M::to_pairs(block, size.width, kVector, size.columns, q_pairs, first);
       pack_rows<T, M>(g, grad.grad.step, upstream, some, kVector, plain, buffer, block);
       to_lanes(block, size.width, first, lanes, size.steps, g_lanes);
-      M::to_pairs(block, size.width, kVector, size.columns, g_pairs + pairs);
+      M::to_pairs(block, size.width, kVector, size.columns, g_pairs, first);
       pack_rows<T, M>(o, grad.out.step, output, some, kVector, plain, buffer, block);
       // Where a row of P is a single 1, dP - delta is then exactly zero.
       const int64_t panel = first / kPanel * kPanel;
@@ -123,9 +125,6 @@ struct Backward {
         walk.next();
       }
     }
-    const int64_t packed = lanes / M::kPair * size.columns, all = size.pairs(count);
-    std::memset(q_pairs + packed, 0, (all - packed) * 4);
-    std::memset(g_pairs + packed, 0, (all - packed) * 4);
   }
 
   void add_pad(const T* g, float weight) const {
@@ -181,8 +180,8 @@ struct Backward {
               kPanel);
     for (int64_t v = 0; v < wide; v += 2) {
       const int64_t to = at * stride + (lane + v * kVector) / M::kPair;
-      int32_t* pairs =
-          M::kPair == 1 ? nullptr : ds_pairs + above / 2 * pair_stride + lane + v * kVector;
+      int32_t* pairs = nullptr;
+      if (M::kNeighbours) pairs = ds_pairs + above / M::kPair * pair_stride + lane + v * kVector;
       // The second vector of the last pair may lie beyond the queries: its lanes are zero.
       const int64_t at_lane = lane + v * kVector;
       const bool two = v + 1 < wide;
@@ -245,10 +244,10 @@ struct Backward {
           biased.grad += bias_columns(n);
         }
       }
-      if constexpr (M::kPair == 2) {
+      if constexpr (M::kNeighbours) {
         if (r % 2) {
-          M::store_pairs(pairs, above[0], d0);
-          M::store_pairs(pairs + kVector, above[1], d1);
+          M::store_pairs(pairs, above[0], d0, pair_stride);
+          M::store_pairs(pairs + kVector, above[1], d1, pair_stride);
           pairs += pair_stride;
         }
         above[0] = d0;
@@ -301,9 +300,9 @@ struct Backward {
                  round_up(count, kVector), steps, dq, dq_stride, start > 0);
     } else {
       const int32_t* right = k_pairs + start / M::kPair * size.columns;
-      const int64_t ds_step = M::kPair == 1 ? stride : pair_stride;
+      const int64_t ds_step = M::kNeighbours ? pair_stride : stride;
       for (int64_t i = 0; i < count; i += M::kRows)
-        M::weighted_columns((M::kPair == 1 ? ds : ds_pairs) + i, ds_step, right, size.columns,
+        M::weighted_columns((M::kNeighbours ? ds_pairs : ds) + i, ds_step, right, size.columns,
                             steps, dq + i * size.columns, start > 0);
     }
   }

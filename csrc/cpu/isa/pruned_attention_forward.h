@@ -19,10 +19,18 @@ struct Sizes {
   explicit Sizes(int64_t d)
       : dim(d),
         steps(round_up(divide_up(d, M::kPair), M::kUnit)),
-        width(divide_up(d, kVector * M::kPair) * kVector),
+        width(packed_width<M>(d)),
         columns(round_up(d, kVector)) {}
   int64_t lanes(int64_t n) const { return round_up(n, kVector) * steps; }
   int64_t pairs(int64_t n) const { return round_up(n, M::kTokens) / M::kPair * columns; }
+  // Zero rows at the end of a pairs form, of which packing may leave out some.
+  void clear_tail(int64_t n, int32_t* out) const {
+    constexpr int64_t kRest = M::kTokens - kVector;
+    if constexpr (kRest > 0) {
+      const int64_t dwords = M::kTokens / M::kPair * columns;
+      std::memset(out + pairs(n) - dwords, 0, dwords * 4);
+    }
+  }
   // A row of n weights; the odd stride keeps rows from sharing cache sets.
   static int64_t row(int64_t n) { return round_up(n, 2 * kVector) / M::kPair + kVector; }
 };
@@ -62,16 +70,14 @@ struct Forward {
     const T* k = static_cast<const T*>(head.k.data);
     const T* v = static_cast<const T*>(head.v.data);
     Walk key(head.span, 0), value(head.span, 0);
+    size.clear_tail(n, values);
     for (int64_t first = 0; first < n; first += kVector) {
       const int64_t count = n - first < kVector ? n - first : kVector;
       pack_rows<T, M>(k, head.k.step, key, count, kVector, rotated, buffer, block);
       to_lanes(block, size.width, first, vectors * kVector, size.steps, keys);
       pack_rows<T, M>(v, head.v.step, value, count, kVector, plain, buffer, block);
-      M::to_pairs(block, size.width, kVector, size.columns,
-                  values + first / M::kPair * size.columns);
+      M::to_pairs(block, size.width, kVector, size.columns, values, first);
     }
-    const int64_t packed = vectors * kVector / M::kPair * size.columns;
-    std::memset(values + packed, 0, (size.pairs(n) - packed) * 4);
   }
 
   // scores of the first `count` queries in `block` against all keys

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fp32 whose products torch may make in bf16, and fp16 in tiles of bf16."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import kdfast
+from kdfast import Rope, Window
+from kdfast.ops._library import EXTENSION
+from kdfast.testing import assert_no_worse, run
+
+ISAS = EXTENSION.testable_isas() if EXTENSION else []
+BF16 = [isa for isa in ISAS if isa in ("avx512_bf16", "amx", "amx_emulated")]
+TILES = [isa for isa in ISAS if isa in ("amx", "amx_emulated")]
+pytestmark = [
+    pytest.mark.usefixtures("compiled", "settings"),
+    pytest.mark.skipif(not BF16, reason="needs AVX512_BF16"),
+]
+MATMUL = torch.backends.mkldnn.matmul
+NAMES = ("out", "dq", "dk", "dv", "dextra")
+
+
+@pytest.fixture
+def settings() -> Iterator[None]:
+    """Puts back torch's precision of products and the instruction set."""
+    isa = EXTENSION.cpu_isa() if EXTENSION else None
+    products = [torch.backends.mkldnn.matmul, torch.backends.cuda.matmul]
+    before = [x.fp32_precision for x in products]
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for x, value in zip(products, before, strict=True):
+        x.fp32_precision = value
+    if EXTENSION:
+        EXTENSION.set_cpu_isa(isa)
+
+
+def split(x: Tensor, terms: int) -> list[Tensor]:
+    """bf16 numbers that sum up to about x, the largest first."""
+    parts = []
+    for _ in range(terms):
+        parts.append(x.bfloat16().float())
+        x = x - parts[-1]
+    return parts
+
+
+class Product(torch.autograd.Function):
+    """a @ b and its gradients by products of bf16 summed in fp32: of one or of two for a value."""
+
+    @staticmethod
+    def multiply(a: Tensor, b: Tensor, terms: int) -> Tensor:
+        left, right = split(a, terms), split(b, terms)
+        pairs = [(i, j) for i in range(terms) for j in range(terms - i)]
+        return torch.stack([left[i] @ right[j] for i, j in pairs]).sum(0)
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, terms: int) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.terms = terms
+        return Product.multiply(a, b, terms)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, b = ctx.saved_tensors
+        da = Product.multiply(grad, b.mT, ctx.terms)
+        return da, Product.multiply(a.mT, grad, ctx.terms), None
+
+
+class Bf16Products(TorchFunctionMode):
+    """Eager code, whose matrix products are those of `Product`, as oneDNN's may be on AMX."""
+
+    def __init__(self, terms: int) -> None:
+        super().__init__()
+        self.terms = terms
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
+            return Product.apply(*args, self.terms)
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: shape (B, H, N, D), rotary layout, window side of a grid, pads or biases."""
+
+    shape: tuple[int, int, int, int]
+    heads: tuple[int, ...] | None = None
+    layout: str | None = None
+    prefix: int = 0
+    scale: float | None = None
+    grid: tuple[int, int] | None = None
+    biases: int = 0
+
+    def inputs(self, dtype: torch.dtype) -> list[Tensor]:
+        batch, heads, tokens, dim = self.shape
+        generator = torch.Generator().manual_seed(7)
+        shapes: list[tuple[int, ...]] = [self.shape] * 3
+        shapes += [(heads, dim)] * (self.grid is not None)
+        shapes += [(self.biases, heads, tokens, tokens)] * (self.biases > 0)
+        return [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+
+    def call(self, backend: str) -> Callable[..., Tensor]:
+        def attention(q: Tensor, k: Tensor, v: Tensor, extra: Tensor | None = None) -> Tensor:
+            window = None if self.grid is None else Window(self.grid, 4, extra)
+            rope = None
+            if self.layout is not None:
+                rows = 16 if self.grid else q.shape[2] - self.prefix
+                angle = torch.arange(rows)[:, None] * (0.3 + torch.arange(q.shape[3]) / 7)
+                rope = Rope(angle.cos(), angle.sin(), self.prefix, self.layout)
+            return kdfast.pruned_attention(
+                *(q, k, v),
+                heads=self.heads,
+                rope=rope,
+                scale=self.scale,
+                window=window,
+                bias=extra if self.biases else None,
+                backend=backend,
+            )
+
+        return attention
+
+
+CASES = {
+    "odd": Case((2, 3, 37, 24)),
+    "vit": Case((1, 3, 197, 64), (2, 0), "interleaved", 1),
+    # Images enough that eager's own largest error is no matter of luck.
+    "d80": Case((8, 2, 33, 80), layout="half"),
+    "d72": Case((1, 2, 50, 72), layout="interleaved", scale=-0.3),
+    "d7": Case((1, 2, 18, 7)),
+    "d256": Case((1, 1, 40, 256), layout="interleaved"),
+    # More than one chunk of queries, and of keys that dq is summed over.
+    "long": Case((1, 1, 700, 32)),
+    "windows": Case((2, 3, 35, 16), (2, 0), "interleaved", 0, None, (5, 7)),
+    "bias": Case((4, 2, 37, 40), biases=2),
+}
+
+
+def fused(case: Case, isa: str, precision: str, dtype: torch.dtype) -> list[Tensor]:
+    EXTENSION.set_cpu_isa(isa)
+    torch.set_float32_matmul_precision(precision)
+    got = run(case.call("fused"), case.inputs(dtype))
+    torch.set_float32_matmul_precision("highest")
+    return got
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def judge(
+    name: str, got: list[Tensor], call: Callable[[str], Any], x: list[Tensor], n: int
+) -> None:
+    """``got`` against eager code with products of ``n`` bf16 for a value."""
+    exact = run(call("reference"), [y.double() for y in x])
+    with Bf16Products(n):
+        eager = run(call("reference"), x)
+    for label, *triple in zip(NAMES, got, exact, eager, strict=False):
+        # bf16 products flush what is too small for a normal fp32; nobody needs that part.
+        some = [y.where(y.abs() > 1e-30, 0) for y in triple]
+        assert_no_worse(f"{name} {label}", *some)
+
+
+@pytest.mark.parametrize("isa", BF16)
+@pytest.mark.parametrize("name", CASES)
+def test_medium_is_no_worse_than_eager(name: str, isa: str) -> None:
+    case, dtype = CASES[name], torch.float32
+    got = fused(case, isa, "medium", dtype)
+    assert all(x.dtype == dtype for x in got)
+    judge(f"{name} {isa}", got, case.call, case.inputs(dtype), 1)
+    # It is what was asked for: more exact would be fp32.
+    exact = run(case.call("reference"), case.inputs(torch.float64))
+    error = (got[0].double() - exact[0]).norm() / exact[0].norm()
+    assert 5e-4 < error < 5e-3
+
+
+@pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize("name", CASES)
+def test_high_is_no_worse_than_eager(name: str, isa: str) -> None:
+    case, dtype = CASES[name], torch.float32
+    got = fused(case, isa, "high", dtype)
+    judge(f"{name} {isa}", got, case.call, case.inputs(dtype), 2)
+    exact = run(case.call("reference"), case.inputs(torch.float64))
+    for a, b in zip(got, exact, strict=True):
+        assert (a.double() - b).norm() <= 2**-16 * b.norm()
+
+
+@pytest.mark.parametrize("level", [-1e4, 1e4])
+@pytest.mark.parametrize("isa", BF16)
+def test_extreme_logits(isa: str, level: float) -> None:
+    q, k, v = Case((1, 2, 37, 16)).inputs(torch.float32)
+    q[..., 0], k[..., 0] = 100, (torch.arange(37) * 0.1 + 10) * level / 1e3
+    # Products of bf16 keep no digit below 1e4 / 256: of numbers that they hold, all are kept.
+    q, k = q.bfloat16().float(), k.bfloat16().float()
+    EXTENSION.set_cpu_isa(isa)
+    call = Case((1, 2, 37, 16), scale=1.0).call
+    torch.set_float32_matmul_precision("medium")
+    got = run(call("fused"), [q, k, v])
+    torch.set_float32_matmul_precision("highest")
+    judge(f"{level} {isa}", got, call, [q, k, v], 1)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_other_calls_do_not_see_the_setting(isa: str) -> None:
+    case = CASES["vit"]
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        want = fused(case, isa, "highest", dtype)
+        assert same(fused(case, isa, "high", dtype), want)
+        assert same(fused(case, isa, "medium", dtype), want)
+    plain = fused(case, isa, "highest", torch.float32)
+    if isa in BF16:
+        # Nothing that fp32 did before there was a choice has changed.
+        assert same(plain, fused(case, "avx512", "highest", torch.float32))
+    assert same(fused(case, isa, "medium", torch.float32), plain) == (isa not in BF16)
+    assert same(fused(case, isa, "high", torch.float32), plain) == (isa not in TILES)
+
+
+def test_fp16_runs_in_tiles() -> None:
+    case = CASES["odd"]
+    plain = fused(case, "avx512", "highest", torch.float16)
+    for isa in TILES:
+        assert not same(fused(case, isa, "highest", torch.float16), plain)
+    assert same(fused(case, "avx512_bf16", "highest", torch.float16), plain)
+
+
+def test_setting_is_that_of_torch_matmul() -> None:
+    """Every way to allow bf16 in torch's products, and the two that forbid it."""
+    case, isa = CASES["odd"], BF16[0]
+    plain, low = (fused(case, isa, p, torch.float32) for p in ("highest", "medium"))
+    assert not same(plain, low)
+    MATMUL.fp32_precision = "none"
+
+    def now() -> list[Tensor]:
+        return run(case.call("fused"), case.inputs(torch.float32))
+
+    for holder in (MATMUL, torch.backends.mkldnn, torch.backends):
+        holder.fp32_precision = "bf16"
+        assert same(now(), low)
+        holder.fp32_precision = "none"
+        assert same(now(), plain)
+    torch.backends.fp32_precision = "bf16"
+    MATMUL.fp32_precision = "ieee"
+    assert same(now(), plain)
+    MATMUL.fp32_precision = "none"
+    assert same(now(), low)
+    with torch.backends.mkldnn.flags(enabled=False, fp32_precision="bf16"):
+        assert same(now(), plain)
+    torch.backends.fp32_precision = "none"
+
+
+def test_backward_reads_the_setting_when_it_runs() -> None:
+    case = CASES["odd"]
+    EXTENSION.set_cpu_isa(BF16[0])
+    results = {}
+    for first in ("highest", "medium"):
+        for second in ("highest", "medium"):
+            leaves = [x.requires_grad_() for x in case.inputs(torch.float32)]
+            torch.set_float32_matmul_precision(first)
+            out = case.call("fused")(*leaves)
+            torch.set_float32_matmul_precision(second)
+            results[first, second] = [out, *torch.autograd.grad(out.square().sum(), leaves)]
+    exact = results["highest", "highest"]
+    assert same(results["highest", "medium"][:1], exact[:1])
+    for pair, got in results.items():
+        for a, b in zip(got[1:], exact[1:], strict=True):
+            assert torch.equal(a, b) == (pair == ("highest", "highest"))
+            assert (a - b).norm() < 2e-2 * b.norm()
+
+
+@pytest.mark.parametrize("isa", BF16)
+@pytest.mark.parametrize("name", ["long", "windows", "bias"])
+def test_threads_change_no_bit(name: str, isa: str) -> None:
+    for precision in ("high", "medium"):
+        results = []
+        for threads in (1, 2, 16):
+            torch.set_num_threads(threads)
+            results.append(fused(CASES[name], isa, precision, torch.float32))
+        assert same(results[0], results[1])
+        assert same(results[0], results[2])
+
+
+def test_compile() -> None:
+    case = CASES["windows"]
+    want = fused(case, BF16[0], "medium", torch.float32)
+    torch.set_float32_matmul_precision("medium")
+    step = torch.compile(case.call("fused"), fullgraph=True, backend="aot_eager")
+    assert same(run(step, case.inputs(torch.float32)), want)
