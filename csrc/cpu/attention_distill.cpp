@@ -48,30 +48,20 @@ MapLoss map_loss(c10::string_view kind) {
   return MapLoss::logit_mse;
 }
 
-#if KDFAST_X86
-// Tensors of other types would lose digits in products of bf16.
-DistillKernel<float> choose_rider(Element element) {
-  if (element == Element::bf16) {
-    if (isa() == Isa::amx) return rider_amx();
-    if (isa() == Isa::amx_emulated) return rider_amx_emulated();
-    if (isa() == Isa::avx512_bf16) return rider_avx512_bf16();
-  }
-  return isa() >= Isa::avx512 ? rider_avx512(element) : rider_avx2(element);
-}
-#endif
-
 template <class A>
-DistillKernel<A> choose_kernel([[maybe_unused]] Element student, [[maybe_unused]] Element teacher,
-                               [[maybe_unused]] bool plain_kl) {
+DistillKernel<A> choose_kernel([[maybe_unused]] Element student, [[maybe_unused]] Element teacher) {
   if constexpr (sizeof(A) == 8) {
     return distill_generic_f64();
   } else {
 #if KDFAST_X86
-    if (plain_kl && student == teacher && isa() >= Isa::avx2) return choose_rider(student);
-    const bool both = student == Element::bf16 && teacher == Element::bf16;
-    if (isa() >= Isa::avx512_bf16 && both) return distill_avx512_bf16();
-    if (isa() >= Isa::avx512) return distill_avx512();
-    if (isa() >= Isa::avx2) return distill_avx2();
+    // Tensors of other types would lose digits in products of bf16.
+    if (student == Element::bf16 && teacher == Element::bf16) {
+      if (isa() == Isa::amx) return distill_amx();
+      if (isa() == Isa::amx_emulated) return distill_amx_emulated();
+      if (isa() == Isa::avx512_bf16) return distill_avx512_bf16();
+    }
+    if (isa() >= Isa::avx512) return distill_avx512(student);
+    if (isa() >= Isa::avx2) return distill_avx2(student);
 #endif
     return distill_generic();
   }
@@ -109,8 +99,8 @@ struct Call {
       : q(checked(a.q, a.q)),
         k(checked(a.k, a.q)),
         v(checked(a.v, a.q)),
-        teacher_q(checked(a.teacher_q, a.teacher_q)),
-        teacher_k(checked(a.teacher_k, a.teacher_q)),
+        teacher_q(of_teacher(a.teacher_q, a.teacher_q)),
+        teacher_k(of_teacher(a.teacher_k, a.teacher_q)),
         heads(kept_heads(kOp, a.heads, q.size(1))),
         teacher_heads(kept_heads(kOp, a.teacher_heads, teacher_q.size(1))),
         grid(token_grid(kOp, a.grid, a.window, q.size(2))),
@@ -126,8 +116,7 @@ struct Call {
         tokens(q.size(2)),
         dim(q.size(3)),
         windows(tokens == 0 ? 0 : window_count(grid)),
-        kernel(choose_kernel<A>(element_of(kOp, q), element_of(kOp, teacher_q),
-                                kind == MapLoss::kl && a.temperature == 1)) {
+        kernel(choose_kernel<A>(element_of(kOp, q), element_of(kOp, teacher_q))) {
     TORCH_CHECK_VALUE(teacher_q.size(0) == batch && teacher_q.size(2) == tokens, kOp,
                       ": the teacher must have q's B and N, got ", teacher_q.sizes(), " and ",
                       q.sizes());
@@ -140,6 +129,11 @@ struct Call {
                       ": pad_value must be (", q.size(1), ", ", dim, "), got ", pad.sizes());
   }
 
+  // A teacher of fp64 counts as fp32 where the student is no more than that.
+  static at::Tensor of_teacher(const at::Tensor& x, const at::Tensor& like) {
+    const at::Tensor rows = checked(x, like);
+    return sizeof(A) == 4 && rows.scalar_type() == at::kDouble ? rows.to(at::kFloat) : rows;
+  }
   static int64_t table_rows(const Arguments& a) {
     return a.grid.has_value() ? a.window * a.window : a.q.size(2);
   }

@@ -14,11 +14,16 @@ namespace {
 constexpr const char* kOp = "attention_entropy";
 
 template <class A>
-EntropyKernel<A> choose_kernel() {
+EntropyKernel<A> choose_kernel([[maybe_unused]] Element element) {
   if constexpr (sizeof(A) == 8) {
     return entropy_generic_f64();
   } else {
 #if KDFAST_X86
+    if (element == Element::bf16) {
+      if (isa() == Isa::amx) return entropy_amx();
+      if (isa() == Isa::amx_emulated) return entropy_amx_emulated();
+      if (isa() == Isa::avx512_bf16) return entropy_avx512_bf16();
+    }
     if (isa() >= Isa::avx512) return entropy_avx512();
     if (isa() >= Isa::avx2) return entropy_avx2();
 #endif
@@ -39,7 +44,7 @@ at::Tensor entropy(const at::Tensor& q, const at::Tensor& k, const Tables<A>& ta
       at::empty({batch, heads, tokens}, q.options().dtype(c10::CppTypeToScalarType<A>::value));
   if (out.numel() == 0) return out;
   A* data = out.mutable_data_ptr<A>();
-  const EntropyKernel<A> kernel = choose_kernel<A>();
+  const EntropyKernel<A> kernel = choose_kernel<A>(element_of(kOp, q));
   const int64_t largest = largest_window(grid);
   share_items(batch * heads * window_count(grid), kernel.scratch_bytes(largest, dim),
               [&](int64_t item, char* scratch) {

@@ -55,14 +55,12 @@ struct DistillKernel {
 
 DistillKernel<double> distill_generic_f64();
 DistillKernel<float> distill_generic();
-DistillKernel<float> distill_avx2();
-DistillKernel<float> distill_avx512();
-DistillKernel<float> distill_avx512_bf16();  // bf16 on both sides, products in bf16
-// "kl" at temperature 1 only, with one element type on both sides, not f64.
-DistillKernel<float> rider_avx2(Element element);
-DistillKernel<float> rider_avx512(Element element);
-DistillKernel<float> rider_avx512_bf16();   // bf16, products in bf16
-DistillKernel<float> rider_amx();           // the same
-DistillKernel<float> rider_amx_emulated();  // the same
+// For students of any element type but f64, and such teachers.
+DistillKernel<float> distill_avx2(Element student);
+DistillKernel<float> distill_avx512(Element student);
+// bf16 on both sides, products in bf16.
+DistillKernel<float> distill_avx512_bf16();
+DistillKernel<float> distill_amx();
+DistillKernel<float> distill_amx_emulated();
 
 }  // namespace kdfast::cpu

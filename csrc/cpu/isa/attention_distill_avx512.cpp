@@ -1,8 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/isa/attention_distill_kernel.h"
-#include "cpu/isa/attention_entropy_kernel.h"
+// All element types with products in fp32.
+#include "cpu/isa/attention_distill_backward.h"
+#include "cpu/isa/attention_entropy_tiles.h"
+#include "cpu/isa/short_chains.h"
 
 namespace kdfast::cpu {
-DistillKernel<float> distill_avx512() { return distill_kernel<float>(); }
-EntropyKernel<float> entropy_avx512() { return entropy_kernel<float>(); }
+
+DistillKernel<float> distill_avx512(Element student) {
+  switch (student) {
+    case Element::bf16: return distill_tiles<Bf16, ShortChains>();
+    case Element::f16: return distill_tiles<Half, ShortChains>();
+    default: return distill_tiles<float, ShortChains>();
+  }
+}
+EntropyKernel<float> entropy_avx512() { return entropy_tiles<ShortChains>(); }
+
 }  // namespace kdfast::cpu

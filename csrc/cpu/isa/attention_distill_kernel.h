@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels of attention_distill.h, compiled once per instruction set.
+// The kernels of attention_distill.h for any CPU.
 #pragma once
 #include <cstring>
 
@@ -229,14 +229,14 @@ void backward_kind(const DistillHead<A>& head, const DistillGrad<A>& grad, char*
 
 template <class A>
 double forward(const DistillHead<A>& head, MutableRows out, char* scratch) {
-  return with_kind(head, [&]<MapLoss kind, bool temper>() {
+  return with_kind(head.kind, head.inv_temperature, [&]<MapLoss kind, bool temper>() {
     return forward_kind<A, kind, temper>(head, out, scratch);
   });
 }
 
 template <class A>
 void backward(const DistillHead<A>& head, const DistillGrad<A>& grad, char* scratch) {
-  with_kind(head, [&]<MapLoss kind, bool temper>() {
+  with_kind(head.kind, head.inv_temperature, [&]<MapLoss kind, bool temper>() {
     backward_kind<A, kind, temper>(head, grad, scratch);
   });
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// One row of scores of attention_distill: distances and gradients. Formulas and names (a, b, A, B,
-// P, R, d, x, y): docs/attention_distill.md. Local to the including file.
+// One row of scores of attention_distill: distances and gradients, by the formulas of
+// attention_distill_terms.h. Local to the including file.
 #pragma once
-#include "cpu/isa/attention_distill.h"
+#include "cpu/isa/attention_distill_terms.h"
 #include "cpu/isa/vector_math.h"
 
 namespace kdfast::cpu {
@@ -16,6 +16,16 @@ template <class T>
 inline T log_of(T x) {
   return T(__builtin_log(double(x)));
 }
+
+// The arithmetic that attention_distill_terms.h asks for.
+template <class T>
+struct RowMath {
+  using V = Vec<T>;
+  static V splat(double x) { return cpu::splat(T(x)); }
+  static V exp(V x) { return cpu::exp(x); }
+  static V log1p(V x) { return log1p_unit(x); }
+  static V larger(V a, V b) { return max<T>(a, b); }
+};
 
 // The maximum of a row of scores, and the logarithm of the sum of its exponentials above that. Kept
 // apart, for their sum would round away the digits that matter when scores are large.
@@ -79,39 +89,11 @@ RowTask<A> row_task(const DistillHead<A>& head) {
   return {span_tokens(head.span), head.stats_step, head.span.pads, head.inv_temperature};
 }
 
-// log(P / M) and log(R / M) of M = (P + R) / 2, by d = log(P / R) alone: no quotient underflows.
-template <class T>
-inline void log_over_middle(Vec<T> d, Vec<T>* p, Vec<T>* r) {
-  const Vec<T> zero{}, size = d > zero ? d : -d, small = log1p_unit(exp(-size));
-  *p = T(0.69314718055994531) - (max<T>(-d, zero) + small);
-  *r = T(0.69314718055994531) - (max<T>(d, zero) + small);
-}
-
-template <class T>
-struct Sums {
-  Vec<T> one, two, three;
-};
-
-// Row sums of the kinds whose terms need normalised maps.
-template <class T, MapLoss kind, bool temper>
-inline Sums<T> map_terms(const Maps<T, temper>& maps, Vec<T> s, Vec<T> t) {
-  const Vec<T> log_p = maps.log_p(s), log_r = maps.log_r(t), p = exp(log_p), r = exp(log_r);
-  if constexpr (kind == MapLoss::jsd) {
-    Vec<T> over_p, over_r;
-    log_over_middle<T>(log_p - log_r, &over_p, &over_r);
-    return {p * over_p + r * over_r, p * over_p, Vec<T>{}};
-  } else if constexpr (kind == MapLoss::mse) {
-    return {(p - r) * (p - r), p * (p - r), Vec<T>{}};
-  } else {
-    return {p * r, p * p, r * r};
-  }
-}
-
 // Everything of one row of n scores: stats[k * step] for k < 5, weights of V in s; returns the
 // distance, and in *divisor what the weights still have to be divided by.
 template <class T, MapLoss kind, bool temper>
 T forward_row(const RowTask<T>& task, T* s, T* t, T* stats, T* divisor) {
-  constexpr bool one_pass = kind == MapLoss::kl || kind == MapLoss::reverse_kl;
+  constexpr bool one_pass = kOnePass<kind>;
   constexpr bool logits = kind == MapLoss::logit_mse;
   const int64_t n = task.n, end = round_up(n, kWidth<T>);
   const T inv = task.inv_temperature, pads = T(task.pads);
@@ -159,9 +141,11 @@ T forward_row(const RowTask<T>& task, T* s, T* t, T* stats, T* divisor) {
     return stats[kFirstSum * task.step] = sum<T>(sum_d) / za - log_za + log_zb;
 
   const Maps<T, temper> maps = task.template maps<temper>(stats);
-  Sums<T> sums{};
+  Sums<RowMath<T>> sums{};
   const auto add = [&](Vec<T> sj, Vec<T> tj, T weight) {
-    const Sums<T> terms = map_terms<T, kind, temper>(maps, sj, tj);
+    const Vec<T> log_p = maps.log_p(sj), log_r = maps.log_r(tj);
+    const Sums<RowMath<T>> terms =
+        map_terms<RowMath<T>, kind>(exp(log_p), exp(log_r), log_p - log_r);
     sums.one += weight * terms.one;
     sums.two += weight * terms.two;
     sums.three += weight * terms.three;
@@ -172,36 +156,28 @@ T forward_row(const RowTask<T>& task, T* s, T* t, T* stats, T* divisor) {
     store_vector(s + j, exp(sj - ms));
   }
   if (task.pads > 0) add(Vec<T>{}, Vec<T>{}, pads / kWidth<T>);
-  const T one = sum<T>(sums.one), two = sum<T>(sums.two), three = sum<T>(sums.three);
-  if constexpr (kind != MapLoss::cosine) {
-    stats[kFirstSum * task.step] = two;
-    return kind == MapLoss::jsd ? one / 2 : one;
-  }
-  const T y = 1 / T(__builtin_sqrt(double(two) * double(three)));
-  stats[kFirstSum * task.step] = one * y / two;
-  stats[kSecondSum * task.step] = y;
-  return 1 - one * y;
+  T first, second = 0;
+  const T distance = map_distance<T, kind>(sum<T>(sums.one), sum<T>(sums.two), sum<T>(sums.three),
+                                           &first, &second);
+  stats[kFirstSum * task.step] = first;
+  if constexpr (kind == MapLoss::cosine) stats[kSecondSum * task.step] = second;
+  return distance;
 }
 
 // s, t, dp: one row of `keys` scores, the teacher's, and <g, v>; dp becomes ds and s becomes U.
 template <class T, MapLoss kind, bool temper>
 void backward_row(const RowTask<T>& task, int64_t keys, const T* stats, T delta, T weight, T* s,
                   T* t, T* dp) {
-  const int64_t n = task.n, end = round_up(keys, kWidth<T>);
+  const int64_t end = round_up(keys, kWidth<T>);
   for (int64_t j = keys; j < end; ++j) s[j] = t[j] = kNever<T>;
   constexpr bool logits = kind == MapLoss::logit_mse;
-  constexpr bool one_sum = kind == MapLoss::reverse_kl || kind == MapLoss::jsd ||
-                           kind == MapLoss::mse || kind == MapLoss::cosine;
-  const T inv = task.inv_temperature;
+  constexpr bool one_sum = !logits && kind != MapLoss::kl;
   const Lse<T> lse = task.attention(stats);
   Maps<T, temper> maps;
   if constexpr (!logits) maps = task.template maps<temper>(stats);
-  const T x = one_sum ? stats[kFirstSum * task.step] : 0;
-  const T y = kind == MapLoss::cosine ? stats[kSecondSum * task.step] : 0;
-  T w = weight * inv;
-  if constexpr (kind == MapLoss::jsd) w /= 2;
-  if constexpr (kind == MapLoss::mse) w *= 2;
-  if constexpr (logits) w *= 2 * inv / T(n);
+  const Vec<T> x = splat(one_sum ? stats[kFirstSum * task.step] : T(0));
+  const Vec<T> y = splat(kind == MapLoss::cosine ? stats[kSecondSum * task.step] : T(0));
+  const T w = gradient_weight<T, kind>(weight, task.inv_temperature, task.n);
   const Vec<T> share = share_of<T>(lse.rest);
   Vec<T> share_p = share, share_r{};
   if constexpr (!logits) share_r = share_of<T>(maps.teacher.rest);
@@ -213,41 +189,14 @@ void backward_row(const RowTask<T>& task, int64_t keys, const T* stats, T delta,
     if constexpr (logits) {
       da = sj - tj;
     } else {
-      const Vec<T> log_p = maps.log_p(sj), log_r = maps.log_r(tj);
       const Vec<T> p = temper ? maps.p(sj, share_p) : u;
-      if constexpr (kind == MapLoss::kl) {
-        da = p - maps.r(tj, share_r);
-      } else if constexpr (kind == MapLoss::reverse_kl) {
-        da = p * (log_p - log_r - x);
-      } else if constexpr (kind == MapLoss::jsd) {
-        Vec<T> over_p, over_r;
-        log_over_middle<T>(log_p - log_r, &over_p, &over_r);
-        da = p * (over_p - x);
-      } else if constexpr (kind == MapLoss::mse) {
-        da = p * (p - maps.r(tj, share_r) - x);
-      } else {
-        da = p * (x * p - y * maps.r(tj, share_r));
-      }
+      Vec<T> r{}, d{};
+      if constexpr (kByMap<kind>) r = maps.r(tj, share_r);
+      if constexpr (kByLog<kind>) d = maps.log_p(sj) - maps.log_r(tj);
+      da = map_gradient<RowMath<T>, kind>(p, r, d, x, y);
     }
     store_vector(s + j, u);
     store_vector(dp + j, attention + w * da);
-  }
-}
-
-// Calls f<kind, temper>() for the head's kind and temperature.
-template <class A, class F>
-auto with_kind(const DistillHead<A>& head, F f) {
-  const auto pick = [&]<MapLoss kind>() {
-    return head.inv_temperature == 1 ? f.template operator()<kind, false>()
-                                     : f.template operator()<kind, true>();
-  };
-  switch (head.kind) {
-    case MapLoss::kl: return pick.template operator()<MapLoss::kl>();
-    case MapLoss::reverse_kl: return pick.template operator()<MapLoss::reverse_kl>();
-    case MapLoss::jsd: return pick.template operator()<MapLoss::jsd>();
-    case MapLoss::mse: return pick.template operator()<MapLoss::mse>();
-    case MapLoss::cosine: return pick.template operator()<MapLoss::cosine>();
-    default: return pick.template operator()<MapLoss::logit_mse>();
   }
 }
 

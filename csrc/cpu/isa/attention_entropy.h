@@ -16,5 +16,9 @@ EntropyKernel<double> entropy_generic_f64();
 EntropyKernel<float> entropy_generic();
 EntropyKernel<float> entropy_avx2();
 EntropyKernel<float> entropy_avx512();
+// bf16, products in bf16.
+EntropyKernel<float> entropy_avx512_bf16();
+EntropyKernel<float> entropy_amx();
+EntropyKernel<float> entropy_amx_emulated();
 
 }  // namespace kdfast::cpu

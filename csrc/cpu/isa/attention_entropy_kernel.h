@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels of attention_entropy.h, compiled once per instruction set.
+// The kernels of attention_entropy.h for any CPU.
 #pragma once
 #include "cpu/isa/attention_distill_kernel.h"
 #include "cpu/isa/attention_entropy.h"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sixteen floats and a mask of them, for the instruction set of the including file.
 //
-// What the attention kernels are written in. Vec16 has + - *; Dwords16 are 16 dwords of a packed
+// What the attention kernels are written in. Vec16 has + - * /; Dwords16 are 16 dwords of a packed
 // form, and a Mask16 selects some of the first lanes, all or none:
 //   splat16, zero16, fma16 (a b + c), fms16 (a b - c), max16, round16, scale16 (a 2^b), sum16,
 //   top16 load16 and store16 of floats, and of any element type under a mask tail_mask,

@@ -34,6 +34,9 @@ inline Vec16 operator-(Vec16 a, Vec16 b) {
 inline Vec16 operator*(Vec16 a, Vec16 b) {
   return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
 }
+inline Vec16 operator/(Vec16 a, Vec16 b) {
+  return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)};
+}
 
 inline Mask16 tail_mask(int64_t count) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
