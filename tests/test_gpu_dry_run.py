@@ -32,8 +32,12 @@ def test_dry_run(tmp_path: Path) -> None:
     assert set(results["stages"]) == {"tests", "probes", "benches"}
     assert {row["goal"] for row in results["goals"]} >= {"G1", "G2", "G5", "G6 RoPE", "G7"}
     assert all(row["different"] == 0 for row in results["determinism"])
+    repeated = {row["call"] for row in results["determinism"]}
+    assert repeated >= {"linear_kd_loss", "swiglu_norm", "swiglu_norm_bwd"}
     ops = {(row["op"], row["candidate"]) for row in results["rows"]}
     assert {("pruned_attention", c) for c in ("kdfast", "eager", "sdpa", "compile")} <= ops
+    benches = {"attention_distill", "kd_loss", "linear_kd_loss", "feature_loss", "swiglu_norm"}
+    assert {(op, "kdfast") for op in benches | {"head_gather", "head_gather_block"}} <= ops
     assert any("flash-attn: not installed" in reason for reason in results["left_out"])
     report = (tmp_path / "gpu_dry_run.md").read_text()
     for part in ("A dry run", "Nothing failed.", "## Goals", "| G1 |", "| pruned_attention |"):
