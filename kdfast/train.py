@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from kdfast.configs import CONFIGS, ChainConfig, Config, ConfigError, load, plain
 from kdfast.data.base import Corrupt, CorruptDataError, ViewDataset
-from kdfast.data.scenes import PALETTE
+from kdfast.data.scenes import CLASSES, PALETTE
 from kdfast.distill import Distiller
 from kdfast.models.checkpoint import save_backbone
 from kdfast.models.eva import EVAViT
@@ -129,7 +129,7 @@ def run_pruning(config: Config, accelerator: Accelerator, resume: bool) -> int:
     folder = run_folder(Path(config.output).expanduser(), accelerator, missing)
     words = [f"{accelerator.num_processes} x {accelerator.device}"]
     words += [f"precision {config.run.precision}", f"{torch.get_num_threads()} threads"]
-    words += [f"data: {config.data.kind} {config.data.root or ''}"]
+    words += [f"data: {config.data.kind} {config.data.root or ''}".strip()]
     show_start(config, accelerator, folder, resume, ", ".join(words))
     with as_config_error():
         data = build_data(config, accelerator)
@@ -261,9 +261,10 @@ def finish(
     lines = measure(models, quality, images[:1], accelerator.autocast)
     metric = "mIoU" if head is not None else "similarity"
     text = write_report(folder, lines, metric, {"config": config.name, "note": config.note})
+    named = dict(zip(CLASSES, PALETTE, strict=True))
     with accelerator.autocast():
         paths["picture"] = draw_predictions(
-            folder / "predictions.png", models, head, images, labels, PALETTE
+            folder / "predictions.png", models, head, images, labels, named
         )
     paths |= {
         "curves": folder / "curves.png",

@@ -60,7 +60,7 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
     root = run_folder(Path(config.output).expanduser().absolute(), accelerator, missing)
     place = Place(root, len(config.seeds) > 1)
     words = [" -> ".join(config.chain), f"stage {config.stage}", f"seeds {list(config.seeds)}"]
-    words += [f"data {config.data.kind} {config.data.root or ''}"]
+    words += [f"data {config.data.kind} {config.data.root or ''}".strip()]
     words += [
         f"{accelerator.num_processes} x {accelerator.device}",
         f"precision {config.precision}",

@@ -309,7 +309,8 @@ def _write_files(stage: Stage, loop: ChainLoop, meter: Meter, summary: dict[str,
     )
     recipe = {"config": plain(stage.config), "link": {**stage.link.__dict__}, "seed": stage.seed}
     _json(logs / f"{stage.name}_config.json", recipe)
-    title = f"{stage.link.role}: {stage.link.model} on {data.name}, seed {stage.seed}"
+    size = f"{summary['params'] / 1e6:.2f}M parameters"  # a name of timm says little with args
+    title = f"{stage.link.role}: {stage.link.model}, {size}, on {data.name}, seed {stage.seed}"
     note = "train: with distillation" if stage.teacher is not None else "task only"
     draw_curves(logs / f"{stage.name}_log.csv", pictures / "curves.png", title, note)
     draw_confusion(counts, data.class_names, pictures / "confusion.png", f"{title}, test images")

@@ -138,6 +138,7 @@ def draw_curves(folder: Path, skip: Sequence[str] = ("epoch",)) -> Path | None:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     names = [name for name in rows[0] if name not in ("step", *skip)]
     columns = 3
@@ -152,6 +153,9 @@ def draw_curves(folder: Path, skip: Sequence[str] = ("epoch",)) -> Path | None:
         axes.plot(steps, [float(row[name]) for row in rows], linewidth=1)
         axes.set_title(name, fontsize=9)
         axes.tick_params(labelsize=7)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if position > len(names) - columns:
+            axes.set_xlabel("step", fontsize=8)
         axes.grid(alpha=0.3)
     target = folder / "curves.png"
     figure.savefig(target, dpi=110)

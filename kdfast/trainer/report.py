@@ -28,6 +28,8 @@ from kdfast.pruning import pruning_report
 ROUNDS, FEW_ROUNDS, PATIENCE_SECONDS = 9, 3, 20.0
 # Pixels that a picture is at least wide in the sheet of predictions.
 MIN_TILE = 160
+# Pixels for the name of a class below it.
+LEGEND = 110
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,11 @@ def draw_predictions(
     head: nn.Module | None,
     images: Tensor,
     labels: Tensor | None,
-    palette: Sequence[tuple[int, int, int]],
+    palette: Mapping[str, tuple[int, int, int]],
 ) -> Path:
     """Picture with a row per view: the image, its label, and what every model makes of it.
+
+    Below are the names of the classes in their colours.
 
     Args:
         path: PNG file.
@@ -161,18 +165,19 @@ def draw_predictions(
             as red, green and blue.
         images: (B, 3, H, W) normalised.
         labels: (B, H, W), or None.
-        palette: RGB of each class.
+        palette: RGB of each class by its name, in their order.
     """
+    colours = list(palette.values())
     columns: dict[str, list[NDArray[np.uint8]]] = {"image": _pictures(images)}
     if labels is not None:
-        columns["label"] = _painted(labels, palette)
+        columns["label"] = _painted(labels, colours)
     features = {name: model.eval()(images) for name, model in models.items()}
     if head is not None:
         for name, value in features.items():
-            columns[name] = _painted(head(value).argmax(1), palette)
+            columns[name] = _painted(head(value).argmax(1), colours)
     else:
         columns |= _components(features)
-    _grid(path, columns)
+    _grid(path, columns, palette if head is not None else {})
     return path
 
 
@@ -205,15 +210,26 @@ def _components(features: Mapping[str, Tensor]) -> dict[str, list[NDArray[np.uin
     }
 
 
-def _grid(path: Path, columns: Mapping[str, list[NDArray[np.uint8]]]) -> None:
+def _grid(
+    path: Path,
+    columns: Mapping[str, list[NDArray[np.uint8]]],
+    legend: Mapping[str, tuple[int, int, int]],
+) -> None:
     """Tile pictures of one size, or of sizes that divide the first column's, with titles."""
     height, width = next(iter(columns.values()))[0].shape[:2]
     zoom = max(1, -(-MIN_TILE // width))
     tile = (width * zoom, height * zoom)
     count = len(next(iter(columns.values())))
-    title = 16
-    sheet = Image.new("RGB", (len(columns) * tile[0], title + count * tile[1]), "white")
+    title, width = 16, len(columns) * tile[0]
+    per_line = max(1, width // LEGEND)
+    lines = -(-len(legend) // per_line)
+    bottom = title + count * tile[1]
+    sheet = Image.new("RGB", (width, bottom + lines * title), "white")
     draw = ImageDraw.Draw(sheet)
+    for i, (name, colour) in enumerate(legend.items()):
+        x, y = i % per_line * LEGEND, bottom + i // per_line * title
+        draw.rectangle((x + 4, y + 3, x + 14, y + 13), fill=colour, outline="black")
+        draw.text((x + 18, y + 2), name, fill="black")
     for column, (name, pictures) in enumerate(columns.items()):
         draw.text((column * tile[0] + 4, 2), name, fill="black")
         for row, picture in enumerate(pictures):
