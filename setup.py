@@ -37,8 +37,14 @@ class CMakeBuild(build_ext):
     """Builds the extension by CMake into the place that setuptools asks for."""
 
     def build_extension(self, ext: Extension) -> None:
-        import torch  # a build requirement of the extension only, not of a pure-Python install
-        import torch.utils.cpp_extension as cpp
+        try:  # a build requirement of the extension only, not of a pure-Python install
+            import torch
+            import torch.utils.cpp_extension as cpp
+        except ModuleNotFoundError as error:
+            sys.exit(
+                f"kdfast: {error} where it is built; `pip install torch cmake ninja`, then "
+                "`pip install --no-build-isolation`, or KDFAST_BUILD_EXT=0"
+            )
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         build_dir = Path(os.environ.get("KDFAST_BUILD_DIR", ROOT / "build" / "cmake")).resolve()

@@ -42,6 +42,7 @@ def test_wheel_holds_every_module(tmp_path: Path) -> None:
     modules = {f for f in tracked("kdfast", "kernels") if f.endswith(".py")}
     want = {f if f.startswith("kdfast/") else f"kdfast/{f}" for f in modules}
     assert {n for n in names if n.endswith(".py")} == want
+    assert "kdfast/py.typed" in names
     top = next(n for n in names if n.endswith("top_level.txt"))
     assert zipfile.ZipFile(wheel).read(top).decode().split() == ["kdfast"]
 
@@ -55,6 +56,19 @@ def test_no_compiler_gives_a_pure_python_install(tmp_path: Path) -> None:
     )
     assert done.stdout.strip() == "[]", done.stderr
     assert "no C++ compiler found, so this is a pure-Python install" in done.stderr
+
+
+def test_isolated_build_says_what_it_lacks() -> None:
+    """What `pip install .` runs into, as pip builds where no torch is."""
+    code = "import runpy, setuptools, sys; setuptools.setup = lambda **k: None\n"
+    code += "sys.modules['torch'] = None\n"
+    code += "made = runpy.run_path('setup.py')['CMakeBuild'](setuptools.Distribution())\n"
+    code += "made.build_extension(setuptools.Extension('kdfast._C', []))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "`pip install --no-build-isolation`, or KDFAST_BUILD_EXT=0" in done.stderr
 
 
 def test_kernels_folder_is_only_kdfast_kernels() -> None:
