@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdfast._version import __version__
+from kdfast.files import replacing
 from kdfast.models.eva import EVAViT
 from kdfast.nn.attention import FusedAttention, qualified_name
 from kdfast.pruning.adapter import adapter_of
@@ -69,9 +70,10 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     tensors, aliases = _tensors(model)
     metadata = {"format": "pt", "kdfast": __version__, "aliases": json.dumps(aliases)}
-    _replace(folder / WEIGHTS, lambda partial: save_file(tensors, partial, metadata))
-    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
-    _replace(folder / CONFIG, lambda partial: partial.write_text(text))
+    with replacing(folder / WEIGHTS) as partial:
+        save_file(tensors, partial, metadata)
+    with replacing(folder / CONFIG) as partial:
+        partial.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return folder
 
 
@@ -95,7 +97,7 @@ def load_pretrained(path: str | os.PathLike[str]) -> Any:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"load_pretrained: {folder} must hold {name}, got none")
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"load_pretrained: {folder / CONFIG} must be JSON: {error}") from error
     if not isinstance(config, dict):
@@ -390,12 +392,3 @@ def _as_parameters(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, T
         if id(tensor) not in made:
             made[id(tensor)] = nn.Parameter(tensor, own.requires_grad) if is_parameter else tensor
     return {name: made[id(tensor)] for name, tensor in state.items()}
-
-
-def _replace(path: Path, write: Any) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -19,9 +19,9 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
 from kdfast.data.preprocess import preprocess
+from kdfast.files import load_torch
 from kdfast.models.checkpoint import load_orion_backbone
 from kdfast.models.eva import EVAViT
-from kdfast.models.torch_file import load_torch
 
 TORCHVISION, HUGGING_FACE = "torchvision:", "hf:"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -19,7 +19,7 @@ from kdfast.configs.chain import ChainConfig
 from kdfast.configs.chain_check import INITS, per_link, roles
 from kdfast.configs.fields import ConfigError
 from kdfast.data.classification import Classification
-from kdfast.models.torch_file import load_torch
+from kdfast.files import load_torch
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.state import load_checkpoint
 

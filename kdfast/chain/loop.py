@@ -26,6 +26,7 @@ from kdfast.chain.memory import is_out_of_memory, peak_mib, release, reset_peak
 from kdfast.chain.metrics import Meter
 from kdfast.chain.objective import Objective, task_loss
 from kdfast.configs.chain import ChainOptimConfig
+from kdfast.files import replacing
 from kdfast.trainer.feed import Batch
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Job, Loop
@@ -326,10 +327,9 @@ class ChainLoop(Loop):
 
 def _link(source: Any, target: Any) -> None:
     """Give a file a second name, atomically: later renames leave that name's content alone."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:
-        shutil.copyfile(source, partial)
-    os.replace(partial, target)
+    with replacing(target) as partial:
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)

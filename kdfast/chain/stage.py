@@ -37,6 +37,7 @@ from kdfast.configs import ChainConfig, ConfigError, plain
 from kdfast.configs.base import RunConfig
 from kdfast.configs.chain_check import per_link
 from kdfast.data.classification import Classification
+from kdfast.files import replacing
 from kdfast.nn import accelerate
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import differences
@@ -341,9 +342,8 @@ def _move_aside(folder: Path) -> None:
 
 
 def _json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _seed(seed: int) -> None:

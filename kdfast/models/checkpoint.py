@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kdfast.files import NeedsCode, load_torch, replacing
 from kdfast.models.eva import EVAViT
 from kdfast.models.orion_keys import (
     PREFIX,
@@ -23,7 +24,6 @@ from kdfast.models.orion_keys import (
     shape_problems,
     table_problems,
 )
-from kdfast.models.torch_file import NeedsCode, load_torch
 
 CONFIG, HEADS = "kdfast.config", "kdfast.heads"
 WINDOWS = ("img_size", "window_size", "window_block_indexes")
@@ -117,13 +117,8 @@ def save_backbone(model: EVAViT, path: str | os.PathLike[str], *, orion_keys: bo
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     config = {name: value for name, value in model.config.items() if name != "heads"}
     metadata = {"format": "pt", CONFIG: json.dumps(config), HEADS: json.dumps(model.heads)}
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(Path(path)) as partial:
         save_file(state, partial, metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _stored_config(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdfast.models.torch_file import load_torch
+from kdfast.files import load_torch, replacing
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 FORMAT = 1
@@ -51,17 +51,14 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
         folder: Exists already.
         state: Tensors, plain containers and scalars.
     """
-    last, partial = folder / LAST, folder / f".{LAST}.{os.getpid()}.tmp"
-    try:
+    last = folder / LAST
+    with replacing(last) as partial:
         with partial.open("wb") as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
         if last.exists():
             os.replace(last, folder / PREVIOUS)
-        os.replace(partial, last)
-    finally:
-        partial.unlink(missing_ok=True)
     _sync_folder(folder)
     return last
 

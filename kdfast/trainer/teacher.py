@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from kdfast.configs import plain
 from kdfast.configs.base import Config, FitTeacherConfig
+from kdfast.files import replacing
 from kdfast.models.checkpoint import load_orion_backbone, save_backbone
 from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT
@@ -150,9 +150,8 @@ def _trained(
     accelerator.free_memory()
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = _head_path(path).with_suffix(f".{os.getpid()}.tmp")
-        save_file({k: v.cpu().contiguous() for k, v in head.state_dict().items()}, partial)
-        os.replace(partial, _head_path(path))
+        with replacing(_head_path(path)) as partial:
+            save_file({k: v.cpu().contiguous() for k, v in head.state_dict().items()}, partial)
         save_backbone(backbone, path)
     accelerator.wait_for_everyone()
     return path

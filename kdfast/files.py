@@ -1,14 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place where files of ``torch.save`` are read; no code from them is run."""
+"""Files that are whole or not there, and files of ``torch.save`` of which no code is run."""
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Context with the name of a file beside ``path``, which takes its place at the end.
+
+    Readers see the old content or all of the new one; after an error the old one stays.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class NeedsCode(ValueError):
