@@ -5,10 +5,11 @@ What stands between ``<!-- NAME -->`` and ``<!-- end -->`` comes from bench/resu
 and for whole models from cpu_zen4_models.json.
 """
 
+import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,13 +198,18 @@ def documents() -> Iterable[Path]:
     return ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 
 
-def main() -> int:
-    """Rewrites the generated blocks of all documents."""
+def main(argv: Sequence[str]) -> int:
+    """Rewrites the generated blocks of all documents, and prints which of them changed."""
+    argparse.ArgumentParser(prog="python -m bench.documents", description=__doc__).parse_args(argv)
     contents = committed()
     for path in documents():
-        path.write_text(filled(path.read_text(encoding="utf-8"), contents), encoding="utf-8")
+        before = path.read_text(encoding="utf-8")
+        after = filled(before, contents)
+        print(f"{path}: {'as it was' if after == before else 'written'}")
+        if after != before:
+            path.write_text(after, encoding="utf-8")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -78,7 +78,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("file", type=Path, help="what `pytest bench --save FILE` wrote")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="where to draw bench_lengths")
     options = parser.parse_args(argv)
-    results = json.loads(options.file.read_text(encoding="utf-8"))
+    try:
+        results = json.loads(options.file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        parser.error(f"{options.file}: must be a result file: {error}")
     print(headline(results), table(results), sep="\n\n")
     if options.plot:
         from bench.plots import lengths  # matplotlib is not needed for the table

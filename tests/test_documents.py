@@ -2,6 +2,7 @@
 """Tables of README.md and docs/benchmarks.md come from the committed result file."""
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,3 +78,24 @@ def test_documents_are_up_to_date() -> None:
         text = path.read_text(encoding="utf-8")
         assert any(f"<!-- {name} -->" in text for name in contents), path.name
         assert documents.filled(text, contents) == text, f"{path.name}: python -m bench.documents"
+
+
+def test_commands_refuse_what_they_do_not_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- span -->\n<!-- end -->")
+    monkeypatch.setattr(documents, "documents", lambda: [page])
+    with pytest.raises(SystemExit, match="2"):
+        documents.main(["--dry-run"])
+    assert page.read_text() == "<!-- span -->\n<!-- end -->"
+    assert documents.main([]) == 0 and "| kd_loss |" in page.read_text()
+    assert documents.main([]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{page}: written", f"{page}: as it was"]
+    report = importlib.import_module("bench.report")
+    for name, content in (("none.json", None), ("text.json", "no JSON")):
+        if content:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(SystemExit, match="2"):
+            report.main([str(tmp_path / name)])
+        assert f"{name}: must be a result file" in capsys.readouterr().err
