@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.ops._checks import head_list
 from kdfast.ops._library import FallbackWarning
 from kdfast.ops.pruned_attention import rotated
 from kdfast.ops.sdpa import repeated, self_attention
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _warned: set[tuple[str, str]] = set()
 
@@ -77,7 +79,7 @@ class FusedAttention(nn.Module):
         raise NotImplementedError(f"{cls.__name__} must say what it cannot replace")
 
     @classmethod
-    def adopt(cls, original: nn.Module, backend: str | None = None) -> Self:
+    def adopt(cls, original: nn.Module, backend: str | None = None) -> "Self":
         """A module that computes what ``original`` does, on the same tensors.
 
         Args:

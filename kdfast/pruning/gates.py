@@ -6,16 +6,18 @@ B batch, H heads, N tokens, D head dim.
 
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from typing_extensions import Self
 
 from kdfast.pruning.adapter import Site, adapter_of
 from kdfast.pruning.observe import split
 from kdfast.pruning.scores import HeadScores
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class HeadGates:
@@ -50,7 +52,7 @@ class HeadGates:
         self._images = [0] * len(self._sites)
         self.last: list[Tensor | None] = [None] * len(self._sites)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Self":
         watch = self._model.register_forward_pre_hook(self._count, with_kwargs=True)
         self._handles = [watch] + [
             site.projection.register_forward_pre_hook(partial(self._watch, index))
