@@ -53,7 +53,9 @@ struct ColumnKernel {
         step(splat16(temper ? kLn2 * q.inv : kLn2)) {}
 
   // U and dS of one key; both are zero and no more than that where it is not `real`.
-  Vec16 gradient(const float* s, const float* t, const float* g, Mask16 real, Vec16* u) const {
+  __attribute__((always_inline)) inline Vec16 gradient(const float* s, const float* t,
+                                                       const float* g, Mask16 real,
+                                                       Vec16* u) const {
     const Vec16 x = fms16(load16(s), scale, top);
     const Vec16 y = fms16(load16(t), teacher_scale, teacher_top);
     *u = keep16(real, exp2_16<M::kDegree>(x) * share);

@@ -48,7 +48,7 @@ struct StripRow {
   // Adds 16 keys, or of the last ones those that there are; returns their weights. A loss needs
   // more digits than weights that are rounded to bf16.
   template <bool kLast>
-  Vec16 add(int64_t v) {
+  __attribute__((always_inline)) inline Vec16 add(int64_t v) {
     const auto real = [&](Vec16 x) { return kLast ? keep16(last, x) : x; };
     const Vec16 x = fms16(load16(s + v * kVector), scale, offset), e = real(exp2_16<6>(x));
     const Vec16 y = fms16(load16(t + v * kVector), teacher_scale, teacher_offset);

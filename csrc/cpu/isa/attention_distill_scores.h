@@ -9,9 +9,9 @@ namespace {
 
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 
-// 2^y of any finite y.
+// 2^y of any finite y. Always inlined, as all that takes vectors: a call would pass them in memory.
 template <int kDegree>
-inline Vec16 exp2_16(Vec16 y) {
+__attribute__((always_inline)) inline Vec16 exp2_16(Vec16 y) {
   const Vec16 r = round16(y);
   return scale16(exp2_poly<kDegree>(y - r), r);
 }
