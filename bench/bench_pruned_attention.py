@@ -232,7 +232,6 @@ def sdpa_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, bias.repeat(turns, 1, 1, 1))
 
 
-@pytest.mark.skipif(DRY_RUN or torch.cuda.is_available(), reason="the CUDA kernel takes no bias")
 @pytest.mark.parametrize("phase", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", BIASED)

@@ -18,7 +18,7 @@ DTYPES = ("bfloat16", "float32", "float16")
 HEAD_DIMS = (64, 72, 80, 88, 96, 128, 24, 16)
 KINDS = ("reverse_kl", "jsd", "mse", "cosine", "logit_mse")
 # Kernels that multiply on tensor cores.
-STREAMING = ("fwd_kernel", "_distance_kernel", "bwd_kernel")
+STREAMING = ("fwd_kernel", "_distance_kernel", "bwd_kernel", "_bias_grad_kernel")
 # Kernels that move whole rows.
 WIDE = (*STREAMING, "rotate_kernel", "_positions_kernel", "_rows_kernel")
 WIDE += ("_fwd_kernel", "_bwd_kernel")
@@ -84,11 +84,15 @@ def calls(arch: int, dtype: str) -> Iterator[tuple[str, int, Options]]:
         return
     yield "pruned_attention", 64, {"layout": "half", "tokens": 197}
     yield "pruned_attention", 64, {"layout": "", "tokens": 577}
+    for dim in (64, 88, 128):
+        yield "pruned_attention", dim, {"bias": 1}
     # Shorter sequences take smaller blocks.
     for dim in (64, 128):
         yield "pruned_attention", dim, {"tokens": 20}
+        yield "pruned_attention", dim, {"bias": 1, "tokens": 20}
         yield "attention_distill", dim, {"tokens": 20}
     yield "pruned_attention", 128, {"tokens": 197}
+    yield "pruned_attention", 64, {"bias": 1, "tokens": 197}
     yield "attention_distill", 64, {"kind": "kl", "temperature": 2}
     if half:
         yield "attention_distill", 64, {"window": 16}

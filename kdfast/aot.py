@@ -182,11 +182,18 @@ def _cuobjdump(option: str, path: str) -> str:
 
 
 def compile_attention(
-    dtype: torch.dtype, dim: int, *, tokens: int = 257, layout: str = "interleaved", window: int = 0
+    dtype: torch.dtype,
+    dim: int,
+    *,
+    tokens: int = 257,
+    layout: str = "interleaved",
+    window: int = 0,
+    bias: int = 0,
 ) -> None:
     """Launches ``pruned_attention`` and its backward from a packed projection, one head of two.
 
-    With ``window``, the tokens are ORION's 40 x 40 grid, with live padding.
+    With ``window``, the tokens are ORION's 40 x 40 grid, with live padding; with ``bias``, there is
+    one bias in the dtype of the projection.
     """
     grid = (40, 40) if window else None
     tokens = 1600 if window else tokens
@@ -197,8 +204,11 @@ def compile_attention(
         rope = Rope(table, table, 0 if window else 1, layout)
     windows = None if grid is None else Window(grid, window, torch.zeros(2, dim))
     arguments = geometry_args(rope, windows, dim**-0.5)
+    if bias:
+        arguments = (*arguments, torch.zeros(1, 2, tokens, tokens, dtype=dtype))
     out, lse = pruned_attention._cuda(q, k, v, [1], *arguments)
-    pruned_attention._cuda_bwd(out, q, k, v, out, lse, [1], *arguments)
+    wanted = (True,) if bias else ()
+    pruned_attention._cuda_bwd(out, q, k, v, out, lse, [1], *arguments, *wanted)
 
 
 def compile_distill(

@@ -24,6 +24,7 @@ from kdfast.kernels._attention import (
     window_span,
     window_tokens,
 )
+from kdfast.kernels._attention_bias import bias_head, bias_tile
 from kdfast.kernels._attention_maps import load_stats, map_gradient
 
 
@@ -163,6 +164,18 @@ def bwd_kernel(
     TUNIT: tl.constexpr = 1,
     TPRECISION: tl.constexpr = "ieee",
     PLAIN: tl.constexpr = False,  # the temperature is 1: the maps of the loss are those of out
+    # An additive bias, see _attention_bias.py.
+    bias_ptr=None,  # (G, H, N, N)
+    top_ptr=None,  # (G, H, N), the largest entry of each row
+    biases=1,
+    stride_ig=0,
+    stride_ih=0,
+    stride_ir=0,  # of the rows of a tile of scores, and of its columns
+    stride_ic=0,
+    stride_tg=0,
+    stride_th=0,
+    stride_tn=0,
+    HAS_BIAS: tl.constexpr = False,
 ):
     """Gradient of one block of queries, while keys stream past.
 
@@ -185,6 +198,9 @@ def bwd_kernel(
         ta_ptr = head_base(ta_ptr, b, own, stride_tab, stride_tah, TUNIT)
         tc_ptr = head_base(tc_ptr, b, j if TROPE else teacher, stride_tcb, stride_tch, TUNIT)
         weight *= tl.load(grad_loss_ptr).to(tl.float32)
+    if HAS_BIAS:
+        bias_ptr = bias_head(bias_ptr, b, head, biases, stride_ig, stride_ih)
+        top_ptr = bias_head(top_ptr, b, head, biases, stride_tg, stride_th)
     left = count - block * ROWS
     for PART in tl.static_range(2 if ROW_TAIL else 1):
         if (left > 0 and left < ROWS) if PART else left >= ROWS:
@@ -212,6 +228,8 @@ def bwd_kernel(
                 if HI:
                     delta += row_products(b_hi, load_tile(out_ptr, rows, ok, D, LO, HI))
                 tl.store(delta_ptr + stats + token, delta, mask=ok)
+                if HAS_BIAS:
+                    top = tl.load(top_ptr + token * stride_tn)
                 if HAS_PAD:
                     pads = size * size - count
                     part = (b.to(tl.int64) * windows + window) * blocks + block
@@ -260,6 +278,11 @@ def bwd_kernel(
                         lse = tl.load(lse_ptr + stats + col, mask=there, other=float("inf"))
                         delta = tl.load(delta_ptr + stats + col, mask=there, other=0.0)
                     s = scores(a_lo, a_hi, c_lo, c_hi, HI, PRECISION) * (scale * LOG2_E)
+                    if HAS_BIAS:
+                        if KEYS:
+                            top = tl.load(top_ptr + col * stride_tn)
+                        bias = bias_tile(bias_ptr, token, col, stride_ir, stride_ic)
+                        s += (bias - across(top, KEYS)) * LOG2_E
                     p = tl.exp2(s - across(lse * LOG2_E, KEYS))
                     if REST and not KEYS:
                         p = tl.where(there[None, :], p, 0.0)

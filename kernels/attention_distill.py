@@ -364,4 +364,7 @@ def backward(
             sides = (teacher_k, turned) if keys else (teacher_q, teacher_k)
             return rider(*sides, turned, teacher, stats, grad_loss, temperature, kind)
 
-        return pruned_attention.gradients(grad_out, q, k, v, out, stats[0], call, options)
+        dq, dk, dv, dpad, _ = pruned_attention.gradients(
+            grad_out, q, k, v, out, stats[0], call, options
+        )
+        return dq, dk, dv, dpad

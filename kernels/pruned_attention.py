@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kdfast.kernels._attention import (
     LN_2,
+    LOG2_E,
     NONE,
     head_base,
     load_query,
@@ -28,6 +29,13 @@ from kdfast.kernels._attention import (
     table_offsets,
     window_span,
     window_tokens,
+)
+from kdfast.kernels._attention_bias import (
+    Bias,
+    add_bias_gradient,
+    bias_head,
+    bias_tile,
+    make_bias,
 )
 from kdfast.kernels._attention_bwd import bwd_kernel
 from kdfast.kernels._attention_call import Call, make_call, rotated, rows_first, turning
@@ -81,8 +89,23 @@ def fwd_kernel(
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     VALUES: tl.constexpr = True,
+    # An additive bias, see _attention_bias.py.
+    bias_ptr=None,  # (G, H, N, N)
+    top_ptr=None,  # (G, H, N), the largest entry of each row
+    biases=1,
+    stride_ig=0,
+    stride_ih=0,
+    stride_ir=0,  # of the rows of a tile of scores, and of its columns
+    stride_ic=0,
+    stride_tg=0,
+    stride_th=0,
+    stride_tn=0,
+    HAS_BIAS: tl.constexpr = False,
 ):
-    """Output and log-sum-exp of one block of queries; without VALUES only the latter."""
+    """Output and log-sum-exp of one block of queries; without VALUES only the latter.
+
+    With HAS_BIAS the log-sum-exp is relative to the largest bias of the row.
+    """
     block, window, j, b = program(blocks, windows, kept)
     first, length, count = window_span(window, tokens, grid_h, grid_w, size, WINDOWED)
     head = tl.load(heads_ptr + j)
@@ -91,6 +114,9 @@ def fwd_kernel(
     v_ptr = head_base(v_ptr, b, head, stride_vb, stride_vh, UNIT)
     out_ptr = head_base(out_ptr, b, j, stride_ob, stride_oh, UNIT)
     lse_ptr += (b.to(tl.int64) * kept + j) * tokens
+    if HAS_BIAS:
+        bias_ptr = bias_head(bias_ptr, b, head, biases, stride_ig, stride_ih)
+        top_ptr = bias_head(top_ptr, b, head, biases, stride_tg, stride_th)
     left = count - block * ROWS
     for PART in tl.static_range(2 if ROW_TAIL else 1):
         if (left > 0 and left < ROWS) if PART else left >= ROWS:
@@ -103,6 +129,8 @@ def fwd_kernel(
             q_hi = q_lo
             if HI:
                 q_hi = load_query(q_ptr, rows, ok, cos_ptr, sin_ptr, turn, D, LO, HI, ROPE)
+            if HAS_BIAS:
+                top = tl.load(top_ptr + token * stride_tn)
             m = tl.full(token.shape, float("-inf"), tl.float32)
             total = tl.zeros(token.shape, tl.float32)
             acc_lo = tl.zeros((token.shape[0], LO), tl.float32)
@@ -135,11 +163,18 @@ def fwd_kernel(
                     k_lo = load_tile(k_ptr, at, there, D, 0, LO, REST)
                     k_hi = load_tile(k_ptr, at, there, D, LO, HI, REST) if HI else k_lo
                     s = scores(q_lo, q_hi, k_lo, k_hi, HI, PRECISION) * scale
+                    if HAS_BIAS:
+                        bias = bias_tile(bias_ptr, token, keys, stride_ir, stride_ic)
+                        s += (bias - top[:, None]) * LOG2_E
                     if REST:
                         s = tl.where(there[None, :], s, float("-inf"))
                     m_new = tl.maximum(m, tl.max(s, 1))
-                    decay = tl.exp2(m - m_new)
-                    p = tl.exp2(s - m_new[:, None])
+                    shift = m_new
+                    if HAS_BIAS:
+                        # So far every key may be masked.
+                        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+                    decay = tl.exp2(m - shift)
+                    p = tl.exp2(s - shift[:, None])
                     m = m_new
                     total = total * decay + tl.sum(p, 1)
                     if VALUES:
@@ -152,6 +187,10 @@ def fwd_kernel(
                             acc_hi = tl.dot(
                                 p, v_hi, acc_hi * decay[:, None], input_precision=PRECISION
                             )
+            if HAS_BIAS:
+                # A row without a finite score gives zeros, and the weight exp(-inf) to every key.
+                m = tl.where(total == 0.0, float("inf"), m)
+                total = tl.where(total == 0.0, 1.0, total)
             if VALUES:
                 rows = row_offsets(token, stride_on, UNIT)
                 store_tile(out_ptr, rows, ok, acc_lo / total[:, None], D, 0, LO, NONE)
@@ -186,31 +225,46 @@ def _bwd_pad_kernel(
 def forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Launches ``kdfast::pruned_attention``: out (B, K, N, D) and lse (B, K, N)."""
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    call = make_call(q, *arguments)
+    # The dispatcher leaves out trailing arguments that have their default.
+    *geometry, bias = (*arguments, None)[:10]
+    call = make_call(q, *geometry)
     with torch.cuda.device_of(q):
-        return attend(q, rotated(k, call), v, call)
+        added = make_bias(bias, q, call)
+        return attend(q, rotated(k, call), v, call, added)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, bias: Bias | None = None
+) -> tuple[Tensor, Tensor]:
     """out (B, K, N, D) and lse (B, K, N); k as ``rotated`` gives it."""
     out = rows_first(q, call.kept)
     lse = q.new_empty((call.batch, call.kept, call.tokens), dtype=torch.float32)
     if out.numel():
         pointers = (q, k, v, out, lse, call.heads, call.cos, call.sin, call.pad)
         scaled = replace(call, scale=call.scale * math.log2(math.e))
-        tiles = call.tiles("fwd")
-        scaled.launch(fwd_kernel, tiles, pointers, (q, k, v, out), HAS_PAD=call.has_pad)
+        tiles = call.tiles("fwd" if bias is None else "fwd_bias")
+        extra = {} if bias is None else bias.options()
+        flags = {"HAS_PAD": call.has_pad, "HAS_BIAS": bias is not None}
+        scaled.launch(fwd_kernel, tiles, pointers, (q, k, v, out), **flags, **extra)
     return out, lse
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches ``kdfast::pruned_attention_bwd``: dq, dk, dv (B, H, N, D) and dpad (H, D)."""
+) -> tuple[Tensor, ...]:
+    """Launches ``kdfast::pruned_attention_bwd``.
+
+    Returns:
+        dq, dk, dv (B, H, N, D), dpad (H, D) and dbias (G, H, N, N); empty where not wanted.
+    """
     grad, q, k, v, out = (unit_stride(x) for x in (grad, q, k, v, out))
-    call = make_call(q, *arguments)
+    *geometry, bias, bias_grad = (*arguments, *(None, False)[len(arguments) - 9 :])
+    if bias_grad and bias is None:
+        raise ValueError("pruned_attention: bias_grad needs a bias")
+    call = make_call(q, *geometry)
     with torch.cuda.device_of(q):
-        return gradients(grad, q, k, v, out, lse, call)
+        added = make_bias(bias, q, call)
+        return gradients(grad, q, k, v, out, lse, call, bias=added, bias_grad=bias_grad)
 
 
 def gradients(
@@ -222,18 +276,24 @@ def gradients(
     lse: Tensor,
     call: Call,
     rider: Callable[[bool], dict[str, Any]] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv (B, H, N, D) and dpad (H, D).
+    bias: Bias | None = None,
+    bias_grad: bool = False,
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv (B, H, N, D), dpad (H, D) and dbias (G, H, N, N); empty where not wanted.
 
     ``rider``: the options of the distance to a teacher's maps, for the gradient of keys or queries.
     """
     subset = call.kept < q.shape[1]
     dq, dk, dv = (rows_first(x, x.shape[1], zero=subset) for x in (q, k, v))
     dpad = torch.zeros_like(call.pad) if call.has_pad else q.new_empty(0)
+    dbias = q.new_empty(0)
+    if bias is not None and bias_grad:
+        dbias = torch.zeros_like(bias.values, memory_format=torch.contiguous_format)
     if out.numel() == 0:
-        return dq, dk, dv, dpad
+        return dq, dk, dv, dpad, dbias
     delta, k, turned = torch.empty_like(lse), rotated(k, call), turning(q, call)
-    tiles = call.tiles("dq_rider" if rider else "dq")
+    suffix = "_rider" if rider else "_bias" if bias else ""
+    tiles = call.tiles(f"dq{suffix}")
     # Sums over the queries of a program; those without a query leave zeros.
     programs = call.programs(tiles) // call.kept if call.has_pad else 0
     part = lse.new_zeros((programs, call.kept, call.head_dim))
@@ -242,8 +302,10 @@ def gradients(
         ("dkdv", (k, v, turned, grad), (dk, dv)),
     ):
         keys = name == "dkdv"
-        extra = rider(keys) if rider else {}
-        tiles = call.tiles(f"{name}_rider" if rider else name)
+        extra = {} if rider is None else rider(keys)
+        if bias is not None:
+            extra = {"HAS_BIAS": True, **bias.options(keys)}
+        tiles = call.tiles(f"{name}{suffix}")
         rows = (lse, delta, turned, part, out)
         pointers = (*pairs, *rows, *results, call.heads, call.cos, call.sin)
         strided = (*pairs, results[0], out)
@@ -259,4 +321,6 @@ def gradients(
             WIDTH=power_of_two(call.head_dim),
             ROWS=PLAIN_ROWS,
         )
-    return dq, dk, dv, dpad
+    if bias is not None and bias_grad:
+        add_bias_gradient(dbias, bias, (turned, k, v, grad), lse, delta, call)
+    return dq, dk, dv, dpad, dbias

@@ -151,6 +151,28 @@ def test_rotation_and_windows(case: str) -> None:
     compare(call, [packed(shape), torch.randn(shape[1], shape[3])], LOW)
 
 
+BIASES = {
+    "swin's windows": ((8, 3, 49, 32), 4, [2, 0]),
+    "beit": ((4, 2, 197, 64), 1, None),
+    "head dim 80": ((2, 2, 33, 80), 2, [1]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[-1:] if DRY_RUN else DTYPES, ids=str)
+@pytest.mark.parametrize("case", list(BIASES)[2 if DRY_RUN else 0 :])
+def test_bias(case: str, dtype: torch.dtype) -> None:
+    shape, biases, heads = BIASES[case]
+    bias = torch.randn(biases, shape[1], shape[2], shape[2])
+    bias[:, -1, 1] = -torch.inf
+    bias[-1, :, 2:, ::3] = -100.0
+
+    def call(backend: str, packed: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = heads_first(packed)
+        return kdfast.pruned_attention(q, k, v, heads=heads, bias=bias, backend=backend)
+
+    compare(call, [packed(shape), bias], dtype)
+
+
 def compare_distillation(
     shape: tuple[int, int, int, int], dtype: torch.dtype, **options: Any
 ) -> None:

@@ -56,12 +56,15 @@ def test_every_entry_of_the_block_table_is_compiled(bench: Any) -> None:
         values = case.values()
         tokens, size = values.get("tokens", 257), values.get("window", 0)
         lengths = common.window_lengths(1600 if size else tokens, (40, 40) if size else None, size)
-        names = ("distance", "dq_rider", "dkdv_rider")
+        names: tuple[str, ...] = ("distance", "dq_rider", "dkdv_rider")
         width, itemsize = (
             max(case.dim, values.get("teacher_dim", 0)),
             4 if "32" in case.dtype else 2,
         )
-        for name in ("fwd", "dq", "dkdv") if case.op == "pruned_attention" else names:
+        if case.op == "pruned_attention":
+            biased = ("fwd_bias", "dq_bias", "dkdv_bias", "dbias")
+            names = biased if "bias" in values else ("fwd", "dq", "dkdv")
+        for name in names:
             tiles = common.choose_tiles(name, lengths, width, itemsize)
             low = common.TWO if itemsize == 4 and common.chunks(width, 4)[1] else None
             yield (name, (64 if width <= 64 else 128) if low is None else low, itemsize), tiles.rows

@@ -97,6 +97,20 @@ def test_pruned_attention(geometry: str) -> None:
         )
 
 
+def test_bias() -> None:
+    with fake_device():
+        q, k, v = cuda(4, 37, 3, 4, 32).permute(2, 0, 3, 1, 4).unbind()
+        args = (
+            *pruned_attention.geometry_args(None, None, 0.5),
+            cuda(2, 1, 37, 37).expand(2, 4, 37, 37),
+        )
+        out, lse = without_sync(lambda: pruned_attention._cuda(q, k, v, [2, 0], *args))
+        grads = without_sync(
+            lambda: pruned_attention._cuda_bwd(out, q, k, v, out, lse, [2, 0], *args, True)
+        )
+        assert grads[4].shape == (2, 4, 37, 37)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("kind", attention_distill.STATS)
 def test_attention_distill(kind: str, temperature: float) -> None:

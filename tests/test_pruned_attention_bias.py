@@ -14,7 +14,6 @@ from torch import Tensor
 
 import kdfast
 from kdfast import Rope, Window
-from kdfast.ops import pruned_attention as op
 from kdfast.ops._library import EXTENSION
 from kdfast.testing import assert_no_worse, run
 
@@ -286,15 +285,6 @@ def test_empty(shape: tuple[int, int, int, int]) -> None:
     assert results[0].shape == shape
     assert results[4].shape == (1, shape[1], shape[2], shape[2])
     assert not results[4].any()
-
-
-def test_cuda_says_why() -> None:
-    q = torch.zeros(1, 2, 6, 4)
-
-    class Cuda:
-        device, dtype, shape = torch.device("cuda"), q.dtype, q.shape
-
-    assert op.why_not(Cuda(), torch.zeros(1, 2, 6, 6)) == "the CUDA kernel takes no bias"  # type: ignore[arg-type]
 
 
 REJECTED = [

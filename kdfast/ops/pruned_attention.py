@@ -103,7 +103,7 @@ def pruned_attention(
         check_bias("pruned_attention", q, bias, window)
     kept = None if heads is None else head_list("pruned_attention", "heads", heads, q.shape[1])
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    reason = why_not(q, bias)
+    reason = why_not(q)
     slower = slower_here(q)
     if use_fused("pruned_attention", backend, reason, compiled=kind in FUSED_ON, slower=slower):
         op = torch.ops.kdfast.pruned_attention.default
@@ -112,11 +112,9 @@ def pruned_attention(
     return reference(q, k, v, kept, rope, scale, window, bias)
 
 
-def why_not(q: Tensor, bias: Tensor | None = None) -> str | None:
+def why_not(q: Tensor) -> str | None:
     """The reason why the compiled kernel cannot run this input, or None."""
     if q.device.type == "cuda":
-        if bias is not None:
-            return "the CUDA kernel takes no bias"
         if q.dtype == torch.float64:
             return "the CUDA kernel takes fp16, bf16 and fp32, not fp64"
         if q.shape[3] > MAX_HEAD_DIM:
@@ -287,7 +285,7 @@ if HAS_TRITON:
     def _cuda_bwd(*args: Any) -> tuple[Tensor, ...]:
         from kdfast.kernels.pruned_attention import backward
 
-        return *backward(*args), args[0].new_empty(0)
+        return backward(*args)
 
 
 FUSED_ON = fused_devices("pruned_attention")

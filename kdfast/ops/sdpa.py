@@ -66,7 +66,7 @@ def scaled_dot_product_attention(
         raise NotImplementedError(
             f"scaled_dot_product_attention: backend='fused' cannot run here: {reason}"
         )
-    if reason or _torch_is_better(query, attn_mask, backend):
+    if reason or _torch_is_better(query, backend):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -92,12 +92,12 @@ def _as_bias(mask: Tensor, query: Tensor) -> Tensor:
     return mask.expand(-1, query.shape[1], query.shape[2], query.shape[2])
 
 
-def _torch_is_better(q: Tensor, bias: Tensor | None, backend: str | None) -> bool:
+def _torch_is_better(q: Tensor, backend: str | None) -> bool:
     """Whether "auto" takes torch's function for a call that a kernel has."""
     if _choice(backend) != "auto":
         return False
     exporting = torch.compiler.is_exporting()
-    return exporting or why_not(q, bias) is not None or slower_here(q) is not None
+    return exporting or why_not(q) is not None or slower_here(q) is not None
 
 
 def unfused(
@@ -149,7 +149,7 @@ def self_attention(
     Returns:
         (B, H, N, D) in q's dtype.
     """
-    if _torch_is_better(q, bias, backend):
+    if _torch_is_better(q, backend):
         q, k = rotated(q, rope, None), rotated(k, rope, None)
         mask = None if bias is None else repeated(bias, q)
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
