@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
@@ -251,6 +252,20 @@ def test_early_stopping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert len(rows(path)) == 3
     assert main([*words(tmp_path / "run", *still, "epochs=9", "patience=2"), "--resume"]) == 0
     assert len(rows(path)) == 3
+
+
+def test_best_is_there_before_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All processes read the best weights at the end, which only the first one writes."""
+    folder, original = tmp_path / "run", Accelerator.wait_for_everyone
+    seen: list[bool] = []
+
+    def wait(self: Accelerator) -> None:
+        seen.extend(path.with_name("best.pt").is_file() for path in folder.glob("**/last.pt"))
+        original(self)
+
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", wait)
+    assert main(words(folder, "stage=teacher", "epochs=1", "optim.warmup_epochs=0")) == 0
+    assert seen and all(seen)
 
 
 def test_processes_stop_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

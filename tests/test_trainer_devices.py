@@ -12,6 +12,7 @@ from kdfast import benchmark
 from kdfast.configs import ConfigError, load
 from kdfast.train import make_accelerator
 from kdfast.trainer import parts, state
+from kdfast.trainer.loop import Loop
 
 
 def test_no_context_on_a_gpu_that_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +30,17 @@ def test_processes_wait_for_a_teacher_cache() -> None:
     """NCCL's default of ten minutes would end the others while the first one fills the cache."""
     handler = make_accelerator("fp32", "cpu").init_handler
     assert handler is not None and handler.timeout >= timedelta(days=1)
+
+
+@pytest.mark.parametrize(("world", "expected"), [(1, 2), (2, 15)])
+def test_a_signal_of_one_process_stops_all(
+    world: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may come in the last evaluation, after the last step in which processes compare."""
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda x, op: x.fill_(15))
+    signals = SimpleNamespace(caught=2)
+    loop: Any = SimpleNamespace(signals=signals, world=world, device=torch.device("cpu"))
+    assert Loop._caught(loop) == expected
 
 
 def test_precision_that_the_device_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

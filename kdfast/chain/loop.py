@@ -291,9 +291,11 @@ class ChainLoop(Loop):
     def save(self, snapshot: dict[str, Any]) -> None:
         """See ``Loop.save``; the best epoch's file stays as ``best.pt``."""
         super().save(snapshot)
-        if self.new_best and self.main:
-            _link(self.job.folder / LAST, self.job.folder / BEST)
         self.new_best = False
+
+    def _saved(self) -> None:
+        if self.new_best:
+            _link(self.job.folder / LAST, self.job.folder / BEST)
 
     def _extra(self) -> dict[str, Any]:
         return {

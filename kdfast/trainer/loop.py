@@ -141,8 +141,17 @@ class Loop:
             self.records.close()
             if self.main:
                 draw_curves(logs)
-        if self.signals.caught:
-            raise Interrupted(self.signals.caught)
+        if caught := self._caught():
+            raise Interrupted(caught)
+
+    def _caught(self) -> int:
+        """The signal that came to any process, or 0: one that left alone would be waited for."""
+        caught = self.signals.caught
+        if self.world == 1:
+            return caught
+        shared = torch.tensor(caught, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
 
     def _epoch(self) -> None:
         epoch, done = divmod(self.step, self.per_epoch)
@@ -296,7 +305,11 @@ class Loop:
                 **self._extra(),
             }
             save_checkpoint(self.job.folder, state)
+            self._saved()
         self.accelerator.wait_for_everyone()
+
+    def _saved(self) -> None:
+        """Called on the first process when a checkpoint is there, while the others wait."""
 
     def _extra(self) -> dict[str, Any]:
         """What else a checkpoint holds, of the first process."""
