@@ -7,7 +7,7 @@ memory come on top.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -33,6 +33,8 @@ SHAPES = benchmark.sized(
     ],
     [(1, 2, 20)],
 )
+# Timed also where fp32 may be multiplied in bf16.
+LOWERED = [(8, 12, 197), (8, 8, 257), (1, 8, 1600)]
 DTYPES = benchmark.sized([torch.float32, torch.bfloat16], [torch.float32])
 # ORION: a grid of 40 x 40 tokens in windows of 16, padded to 48.
 HEADS, SIDE, SIZE, PADDED = benchmark.sized((16, 40, 16, 48), (1, 3, 2, 4))
@@ -96,9 +98,11 @@ def forward(call: Attention, inputs: list[Tensor]) -> Callable[[], Tensor]:
     return run
 
 
-def check(candidates: dict[str, Attention], inputs: list[Tensor], exact: Tensor) -> None:
-    """Nothing is timed on a wrong result."""
-    tolerance = 2e-2 if inputs[0].dtype == torch.bfloat16 else 1e-4
+def check(
+    candidates: dict[str, Attention], inputs: list[Tensor], exact: Tensor, low: bool = False
+) -> None:
+    """Nothing is timed on a wrong result; ``low``: products may be made in bf16."""
+    tolerance = 2e-2 if low or inputs[0].dtype == torch.bfloat16 else 1e-4
     for name, call in candidates.items():
         error = (forward(call, inputs)().double() - exact).norm() / exact.norm()
         assert error < tolerance, f"{name}: relative error {error:.2e}"
@@ -135,6 +139,53 @@ def bench_attention(  # type: ignore[no-untyped-def]
     flops = products * batch * heads * tokens**2 * D
     case = f"{phase} {batch}x{heads}x{tokens} {dtype}"
     compare("pruned_attention", case, calls, flops=flops, dtype=dtype, memory=phase != "fwd")
+
+
+@pytest.fixture
+def precision() -> Iterator[Callable[[str, Attention], Attention]]:
+    """Makes a call that sets torch's precision of fp32 products before it runs."""
+
+    def under(name: str, call: Attention) -> Attention:
+        def run(*inputs: Tensor) -> Tensor:
+            torch.set_float32_matmul_precision(name)
+            return call(*inputs)
+
+        return run
+
+    yield under
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(DRY_RUN or torch.cuda.is_available(), reason="a setting of the CPU's products")
+@pytest.mark.parametrize("phase", ["fwd", "fwd+bwd"])
+@pytest.mark.parametrize("shape", LOWERED, ids=str)
+def bench_medium(  # type: ignore[no-untyped-def]
+    compare, precision, device: torch.device, shape: tuple[int, int, int], phase: str
+) -> None:
+    """fp32 under set_float32_matmul_precision("medium"), against every candidate with and without.
+
+    torch may leave its own products in fp32 where bf16 would not be faster for it.
+    """
+    inputs = packed(*shape, torch.float32, device)
+    compiled = {name: benchmark.compiled(eager) for name in ("medium", "highest")}
+    candidates: dict[str, Attention] = {}
+    for name, suffix in (("medium", ""), ("highest", " fp32")):
+        calls: dict[str, Attention] = {
+            "kdfast": lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"),
+            "eager": eager,
+            "sdpa": F.scaled_dot_product_attention,
+            "compile": compiled[name],
+        }
+        candidates |= {label + suffix: precision(name, call) for label, call in calls.items()}
+    check(candidates, inputs, eager(*(x.detach().double() for x in inputs)), low=True)
+    weight = torch.randn(shape[0], shape[1], shape[2], D).to(device)
+    timed = {
+        name: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
+        for name, call in candidates.items()
+    }
+    flops = (4 if phase == "fwd" else 14) * shape[0] * shape[1] * shape[2] ** 2 * D
+    case = f"{phase} {'x'.join(map(str, shape))} fp32 medium"
+    compare("pruned_attention", case, timed, flops=flops, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("phase", ["fwd", "fwd+bwd"])

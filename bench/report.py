@@ -69,7 +69,10 @@ def headline(results: dict[str, Any]) -> str:
     )
 
 
-RIVALS = ("eager", "sdpa", "compile", "flex", "flash-attn", "index_select")
+RIVALS = (
+    *("eager", "sdpa", "compile", "flex", "flash-attn", "index_select"),
+    *("eager fp32", "sdpa fp32", "compile fp32"),  # beside the same in a lower precision
+)
 
 
 def main(argv: Sequence[str]) -> int:
