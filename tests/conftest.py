@@ -56,6 +56,19 @@ def isa(request: pytest.FixtureRequest, compiled: None) -> Iterator[str]:
 
 
 @pytest.fixture
+def precision(compiled: None) -> Iterator[None]:
+    """Puts back torch's precision of fp32 products and the instruction set after the test."""
+    isa = EXTENSION.cpu_isa()
+    holders = [torch.backends, torch.backends.mkldnn.matmul, torch.backends.cuda.matmul]
+    before = [x.fp32_precision for x in holders]
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for x, value in zip(holders, before, strict=True):
+        x.fp32_precision = value
+    EXTENSION.set_cpu_isa(isa)
+
+
+@pytest.fixture
 def shared() -> Path:
     """The folder with real images and golden tensors, which is not part of the repository."""
     folder = SHARED / "data"

@@ -1,87 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """fp32 whose products torch may make in bf16, and fp16 in tiles of bf16."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 import kdfast
 from kdfast import Rope, Window
 from kdfast.ops._library import EXTENSION
-from kdfast.testing import assert_no_worse, run
+from kdfast.testing import Bf16Products, assert_no_worse, run
 
 ISAS = EXTENSION.testable_isas() if EXTENSION else []
 BF16 = [isa for isa in ISAS if isa in ("avx512_bf16", "amx", "amx_emulated")]
 TILES = [isa for isa in ISAS if isa in ("amx", "amx_emulated")]
 pytestmark = [
-    pytest.mark.usefixtures("compiled", "settings"),
+    pytest.mark.usefixtures("precision"),
     pytest.mark.skipif(not BF16, reason="needs AVX512_BF16"),
 ]
 MATMUL = torch.backends.mkldnn.matmul
 NAMES = ("out", "dq", "dk", "dv", "dextra")
-
-
-@pytest.fixture
-def settings() -> Iterator[None]:
-    """Puts back torch's precision of products and the instruction set."""
-    isa = EXTENSION.cpu_isa() if EXTENSION else None
-    products = [torch.backends.mkldnn.matmul, torch.backends.cuda.matmul]
-    before = [x.fp32_precision for x in products]
-    yield
-    torch.set_float32_matmul_precision("highest")
-    for x, value in zip(products, before, strict=True):
-        x.fp32_precision = value
-    if EXTENSION:
-        EXTENSION.set_cpu_isa(isa)
-
-
-def split(x: Tensor, terms: int) -> list[Tensor]:
-    """bf16 numbers that sum up to about x, the largest first."""
-    parts = []
-    for _ in range(terms):
-        parts.append(x.bfloat16().float())
-        x = x - parts[-1]
-    return parts
-
-
-class Product(torch.autograd.Function):
-    """a @ b and its gradients by products of bf16 summed in fp32: of one or of two for a value."""
-
-    @staticmethod
-    def multiply(a: Tensor, b: Tensor, terms: int) -> Tensor:
-        left, right = split(a, terms), split(b, terms)
-        pairs = [(i, j) for i in range(terms) for j in range(terms - i)]
-        return torch.stack([left[i] @ right[j] for i, j in pairs]).sum(0)
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, terms: int) -> Tensor:
-        ctx.save_for_backward(a, b)
-        ctx.terms = terms
-        return Product.multiply(a, b, terms)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        a, b = ctx.saved_tensors
-        da = Product.multiply(grad, b.mT, ctx.terms)
-        return da, Product.multiply(a.mT, grad, ctx.terms), None
-
-
-class Bf16Products(TorchFunctionMode):
-    """Eager code, whose matrix products are those of `Product`, as oneDNN's may be on AMX."""
-
-    def __init__(self, terms: int) -> None:
-        super().__init__()
-        self.terms = terms
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
-            return Product.apply(*args, self.terms)
-        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -227,6 +168,7 @@ def test_fp16_runs_in_tiles() -> None:
     assert same(fused(case, "avx512_bf16", "highest", torch.float16), plain)
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_setting_is_that_of_torch_matmul() -> None:
     """Every way to allow bf16 in torch's products, and the two that forbid it."""
     case, isa = CASES["odd"], BF16[0]
@@ -247,9 +189,12 @@ def test_setting_is_that_of_torch_matmul() -> None:
     assert same(now(), plain)
     MATMUL.fp32_precision = "none"
     assert same(now(), low)
-    with torch.backends.mkldnn.flags(enabled=False, fp32_precision="bf16"):
-        assert same(now(), plain)
     torch.backends.fp32_precision = "none"
+    MATMUL.fp32_precision = "bf16"
+    # What flags() puts back for all of mkldnn is what holds here, so that must be unset.
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=False):
+        assert same(now(), plain)
+    assert same(now(), low)
 
 
 def test_backward_reads_the_setting_when_it_runs() -> None:

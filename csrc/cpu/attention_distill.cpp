@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "cpu/attention_boundary.h"
+#include "cpu/attention_products.h"
 #include "cpu/element_of.h"
 #include "dispatch.h"
 
@@ -54,11 +55,10 @@ DistillKernel<A> choose_kernel([[maybe_unused]] Element student, [[maybe_unused]
     return distill_generic_f64();
   } else {
 #if KDFAST_X86
-    // Tensors of other types would lose digits in products of bf16.
-    if (student == Element::bf16 && teacher == Element::bf16) {
-      if (isa() == Isa::amx) return distill_amx();
-      if (isa() == Isa::amx_emulated) return distill_amx_emulated();
-      if (isa() == Isa::avx512_bf16) return distill_avx512_bf16();
+    if (student == teacher && products_of(student) == Products::bf16) {
+      if (isa() == Isa::amx) return distill_amx(student);
+      if (isa() == Isa::amx_emulated) return distill_amx_emulated(student);
+      if (isa() == Isa::avx512_bf16) return distill_avx512_bf16(student);
     }
     if (isa() >= Isa::avx512) return distill_avx512(student);
     if (isa() >= Isa::avx2) return distill_avx2(student);

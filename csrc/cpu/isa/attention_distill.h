@@ -58,9 +58,9 @@ DistillKernel<float> distill_generic();
 // For students of any element type but f64, and such teachers.
 DistillKernel<float> distill_avx2(Element student);
 DistillKernel<float> distill_avx512(Element student);
-// bf16 on both sides, products in bf16.
-DistillKernel<float> distill_avx512_bf16();
-DistillKernel<float> distill_amx();
-DistillKernel<float> distill_amx_emulated();
+// bf16 on both sides, or f32 that is rounded: products in bf16.
+DistillKernel<float> distill_avx512_bf16(Element student);
+DistillKernel<float> distill_amx(Element student);
+DistillKernel<float> distill_amx_emulated(Element student);
 
 }  // namespace kdfast::cpu

@@ -55,14 +55,10 @@ void pack_side(const ScoreSide<float>& side, bool query, Walk& walk, int64_t cou
   const auto pack = [&]<class T>(T) {
     pack_rows<T, M>(static_cast<const T*>(x.data), x.step, walk, count, padded, how, buffer, out);
   };
-  if constexpr (M::kPair == 2) {
-    pack(Bf16());  // products in bf16 have no other type
-  } else {
-    switch (side.element) {
-      case Element::bf16: return pack(Bf16());
-      case Element::f16: return pack(Half());
-      default: return pack(float());
-    }
+  switch (side.element) {
+    case Element::bf16: return pack(Bf16());
+    case Element::f16: return pack(Half());
+    default: return pack(float());
   }
 }
 
