@@ -36,7 +36,9 @@ sanitize: $(INSTALLED)
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		PYTHONPATH=$(SANITIZED)/lib KDFAST_REQUIRE=cpu $(BIN)/pytest -m "not slow" --capture=sys \
 		tests/test_pruned_attention_cpu.py tests/test_pruned_attention_bias.py \
-		tests/test_head_entropy.py tests/test_head_gather.py tests/test_*_fused.py $(ARGS)
+		tests/test_accelerate_sdpa.py tests/test_head_entropy.py tests/test_head_gather.py \
+		tests/test_head_gather_block.py tests/test_linear_kd_loss.py tests/test_swiglu_norm.py \
+		tests/test_*_fused.py $(ARGS)
 
 gpu: $(INSTALLED)  # on a CUDA machine; ARGS=--dry-run anywhere
 	$(BIN)/python -m bench.gpu $(ARGS)
