@@ -16,7 +16,6 @@ from kdfast import aot
 ARCHS = (90, 80, 100, 86, 89, aot.AMD)
 DTYPES = ("bfloat16", "float32", "float16")
 HEAD_DIMS = (64, 72, 80, 88, 96, 128, 24, 16)
-KINDS = ("reverse_kl", "jsd", "mse", "cosine", "logit_mse")
 # Kernels that multiply on tensor cores.
 STREAMING = ("fwd_kernel", "_distance_kernel", "bwd_kernel", "_bias_grad_kernel")
 # Kernels that move whole rows.
@@ -65,9 +64,9 @@ def cases() -> list[Case]:
 def calls(arch: int, dtype: str) -> Iterator[tuple[str, int, Options]]:
     """Op, size and options of what is compiled for one architecture in one dtype.
 
-    Everything in bf16. fp32, whose products are three of TF32, in full where the instructions
-    differ (sm_80, sm_90, sm_100); fp16 is bf16 but for its conversions, so head dims without a
-    second tile and one with it. AMD's products have no TF32 of that kind, so none of fp32.
+    bf16 with all head dims everywhere, and with everything else on sm_80, sm_90 and sm_100, whose
+    instructions differ; fp32, whose products are three of TF32, on sm_80 and sm_90. fp16 is bf16
+    but for its conversions. AMD's products have no TF32 of that kind, so none of fp32.
     """
     half, distinct = dtype == "bfloat16", arch in (80, 90, 100)
     yield from losses(half, distinct)
@@ -80,11 +79,18 @@ def calls(arch: int, dtype: str) -> Iterator[tuple[str, int, Options]]:
     yield "pruned_attention", 64, {"window": 16}
     for dim in dims if every else (64,):
         yield "attention_distill", dim, {}
-    if not every:
-        return
+    if half:
+        yield "pruned_attention", 64, {"bias": 1}
+        yield "attention_distill", 64, {"kind": "cosine", "temperature": 2}
+    if every and (arch in (80, 90) or half and distinct):
+        yield from variants(half)
+
+
+def variants(half: bool) -> Iterator[tuple[str, int, Options]]:
+    """The same of attention with other lengths, rotations and maps."""
     yield "pruned_attention", 64, {"layout": "half", "tokens": 197}
     yield "pruned_attention", 64, {"layout": "", "tokens": 577}
-    for dim in (64, 88, 128):
+    for dim in (88, 128) if half else (64, 88, 128):
         yield "pruned_attention", dim, {"bias": 1}
     # Shorter sequences take smaller blocks.
     for dim in (64, 128):
@@ -97,7 +103,7 @@ def calls(arch: int, dtype: str) -> Iterator[tuple[str, int, Options]]:
     if half:
         yield "attention_distill", 64, {"window": 16}
         yield "attention_distill", 64, {"teacher_dim": 88}
-        for kind in KINDS:
+        for kind in ("reverse_kl", "jsd", "mse", "logit_mse"):
             yield "attention_distill", 64, {"kind": kind, "temperature": 2}
 
 
