@@ -255,6 +255,22 @@ def test_either_result_alone(pick: int) -> None:
 
 
 @pytest.mark.usefixtures("isa")
+def test_tiny_temperature() -> None:
+    """Maps are one-hot; the last vector of queries has lanes without one."""
+    x = [torch.randn(1, 1, 37, 16) for _ in range(5)]
+    for kind in ("mse", "cosine"):
+        call = partial(kdfast.attention_distill, kind=kind, backend="fused")
+        fused, warm = (
+            run(lambda *t, c=call, s=s: c(*t, *x[3:], temperature=s), x[:3]) for s in (1e-6, 1.0)
+        )
+        hit = (x[0] @ x[1].mT).argmax(-1) == (x[3] @ x[4].mT).argmax(-1)
+        want = (~hit).float().mean() * (2 if kind == "mse" else 1)
+        torch.testing.assert_close(fused[1], want, rtol=1e-6, atol=1e-6)
+        assert all(t.isfinite().all() for t in fused)
+        assert torch.equal(fused[4], warm[4])
+
+
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_do_not_depend_on_threads(dtype: torch.dtype, kind: str) -> None:

@@ -84,10 +84,10 @@ struct ColumnKernel {
           two.gradient(c.s + kVector, c.t + kVector, c.g + kVector, both(real, others), &u1);
       M::store2(c.p, u0, u1);
       M::store2(c.ds, d0, d1);
-      if constexpr (M::kPair == 2) {
+      if constexpr (M::kNeighbours) {
         if (i % 2) {
-          M::store_pairs(c.pairs, above[0], d0);
-          M::store_pairs(c.pairs + kVector, above[1], d1);
+          M::store_pairs(c.pairs, above[0], d0, c.pair_stride);
+          M::store_pairs(c.pairs + kVector, above[1], d1, c.pair_stride);
           c.pairs += c.pair_stride;
         }
         above[0] = d0;
@@ -169,11 +169,11 @@ struct DistillBackward : Backward<T, M> {
       to_lanes(teacher_block, other.width, first, lanes, other.steps, teacher_lanes);
     }
     for (int64_t i = 0; i < count; ++i, walk.next()) read_row(i, task.stats + walk.token());
-    // A lane without a query gets P = R = 0 and finite scores.
+    // A lane without a query has scores of 0 and gets P = R = 0.
     for (int64_t i = count; i < lanes; ++i) {
-      queries.top[i] = queries.teacher_top[i] = queries.share[i] = 1e30f;
-      queries.map_share[i] = queries.teacher_share[i] = 1e30f;
-      queries.gap[i] = queries.first[i] = queries.second[i] = 0;
+      queries.share[i] = queries.map_share[i] = queries.teacher_share[i] = 1e30f;
+      queries.top[i] = queries.teacher_top[i] = queries.gap[i] = 0;
+      queries.first[i] = queries.second[i] = 0;
     }
     for (float* x : {queries.share, queries.map_share, queries.teacher_share})
       for (int64_t i = 0; i < lanes; i += kVector)
@@ -206,8 +206,8 @@ struct DistillBackward : Backward<T, M> {
                     kPanel);
     for (int64_t v = 0; v < wide; v += 2) {
       const int64_t from = v * kVector, to = at * stride + (lane + from) / M::kPair;
-      int32_t* pairs =
-          M::kPair == 1 ? nullptr : ds_pairs + above / 2 * this->pair_stride + lane + from;
+      int32_t* pairs = nullptr;
+      if (M::kNeighbours) pairs = ds_pairs + above / M::kPair * this->pair_stride + lane + from;
       columns(queries, {scores + from, teacher_scores + from, dp + from, lane + from, n - key,
                         v + 1 < wide, p + to, ds + to, pairs, stride, this->pair_stride});
     }
