@@ -32,7 +32,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdfast.configs import CONFIGS, ChainConfig, Config, ConfigError, load, plain
+from kdfast.configs import CONFIGS, ChainConfig, Config, ConfigError, load, plain, save
 from kdfast.data.base import Corrupt, CorruptDataError, ViewDataset
 from kdfast.data.scenes import CLASSES, PALETTE
 from kdfast.distill import Distiller
@@ -163,6 +163,8 @@ def run_pruning(config: Config, accelerator: Accelerator, resume: bool) -> int:
     with as_config_error():
         loop = Loop(job, accelerator)
     loop.fit(resume=resume)
+    if accelerator.is_main_process:
+        save(config, folder / "config.yaml")
     accelerator.free_memory()
     quality["distilled"] = evaluate(student)
     if accelerator.is_main_process:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdfast.configs import Config, load
 from kdfast.train import main
 from kdfast.trainer import loop, report
 from kdfast.trainer.logs import Table, read_rows
@@ -165,6 +166,12 @@ def test_refuses_another_recipe(
     error = capsys.readouterr().err
     assert "was made with config.optim.lr 0.001, got 1e-05" in error
     assert "was made with config.run.epochs 2, got 3" in error
+    saved = load(str(folder / "config.yaml"))  # still that of the run
+    assert isinstance(saved, Config) and (saved.optim.lr, saved.run.epochs) == (1e-3, 2)
+    assert saved.run.max_steps == 1
+    assert main([*words(folder, teachers, "run.max_steps=2"), "--resume"]) == 0
+    saved = load(str(folder / "config.yaml"))
+    assert isinstance(saved, Config) and saved.run.max_steps == 2
 
 
 def test_second_signal_ends_at_once() -> None:

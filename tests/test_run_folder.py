@@ -51,6 +51,15 @@ def test_next_folder(tmp_path: Path) -> None:
     assert runs.run_folder(output, MAIN, "--resume: ") == second
 
 
+def test_resume_leaves_a_refused_start_out(tmp_path: Path) -> None:
+    output, refused = tmp_path / "run", tmp_path / "run-2"
+    hold(refused, "config.yaml", "train.log")
+    assert runs.run_folder(output, MAIN, "--resume: ") == refused  # nothing else is there
+    hold(output, "config.yaml", "last.pt")
+    os.utime(output / "config.yaml", (1, 1))
+    assert runs.run_folder(output, MAIN, "--resume: ") == output
+
+
 def test_nothing_to_resume(tmp_path: Path) -> None:
     hold(tmp_path / "run", "steps.csv")
     with pytest.raises(ConfigError, match="--resume: there is no run in .*run$"):

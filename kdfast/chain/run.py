@@ -14,7 +14,7 @@ from kdfast.chain.compare import write_comparison
 from kdfast.chain.links import Link, links_of
 from kdfast.chain.memory import release
 from kdfast.chain.stage import Stage, train_link
-from kdfast.configs import ChainConfig, ConfigError, plain
+from kdfast.configs import ChainConfig, ConfigError, plain, save
 from kdfast.configs.chain_check import stages
 from kdfast.data.base import CorruptDataError
 from kdfast.data.classification import Classification, build_classification
@@ -86,6 +86,8 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
                 data=known,
             )
             finished = train_link(stage, accelerator, resume=resume)
+            if accelerator.is_main_process:
+                save(config, root / "config.yaml")
             # Everything of the link was local to the call: now its memory can go.
             accelerator.free_memory()
             release(accelerator.device)

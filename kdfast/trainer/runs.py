@@ -69,7 +69,8 @@ def _new(output: Path) -> Path:
 
 def _newest(output: Path, missing: str) -> Path:
     runs = [output, *output.parent.glob(f"{glob.escape(output.name)}-[0-9]*")]
-    used = [path for path in runs if (path / "config.yaml").is_file()]
+    named = [path for path in runs if (path / "config.yaml").is_file()]
+    used = [path for path in named if _began(path)] or named
     if not used:
         raise ConfigError([f"{missing}there is no run in {output}"])
     path = max(used, key=lambda path: (path / "config.yaml").stat().st_mtime)
@@ -115,7 +116,7 @@ def show_start(
     resume: bool,
     what: str,
 ) -> None:
-    """Opens the log, saves the config, and says what is going to happen.
+    """Opens the log, saves the config of a new run, and says what is going to happen.
 
     Args:
         config: Of the run; its note stands out.
@@ -128,7 +129,8 @@ def show_start(
         open_log(None)
         return
     open_log(folder)
-    save(config, folder / "config.yaml")
+    if not resume:  # the config of a run that goes on may still be refused
+        save(config, folder / "config.yaml")
     if config.note:
         width = max(map(len, config.note.split(": ")))
         LOG.warning("\n%s\n%s\n%s", "=" * width, config.note.replace(": ", "\n"), "=" * width)
