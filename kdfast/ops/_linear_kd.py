@@ -23,11 +23,7 @@ COUNTED_ON = frozenset({"cuda"})
 
 
 def logits_dtype(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_logits: Tensor | None,
-    teacher_hidden: Tensor | None,
+    hidden: Tensor, teacher_logits: Tensor | None, teacher_hidden: Tensor | None
 ) -> torch.dtype:
     """The dtype to which the logits of student and teacher are promoted."""
     teacher = teacher_hidden if teacher_logits is None else teacher_logits
@@ -71,7 +67,7 @@ def chunked(
     """
     rows, dtype = (
         hidden.shape[0],
-        logits_dtype(hidden, weight, bias, teacher_logits, teacher_hidden),
+        logits_dtype(hidden, teacher_logits, teacher_hidden),
     )
     kd_count, ce_count = _counts(rows, target, reduction, ignore_index)
     options = (temperature, alpha, label_smoothing, ignore_index)

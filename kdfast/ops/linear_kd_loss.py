@@ -248,7 +248,8 @@ LIB.define(
 def _fake(*args: Any) -> tuple[Tensor, ...]:
     student, reduction, need = args[:3], args[11], args[15]
     shape = student[0].shape[:-1] if reduction == "none" else ()
-    dtype = accumulator(logits_dtype(*args[:5]))
+    hidden, _, _, teacher_logits, teacher_hidden = args[:5]
+    dtype = accumulator(logits_dtype(hidden, teacher_logits, teacher_hidden))
     results = (student[0].new_empty(shape, dtype=dtype) for _ in range(3))
     return *results, *empty_gradients(student, need)
 
