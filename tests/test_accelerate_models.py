@@ -224,14 +224,14 @@ def test_tiny_vit_is_restored_without_a_stale_bias() -> None:
     torch.testing.assert_close(holder(x), want)
 
 
-def test_biases_are_left_on_cuda() -> None:
+def test_biases_are_fused_on_cuda_too() -> None:
     class OnCuda(beit.Attention):
         def parameters(self, recurse: bool = True) -> Any:
             return iter([SimpleNamespace(device=torch.device("cuda"))])
 
     for source in ("timm.models.beit.Attention", "timm.models.swin_transformer.WindowAttention"):
-        reason = FUSED[source].why_not(OnCuda(16, 2))
-        assert reason == "it adds a position bias to the scores, which the CUDA kernels do not"
+        assert FUSED[source].why_not(OnCuda(16, 2)) is None
+        assert FUSED[source].why_not(OnCuda(16, 2, attn_drop=0.5)) is not None
 
 
 def vit_of_torchvision(**options: Any) -> nn.Module:

@@ -18,13 +18,6 @@ from kdfast.nn.timm_attention import biased_qkv, drops_attention
 from kdfast.nn.timm_grid import TimmPlainAttention
 
 
-def why_no_bias(original: nn.Module) -> str | None:
-    """The reason why an attention that adds a position bias has to stay, or None."""
-    if next(original.parameters()).device.type == "cuda":
-        return "it adds a position bias to the scores, which the CUDA kernels do not"
-    return drops_attention(original)
-
-
 def masked(bias: Tensor, mask: Tensor | None) -> Tensor:
     """(G, H, N, N) of a bias (H, N, N) and a mask (G, N, N) of windows."""
     return bias.unsqueeze(0) if mask is None else bias + mask.unsqueeze(1).to(bias.dtype)
@@ -48,7 +41,7 @@ class TimmBiasAttention(TimmPlainAttention):
 
     @classmethod
     def why_not(cls, original: nn.Module) -> str | None:
-        return why_no_bias(original)
+        return drops_attention(original)
 
     def kept(self, bias: Tensor | None) -> Tensor | None:
         """Of a bias (1, H, N, N) of all original heads, those that are held."""
@@ -267,7 +260,7 @@ class TimmTinyAttention(TimmBiasAttention):
     def why_not(cls, original: nn.Module) -> str | None:
         if original.val_dim != original.key_dim:
             return "its values are wider than its keys"
-        return why_no_bias(original)
+        return drops_attention(original)
 
     def original(self) -> nn.Module | None:
         original = super().original()

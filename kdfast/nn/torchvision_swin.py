@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdfast.nn.heads import AttentionCall, HeadAxis
-from kdfast.nn.timm_bias import cosines, indexed, masked, why_no_bias
+from kdfast.nn.timm_attention import drops_attention
+from kdfast.nn.timm_bias import cosines, indexed, masked
 from kdfast.nn.timm_grid import TimmPlainAttention
 
 
@@ -28,7 +29,7 @@ class TorchvisionSwinAttention(TimmPlainAttention):
     def why_not(cls, original: nn.Module) -> str | None:
         if original.attention_dropout:
             return f"attention dropout {original.attention_dropout} (the kernels have none)"
-        return why_no_bias(original)
+        return drops_attention(original)
 
     def _configure(self) -> None:
         super()._configure()

@@ -128,8 +128,6 @@ def _why_no_bias(module: nn.Module, config: Any) -> str | None:
         return None
     if type(module).__module__ not in _BIASED:
         return f"it adds a bias to the scores ({fields[0]}) in a way that kdfast does not know"
-    if next(module.parameters()).device.type == "cuda":
-        return f"it adds a bias to the scores ({fields[0]}), which the CUDA kernels do not"
     return None
 
 
