@@ -214,9 +214,7 @@ class Odd:
 def test_odd_objects_are_refused_and_not_run(tmp_path: Path) -> None:
     path, trace = tmp_path / "orion.pth", tmp_path / "executed"
     torch.save({"meta": {"cfg": Odd(trace)}, "state_dict": whole_orion(small())}, path)
-    with pytest.raises(
-        ValueError, match="mkdir.* without running code from it.*rewrite it once"
-    ):
+    with pytest.raises(ValueError, match="mkdir.* without running code from it.*rewrite it once"):
         load_orion_backbone(path)
     assert not trace.exists()
 
