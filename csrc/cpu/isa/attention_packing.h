@@ -14,14 +14,15 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
-#include "cpu/attention_geometry.h"
+#include "cpu/isa/pruned_attention.h"
 #include "cpu/isa/vec16.h"
 
 namespace kdfast::cpu {
 namespace {
 
-constexpr int64_t kAhead = 16;  // rows from a load to its prefetch
+constexpr int64_t kAhead = 16;  // rows from an access to its prefetch
 
 // The arithmetic of fp32; Bf16Math of bf16_math.h and SplitMath are the other ones.
 struct Fp32Math {
@@ -58,6 +59,7 @@ struct Walk {
   int64_t run, column;
 
   Walk(const WindowSpan& s, int64_t i) : span(s), run(i / s.length), column(i % s.length) {}
+  int64_t index() const { return run * span.length + column; }
   int64_t token() const { return span.first + run * span.token_step + column; }
   int64_t table_row() const { return run * span.table_step + column; }
   void next() {
@@ -77,6 +79,24 @@ inline void rotate(const RotaryTable<float>& t, int64_t table_row, int64_t dim, 
     const Vec16 sine = load16(s + d, m), cosine = load16(c + d, m);
     store16(x + d, rotate16<kInverse>(load16(x + d), cosine, sine));
   }
+}
+
+// Starts to bring a row into the caches: rows of one head lie up to a page apart, where the
+// hardware does not prefetch.
+template <class T>
+inline void fetch_row(const T* row, int64_t dim) {
+  for (int64_t b = 0; b < dim * static_cast<int64_t>(sizeof(T)); b += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + b);
+}
+
+// The same for the first rows of a span; the others are fetched while these are packed. In a short
+// span it would cost more than it saves.
+template <class T>
+inline void fetch_first(const Rows& rows, const WindowSpan& span, int64_t dim) {
+  if (span_tokens(span) < 4 * kAhead) return;
+  Walk walk(span, 0);
+  for (int64_t r = 0; r < kAhead; ++r, walk.next())
+    fetch_row(static_cast<const T*>(rows.data) + walk.token() * rows.step, dim);
 }
 
 // How a head's rows are read: rotated or not, and with the sign of the scale.
@@ -116,13 +136,10 @@ template <class T, class M>
 inline void pack_rows(const T* base, int64_t step, Walk& walk, int64_t count, int64_t padded,
                       const Reading& how, float* buffer, int32_t* out) {
   const int64_t width = packed_width<M>(how.dim);
-  for (int64_t r = 0; r < count; ++r, walk.next()) {
-    const T* row = base + walk.token() * step;
-    // Rows of one head lie up to a page apart, where the hardware does not prefetch.
-    const char* ahead = reinterpret_cast<const char*>(row + kAhead * step);
-    for (int64_t b = 0; b < how.dim * static_cast<int64_t>(sizeof(T)); b += 64)
-      __builtin_prefetch(ahead + b);
-    pack_row<T, M>(row, walk.table_row(), how, buffer, out + r * width);
+  Walk ahead(walk.span, walk.index() + kAhead);
+  for (int64_t r = 0; r < count; ++r, walk.next(), ahead.next()) {
+    fetch_row(base + ahead.token() * step, how.dim);
+    pack_row<T, M>(base + walk.token() * step, walk.table_row(), how, buffer, out + r * width);
   }
   if (padded > count) std::memset(out + count * width, 0, (padded - count) * width * 4);
 }

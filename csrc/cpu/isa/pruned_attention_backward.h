@@ -19,6 +19,15 @@ void store_row(float* x, float scale, const RotaryTable<float>* table, int64_t d
     store16(out + d, tail_mask(dim - d), load16(x + d) * factor);
 }
 
+// The same for row `walk.token()` of a tensor, whose rows some steps on are fetched meanwhile.
+template <class T>
+inline void store_row(float* x, float scale, const RotaryTable<float>* table, int64_t dim,
+                      const Walk& walk, MutableRows to) {
+  T* out = static_cast<T*>(to.data) + walk.token() * to.step;
+  fetch_row(out + kAhead * to.step, dim);
+  store_row<T>(x, scale, table, dim, walk, out);
+}
+
 template <class T, class M>
 struct Backward {
   const AttentionHead<float>& head;
@@ -77,6 +86,8 @@ struct Backward {
   void pack_keys() {
     const Reading rotated{head.dim, &head.table, 1.0f}, plain{head.dim, nullptr, 1.0f};
     const int64_t rows = round_up(n, M::kKeys);
+    for (const Rows& x : {head.k, head.v, head.q, grad.grad, grad.out})
+      fetch_first<T>(x, head.span, head.dim);
     Walk key(head.span, 0), value(head.span, 0);
     pack_rows<T, M>(static_cast<const T*>(head.k.data), head.k.step, key, n, rows, rotated, buffer,
                     k_rows);
@@ -287,8 +298,7 @@ struct Backward {
         if (i % kVector == 0) turn_dq(i);
         x = turned + i % kVector * size.columns;
       }
-      store_row<T>(x, head.scale, &head.table, head.dim, walk,
-                   static_cast<T*>(grad.dq.data) + walk.token() * grad.dq.step);
+      store_row<T>(x, head.scale, &head.table, head.dim, walk, grad.dq);
     }
   }
 
@@ -339,10 +349,8 @@ void backward_keys(const AttentionHead<float>& head, const AttentionGrad<float>&
   Walk walk(head.span, 0);
   for (int64_t j = 0; j < n; ++j, walk.next()) {
     // The packed queries carry the sign of the scale.
-    store_row<T>(sums + j * columns, fabsf(head.scale), &head.table, head.dim, walk,
-                 static_cast<T*>(grad.dk.data) + walk.token() * grad.dk.step);
-    store_row<T>(sums + (sum_rows(n) + j) * columns, 1.0f, nullptr, head.dim, walk,
-                 static_cast<T*>(grad.dv.data) + walk.token() * grad.dv.step);
+    store_row<T>(sums + j * columns, fabsf(head.scale), &head.table, head.dim, walk, grad.dk);
+    store_row<T>(sums + (sum_rows(n) + j) * columns, 1.0f, nullptr, head.dim, walk, grad.dv);
   }
 }
 

@@ -71,6 +71,7 @@ struct Forward {
     const T* v = static_cast<const T*>(head.v.data);
     Walk key(head.span, 0), value(head.span, 0);
     size.clear_tail(n, values);
+    for (const Rows& rows : {head.k, head.v, head.q}) fetch_first<T>(rows, head.span, head.dim);
     for (int64_t first = 0; first < n; first += kVector) {
       const int64_t count = n - first < kVector ? n - first : kVector;
       pack_rows<T, M>(k, head.k.step, key, count, kVector, rotated, buffer, block);
@@ -105,17 +106,23 @@ struct Forward {
     return row_base(top16(largest));
   }
 
-  // scores to weights exp(c * score - max), unnormalised; kBiased: c is 1, scores may be -inf
+  // What the weights of a row are counted from: its largest c * score.
   template <bool kBiased>
-  void weigh(int r, float c, float base, float* lse) {
+  float largest(int r, float c) const {
     const float* from = scores + r * strip;
-    const Mask16 last = tail_mask(n - (vectors - 1) * kVector);
     Vec16 top = splat16(-INFINITY);
     for (int64_t v = 0; v + 1 < vectors; ++v) top = max16(top, load16(from + v * kVector));
+    const Mask16 last = tail_mask(n - (vectors - 1) * kVector);
     top = max16(last, top, load16(from + (vectors - 1) * kVector));
-    float m = top16(top) * c;
-    if (head.span.pads && m < 0) m = 0;
-    if (kBiased && m == -INFINITY) m = 0;
+    const float m = top16(top) * c;
+    return (head.span.pads && m < 0) || (kBiased && m == -INFINITY) ? 0.0f : m;
+  }
+
+  // scores to weights exp(c * score - m), unnormalised; kBiased: c is 1, scores may be -inf
+  template <bool kBiased>
+  void weigh(int r, float c, float m) {
+    const float* from = scores + r * strip;
+    const Mask16 last = tail_mask(n - (vectors - 1) * kVector);
     const Vec16 offset = splat16(-m), factor = splat16(c);
     int32_t* to = p + r * stride;
     Vec16 sum = zero16();
@@ -136,11 +143,25 @@ struct Forward {
     M::store2(to + v * kVector / M::kPair, a, b);
     pads[r] = head.span.pads ? head.span.pads * expf(-m) : 0.0f;
     total[r] = sum16(sum) + pads[r];
-    *lse = m - base + logf(total[r]);
-    if (!kBiased || total[r] != 0) return;
-    // No score is finite: all weights are zero, here and in the backward.
-    total[r] = 1;
-    *lse = INFINITY;
+  }
+
+  // The softmax of `count` rows from query i on. Row by row, every reduction would be waited for.
+  template <bool kBiased>
+  void weigh_rows(int64_t count, int64_t i, float c, Walk& walk, float* lse) {
+    float bases[M::kRows], tops[M::kRows];
+    for (int r = 0; r < count; ++r) {
+      bases[r] = kBiased ? add_bias(r, i + r, c) : 0.0f;
+      tops[r] = largest<kBiased>(r, kBiased ? 1.0f : c);
+    }
+    for (int r = 0; r < count; ++r) weigh<kBiased>(r, kBiased ? 1.0f : c, tops[r]);
+    for (int r = 0; r < count; ++r, walk.next()) {
+      float* to = lse + walk.token();
+      *to = tops[r] - bases[r] + logf(total[r]);
+      if (!kBiased || total[r] != 0) continue;
+      // No score is finite: all weights are zero, here and in the backward.
+      total[r] = 1;
+      *to = INFINITY;
+    }
   }
 
   void apply(int64_t count, T* const* out) {
@@ -166,17 +187,17 @@ struct Forward {
     for (int64_t i = begin; i < end; i += M::kRows) {
       const int64_t count = end - i < M::kRows ? end - i : M::kRows;
       pack_rows<T, M>(q, head.q.step, query, count, M::kRows, how, buffer, block);
-      score(count);
       T* out[M::kRows];
-      for (int r = 0; r < count; ++r, result.next()) {
-        if (head.bias.data == nullptr) {
-          weigh<false>(r, c, 0.0f, lse + result.token());
-        } else {
-          const float base = add_bias(r, i + r, c);
-          weigh<true>(r, 1.0f, base, lse + result.token());
-        }
-        out[r] = static_cast<T*>(to.data) + result.token() * to.step;
+      Walk row = result;
+      for (int r = 0; r < count; ++r, row.next()) {
+        out[r] = static_cast<T*>(to.data) + row.token() * to.step;
+        fetch_row(out[r], head.dim);
       }
+      score(count);
+      if (head.bias.data == nullptr)
+        weigh_rows<false>(count, i, c, result, lse);
+      else
+        weigh_rows<true>(count, i, c, result, lse);
       apply(count, out);
     }
   }
