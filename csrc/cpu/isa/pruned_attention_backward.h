@@ -83,7 +83,7 @@ struct Backward {
     base = take<float>(scratch, bias_stride);
   }
 
-  void pack_keys() {
+  __attribute__((noinline)) void pack_keys() {
     const Reading rotated{head.dim, &head.table, 1.0f}, plain{head.dim, nullptr, 1.0f};
     const int64_t rows = round_up(n, M::kKeys);
     for (const Rows& x : {head.k, head.v, head.q, grad.grad, grad.out})
@@ -102,7 +102,7 @@ struct Backward {
   }
 
   // Rows of the queries [begin, begin + count), in the two forms, and lse and delta of each.
-  void pack_queries(int64_t begin, int64_t count) {
+  __attribute__((noinline)) void pack_queries(int64_t begin, int64_t count) {
     const Reading rotated{head.dim, &head.table, head.scale < 0 ? -1.0f : 1.0f};
     const Reading plain{head.dim, nullptr, 1.0f};
     const T* q = static_cast<const T*>(head.q.data);
@@ -149,7 +149,8 @@ struct Backward {
 
   // The bias of the queries [begin, begin + count) and of a block of keys from `key` on, keys as
   // rows; zero where there is no query or no key.
-  void turn_bias(int64_t begin, int64_t count, int64_t key, int64_t rows) {
+  __attribute__((noinline)) void turn_bias(int64_t begin, int64_t count, int64_t key,
+                                           int64_t rows) {
     alignas(64) float edge[kVector * kVector];
     for (int64_t i = 0; i < count; i += kVector)
       for (int64_t j = 0; j < rows; j += kVector) {
@@ -183,7 +184,8 @@ struct Backward {
 
   // P and dS of kRows keys from `key` on (row `at` of the block, row `above` of ds_pairs) and
   // `wide` vectors of queries.
-  void probabilities(int64_t key, int64_t at, int64_t above, int64_t lane, int64_t wide) {
+  __attribute__((noinline)) void probabilities(int64_t key, int64_t at, int64_t above, int64_t lane,
+                                               int64_t wide) {
     const int64_t panel = lane * size.steps, row = key * size.width, rows = n - key;
     M::scores(k_rows + row, size.width, rows, q_lanes + panel, wide * kVector, size.steps, scores,
               kPanel);

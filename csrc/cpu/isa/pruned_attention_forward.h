@@ -65,7 +65,7 @@ struct Forward {
     sums = take<float>(scratch, M::kRows * size.columns);
   }
 
-  void pack() {
+  __attribute__((noinline)) void pack() {
     const Reading rotated{head.dim, &head.table, 1.0f}, plain{head.dim, nullptr, 1.0f};
     const T* k = static_cast<const T*>(head.k.data);
     const T* v = static_cast<const T*>(head.v.data);
@@ -146,8 +146,10 @@ struct Forward {
   }
 
   // The softmax of `count` rows from query i on. Row by row, every reduction would be waited for.
+  // Not inlined, here and elsewhere: a profile then tells the phases apart, at no cost.
   template <bool kBiased>
-  void weigh_rows(int64_t count, int64_t i, float c, Walk& walk, float* lse) {
+  __attribute__((noinline)) void weigh_rows(int64_t count, int64_t i, float c, Walk& walk,
+                                            float* lse) {
     float bases[M::kRows], tops[M::kRows];
     for (int r = 0; r < count; ++r) {
       bases[r] = kBiased ? add_bias(r, i + r, c) : 0.0f;
@@ -164,7 +166,7 @@ struct Forward {
     }
   }
 
-  void apply(int64_t count, T* const* out) {
+  __attribute__((noinline)) void apply(int64_t count, T* const* out) {
     M::weighted(p, stride, count, values, size.columns, divide_up(n, M::kPair), sums, false);
     for (int r = 0; r < count; ++r) {
       const Vec16 share = splat16(1.0f / total[r]), pad = splat16(pads[r]);
