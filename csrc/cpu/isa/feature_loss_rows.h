@@ -223,27 +223,41 @@ void rows_of(const FeatureLossArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-template <class In, class A>
-void channel_sums_of(const FeatureLossArgs& a, int64_t begin, int64_t end, const A* shift,
-                     A* sums) {
+// Adds rows r to r + kRows - 1 to the sums, in order: so the sums are loaded and stored once.
+template <int kRows, class In, class A>
+KDFAST_INLINE void add_channels(const FeatureLossArgs& a, int64_t r, const A* shift, A* sums) {
   using V = typename Lanes<A>::V;
   constexpr int W = Lanes<A>::width;
   A* squares = sums + a.features;
-  for (int64_t i = 0; i < 2 * a.features; ++i) sums[i] = 0;
-  for (int64_t r = begin; r < end; ++r) {
-    const In* t = static_cast<const In*>(a.teacher) + r * a.teacher_stride;
-    int64_t i = 0;
-    for (; i + W <= a.features; i += W) {
-      const V d = shift ? load(t + i) - load(shift + i) : load(t + i);
-      store(sums + i, load(sums + i) + d);
-      store(squares + i, fma(d, d, load(squares + i)));
+  const In* t = static_cast<const In*>(a.teacher) + r * a.teacher_stride;
+  int64_t i = 0;
+  for (; i + W <= a.features; i += W) {
+    V sum = load(sums + i), square = load(squares + i);
+    const V base = shift ? load(shift + i) : V{};
+    for (int k = 0; k < kRows; ++k) {
+      const V d = load(t + k * a.teacher_stride + i) - base;
+      sum += d;
+      square = fma(d, d, square);
     }
-    for (; i < a.features; ++i) {
-      const A d = load_some<A>(t + i, 1, 0)[0] - (shift ? shift[i] : 0);
+    store(sums + i, sum);
+    store(squares + i, square);
+  }
+  for (; i < a.features; ++i)
+    for (int k = 0; k < kRows; ++k) {
+      const A d = load_some<A>(t + k * a.teacher_stride + i, 1, 0)[0] - (shift ? shift[i] : 0);
       sums[i] += d;
       squares[i] += d * d;
     }
-  }
+}
+
+template <class In, class A>
+void channel_sums_of(const FeatureLossArgs& a, int64_t begin, int64_t end, const A* shift,
+                     A* sums) {
+  constexpr int kRows = 8;
+  for (int64_t i = 0; i < 2 * a.features; ++i) sums[i] = 0;
+  int64_t r = begin;
+  for (; r + kRows <= end; r += kRows) add_channels<kRows, In>(a, r, shift, sums);
+  for (; r < end; ++r) add_channels<1, In>(a, r, shift, sums);
 }
 
 KDFAST_INLINE void feature_loss_rows(const FeatureLossArgs& a, int64_t begin, int64_t end) {
