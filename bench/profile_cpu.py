@@ -59,10 +59,10 @@ CASES: dict[str, Callable[..., Any]] = {
 # The first pattern that a function's library and name fit says what it does.
 KINDS = {
     "products": r"\btile<|::block<|gemm|JIT|\[anon\]|//anon|perf-\d+|sgemv|mkl_blas",
-    "softmax": r"weigh|probabilities|columns|expf|logf|entropy",
+    "softmax": r"weigh|probabilities|columns|StripRow|ColumnKernel|DistillTiles|expf|logf|entropy",
     "packing": r"pack|to_lanes|to_pairs|transpose16|turn_bias",
     "stores": r"store_row|backward_keys|apply|attention_kernel|rider",
-    "rows": r"one_row|rows_of|add_up|write_gradient|find_maxima|channel_sums|swiglu|loss_rows",
+    "rows": r"one_row|rows_of|forward_rows|backward_rows|add_up|write_gradient|channel_sums",
     "torch": r"libtorch|libc10",
     "allocation": r"kernel|libc\.|memset|memcpy",
 }
