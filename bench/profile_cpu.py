@@ -131,7 +131,7 @@ def profile(case: Callable[..., Any]) -> dict[str, Any]:
     for function, share in functions.items():
         shares[kind_of(function)] += share / total
     row = {"case": name, "ms": 1e3 * seconds, "shares": shares, "of_limit": None}
-    if "flops" in limits:
+    if "flops" in limits and shares["products"]:
         a, b = (torch.randn(1024, 1024).to(limits["dtype"]) for _ in range(2))
         limit = best(lambda: a @ b) * limits["flops"] / (2 * 1024**3)
         row["of_limit"] = limit / (seconds * shares["products"])
