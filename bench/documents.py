@@ -2,7 +2,7 @@
 """``python -m bench.documents``: writes the tables of README.md and docs/benchmarks.md.
 
 What stands between ``<!-- NAME -->`` and ``<!-- end -->`` comes from bench/results/cpu_zen4.json,
-and for whole models from cpu_zen4_models.json.
+for whole models from cpu_zen4_models.json, for GPUs from gpu_static.json.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from bench.report import OURS, RIVALS, headline
 from bench.report import table as all_rows
 
 RESULTS = ROOT / "bench" / "results" / "cpu_zen4.json"
+GPU_RESULTS = RESULTS.with_stem("gpu_static")
 MODEL_RESULTS = RESULTS.with_stem("cpu_zen4_models")
 # Whole models have tables of their own.
 MODELS = ("accelerate", "vit_chain")
@@ -144,8 +145,18 @@ def chain(results: dict[str, Any]) -> str:
     return markdown(["link", "timm + torch KD, ms", "kdfast", "kdfast, teacher cache"], rows)
 
 
-def blocks(results: dict[str, Any], whole: dict[str, Any]) -> dict[str, str]:
-    """The generated blocks of the documents by name, from rows of ops and of whole models."""
+def gpu_limits(facts: dict[str, Any]) -> str:
+    """What data-sheet peaks, bytes and products allow, against the goals for GPUs."""
+    rows = [
+        [goal["goal"], goal["what"], f"{goal['limit_us']['H100 SXM']:.0f}", goal["target_us"]]
+        for goal in facts["goals"]
+        if goal["target_us"]
+    ]
+    return markdown(["goal", "call", "limit of an H100, us", "goal, us"], rows)
+
+
+def blocks(results: dict[str, Any], whole: dict[str, Any], gpu: dict[str, Any]) -> dict[str, str]:
+    """The generated blocks of the documents by name, from rows of ops, whole models and GPUs."""
     ops = only(results, lambda op, case: op not in MODELS)
     both = {**results, "rows": ops["rows"] + whole["rows"]}
     lost = [
@@ -166,12 +177,13 @@ def blocks(results: dict[str, Any], whole: dict[str, Any]) -> dict[str, str]:
         "peaks": peaks(results),
         "models": models(whole),
         "chain": chain(results),
+        "gpu limits": gpu_limits(gpu),
     }
 
 
 def committed() -> dict[str, str]:
     """The blocks of the committed result files."""
-    files = (RESULTS, MODEL_RESULTS)
+    files = (RESULTS, MODEL_RESULTS, GPU_RESULTS)
     return blocks(*(json.loads(path.read_text(encoding="utf-8")) for path in files))
 
 

@@ -49,8 +49,11 @@ WHOLE = {
 }
 
 
+GPU = {"goals": [{"goal": "G9", "what": "call", "limit_us": {"H100 SXM": 7.6}, "target_us": 9}]}
+
+
 def test_blocks_hold_ratios_against_the_best_other() -> None:
-    blocks = documents.blocks(RESULTS, WHOLE)
+    blocks = documents.blocks(RESULTS, WHOLE, GPU)
     assert "| kd_loss | 2 | 0.75 | 1.62 | 2.50 |" in blocks["span"]
     assert blocks["slower"] == "Slower than the best other: `kd_loss` b float32 (0.75x)."
     assert "| kd_loss | a float32 | 4.00 | 5.00 | 1.25 |" in blocks["weighted"]
@@ -58,10 +61,11 @@ def test_blocks_hold_ratios_against_the_best_other() -> None:
     assert "| kd_loss | a float32 | 1.0 | 3.0 |  |  |" in blocks["peaks"]
     assert "| fwd ViT | 9 |  | 6 |  | 1.50 |" in blocks["models"]
     assert "| step | 9 | 8 |  |" in blocks["chain"]
+    assert "| G9 | call | 8 | 9 |" in blocks["gpu limits"]
     counted = {**RESULTS, "rows": [{**r, "fast": 4, "samples": 9} for r in RESULTS["rows"]]}
     line = "| kd_loss | a float32 | 2.00 (4.00) | compile | 5.00 (10.00) | 2.50 (2.50) |  | "
     assert line + " |" in blocks["ops"]
-    assert line + "4/9 and 4/9, too few |" in documents.blocks(counted, WHOLE)["ops"]
+    assert line + "4/9 and 4/9, too few |" in documents.blocks(counted, WHOLE, GPU)["ops"]
     assert "accelerate" not in blocks["ops"] and "accelerate" in blocks["span"]
 
 
