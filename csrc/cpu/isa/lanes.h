@@ -7,7 +7,8 @@
 #include <immintrin.h>
 #endif
 
-#include "elements.h"
+#include "cpu/isa/elements.h"
+#include "cpu/isa/exponential.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -199,28 +200,16 @@ KDFAST_INLINE VF larger(VF a, VF b) {
 
 KDFAST_INLINE VD larger(VD a, VD b) { return a > b ? a : b; }
 
-// exp(x) for x <= 0 and NaN: relative error below 2e-7, and 0 below the smallest normal number.
-KDFAST_INLINE VF exp_negative(VF x) {
-  // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits.
-  const VF shifted = fma(x, fill(1.44269504f), fill(12582912.0f));
-  const VF n = shifted - 12582912.0f;
-  VF r = fma(n, fill(-0.693359375f), x);
-  r = fma(n, fill(2.12194440e-4f), r);
-  VF p = fma(r, fill(1.9875691500e-4f), fill(1.3981999507e-3f));
-  p = fma(p, r, fill(8.3334519073e-3f));
-  p = fma(p, r, fill(4.1665795894e-2f));
-  p = fma(p, r, fill(1.6666665459e-1f));
-  p = fma(p, r, fill(5.0000001201e-1f));
-  p = fma(p * r, r, r) + 1.0f;
-  const IF scale = (bit_copy<IF>(shifted) - (0x4b400000 - 127)) << 23;
-  const VF y = p * bit_copy<VF>(scale);
-  return x < -87.336540f ? fill(0.0f) : y;
-}
+struct LaneOps {
+  using V = VF;
+  using I = IF;
+  KDFAST_INLINE static V splat(float x) { return fill(x); }
+  KDFAST_INLINE static V fma(V a, V b, V c) { return kdfast::cpu::fma(a, b, c); }
+};
 
-KDFAST_INLINE VD exp_negative(VD x) {
-  for (int i = 0; i < Lanes<double>::width; ++i) x[i] = __builtin_exp(x[i]);
-  return x;
-}
+// exp(x) for x <= 0 and NaN.
+KDFAST_INLINE VF exp_negative(VF x) { return exp_of<LaneOps>(x); }
+KDFAST_INLINE VD exp_negative(VD x) { return exp_by_lanes(x); }
 
 KDFAST_INLINE double sum(VF v) {
 #if defined(__AVX512F__)

@@ -6,8 +6,6 @@
 namespace kdfast::cpu {
 namespace {
 
-constexpr int kTile = 6;  // rows of a register tile
-
 // out[r, 16 v ...] (+)= sum over s of a[r, s] * b[s, 16 v ...] for kTile rows; strides in dwords.
 // Not inlined: the sums must stay in registers, and what surrounds them would push some out.
 template <class M, int kW>

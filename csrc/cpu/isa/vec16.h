@@ -10,10 +10,13 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/isa/exponential.h"
 #if defined(__AVX512F__)
 #include "cpu/isa/vec16_avx512.h"
-#else
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "cpu/isa/vec16_avx2.h"
+#else
+#include "cpu/isa/vec16_portable.h"
 #endif
 
 namespace kdfast::cpu {
@@ -23,29 +26,22 @@ constexpr int64_t kPanel = kWide * kVector;
 
 inline int64_t divide_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
-// Polynomials for 2^f on [-0.5, 0.5].
+struct Vec16Ops {
+  using V = Vec16;
+  static V splat(float x) { return splat16(x); }
+  static V fma(V a, V b, V c) { return fma16(a, b, c); }
+};
+
+// 2^f for f in [-0.5, 0.5].
 template <int kDegree>
-inline Vec16 exp2_poly(Vec16 f);
-template <>
-inline Vec16 exp2_poly<3>(Vec16 f) {  // relative error 7.5e-5
-  Vec16 p = fma16(splat16(0.0551716695f), f, splat16(0.242611125f));
-  p = fma16(p, f, splat16(0.693260986f));
-  return fma16(p, f, splat16(0.999928073f));
-}
-template <>
-inline Vec16 exp2_poly<6>(Vec16 f) {  // relative error 1.9e-9
-  Vec16 p = fma16(splat16(0.000153458121f), f, splat16(0.00133999313f));
-  p = fma16(p, f, splat16(0.00961848896f));
-  p = fma16(p, f, splat16(0.0555032878f));
-  p = fma16(p, f, splat16(0.240226469f));
-  p = fma16(p, f, splat16(0.693147206f));
-  return fma16(p, f, splat16(1.0f));
+inline Vec16 exp2_poly(Vec16 f) {
+  return exp2_series<Vec16Ops, kDegree>(f);
 }
 
 // Of a finite x; a large negative one gives zero.
 template <int kDegree>
 inline Vec16 exponential(Vec16 x) {
-  const Vec16 y = x * splat16(1.44269504088896341f), r = round16(y);
+  const Vec16 y = x * splat16(kLog2E), r = round16(y);
   return scale16(exp2_poly<kDegree>(y - r), r);
 }
 

@@ -4,6 +4,8 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/isa/exponential.h"
+
 namespace kdfast::cpu {
 namespace {
 
@@ -60,30 +62,16 @@ inline T largest(Vec<T> x) {
   return top;
 }
 
-inline Vec<double> exp(Vec<double> x) {
-  for (int64_t i = 0; i < kWidth<double>; ++i) x[i] = __builtin_exp(x[i]);
-  return x;
-}
+struct VectorOps {
+  using V = Vec<float>;
+  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  static V splat(float x) { return kdfast::cpu::splat(x); }
+  static V fma(V a, V b, V c) { return a * b + c; }
+};
 
-// Relative error below 2e-7 for x <= 88; 0 below the smallest normal number.
-inline Vec<float> exp(Vec<float> x) {
-  typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
-  const Vec<float> low = splat(-87.0f), in = max<float>(x, low);
-  // Adding 1.5 * 2^23 rounds to an integer; x = n ln 2 + f with |f| <= ln(2) / 2.
-  const Vec<float> magic = splat(12582912.0f);
-  const Vec<float> n = (in * 1.44269504f + magic) - magic;
-  const Vec<float> f = (in - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec<float> y = f * (1 / 5040.0f) + 1 / 720.0f;
-  y = y * f + 1 / 120.0f;
-  y = y * f + 1 / 24.0f;
-  y = y * f + 1 / 6.0f;
-  y = y * f + 0.5f;
-  y = y * f + 1.0f;
-  y = y * f + 1.0f;
-  const Bits power = (__builtin_convertvector(n, Bits) + 127) << 23;
-  y *= reinterpret_cast<Vec<float>>(power);
-  return x < low ? Vec<float>{} : y;
-}
+inline Vec<double> exp(Vec<double> x) { return exp_by_lanes(x); }
+// For x <= 88.
+inline Vec<float> exp(Vec<float> x) { return exp_of<VectorOps>(x); }
 
 inline Vec<double> log1p_unit(Vec<double> x) {
   for (int64_t i = 0; i < kWidth<double>; ++i) x[i] = __builtin_log1p(x[i]);
