@@ -120,8 +120,6 @@ def ops() -> Rows:
         states = []
         for device in ("cpu", "cuda"):
             reason = None if device in module.FUSED_ON else "no compiled kernel"
-            if device == "cpu" and _library.CPU_ISA in getattr(module, "PLAIN_ISAS", ()):
-                reason = f"its {_library.CPU_ISA} kernel is slower than eager"
             if _library.DEFAULT_BACKEND == "reference":
                 reason = "KDFAST_BACKEND=reference"
             states.append(f"{device} {'fused' if reason is None else f'reference ({reason})'}")

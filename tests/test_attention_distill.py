@@ -58,6 +58,20 @@ def literal_case(kind: str, temperature: float, backend: str) -> float:
     return 2 * loss.item()
 
 
+def test_each_result_alone_has_its_gradients(backend: str) -> None:
+    leaves = [make(1, 2, 5, 4).requires_grad_() for _ in range(3)]
+    weight, *teacher = (make(1, 2, 5, 4) for _ in range(3))
+
+    def gradients(name: str) -> tuple[Tensor, ...]:
+        out, loss = kdfast.attention_distill(*leaves, *teacher, backend=backend)
+        value = {"out": (out * weight).sum(), "loss": loss}
+        total = sum(value.values()) if name == "both" else value[name]
+        return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+
+    for a, b, both in zip(*map(gradients, ("out", "loss", "both")), strict=True):
+        torch.testing.assert_close(a + b, both)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_literal(kind: str, temperature: float, backend: str) -> None:

@@ -190,7 +190,7 @@ def test_cudas_autocast_norms_in_fp32_also_when_a_block_is_recomputed() -> None:
 
 
 def test_cuda_takes_the_kernels_and_puts_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdfast.ops.pruned_attention.CPU_ISA", "generic")
+    monkeypatch.setattr("kdfast.ops.pruned_attention.FUSED_ON", frozenset())
     use_fused = kd_loss_file.use_fused
     options = {"img_size": 256, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4}
     model = EVAViT(**options, pt_hw_seq_len=32, pretrain_img_size=256, with_cp=False)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import kdfast
 from kdfast import Rope, Window, benchmark
@@ -92,9 +94,7 @@ def test_fused_is_no_worse(name: str, dtype: torch.dtype, isa: str) -> None:
 
 @pytest.mark.skipif("avx2" not in ISAS, reason="needs AVX2, FMA and F16C")
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_vector_kernels_are_not_the_plain_one(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_with_fma_are_not_the_generic_one(dtype: torch.dtype) -> None:
     case, results = CASES["odd"], {}
     before = EXTENSION.cpu_isa()
     for name in ISAS:
@@ -103,8 +103,6 @@ def test_vector_kernels_are_not_the_plain_one(
         q, k, v = case.inputs(dtype)
         rest = (None, None, None, 0, True, 0.125, None, 0, None)
         results[name] = torch.ops.kdfast.pruned_attention.default(q, k, v, *rest)[1]
-        monkeypatch.setattr(op, "CPU_ISA", name)
-        assert (op.slower_here(q) is not None) == (name == "generic")
     EXTENSION.set_cpu_isa(before)
     plain = results.pop("generic")
     assert not any(torch.equal(plain, lse) for lse in results.values())
@@ -126,6 +124,33 @@ def test_gradcheck() -> None:
     (grad,) = torch.autograd.grad(out.sum(), leaves[0], create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         grad.sum().backward()
+
+
+class Cut(torch.autograd.Function):
+    """Passes its input on and stops the gradient in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def test_gradients_that_nobody_asks_for_are_not_made() -> None:
+    case = CASES["odd"]
+    leaves = [x.requires_grad_() for x in case.inputs(torch.float32)]
+    out = case.call("fused")(*leaves)
+    upstream = torch.ones_like(out)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        torch.autograd.grad(out, leaves, upstream)
+    events = {(event.name, *map(tuple, event.input_shapes[:1])) for event in profiler.events()}
+    assert ("kdfast::pruned_attention_bwd", case.shape) in events
+    # The second result, the log-sum-exp, has no gradient: not even one of zeros.
+    assert ("aten::zero_", case.shape[:3]) not in events
+    cut = Cut.apply(case.call("fused")(*leaves)).sum()
+    assert torch.autograd.grad(cut, leaves, allow_unused=True) == (None,) * 3
 
 
 def gradients(case: Case, inputs: list[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:

@@ -72,7 +72,7 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> AccelerateRep
         model: Any module; docs/support.md lists what is replaced. Vision towers of transformers
             models are switched to ``attn_implementation="kdfast"`` instead.
         backend: "auto", "fused" or "reference" for every replaced module; ``KDFAST_BACKEND`` if
-            None. With "auto" torch's own attention runs where the kernel is missing or slower.
+            None. With "auto" torch's own attention runs where the kernel is missing.
 
     Returns:
         What was replaced, and what was left and why.

@@ -20,7 +20,7 @@ class FallbackWarning(UserWarning):
 
 
 class NotCompiledWarning(FallbackWarning):
-    """An op has no compiled kernel for the device, or none that beats the reference on it."""
+    """An op has no compiled kernel for the device."""
 
 
 def _load_extension() -> ModuleType | None:
@@ -134,7 +134,6 @@ def use_fused(
     reason: str | None,
     *,
     compiled: bool = True,
-    slower: str | None = None,
 ) -> bool:
     """Decides between the compiled kernel and the eager reference.
 
@@ -143,8 +142,6 @@ def use_fused(
         backend: The caller's choice; ``KDFAST_BACKEND`` if None.
         reason: Why the compiled kernel cannot run this input, or None.
         compiled: False if the reason is that no kernel exists for the device.
-        slower: Why the kernel would lose to the reference here, or None: "auto" then takes the
-            reference, "fused" still the kernel.
 
     Returns:
         True for the compiled kernel.
@@ -158,12 +155,10 @@ def use_fused(
         raise ValueError(f"{op}: backend must be one of {BACKENDS} or None, got {backend!r}")
     if backend == "reference":
         return False
-    if reason is None and (slower is None or backend == "fused"):
+    if reason is None:
         return True
     if backend == "fused":
         raise NotImplementedError(f"{op}: backend='fused' cannot run here: {reason}")
-    compiled = compiled and reason is not None
-    reason = reason or slower or ""
     # A Python warning would break torch.compile(fullgraph=True); `kdfast.info` still lists it.
     if not torch.compiler.is_compiling() and (op, reason) not in _warned:
         _warned.add((op, reason))

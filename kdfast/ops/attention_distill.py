@@ -357,12 +357,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # Maps are recomputed from stats (O(N)); out is needed for the row sums of grad * out only.
     ctx.save_for_backward(out, stats, *(inputs[i] for i in tensors))
     ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, grad_out: Tensor, grad_loss: Tensor, _: Tensor | None
+    ctx: Any, grad_out: Tensor | None, grad_loss: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if grad_out is None and grad_loss is None:
+        return (None,) * len(ctx.needs_input_grad)
     out, stats, *saved = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grad_loss = stats.new_zeros(()) if grad_loss is None else grad_loss
     inputs = list(ctx.plain)
     for i, tensor in zip(ctx.tensors, saved, strict=True):
         inputs[i] = tensor

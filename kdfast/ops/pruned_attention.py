@@ -15,7 +15,6 @@ from torch import Tensor
 from kdfast.ops._attention import check_bias, check_geometry, check_qkv, geometry_args
 from kdfast.ops._checks import head_list
 from kdfast.ops._library import (
-    CPU_ISA,
     HAS_TRITON,
     LIB,
     fused_devices,
@@ -26,8 +25,6 @@ from kdfast.ops._library import (
 from kdfast.ops.geometry import Rope, Window
 
 MAX_HEAD_DIM = 128  # of the CUDA kernel
-# Instruction sets for which the only kernel is the plain one, written to be right on any CPU.
-PLAIN_ISAS = ("generic",)
 
 
 def pruned_attention(
@@ -104,8 +101,7 @@ def pruned_attention(
     kept = None if heads is None else head_list("pruned_attention", "heads", heads, q.shape[1])
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     reason = why_not(q)
-    slower = slower_here(q)
-    if use_fused("pruned_attention", backend, reason, compiled=kind in FUSED_ON, slower=slower):
+    if use_fused("pruned_attention", backend, reason, compiled=kind in FUSED_ON):
         op = torch.ops.kdfast.pruned_attention.default
         out: Tensor = op(q, k, v, kept, *geometry_args(rope, window, scale), bias)[0]
         return out
@@ -120,13 +116,6 @@ def why_not(q: Tensor) -> str | None:
         if q.shape[3] > MAX_HEAD_DIM:
             return f"the CUDA kernel takes head dims up to {MAX_HEAD_DIM}, got {q.shape[3]}"
     return not_compiled("pruned_attention", q.device, FUSED_ON)
-
-
-def slower_here(q: Tensor) -> str | None:
-    """The reason why the compiled kernel would lose to the reference on this machine, or None."""
-    if q.device.type == "cpu" and CPU_ISA in PLAIN_ISAS and q.dtype != torch.float64:
-        return f"the {CPU_ISA} kernel is slower than eager; backend='fused' runs it in O(N) memory"
-    return None
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -250,9 +239,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     # The softmax is recomputed from lse; out is needed for the row sums of grad * out only.
     ctx.save_for_backward(q, k, v, out, lse, cos, sin, pad_value, bias)
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * len(ctx.needs_input_grad)
     *saved, cos, sin, pad_value, bias = ctx.saved_tensors
     arguments = (*saved, ctx.heads, cos, sin, *ctx.geometry, pad_value)
     # Without a bias the dispatcher has left it out of the inputs.

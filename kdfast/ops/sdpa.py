@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdfast.ops._library import BACKENDS, DEFAULT_BACKEND
 from kdfast.ops.geometry import Rope
-from kdfast.ops.pruned_attention import pruned_attention, rotated, slower_here, why_not
+from kdfast.ops.pruned_attention import pruned_attention, rotated, why_not
 
 
 def scaled_dot_product_attention(
@@ -30,13 +30,13 @@ def scaled_dot_product_attention(
     """``torch.nn.functional.scaled_dot_product_attention``, fused where that is the same thing.
 
     Fused: query, key and value of one shape (B, H, N, D), no dropout, not causal, on a device whose
-    compiled kernel is there and not known to be slower; on the CPU also with a mask, which becomes
-    the bias of ``kdfast.pruned_attention``. A query whose keys are all masked gets zeros, as from
-    torch. Not fused: another number of keys than of queries, grouped heads, other than four
-    dimensions, dropout, causal calls (their mask can be passed instead) and, on CUDA, masks. Those
-    calls are torch's own function, so the call never fails where torch's works; ``backend="fused"``
-    asks for the kernel or an error. While ``torch.export`` traces, "auto" keeps torch's function
-    too, so that the exported graph needs no kdfast.
+    compiled kernel is there; on the CPU also with a mask, which becomes the bias of
+    ``kdfast.pruned_attention``. A query whose keys are all masked gets zeros, as from torch. Not
+    fused: another number of keys than of queries, grouped heads, other than four dimensions,
+    dropout, causal calls (their mask can be passed instead) and, on CUDA, masks. Those calls are
+    torch's own function, so the call never fails where torch's works; ``backend="fused"`` asks for
+    the kernel or an error. While ``torch.export`` traces, "auto" keeps torch's function too, so
+    that the exported graph needs no kdfast.
 
     Args:
         query: (B, H, N, D), fp16, bf16, fp32 or fp64.
@@ -97,7 +97,7 @@ def _torch_is_better(q: Tensor, backend: str | None) -> bool:
     if _choice(backend) != "auto":
         return False
     exporting = torch.compiler.is_exporting()
-    return exporting or why_not(q) is not None or slower_here(q) is not None
+    return exporting or why_not(q) is not None
 
 
 def unfused(
@@ -143,7 +143,7 @@ def self_attention(
         scale: Multiplies the scores; D ** -0.5 if None.
         bias: (G, H, N, N) added to the scaled scores, as in ``pruned_attention``.
         backend: As in ``pruned_attention``, except that "auto" takes torch's function, not the
-            reference with its whole score matrix, where the kernel is missing or slower, and while
+            reference with its whole score matrix, where the kernel is missing, and while
             ``torch.export`` traces.
 
     Returns:
