@@ -50,7 +50,7 @@ MapLoss map_loss(c10::string_view kind) {
 }
 
 template <class A>
-DistillKernel<A> choose_kernel([[maybe_unused]] Element student, [[maybe_unused]] Element teacher) {
+DistillKernel<A> choose_kernel(Element student, [[maybe_unused]] Element teacher) {
   if constexpr (sizeof(A) == 8) {
     return distill_generic_f64();
   } else {
@@ -63,7 +63,7 @@ DistillKernel<A> choose_kernel([[maybe_unused]] Element student, [[maybe_unused]
     if (isa() >= Isa::avx512) return distill_avx512(student);
     if (isa() >= Isa::avx2) return distill_avx2(student);
 #endif
-    return distill_generic();
+    return distill_generic(student);
   }
 }
 

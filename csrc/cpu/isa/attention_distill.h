@@ -54,8 +54,8 @@ struct DistillKernel {
 };
 
 DistillKernel<double> distill_generic_f64();
-DistillKernel<float> distill_generic();
 // For students of any element type but f64, and such teachers.
+DistillKernel<float> distill_generic(Element student);
 DistillKernel<float> distill_avx2(Element student);
 DistillKernel<float> distill_avx512(Element student);
 // bf16 on both sides, or f32 that is rounded: products in bf16.

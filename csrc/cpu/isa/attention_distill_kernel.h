@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels of attention_distill.h for any CPU.
+// The kernels of attention_distill.h for fp64, on any CPU.
 #pragma once
 #include <cstring>
 

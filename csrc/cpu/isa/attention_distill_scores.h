@@ -7,7 +7,7 @@
 namespace kdfast::cpu {
 namespace {
 
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
+constexpr float kLn2 = 0.69314718055994531f;
 
 // 2^y of any finite y. Always inlined, as all that takes vectors: a call would pass them in memory.
 template <int kDegree>

@@ -202,13 +202,21 @@ KDFAST_INLINE VD larger(VD a, VD b) { return a > b ? a : b; }
 
 struct LaneOps {
   using V = VF;
-  using I = IF;
   KDFAST_INLINE static V splat(float x) { return fill(x); }
   KDFAST_INLINE static V fma(V a, V b, V c) { return kdfast::cpu::fma(a, b, c); }
 };
 
-// exp(x) for x <= 0 and NaN.
-KDFAST_INLINE VF exp_negative(VF x) { return exp_of<LaneOps>(x); }
+// exp(x) for x <= 0 and NaN: relative error below 2e-7, and 0 below the smallest normal number.
+KDFAST_INLINE VF exp_negative(VF x) {
+  // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits.
+  const VF shifted = fma(x, fill(kLog2e), fill(12582912.0f));
+  const VF n = shifted - 12582912.0f;
+  VF r = fma(n, fill(-0.693359375f), x);  // less n ln 2, in two parts, the first exact
+  r = fma(n, fill(2.12194440e-4f), r);
+  const IF scale = (bit_copy<IF>(shifted) - (0x4b400000 - 127)) << 23;
+  const VF y = exp2_series<LaneOps, 6>(r * kLog2e) * bit_copy<VF>(scale);
+  return x < -87.336540f ? fill(0.0f) : y;
+}
 KDFAST_INLINE VD exp_negative(VD x) { return exp_by_lanes(x); }
 
 KDFAST_INLINE double sum(VF v) {

@@ -41,7 +41,7 @@ inline Vec16 exp2_poly(Vec16 f) {
 // Of a finite x; a large negative one gives zero.
 template <int kDegree>
 inline Vec16 exponential(Vec16 x) {
-  const Vec16 y = x * splat16(kLog2E), r = round16(y);
+  const Vec16 y = x * splat16(kLog2e), r = round16(y);
   return scale16(exp2_poly<kDegree>(y - r), r);
 }
 

@@ -62,32 +62,11 @@ inline T largest(Vec<T> x) {
   return top;
 }
 
-struct VectorOps {
-  using V = Vec<float>;
-  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
-  static V splat(float x) { return kdfast::cpu::splat(x); }
-  static V fma(V a, V b, V c) { return a * b + c; }
-};
-
 inline Vec<double> exp(Vec<double> x) { return exp_by_lanes(x); }
-// For x <= 88.
-inline Vec<float> exp(Vec<float> x) { return exp_of<VectorOps>(x); }
 
 inline Vec<double> log1p_unit(Vec<double> x) {
   for (int64_t i = 0; i < kWidth<double>; ++i) x[i] = __builtin_log1p(x[i]);
   return x;
-}
-
-// log(1 + x) for 0 <= x <= 1: twice artanh of z = x / (2 + x) <= 1/3, whose series ends early.
-inline Vec<float> log1p_unit(Vec<float> x) {
-  const Vec<float> z = x / (x + 2.0f), w = z * z;
-  Vec<float> y = w * (1 / 15.0f) + 1 / 13.0f;
-  y = y * w + 1 / 11.0f;
-  y = y * w + 1 / 9.0f;
-  y = y * w + 1 / 7.0f;
-  y = y * w + 1 / 5.0f;
-  y = y * w + 1 / 3.0f;
-  return 2.0f * (z + z * w * y);
 }
 
 // A: a[m * am + k * ak]. B: rows of `stride` values, in panels of kPanelColumns `panel` apart.
