@@ -166,7 +166,8 @@ def test_rows_without_a_score(isa: str) -> None:
 
 
 def test_extreme_bias(isa: str) -> None:
-    case = Case((1, 2, 37, 16))
+    # Images enough that the largest error of eager, too, is no matter of luck.
+    case = Case((8, 2, 37, 16))
     q, k, v, bias = case.inputs(torch.float32)
     bias = bias * 1e4
     # What transformers masks with, here and there and a row of it, which weighs all keys alike.
