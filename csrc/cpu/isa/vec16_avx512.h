@@ -15,7 +15,7 @@ using Dwords16 = __m512i;
 using Mask16 = __mmask16;
 
 constexpr int64_t kVector = 16;
-constexpr int kTile = 6;  // rows of a register tile
+constexpr int kTile = 6;      // rows of a register tile
 constexpr int kTileWide = 4;  // vectors of a register tile: 6 x 4 sums, 4 vectors of B, one of A
 constexpr int kWide = 4;      // vectors of a panel
 
