@@ -4,9 +4,11 @@
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -52,7 +54,7 @@ class BiasSums {
     const int64_t pairs = biases_ * kept_, bytes = pairs * matrix() * sizeof(A);
     slices_ = std::min(turns_, std::max<int64_t>(1, (kWorks + pairs - 1) / pairs));
     slices_ = std::max<int64_t>(1, std::min(slices_, kBytes / std::max<int64_t>(1, bytes)));
-    sums_ = at::zeros({slices_, biases_, kept_, tokens_, bias_columns(tokens_)},
+    sums_ = at::empty({slices_, biases_, kept_, tokens_, bias_columns(tokens_)},
                       bias.options().dtype(c10::CppTypeToScalarType<A>::value));
   }
 
@@ -60,29 +62,66 @@ class BiasSums {
   int64_t works() const { return sums_.defined() ? slices_ * biases_ * kept_ : items_; }
   bool shared() const { return works() < items_; }
 
-  // work(item, sums) for the items (image, kept head) of one piece; sums are null without gradient.
+  // The sums of a piece, null without gradient, are its own to clear before it begins.
+  A* of(int64_t piece) const {
+    return sums_.defined() ? sums_.mutable_data_ptr<A>() + piece * matrix() : nullptr;
+  }
+  void clear() const {
+    if (sums_.defined()) sums_.zero_();
+  }
+
+  // work(item, sums) for the items (image, kept head) of one piece, whose sums are cleared while
+  // they are about to be used.
   template <class F>
   void each(int64_t piece, const F& work) const {
-    if (!sums_.defined()) return work(piece, static_cast<A*>(nullptr));
+    A* sums = of(piece);
+    if (sums == nullptr) return work(piece, sums);
+    std::memset(sums, 0, matrix() * sizeof(A));
     const int64_t pair = piece % (biases_ * kept_), slice = piece / (biases_ * kept_);
-    A* sums = sums_.mutable_data_ptr<A>() + piece * matrix();
     for (int64_t turn = turns_ * slice / slices_; turn < turns_ * (slice + 1) / slices_; ++turn)
       work(turn * biases_ * kept_ + pair, sums);
   }
 
   // The gradient (G, H, N, N): slices in order, rounded once; zero for heads that are not kept.
   at::Tensor total(const at::Tensor& bias, const std::vector<int64_t>& heads) const {
-    at::Tensor out = at::zeros(bias.sizes(), bias.options());
-    if (!sums_.defined()) return out;
-    at::Tensor sum = sums_[0];
-    for (int64_t slice = 1; slice < slices_; ++slice) sum.add_(sums_[slice]);
-    sum = sum.narrow(3, 0, tokens_).transpose(2, 3);
-    if (kept_ == bias.size(1) && std::is_sorted(heads.begin(), heads.end())) return out.copy_(sum);
-    for (int64_t j = 0; j < kept_; ++j) out.select(1, heads[j]).copy_(sum.select(1, j));
-    return out;
+    const auto options = bias.options().dtype(c10::CppTypeToScalarType<A>::value);
+    const bool all = kept_ == bias.size(1);
+    at::Tensor out = all ? at::empty(bias.sizes(), options) : at::zeros(bias.sizes(), options);
+    if (!sums_.defined()) return out.zero_().to(bias.scalar_type());
+    A* data = out.mutable_data_ptr<A>();
+    const int64_t strips = (tokens_ + kStrip - 1) / kStrip;
+    at::parallel_for(0, biases_ * kept_ * strips, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t pair = i / strips, group = pair / kept_, head = heads[pair % kept_];
+        A* to = data + (group * bias.size(1) + head) * tokens_ * tokens_;
+        for (int64_t key = 0; key < tokens_; key += kStrip)
+          turn(pair, key, i % strips * kStrip, to);
+      }
+    });
+    return out.to(bias.scalar_type());
   }
 
  private:
+  // Sides of the blocks that are summed up and transposed in a cache of the first level.
+  static constexpr int64_t kStrip = 16;
+  static_assert(kStrip == kLanes, "blocks end within bias_columns");
+
+  // Writes the block of keys from `key` on and queries from `query` on.
+  void turn(int64_t pair, int64_t key, int64_t query, A* to) const {
+    const int64_t columns = bias_columns(tokens_), step = biases_ * kept_ * matrix();
+    const int64_t keys = std::min(kStrip, tokens_ - key);
+    const int64_t queries = std::min(kStrip, tokens_ - query);
+    const A* from = of(pair) + key * columns + query;
+    A block[kStrip][kStrip];
+    for (int64_t k = 0; k < keys; ++k)
+      for (int64_t q = 0; q < kStrip; ++q) block[k][q] = from[k * columns + q];
+    for (int64_t slice = 1; slice < slices_; ++slice)
+      for (int64_t k = 0; k < keys; ++k)
+        for (int64_t q = 0; q < kStrip; ++q) block[k][q] += from[slice * step + k * columns + q];
+    for (int64_t q = 0; q < queries; ++q)
+      for (int64_t k = 0; k < keys; ++k) to[(query + q) * tokens_ + key + k] = block[k][q];
+  }
+
   int64_t matrix() const { return tokens_ * bias_columns(tokens_); }
 
   int64_t items_, biases_ = 0, kept_ = 0, tokens_ = 0, turns_ = 0, slices_ = 0;

@@ -237,6 +237,7 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& q, const at::Tenso
   } else {
     const at::Tensor memory = at::empty({items * parts * sums_size}, lse.options());
     A* sums = memory.mutable_data_ptr<A>();
+    bias_sums.clear();  // not where they are used: several parts share them
     // A window smaller than the largest may need fewer chunks; its sums lie side by side.
     const auto count = [&](const AttentionHead<A>& head) {
       const int64_t n = span_tokens(head.span);
@@ -249,10 +250,8 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& q, const at::Tenso
       const int64_t n = span_tokens(head.span), size = query_chunk(n);
       A* own = sums + item * parts * sums_size + part * 2 * sum_rows(n) * sum_columns(call.dim);
       // The chunks of one head add to different columns.
-      bias_sums.each(item, [&](int64_t, A* to) {
-        call.kernel.backward(head, arguments(item, part, to), part * size,
-                             std::min(n, (part + 1) * size), true, own, scratch);
-      });
+      call.kernel.backward(head, arguments(item, part, bias_sums.of(item)), part * size,
+                           std::min(n, (part + 1) * size), true, own, scratch);
     });
     share_items(items, 0, [&](int64_t item, char*) {
       const AttentionHead<A> head = call.head(item);
