@@ -4,12 +4,15 @@
 A case is a call of an op (kdfast.aot) in one dtype, size and set of options on one architecture.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from bench.gpu_source import fingerprints
 from bench.gpu_tables import arch_name
 from kdfast import aot
+from kdfast.kernels._common import BLOCKS, TWO
 
 # In the order of what they say. Ampere's tensor cores and Hopper's first, then Blackwell's; sm_86
 # and sm_89 run the instructions of sm_80 on less shared memory.
@@ -131,6 +134,28 @@ def losses(half: bool, distinct: bool) -> Iterator[tuple[str, int, Options]]:
             for normalize in ("none", "layer", "channel"):
                 if (kind, normalize) != ("cosine", "channel"):
                     yield "feature_loss", 1024, {"kind": kind, "normalize": normalize}
+
+
+def blocks(case: Case) -> list[Any]:
+    """The entries of the table of block sizes that the case may take."""
+    values = case.values()
+    names = ["fwd", "distance", "dq_rider", "dkdv_rider"]
+    if case.op == "pruned_attention":
+        names = ["fwd", "dq", "dkdv"]
+        if "bias" in values:
+            names = [*(f"{name}_bias" for name in names), "dbias"]
+    elif case.op != "attention_distill":
+        return []
+    itemsize = 4 if case.dtype == "float32" else 2
+    widths = {64 if dim <= 64 else 128 for dim in (case.dim, values.get("teacher_dim", case.dim))}
+    keys = [(name, width, itemsize) for name in names for width in (*widths, TWO)]
+    return sorted((key, BLOCKS[key]) for key in keys if key in BLOCKS)
+
+
+def source(case: Case) -> str:
+    """A fingerprint of the code and the blocks that the binaries of the case depend on."""
+    text = repr((fingerprints()[case.op], blocks(case)))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def violations(case: Case, row: dict[str, Any]) -> list[str]:

@@ -17,8 +17,8 @@ from typing import Any
 
 import triton
 
-from bench.gpu_cases import Case, cases, describe, violations
-from bench.gpu_source import ROOT, fingerprints
+from bench.gpu_cases import Case, cases, describe, source, violations
+from bench.gpu_source import ROOT
 from bench.gpu_sweep import KERNEL, sweep
 from kdfast.kernels._common import choose_tiles, useful_share, window_lengths
 
@@ -238,8 +238,7 @@ def stored(facts: Mapping[str, Any]) -> dict[Case, dict[str, Any]]:
 
 def current(facts: Mapping[str, Any]) -> dict[Case, dict[str, Any]]:
     """Those of them that are of the code as it is."""
-    source = fingerprints()
-    return {c: row for c, row in stored(facts).items() if row["source"] == source[c.op]}
+    return {case: row for case, row in stored(facts).items() if row["source"] == source(case)}
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu_cases import Case
+from bench.gpu_cases import Case, source
 from bench.gpu_source import ROOT, fingerprints
 from kdfast import aot
 
@@ -122,7 +122,7 @@ def sweep(cases: Iterable[Case], jobs: int = 1, seconds: float | None = None) ->
 
 def main() -> None:
     """Answers until the input ends."""
-    source = fingerprints()  # of the code that was just imported
+    fingerprints()  # of the code that was just imported
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # compilers may print
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
@@ -132,7 +132,7 @@ def main() -> None:
         # Compilers inherit the limit, which ends a process that reaches it.
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + LIMIT, hard))
         try:
-            answer: dict[str, Any] = {"source": source[case.op], "kernels": compiled(case)}
+            answer: dict[str, Any] = {"source": source(case), "kernels": compiled(case)}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answer["seconds"] = round(cpu_seconds() - start, 1)

@@ -51,7 +51,7 @@ BLOCKS: dict[tuple[str, int, int], tuple[tuple[tuple[int, int], ...], int, int]]
     ("dkdv", 128, 4): (((16, 4),), 16, 1),
     # With the distance to a teacher's maps, and the kernel of its row sums.
     ("dq_rider", 64, 2): (((64, 4), (32, 4)), 32, 2),
-    ("dq_rider", 128, 2): (((64, 8), (32, 4)), 32, 1),
+    ("dq_rider", 128, 2): (((64, 8), (32, 8)), 32, 1),
     ("dq_rider", 64, 4): (((32, 8),), 32, 1),
     ("dq_rider", 128, 4): (((16, 8),), 16, 1),
     ("dkdv_rider", 64, 2): (((64, 8), (32, 4)), 32, 2),
