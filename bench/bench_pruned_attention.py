@@ -39,7 +39,10 @@ DTYPES = benchmark.sized([torch.float32, torch.bfloat16], [torch.float32])
 # ORION: a grid of 40 x 40 tokens in windows of 16, padded to 48.
 HEADS, SIDE, SIZE, PADDED = benchmark.sized((16, 40, 16, 48), (1, 3, 2, 4))
 # Images or windows, heads, tokens, head dim, biases: Swin-T's first stage and BEiT-B, 8 images.
-BIASED = {"swin stage 1": (512, 3, 49, 32, 64), "beit": (8, 12, 197, 64, 1)}
+BIASED = benchmark.sized(
+    {"swin stage 1": (512, 3, 49, 32, 64), "beit": (8, 12, 197, 64, 1)},
+    {"swin stage 1": (4, 1, 9, 16, 2), "beit": (2, 1, 20, 16, 1)},
+)
 Attention = Callable[..., Tensor]
 
 
