@@ -92,6 +92,7 @@ ROW = {
     "tensor_core": 9,
     "loads_16": 4,
 }
+SPILLED = " bytes of registers spilled"
 LOSS = {"tensor_core": 0, "loads_16": 0}
 
 
@@ -102,6 +103,15 @@ LOSS = {"tensor_core": 0, "loads_16": 0}
         ({}, {"spill_bytes": 72}, ["72 bytes of registers spilled"]),
         ({"dtype": "float32", "dim": 72}, {"spill_bytes": 64}, []),
         ({"arch": 942}, {"spill_bytes": 500, "shared_bytes": 64 << 10}, []),
+        ({"arch": 100, "op": "attention_distill", "dim": 72}, {"spill_bytes": 136}, []),
+        *(
+            ({"arch": 100, "op": op, "dim": dim}, {"spill_bytes": spilled}, [f"{spilled}{SPILLED}"])
+            for op, dim, spilled in (
+                ("attention_distill", 72, 140),
+                ("attention_distill", 128, 136),
+                ("pruned_attention", 72, 136),
+            )
+        ),
         ({"arch": 942}, {"shared_bytes": 65 << 10}, ["66560 bytes of shared memory"]),
         ({}, {"shared_bytes": 100 << 10}, ["102400 bytes of shared memory"]),
         ({"arch": 80}, {"shared_bytes": 100 << 10}, []),
