@@ -161,10 +161,15 @@ def source(case: Case) -> str:
 
 
 def over_budget(case: Case, row: dict[str, Any]) -> bool:
-    """The one known fault: gradients beside a distance, bf16 head dims of two tiles, Blackwell."""
-    two = case.dim > 64 and case.dim != 128 and case.dtype != "float32"
-    name = row["name"] == "bwd_kernel" and case.op == "attention_distill"
-    return name and two and case.arch == 100
+    """The known faults on Blackwell: gradients beside a distance, head dims of two tiles in half
+    precision, and the forward of 197 tokens at head dim 128.
+    """
+    if case.arch != 100 or case.dtype == "float32":
+        return False
+    if case.op == "attention_distill":
+        return row["name"] == "bwd_kernel" and 64 < case.dim < 128
+    long = case.op == "pruned_attention" and case.options == "tokens=197"
+    return long and row["name"] == "fwd_kernel" and case.dim == 128
 
 
 def violations(case: Case, row: dict[str, Any]) -> list[str]:
