@@ -27,12 +27,12 @@ def test_every_head_dim_of_every_architecture(bench: Any) -> None:
     every = bench("gpu_cases").cases()
     assert len(set(every)) == len(every) > 500
     for op in ("pruned_attention", "attention_distill"):
-        for arch in (*NVIDIA, 942):
-            dims = {c.dim for c in every if (c.op, c.arch, c.dtype) == (op, arch, "bfloat16")}
-            assert dims == {16, 24, 64, 72, 80, 88, 96, 128}, (op, arch)
-        full = {(c.arch, c.dim) for c in every if (c.op, c.dtype) == (op, "float32")}
-        assert len({x for x in full if x[0] in (80, 90, 100)}) == 3 * 8
-        assert {c.arch for c in every if (c.op, c.dtype) == (op, "float16")} == {*NVIDIA, 942}
+        found = {(c.arch, c.dtype, c.dim) for c in every if c.op == op}
+        for dim in (16, 24, 64, 72, 80, 88, 96, 128):
+            for dtype in ("bfloat16", "float16", "float32"):
+                assert {(arch, dtype, dim) for arch in NVIDIA} <= found
+            assert (942, "bfloat16", dim) in found
+        assert {(942, "float16", 64), (942, "float16", 88)} <= found
     for op in ("kd_loss", "feature_loss", "swiglu_norm"):
         both = {(c.arch, c.dtype) for c in every if c.op == op}
         assert len(both) == 6 * 3, op
@@ -100,18 +100,10 @@ LOSS = {"tensor_core": 0, "loads_16": 0}
     ("case", "change", "found"),
     [
         ({}, {}, []),
-        ({}, {"spill_bytes": 72}, ["72 bytes of registers spilled"]),
+        ({}, {"spill_bytes": 72}, [f"72{SPILLED}"]),
         ({"dtype": "float32", "dim": 72}, {"spill_bytes": 64}, []),
         ({"arch": 942}, {"spill_bytes": 500, "shared_bytes": 64 << 10}, []),
-        ({"arch": 100, "op": "attention_distill", "dim": 72}, {"spill_bytes": 136}, []),
-        *(
-            ({"arch": 100, "op": op, "dim": dim}, {"spill_bytes": spilled}, [f"{spilled}{SPILLED}"])
-            for op, dim, spilled in (
-                ("attention_distill", 72, 140),
-                ("attention_distill", 128, 136),
-                ("pruned_attention", 72, 136),
-            )
-        ),
+        ({"arch": 100, "op": "attention_distill"}, {"spill_bytes": 136}, [f"136{SPILLED}"]),
         ({"arch": 942}, {"shared_bytes": 65 << 10}, ["66560 bytes of shared memory"]),
         ({}, {"shared_bytes": 100 << 10}, ["102400 bytes of shared memory"]),
         ({"arch": 80}, {"shared_bytes": 100 << 10}, []),
