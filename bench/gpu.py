@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m bench.gpu``: every proof that needs a GPU, in one command of at most ten minutes.
 
-Runs tests/test_gpu.py on the device, measures goals, determinism and memory, times the ops against
-eager, SDPA, torch.compile, FlexAttention and flash-attn, and writes gpu_NAME.json and gpu_NAME.md.
+Runs tests/test_gpu.py and test_gpu_limits.py on the device, measures goals, determinism and memory,
+times the ops against eager, SDPA, torch.compile, FlexAttention and flash-attn, and writes
+gpu_NAME.json and gpu_NAME.md.
 ``--dry-run`` does the same, small, on a CPU with the Triton kernels in the interpreter.
 """
 
@@ -24,6 +25,7 @@ from bench.gpu_tables import report
 from kdfast.benchmark import machine_facts
 
 ROOT = Path(__file__).resolve().parents[1]
+TEST_FILES = ("tests/test_gpu.py", "tests/test_gpu_limits.py")
 # In the order of what they show, for when time runs out.
 BENCHES = ("pruned_attention", "attention_distill", "kd_loss", "linear_kd_loss", "swiglu_norm")
 BENCHES += ("feature_loss", "head_gather")
@@ -69,7 +71,7 @@ def run_stages(folder: Path, seconds: float, dry: bool) -> dict[str, Any]:
     """Results of all stages; what a stage did not leave behind is missing from them."""
     junit, probes, rows = (folder / name for name in ("tests.xml", "probes.json", "rows.json"))
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    tests = [*pytest, "tests/test_gpu.py", f"--junitxml={junit}"]
+    tests = [*pytest, *TEST_FILES, f"--junitxml={junit}"]
     files = [f"bench/bench_{name}.py" for name in BENCHES]
     budget = 0.9 * seconds * TIMINGS
     benches = [*pytest, *files, "--save", str(rows), "--budget", str(budget)]
