@@ -2,8 +2,6 @@
 """The additive bias of pruned_attention: reference, every instruction set, and who gets what."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kdfast
-from kdfast import Rope, Window
+from kdfast import Window
 from kdfast.ops._library import EXTENSION
+from kdfast.testing import AttentionCase as Case
 from kdfast.testing import assert_no_worse, run
 
 ISAS = EXTENSION.testable_isas() if EXTENSION else ["generic"]
@@ -22,55 +21,14 @@ LOW = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("out", "dq", "dk", "dv", "dbias")
 
 
-@dataclass(frozen=True)
-class Case:
-    """One call: shape (B, H, N, D), number of biases, kept heads, rope, and masked entries."""
-
-    shape: tuple[int, int, int, int]
-    biases: int = 1
-    heads: tuple[int, ...] | None = None
-    rope: bool = False
-    masked: bool = False
-    scale: float | None = None
-
-    def inputs(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-        _, heads, tokens, _ = self.shape
-        draw = torch.Generator().manual_seed(7)
-        shapes = [self.shape] * 3 + [(self.biases, heads, tokens, tokens)]
-        q, k, v, bias = (torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes)
-        if self.masked:
-            gone = torch.rand(bias.shape, generator=draw) < 0.3
-            bias = bias.masked_fill(gone, -math.inf)
-            bias[:, 0, tokens // 2] = -math.inf  # a whole row
-            bias[:, -1, :, -1] = -100.0
-        return [x.to(dtype) for x in (q, k, v, bias)]
-
-    def call(self, backend: str) -> Callable[..., Tensor]:
-        def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-            rope = None
-            if self.rope:
-                angle = torch.arange(q.shape[2])[:, None] * (0.3 + torch.arange(q.shape[3]) / 7)
-                rope = Rope(angle.cos(), angle.sin())
-            return kdfast.pruned_attention(
-                *(q, k, v),
-                heads=self.heads,
-                rope=rope,
-                scale=self.scale,
-                bias=bias,
-                backend=backend,
-            )
-
-        return attention
-
-
 CASES = {
-    "swin": Case((8, 3, 49, 32), 4, masked=True),
-    "beit": Case((4, 3, 197, 64)),
-    "odd": Case((4, 3, 37, 23), 2, (2, 0)),
-    "rope": Case((2, 2, 50, 72), 2, rope=True, masked=True, scale=-0.3),
-    "one": Case((2, 1, 1, 16)),
-    "long": Case((2, 1, 700, 32), heads=(0,)),
-    "each": Case((2, 2, 33, 80), 2, masked=True),
+    "swin": Case((8, 3, 49, 32), biases=4, masked=True),
+    "beit": Case((4, 3, 197, 64), biases=1),
+    "odd": Case((4, 3, 37, 23), (2, 0), biases=2),
+    "rope": Case((2, 2, 50, 72), layout="interleaved", biases=2, masked=True, scale=-0.3),
+    "one": Case((2, 1, 1, 16), biases=1),
+    "long": Case((2, 1, 700, 32), (0,), biases=1),
+    "each": Case((2, 2, 33, 80), biases=2, masked=True),
 }
 
 
@@ -106,7 +64,7 @@ def test_reference_is_torchs_mask() -> None:
 
 
 def test_reference_gradcheck() -> None:
-    case = Case((4, 2, 3, 4), 2, (1,), rope=True)
+    case = Case((4, 2, 3, 4), (1,), layout="interleaved", biases=2)
     leaves = [x.requires_grad_() for x in case.inputs()]
     assert torch.autograd.gradcheck(case.call("reference"), leaves)
     case.call("reference")(*leaves).sum().backward()
@@ -137,7 +95,7 @@ def test_fused_is_exact_in_double(name: str) -> None:
 
 @pytest.mark.usefixtures("compiled")
 def test_gradcheck() -> None:
-    case = Case((4, 2, 3, 4), 2, (1,), rope=True)
+    case = Case((4, 2, 3, 4), (1,), layout="interleaved", biases=2)
     assert torch.autograd.gradcheck(case.call("fused"), [x.requires_grad_() for x in case.inputs()])
 
 
@@ -154,7 +112,7 @@ def test_threads_change_no_bit(name: str, dtype: torch.dtype, isa: str) -> None:
 
 
 def test_rows_without_a_score(isa: str) -> None:
-    case = Case((2, 2, 20, 16))
+    case = Case((2, 2, 20, 16), biases=1)
     q, k, v, bias = case.inputs(torch.float32)
     bias[0, 1, 3:5] = -math.inf
     out, dq, dk, dv, dbias = run(case.call("fused"), [q, k, v, bias])
@@ -167,7 +125,7 @@ def test_rows_without_a_score(isa: str) -> None:
 
 def test_extreme_bias(isa: str) -> None:
     # Images enough that the largest error of eager, too, is no matter of luck.
-    case = Case((8, 2, 37, 16))
+    case = Case((8, 2, 37, 16), biases=1)
     q, k, v, bias = case.inputs(torch.float32)
     bias = bias * 1e4
     # What transformers masks with, here and there and a row of it, which weighs all keys alike.
@@ -250,7 +208,7 @@ def test_autocast() -> None:
 
 @pytest.mark.usefixtures("compiled")
 def test_registration() -> None:
-    case = Case((4, 2, 6, 4), 2)
+    case = Case((4, 2, 6, 4), biases=2)
     q, k, v, bias = (x.requires_grad_() for x in case.inputs(torch.float32))
     geometry = ([1], None, None, 0, True, 0.5, None, 0, None, bias)
     attention = torch.ops.kdfast.pruned_attention.default
@@ -282,7 +240,7 @@ def test_compile() -> None:
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("shape", [(0, 2, 4, 16), (2, 0, 4, 16), (1, 2, 0, 16)])
 def test_empty(shape: tuple[int, int, int, int]) -> None:
-    results = run(Case(shape).call("fused"), Case(shape).inputs(torch.float32))
+    results = run((case := Case(shape, biases=1)).call("fused"), case.inputs(torch.float32))
     assert results[0].shape == shape
     assert results[4].shape == (1, shape[1], shape[2], shape[2])
     assert not results[4].any()
@@ -341,7 +299,9 @@ def test_random_calls(
 ) -> None:
     kept = torch.randperm(heads, generator=torch.Generator().manual_seed(seed)).tolist()
     shape = (turns * biases, heads, tokens, 2 * half_dim)
-    case = Case(shape, biases, tuple(kept[: 1 + seed % heads]), rope, masked)
+    layout = "interleaved" if rope else None
+    kept = tuple(kept[: 1 + seed % heads])
+    case = Case(shape, kept, layout=layout, biases=biases, masked=masked)
     inputs = case.inputs(dtype)
     before = EXTENSION.cpu_isa()
     EXTENSION.set_cpu_isa(isa)

@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,57 +9,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import kdfast
-from kdfast import Rope, Window, benchmark
-from kdfast.ops import pruned_attention as op
+from kdfast import Window, benchmark
 from kdfast.ops._library import EXTENSION
 from kdfast.testing import SHAPES, assert_no_worse, run
+from kdfast.testing import AttentionCase as Case
 
 pytestmark = pytest.mark.usefixtures("compiled")
 ISAS = EXTENSION.testable_isas() if EXTENSION else ["generic"]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("out", "dq", "dk", "dv", "dpad")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call: shape (B, H, N, D), kept heads, rotary layout and prefix, window side of a grid."""
-
-    shape: tuple[int, int, int, int]
-    heads: tuple[int, ...] | None = None
-    layout: str | None = None
-    prefix: int = 0
-    grid: tuple[int, int] | None = None
-    size: int = 0
-    padded: bool = False
-    scale: float | None = None
-
-    def inputs(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(7)
-        shapes = [self.shape] * 3 + [(self.shape[1], self.shape[3])] * self.padded
-        draw = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
-        # Rounded first, so that runs in several dtypes see the same numbers.
-        return [x.to(dtype) for x in draw]
-
-    def call(self, backend: str) -> Callable[..., Tensor]:
-        def attention(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None) -> Tensor:
-            _, _, tokens, dim = self.shape
-            window = None if self.grid is None else Window(self.grid, self.size, pad)
-            rope = None
-            if self.layout is not None:
-                rows = self.size**2 if self.grid else tokens - self.prefix
-                # All columns differ, so that a swapped pair or a wrong row shows.
-                angle = torch.arange(rows)[:, None] * (0.3 + torch.arange(dim) / 7)
-                rope = Rope(angle.cos(), angle.sin(), self.prefix, self.layout)
-            return op.pruned_attention(
-                *(q, k, v),
-                heads=self.heads,
-                rope=rope,
-                scale=self.scale,
-                window=window,
-                backend=backend,
-            )
-
-        return attention
 
 
 CASES = {
@@ -75,9 +31,9 @@ CASES = {
     "d7": Case((1, 2, 18, 7)),
     "d256": Case((1, 1, 40, 256), layout="interleaved"),
     "long": Case((1, 1, 700, 32)),
-    "windows": Case((2, 3, 35, 16), (2, 0), "interleaved", 0, (5, 7), 3, True),
+    "windows": Case((2, 3, 35, 16), (2, 0), layout="interleaved", grid=(5, 7), size=3, padded=True),
     "cropped": Case((1, 2, 35, 24), layout="half", grid=(5, 7), size=4),
-    "orion": Case((1, 2, 600, 64), (1,), "interleaved", 0, (20, 30), 16, True),
+    "orion": Case((1, 2, 600, 64), (1,), layout="interleaved", grid=(20, 30), size=16, padded=True),
 }
 
 
@@ -117,7 +73,7 @@ def test_fused_is_exact_in_double(name: str) -> None:
 
 
 def test_gradcheck() -> None:
-    case = Case((1, 2, 6, 4), (1,), "half", 0, (2, 3), 2, True)
+    case = Case((1, 2, 6, 4), (1,), layout="half", grid=(2, 3), size=2, padded=True)
     leaves = [x.requires_grad_() for x in case.inputs()]
     assert torch.autograd.gradcheck(case.call("fused"), leaves)
     out = case.call("fused")(*leaves)
@@ -268,11 +224,10 @@ def test_random_calls(
     case = Case(
         (batch, heads, rows * cols, 2 * half_dim),
         kept[: 1 + seed % heads],
-        layout,
-        0,
-        (rows, cols) if size else None,
-        size,
-        padded and size > 0,
+        layout=layout,
+        grid=(rows, cols) if size else None,
+        size=size,
+        padded=padded and size > 0,
     )
     inputs = case.inputs(dtype)
     fused = run(case.call("fused"), inputs)
@@ -286,7 +241,7 @@ def test_random_calls(
 
 
 def test_registration() -> None:
-    case = Case((1, 2, 6, 4), None, None, 0, (2, 3), 2, True)
+    case = Case((1, 2, 6, 4), grid=(2, 3), size=2, padded=True)
     q, k, v, pad = (x.requires_grad_() for x in case.inputs(torch.float32))
     table = torch.randn(4, 4)
     geometry = ([1], table, table, 0, True, 0.5, [2, 3], 2, pad)

@@ -2,16 +2,14 @@
 """fp32 whose products torch may make in bf16, and fp16 in tiles of bf16."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import kdfast
-from kdfast import Rope, Window
 from kdfast.ops._library import EXTENSION
+from kdfast.testing import AttentionCase as Case
 from kdfast.testing import Bf16Products, assert_no_worse, run
 
 ISAS = EXTENSION.testable_isas() if EXTENSION else []
@@ -25,50 +23,9 @@ MATMUL = torch.backends.mkldnn.matmul
 NAMES = ("out", "dq", "dk", "dv", "dextra")
 
 
-@dataclass(frozen=True)
-class Case:
-    """One call: shape (B, H, N, D), rotary layout, window side of a grid, pads or biases."""
-
-    shape: tuple[int, int, int, int]
-    heads: tuple[int, ...] | None = None
-    layout: str | None = None
-    prefix: int = 0
-    scale: float | None = None
-    grid: tuple[int, int] | None = None
-    biases: int = 0
-
-    def inputs(self, dtype: torch.dtype) -> list[Tensor]:
-        batch, heads, tokens, dim = self.shape
-        generator = torch.Generator().manual_seed(7)
-        shapes: list[tuple[int, ...]] = [self.shape] * 3
-        shapes += [(heads, dim)] * (self.grid is not None)
-        shapes += [(self.biases, heads, tokens, tokens)] * (self.biases > 0)
-        return [torch.randn(s, generator=generator).to(dtype) for s in shapes]
-
-    def call(self, backend: str) -> Callable[..., Tensor]:
-        def attention(q: Tensor, k: Tensor, v: Tensor, extra: Tensor | None = None) -> Tensor:
-            window = None if self.grid is None else Window(self.grid, 4, extra)
-            rope = None
-            if self.layout is not None:
-                rows = 16 if self.grid else q.shape[2] - self.prefix
-                angle = torch.arange(rows)[:, None] * (0.3 + torch.arange(q.shape[3]) / 7)
-                rope = Rope(angle.cos(), angle.sin(), self.prefix, self.layout)
-            return kdfast.pruned_attention(
-                *(q, k, v),
-                heads=self.heads,
-                rope=rope,
-                scale=self.scale,
-                window=window,
-                bias=extra if self.biases else None,
-                backend=backend,
-            )
-
-        return attention
-
-
 CASES = {
     "odd": Case((2, 3, 37, 24)),
-    "vit": Case((1, 3, 197, 64), (2, 0), "interleaved", 1),
+    "vit": Case((1, 3, 197, 64), (2, 0), layout="interleaved", prefix=1),
     # Images enough that eager's own largest error is no matter of luck.
     "d80": Case((8, 2, 33, 80), layout="half"),
     "d72": Case((1, 2, 50, 72), layout="interleaved", scale=-0.3),
@@ -76,7 +33,7 @@ CASES = {
     "d256": Case((1, 1, 40, 256), layout="interleaved"),
     # More than one chunk of queries, and of keys that dq is summed over.
     "long": Case((1, 1, 700, 32)),
-    "windows": Case((2, 3, 35, 16), (2, 0), "interleaved", 0, None, (5, 7)),
+    "windows": Case((2, 3, 35, 16), (2, 0), layout="interleaved", grid=(5, 7), size=4, padded=True),
     "bias": Case((4, 2, 37, 40), biases=2),
 }
 
