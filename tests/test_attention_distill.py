@@ -12,7 +12,7 @@ from torch import Tensor
 import kdfast
 from kdfast import Rope, Window
 from kdfast.ops import attention_distill as op
-from kdfast.testing import run
+from kdfast.testing import rotary, run
 
 KINDS = tuple(op.STATS)
 # Distances of P = (1/2, 1/2) from R = (3/4, 1/4), by hand.
@@ -24,11 +24,6 @@ LITERAL = {
     "cosine": 0.105573,
     "logit_mse": 0.322427,
 }
-
-
-def make_rope(rows: int, head_dim: int) -> Rope:
-    angle = torch.arange(rows)[:, None] * (0.3 + torch.arange(head_dim) / 7)
-    return Rope(angle.cos().double(), angle.sin().double())
 
 
 def make(*shape: int) -> Tensor:
@@ -167,7 +162,7 @@ def test_windows_match_padding(kind: str, grid: tuple[int, int], size: int, back
     n = grid[0] * grid[1]
     qkv, pad = [make(2, 3, n, 6) for _ in range(3)], make(3, 6)
     teacher = [make(2, 4, n, 4) for _ in range(2)]
-    ropes = make_rope(size**2, 6), make_rope(size**2, 4)
+    ropes = rotary(size**2, 6), rotary(size**2, 4)
     heads, mapped = [2, 0], [1, 3]
 
     def loss(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
@@ -193,7 +188,7 @@ def test_out_is_pruned_attention(backend: str) -> None:
     q, k, v, teacher_q, teacher_k = (make(2, 3, 12, 8) for _ in range(5))
     args: dict[str, Any] = {
         "heads": [2, 1],
-        "rope": make_rope(4, 8),
+        "rope": rotary(4, 8),
         "window": Window((3, 4), 2, make(3, 8)),
         "scale": 0.4,
     }
@@ -210,7 +205,7 @@ def test_out_is_pruned_attention(backend: str) -> None:
 def test_zero_at_the_teacher(kind: str, backend: str) -> None:
     q, k, v = (make(1, 2, 9, 8).requires_grad_() for _ in range(3))
     _, loss = kdfast.attention_distill(
-        *(q, k, v, q, k), kind=kind, temperature=2.0, rope=make_rope(9, 8), backend=backend
+        *(q, k, v, q, k), kind=kind, temperature=2.0, rope=rotary(9, 8), backend=backend
     )
     assert abs(loss.item()) < 1e-14
     for grad in torch.autograd.grad(loss, (q, k)):
@@ -229,7 +224,7 @@ def test_gradcheck(kind: str, backend: str) -> None:
         return kdfast.attention_distill(
             *(q, k, v, *teacher),
             **{"heads": [1], "teacher_heads": [2], "temperature": 0.8, "kind": kind},
-            **{"rope": make_rope(4, 4), "teacher_rope": make_rope(4, 2)},
+            **{"rope": rotary(4, 4), "teacher_rope": rotary(4, 2)},
             **{"window": Window((2, 3), 2, p), "backend": backend},
         )
 
@@ -264,7 +259,7 @@ def test_teacher_heads(backend: str) -> None:
 
 def test_teacher_rope_defaults_to_rope(backend: str) -> None:
     x = [make(1, 2, 9, 8) for _ in range(5)]
-    rope, plain = make_rope(9, 8), Rope(torch.ones(9, 8), torch.zeros(9, 8))
+    rope, plain = rotary(9, 8), Rope(torch.ones(9, 8), torch.zeros(9, 8))
     call = lambda **a: kdfast.attention_distill(*x, **a, backend=backend)[1]  # noqa: E731
     assert torch.equal(call(rope=rope), call(rope=rope, teacher_rope=rope))
     turned = [*x[:3], *(op.attention.rotated(t, rope, None) for t in x[3:])]
@@ -313,9 +308,9 @@ def test_teacher_dtype_and_autocast(backend: str) -> None:
         ({"teacher_k": make(1, 3, 5, 7)}, ValueError, "teacher_k must be .* like teacher_q"),
         ({"teacher_q": make(1, 3, 6, 6), "teacher_k": make(1, 3, 6, 6)}, ValueError, "B, N = 1, 5"),
         ({"teacher_q": torch.ones(1, 3, 5, 6).int()}, TypeError, "teacher_q must be one of"),
-        ({"rope": make_rope(5, 8)}, ValueError, "teacher_rope must be given when Dt differs"),
+        ({"rope": rotary(5, 8)}, ValueError, "teacher_rope must be given when Dt differs"),
         (
-            {"rope": make_rope(5, 8), "teacher_rope": make_rope(5, 8)},
+            {"rope": rotary(5, 8), "teacher_rope": rotary(5, 8)},
             ValueError,
             r"\(teacher\): rope.cos must be \(5, 6\)",
         ),

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kdfast
-from kdfast import Rope, Window
+from kdfast import Window
 from kdfast.ops import attention_distill as op
 from kdfast.ops._library import EXTENSION
-from kdfast.testing import assert_no_worse, run
+from kdfast.testing import assert_no_worse, rotary, run
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in op.FUSED_ON, reason="attention_distill has no compiled CPU kernel in this build"
@@ -38,11 +38,6 @@ def _restore_isa() -> Iterator[None]:
     EXTENSION.set_cpu_isa(before)
 
 
-def make_rope(rows: int, head_dim: int, layout: str) -> Rope:
-    angle = torch.arange(rows)[:, None] * (0.3 + torch.arange(head_dim) / 7)
-    return Rope(angle.cos().double(), angle.sin().double(), layout=layout)
-
-
 def make_case(name: str, dtype: torch.dtype) -> tuple[Callable[..., Any], list[Tensor]]:
     """A function (q, k, v, pad, backend) -> (out, loss), and its tensors."""
     shape, (teacher_heads, teacher_dim), temperature, heads, mapped, window, layout = CASES[name]
@@ -50,7 +45,7 @@ def make_case(name: str, dtype: torch.dtype) -> tuple[Callable[..., Any], list[T
     rows = tokens if window is None else window[1] ** 2
     inputs = [torch.randn(shape) for _ in range(3)] + [torch.randn(count, dim)] * live
     teacher = [torch.randn(batch, teacher_heads, tokens, teacher_dim).to(dtype) for _ in range(2)]
-    rope = None if layout is None else make_rope(rows, dim, layout)
+    rope = None if layout is None else rotary(rows, dim, layout)
 
     def call(backend: str, kind: str) -> Callable[..., Any]:
         def function(q: Tensor, k: Tensor, v: Tensor, *pad: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,7 +187,7 @@ def test_extreme_logits(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_chunks(dtype: torch.dtype) -> None:
     """Chunks of queries, pads, two head dims, signs of both scales."""
-    rope, teacher_rope = make_rope(16, 40, "interleaved"), make_rope(16, 24, "half")
+    rope, teacher_rope = rotary(16, 40, "interleaved"), rotary(16, 24, "half")
     window = Window((5, 6), 4, torch.randn(3, 40).to(dtype))
     windowed = {"rope": rope, "teacher_rope": teacher_rope, "window": window}
     for tokens, options, kinds in (

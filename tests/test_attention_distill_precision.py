@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import kdfast
-from kdfast import Rope, Window
+from kdfast import Window
 from kdfast.ops._library import EXTENSION
-from kdfast.testing import Bf16Products, assert_no_worse, run
+from kdfast.testing import Bf16Products, assert_no_worse, rotary, run
 
 ISAS = EXTENSION.testable_isas() if EXTENSION else []
 BF16 = [isa for isa in ISAS if isa in ("avx512_bf16", "amx", "amx_emulated")]
@@ -25,8 +25,7 @@ NAMES = ("out", "loss", "dq", "dk", "dv")
 
 def call(kind: str, window: bool, backend: str) -> Callable[..., Any]:
     def distill(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor) -> Any:
-        angle = torch.arange(16)[:, None] * (0.3 + torch.arange(24) / 7)
-        rope = Rope(angle.cos(), angle.sin()) if window else None
+        rope = rotary(16, 24) if window else None
         return kdfast.attention_distill(
             *(q, k, v, tq, tk),
             heads=[2, 0],
@@ -34,7 +33,7 @@ def call(kind: str, window: bool, backend: str) -> Callable[..., Any]:
             kind=kind,
             temperature=2.0 if window else 1.0,
             rope=rope,
-            teacher_rope=Rope(angle.cos(), angle.sin()) if window else None,
+            teacher_rope=rope,
             window=Window((5, 7), 4) if window else None,
             backend=backend,
         )

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import kdfast
 from kdfast import Rope, Window
 from kdfast.ops.attention_entropy import attention_entropy
-from kdfast.testing import DRY_RUN, SHAPES, assert_no_worse, launch_on_cpu, run
+from kdfast.testing import DRY_RUN, SHAPES, assert_no_worse, launch_on_cpu, rotary, run
 
 HAS_CUDA = torch.cuda.is_available()
 if not (HAS_CUDA or DRY_RUN):
@@ -65,11 +65,6 @@ def packed(shape: tuple[int, int, int, int]) -> Tensor:
 def heads_first(packed: Tensor) -> tuple[Tensor, ...]:
     """q, k and v (B, H, N, D) as views of the projection (B, N, 3, H, D)."""
     return tuple(x.transpose(1, 2) for x in packed.unbind(2))
-
-
-def rotary(rows: int, dim: int, layout: str = "interleaved", prefix: int = 0) -> Rope:
-    angle = torch.arange(rows)[:, None] * (0.3 + torch.arange(dim) / 7)
-    return Rope(angle.cos(), angle.sin(), prefix, layout)
 
 
 def placed(rope: Rope | None, like: Tensor) -> Rope | None:

@@ -15,7 +15,7 @@ from kdfast.ops import attention_entropy as op
 from kdfast.ops.attention_entropy import attention_entropy
 from kdfast.ops.geometry import Rope, Window
 from kdfast.pruning import head_scores
-from kdfast.testing import assert_no_worse, tiny_eva
+from kdfast.testing import assert_no_worse, rotary, tiny_eva
 
 HEADS, HEAD_DIM = 4, 16
 tiny = partial(tiny_eva, 0.2)
@@ -149,8 +149,7 @@ CASES: dict[str, tuple[tuple[int, ...], Window | None, int]] = {
 def test_kernel_is_no_worse_than_the_reference(case: str, dtype: torch.dtype) -> None:
     shape, window, prefix = CASES[case]
     rows = shape[2] if window is None else window.size**2
-    angle = torch.arange(rows)[:, None] * (0.3 + torch.arange(shape[3]) / 7)
-    rope = Rope(angle.cos(), angle.sin(), prefix=prefix)
+    rope = rotary(rows, shape[3], prefix=prefix)
     q, k = (torch.randn(shape).to(dtype) for _ in range(2))
     call = lambda a, b, backend: attention_entropy(  # noqa: E731
         a, b, rope=rope, window=window, scale=0.4, backend=backend

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import kdfast
-from kdfast import Rope, Window
+from kdfast import Window
 from kdfast.benchmark import peak_bytes
 from kdfast.ops import _logit_gram as gram
 from kdfast.ops import attention_distill as op
-from kdfast.testing import assert_no_worse, run
+from kdfast.testing import assert_no_worse, rotary, run
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in op.FUSED_ON, reason="attention_distill has no compiled CPU kernel in this build"
@@ -34,11 +34,6 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gram matrices for any length, and several images at a time and in parts."""
     monkeypatch.setattr(gram, "TOKENS_PER_DIM", 0)
     monkeypatch.setattr(gram, "TILE", 5000)
-
-
-def make_rope(rows: int, head_dim: int) -> Rope:
-    angle = torch.arange(rows)[:, None] * (0.3 + torch.arange(head_dim) / 7)
-    return Rope(angle.cos().double(), angle.sin().double())
 
 
 def distance(teacher: list[Tensor], backend: str, **options: Any) -> Callable[..., Any]:
@@ -65,7 +60,7 @@ def test_equals_the_reference(case: str) -> None:
         pad = torch.randn(3, dim, dtype=torch.float64) if live else None
         options["window"] = Window(window[0], window[1], pad)
     if rope:
-        options |= {"rope": make_rope(rows, dim), "teacher_rope": make_rope(rows, teacher_dim)}
+        options |= {"rope": rotary(rows, dim), "teacher_rope": rotary(rows, teacher_dim)}
     got, want = (run(distance(teacher, b, **options), x) for b in ("fused", "reference"))
     for name, a, b in zip("out loss dq dk dv".split(), got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13, msg=name)
@@ -154,7 +149,7 @@ def test_registration(window: bool) -> None:
 @pytest.mark.usefixtures("always")
 def test_compile() -> None:
     x = [torch.randn(2, 2, 20, 8) for _ in range(5)]
-    call = distance(x[3:], "fused", rope=make_rope(20, 8))
+    call = distance(x[3:], "fused", rope=rotary(20, 8))
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for a, b in zip(run(call, x[:3]), run(compiled, x[:3]), strict=True):

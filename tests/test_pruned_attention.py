@@ -9,13 +9,7 @@ from torch import Tensor
 import kdfast
 from kdfast import Rope, Window
 from kdfast.ops import pruned_attention as op
-from kdfast.testing import run
-
-
-def make_rope(rows: int, head_dim: int, layout: str = "interleaved", prefix: int = 0) -> Rope:
-    """Tables whose columns all differ, so that a swapped pair or a wrong row shows."""
-    angle = torch.arange(rows)[:, None] * (0.3 + torch.arange(head_dim) / 7)
-    return Rope(angle.cos().double(), angle.sin().double(), prefix, layout)
+from kdfast.testing import rotary, run
 
 
 def make_qkv(batch: int, heads: int, tokens: int, dim: int) -> list[Tensor]:
@@ -91,7 +85,7 @@ def padded_oracle(
 @pytest.mark.parametrize(("grid", "size"), [((5, 7), 3), ((4, 4), 2), ((2, 3), 4)])
 def test_reference_windows_match_padding(grid: tuple[int, int], size: int) -> None:
     qkv, pad = make_qkv(2, 3, grid[0] * grid[1], 6), torch.randn(3, 6, dtype=torch.float64)
-    rope = make_rope(size**2, 6)
+    rope = rotary(size**2, 6)
 
     def call(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
         window = Window(grid, size, p)
@@ -120,7 +114,7 @@ def test_reference_gradcheck() -> None:
         return op.pruned_attention(
             *(q, k, v),
             heads=[1],
-            rope=make_rope(4, 4, "half"),
+            rope=rotary(4, 4, "half"),
             window=Window((2, 3), 2, p),
             backend="reference",
         )
@@ -154,7 +148,7 @@ def test_autocast(backend: str) -> None:
     assert double.dtype == torch.float64
 
 
-ROPE = make_rope(6, 4)
+ROPE = rotary(6, 4)
 REJECTED = [
     ({"k": torch.zeros(1, 2, 6, 4).double()}, TypeError, "k must be torch.float32 like q"),
     ({"q": torch.zeros(1, 2, 6, 4).int()}, TypeError, "q must be one of float16"),
@@ -163,8 +157,8 @@ REJECTED = [
     ({"k": torch.zeros(1, 2, 6, 4, device="meta")}, ValueError, "k must be on cpu like q"),
     ({"heads": [2]}, ValueError, r"heads must be in \[0, 2\)"),
     ({"heads": [0.5]}, TypeError, "heads must hold ints"),
-    ({"rope": make_rope(5, 4)}, ValueError, r"rope.cos must be \(6, 4\)"),
-    ({"rope": make_rope(6, 4, "pairs")}, ValueError, "rope.layout must be one of"),
+    ({"rope": rotary(5, 4)}, ValueError, r"rope.cos must be \(6, 4\)"),
+    ({"rope": rotary(6, 4, "pairs")}, ValueError, "rope.layout must be one of"),
     ({"rope": Rope(ROPE.cos.requires_grad_(), ROPE.sin)}, NotImplementedError, "get no gradient"),
     ({"window": Window((2, 2), 2)}, ValueError, "must hold N = 6 tokens, got 2 x 2"),
     ({"window": Window((2, 3), 2, torch.zeros(1, 4))}, ValueError, "window.pad_value must be"),
@@ -174,7 +168,7 @@ REJECTED = [
         "window.pad_value must be on cpu",
     ),
     (
-        {"window": Window((2, 3), 2), "rope": make_rope(4, 4, prefix=1)},
+        {"window": Window((2, 3), 2), "rope": rotary(4, 4, prefix=1)},
         ValueError,
         "rope.prefix must be 0 with a window",
     ),

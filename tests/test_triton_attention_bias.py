@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import kdfast
-from kdfast import Rope, Window
+from kdfast import Window
 from kdfast.ops import pruned_attention as op
-from kdfast.testing import assert_no_worse, interpreted_kernels, run
+from kdfast.testing import assert_no_worse, interpreted_kernels, rotary, run
 
 kernels = interpreted_kernels("pruned_attention")
 bias_kernels = __import__("kdfast.kernels._attention_bias", fromlist=["_attention_bias"])
@@ -62,8 +62,7 @@ class Case:
 
     def call(self, fused: bool) -> Any:
         batch, _, tokens, dim = self.shape
-        angle = torch.arange(tokens)[:, None] * (0.3 + torch.arange(dim) / 7)
-        rope = Rope(angle.cos(), angle.sin(), 0, self.rope) if self.rope else None
+        rope = rotary(tokens, dim, self.rope) if self.rope else None
         heads = None if self.heads is None else list(self.heads)
 
         def function(packed: Tensor, bias: Tensor) -> Tensor:

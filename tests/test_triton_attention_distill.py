@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import kdfast
-from kdfast import Rope, Window
+from kdfast import Window
 from kdfast.ops import attention_distill as op
 from kdfast.ops import pruned_attention as attention
-from kdfast.testing import assert_no_worse, interpreted_kernels, run
+from kdfast.testing import assert_no_worse, interpreted_kernels, rotary, run
 
 kernels = interpreted_kernels("attention_distill")
 pytestmark = pytest.mark.interpret
@@ -41,11 +41,6 @@ class Launch(torch.autograd.Function):
         return tuple(grads)
 
 
-def make_rope(rows: int, dim: int, layout: str, prefix: int = 0) -> Rope:
-    angle = torch.arange(rows)[:, None] * (0.3 + torch.arange(dim) / 7)
-    return Rope(angle.cos(), angle.sin(), prefix, layout)
-
-
 def check(
     kind: str,
     *,
@@ -68,9 +63,9 @@ def check(
     heads, mapped = [2, 0], [1, 1]
     rows = window[1] ** 2 if window else tokens
     # The rows of the student's prefix are there, those of the teacher's are left out.
-    rope = make_rope(rows, dim, ropes[0], prefixes[0]) if ropes[0] else None
+    rope = rotary(rows, dim, ropes[0], prefixes[0]) if ropes[0] else None
     teacher_rows = rows - prefixes[1]
-    teacher_rope = make_rope(teacher_rows, teacher_dim, ropes[1], prefixes[1]) if ropes[1] else None
+    teacher_rope = rotary(teacher_rows, teacher_dim, ropes[1], prefixes[1]) if ropes[1] else None
     scales = dim**-0.5, 2 * teacher_dim**-0.5
 
     def call(fused: bool) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 import kdfast
 from kdfast import Rope, Window
 from kdfast.ops import pruned_attention as op
-from kdfast.testing import assert_no_worse, interpreted_kernels, run
+from kdfast.testing import assert_no_worse, interpreted_kernels, rotary, run
 
 kernels = interpreted_kernels("pruned_attention")
 common = __import__("kdfast.kernels._common", fromlist=["_common"])
@@ -36,11 +36,6 @@ class Launch(torch.autograd.Function):
         *saved, pad = ctx.saved_tensors
         dq, dk, dv, dpad, _ = op._cuda_bwd(grad, *saved, *ctx.args, pad)
         return dq, dk, dv, None if pad is None else dpad, *(None,) * len(ctx.args)
-
-
-def make_rope(rows: int, dim: int, layout: str, prefix: int = 0) -> Rope:
-    angle = torch.arange(rows)[:, None] * (0.3 + torch.arange(dim) / 7)
-    return Rope(angle.cos(), angle.sin(), prefix, layout)
 
 
 def check(
@@ -97,7 +92,7 @@ def test_global(shape: tuple[int, ...], heads: list[int] | None, dtype: torch.dt
 @pytest.mark.parametrize("layout", ["interleaved", "half"])
 @pytest.mark.parametrize(("dim", "prefix", "left_out"), [(72, 0, 0), (16, 1, 0), (24, 2, 2)])
 def test_rope(layout: str, dim: int, prefix: int, left_out: int) -> None:
-    check((1, 2, 21, dim), [1], make_rope(21 - left_out, dim, layout, prefix))
+    check((1, 2, 21, dim), [1], rotary(21 - left_out, dim, layout, prefix))
 
 
 @pytest.mark.parametrize("pad", [True, False])
@@ -105,7 +100,7 @@ def test_rope(layout: str, dim: int, prefix: int, left_out: int) -> None:
     ("grid", "size", "layout"), [((4, 5), 3, "half"), ((6, 4), 8, "interleaved"), ((2, 4), 2, "")]
 )
 def test_windows(grid: tuple[int, int], size: int, layout: str, pad: bool) -> None:
-    rope = make_rope(size**2, 24, layout) if layout else None
+    rope = rotary(size**2, 24, layout) if layout else None
     check((1, 2, grid[0] * grid[1], 24), [1], rope, (grid, size), pad=pad)
 
 
@@ -131,7 +126,7 @@ def test_large_logits() -> None:
 )
 def test_any_shape(tokens: int, dim: int, count: int, layout: str, dtype: torch.dtype) -> None:
     dim += dim % 2 if layout else 0
-    rope = make_rope(tokens, dim, layout) if layout else None
+    rope = rotary(tokens, dim, layout) if layout else None
     check((1, count, tokens, dim), [count - 1], rope, dtype=dtype)
 
 
