@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA implementations never wait for the device: shown without one, on fake CUDA tensors.
+"""The CUDA implementations never wait for the device and stay on it: shown on fake CUDA tensors.
 
 Fake tensors have no values, so reading one raises; copies between devices raise here. Launches of
-Triton kernels are left out, everything around them runs.
+Triton kernels are left out, everything around them runs, on a device that is not the current one.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -16,13 +16,23 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdfast.ops import attention_distill, feature_loss, kd_loss, linear_kd_loss, pruned_attention
+from kdfast.ops import (
+    _logit_gram,
+    attention_distill,
+    feature_loss,
+    kd_loss,
+    linear_kd_loss,
+    pruned_attention,
+    swiglu_norm,
+)
 from kdfast.ops._linear_kd import chunked
 from kdfast.ops._losses import scaled_gradient
 from kdfast.ops.geometry import Rope, Window
 
 jit = pytest.importorskip("triton.runtime.jit")
 common = pytest.importorskip("kdfast.kernels._common")
+sums = pytest.importorskip("kdfast.kernels._sums")
+DEVICE = torch.device("cuda", 1)
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 
 
@@ -48,12 +58,26 @@ class NoSync(TorchDispatchMode):
 
 @contextmanager
 def fake_device() -> Iterator[None]:
-    """CUDA tensors without values; launches do nothing."""
+    """CUDA tensors without values; launches only look where they and their tensors are."""
     common.head_table.cache_clear()
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def device_of(x: torch.Tensor) -> Iterator[None]:
+        entered.append(x.device)
+        yield
+        entered.pop()
+
+    def launch(*args: Any, **options: Any) -> None:
+        tensors = [x for x in tree_leaves((args, options)) if isinstance(x, torch.Tensor)]
+        places = {x.device for x in tensors} | set(entered[-1:] or [torch.device("cuda", 0)])
+        if places != {DEVICE}:
+            raise AssertionError(f"a launch on {places}")
+
     try:
         with (
-            mock.patch.object(jit.KernelInterface, "__getitem__", lambda *_: lambda *_, **__: None),
-            mock.patch("torch.cuda.device_of", lambda _: nullcontext()),
+            mock.patch.object(jit.KernelInterface, "__getitem__", lambda *_: launch),
+            mock.patch("torch.cuda.device_of", device_of),
             mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
             FakeTensorMode(),
             torch.no_grad(),
@@ -71,11 +95,11 @@ def without_sync(call: Any) -> Any:
 
 
 def cuda(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(shape, device="cuda", dtype=dtype)
+    return torch.randn(shape, device=DEVICE, dtype=dtype)
 
 
 def labels(rows: int) -> torch.Tensor:
-    return torch.zeros(rows, device="cuda", dtype=torch.int64)
+    return torch.zeros(rows, device=DEVICE, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("geometry", ["plain", "rope", "windows"])
@@ -123,6 +147,31 @@ def test_attention_distill(kind: str, temperature: float) -> None:
         without_sync(lambda: attention_distill._cuda_bwd(out, loss, out, stats, *args))
 
 
+@pytest.mark.parametrize("windows", [False, True])
+def test_logit_mse_by_gram_matrices(windows: bool) -> None:
+    with fake_device():
+        tokens, rows = (20 * 15, 300) if not windows else (20 * 15, 17**2)
+        q, k, v = cuda(2, tokens, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind()
+        turn = cuda(rows, 8, dtype=torch.float32)
+        window = Window((20, 15), 17, cuda(4, 8)) if windows else None
+        assert _logit_gram.pays(tokens, 8, 8, window)
+        _, loss = without_sync(
+            lambda: attention_distill.attention_distill(
+                *(q, k, v, q, k),
+                heads=[2, 0],
+                teacher_heads=[3, 3],
+                kind="logit_mse",
+                rope=Rope(turn, turn),
+                window=window,
+            )
+        )
+        args = (*(x[:, :2].contiguous() for x in (q, k, q, k)), 0.5, 0.7, None, 0)
+        if windows:
+            args = (*args[:6], [20, 15], 17)
+        loss, factors = without_sync(lambda: _logit_gram._forward(*args))
+        without_sync(lambda: _logit_gram._backward(loss, factors, *args))
+
+
 TARGETS = ("none", "hard", "soft")
 
 
@@ -168,6 +217,16 @@ def test_feature_loss(kind: str, normalize: str) -> None:
         without_sync(lambda: feature_loss._cuda(x, x, kind, normalize, True))
 
 
+def test_swiglu_norm() -> None:
+    with fake_device():
+        gate, value = cuda(5, 2, 48).unbind(1)
+        weight = cuda(40)
+        out, *moments = without_sync(
+            lambda: swiglu_norm._cuda(gate, value, weight, weight, 1e-6),
+        )
+        without_sync(lambda: swiglu_norm._cuda_bwd(out, gate, value, weight, *moments))
+
+
 @pytest.mark.parametrize(
     ("call", "match"),
     [
@@ -181,6 +240,18 @@ def test_feature_loss(kind: str, normalize: str) -> None:
 )
 def test_a_sync_is_seen(call: Any, match: str) -> None:
     with fake_device(), NoSync():
-        x = torch.randn(4, 4, device="cuda")
+        x = cuda(4, 4)
         with pytest.raises(AssertionError, match=match):
             call(x)
+
+
+def test_a_launch_elsewhere_is_seen() -> None:
+    with fake_device():
+        x = cuda(9, 40)
+        launch = sums.total_kernel[(1,)]
+        with torch.cuda.device_of(x):
+            launch(x, 3, option=x)
+            with pytest.raises(AssertionError, match="a launch on"):
+                launch(x, x.to("cuda:0"))
+        with pytest.raises(AssertionError, match="a launch on"):
+            launch(x)

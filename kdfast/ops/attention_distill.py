@@ -238,8 +238,9 @@ def _side(
 ) -> tuple[Tensor, Tensor]:
     """q and k of the named heads, rotated."""
     if heads is not None:
-        index = torch.tensor(heads, device=q.device)
-        q, k = q.index_select(1, index), k.index_select(1, index)
+        # An index would have to be copied to the device, which no CUDA graph can capture.
+        sides = (q.unbind(1), k.unbind(1))
+        q, k = (torch.stack([side[head] for head in heads], 1) for side in sides)
     return attention.rotated(q, rope, window), attention.rotated(k, rope, window)
 
 
