@@ -7,6 +7,20 @@ import torch
 from torch import Tensor
 
 
+def check_tensors(op: str, names: Sequence[str], *tensors: object, optional: bool = False) -> None:
+    """Raises TypeError for an argument that is no tensor, before anything is asked of it.
+
+    Args:
+        op: Name of the op, for messages.
+        names: Names of the arguments, for messages.
+        *tensors: The arguments, one per name.
+        optional: Whether None is as good as a tensor.
+    """
+    for name, x in zip(names, tensors, strict=True):
+        if not isinstance(x, Tensor) and not (optional and x is None):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+
+
 def head_list(
     op: str, name: str, heads: Sequence[int] | Tensor, count: int, *, distinct: bool = True
 ) -> list[int]:

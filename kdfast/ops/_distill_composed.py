@@ -31,17 +31,23 @@ def row_kl(
         scale: Over the temperature, as is the teacher's.
         teacher_scale: Multiplies the teacher's scores.
     """
-    attention = F.scaled_dot_product_attention
     with torch.no_grad():
-        own = attention(teacher_q, teacher_k, teacher_k, scale=teacher_scale)
+        own = attention(teacher_q, teacher_k, teacher_k, teacher_scale)
         teacher = teacher_scale * (teacher_q * own).sum(-1)
         teacher -= log_sums(teacher_q, teacher_k, teacher_scale)
-    cross = scale * (q * attention(teacher_q, teacher_k, k, scale=teacher_scale)).sum(-1)
+    cross = scale * (q * attention(teacher_q, teacher_k, k, teacher_scale)).sum(-1)
     # This sum over the student's map has the gradient of A, though not its value.
-    mean = scale * (q * attention(q.detach(), k.detach(), k, scale=scale)).sum(-1)
+    mean = scale * (q * attention(q.detach(), k.detach(), k, scale)).sum(-1)
     with torch.no_grad():
         shift = log_sums(q, k, scale) - mean
     return teacher - cross + mean + shift
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """torch's attention; values as wide as keys, as its CPU kernel without maps wants them."""
+    dim, wide = v.shape[-1], max(q.shape[-1], v.shape[-1])
+    q, k, v = (F.pad(x, (0, wide - x.shape[-1])) if x.shape[-1] < wide else x for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :dim]
 
 
 def log_sums(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from kdfast.ops import _distill_composed, _logit_gram
 from kdfast.ops import pruned_attention as attention
 from kdfast.ops._attention import check_geometry, check_qkv, geometry_args
-from kdfast.ops._checks import head_list
+from kdfast.ops._checks import check_tensors, head_list
 from kdfast.ops._library import (
     DEFAULT_BACKEND,
     HAS_TRITON,
@@ -84,7 +84,8 @@ def attention_distill(
         fp64), the mean over images, kept heads and real queries; 0 for an empty batch.
 
     Raises:
-        TypeError: Dtypes differ or are not supported, or heads are not integers.
+        TypeError: Dtypes differ or are not supported, heads are not integers, or a tensor is of
+            another type.
         ValueError: Shapes, devices, heads, ``temperature`` or ``kind`` do not fit.
         NotImplementedError: A rope table requires a gradient, or ``backend="fused"`` and the
             kernel cannot run (the reason is given).
@@ -94,6 +95,8 @@ def attention_distill(
     for its backward. Deterministic: yes.
     Source: arXiv 2002.10957 (KL of attention maps); arXiv 1909.10351 (MSE of attention scores).
     """
+    names = ("q", "k", "v", "teacher_q", "teacher_k")
+    check_tensors("attention_distill", names, q, k, v, teacher_q, teacher_k)
     device = q.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

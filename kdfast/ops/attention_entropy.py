@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdfast.ops import pruned_attention as attention
 from kdfast.ops._attention import check_geometry, check_qkv, geometry_args
+from kdfast.ops._checks import check_tensors
 from kdfast.ops._library import LIB, fused_devices, not_compiled, use_fused
 from kdfast.ops.geometry import Rope, Window
 
@@ -40,12 +41,13 @@ def attention_entropy(
         of keys that each token sees, pads included, (N,), which is the largest possible entropy.
 
     Raises:
-        TypeError: Dtypes do not match or are not supported.
+        TypeError: Dtypes do not match or are not supported, or q or k is no tensor.
         ValueError: Shapes or devices do not match.
         NotImplementedError: ``backend="fused"`` and there is no kernel (the reason is given).
 
     Gradients: none. Autocast has no effect on the scores. Deterministic: yes.
     """
+    check_tensors("attention_entropy", ("q", "k"), q, k)
     check_qkv("attention_entropy", q=q, k=k)
     check_geometry("attention_entropy", q, rope, window)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast.ops._checks import check_tensors
 from kdfast.ops._library import (
     HAS_TRITON,
     LIB,
@@ -58,7 +59,7 @@ def feature_loss(
         positions is NaN.
 
     Raises:
-        TypeError: Features are not floating.
+        TypeError: Features are not floating, or no tensors.
         ValueError: Shapes or devices do not match, ``dim`` is out of range or empty, or an option
             is unknown.
         NotImplementedError: ``backend="fused"`` and the kernel cannot run (the reason is given);
@@ -68,6 +69,7 @@ def feature_loss(
     and keeps it (one tensor like the student, fp32 for fp16) in place of both inputs.
     Deterministic: yes.
     """
+    check_tensors("feature_loss", ("student", "teacher"), student, teacher)
     _check(student, teacher, kind, normalize, dim)
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     s = student.to(dtype).movedim(dim, -1)

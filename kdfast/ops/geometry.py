@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdfast.ops._checks import check_tensors
+
 LAYOUTS = ("interleaved", "half")
 
 
@@ -35,6 +37,7 @@ class Rope:
             raise ValueError(f"{op}: rope.prefix must be in [0, {tokens}], got {self.prefix}")
         if head_dim % 2:
             raise ValueError(f"{op}: rope needs an even head dim, got {head_dim}")
+        check_tensors(op, ("rope.cos", "rope.sin"), self.cos, self.sin)
         rows = {tokens, tokens - self.prefix}
         for name, table in (("cos", self.cos), ("sin", self.sin)):
             if not table.is_floating_point():
@@ -76,6 +79,7 @@ class Window:
         pad = self.pad_value
         if pad is None:
             return
+        check_tensors(op, ("window.pad_value",), pad)
         if not pad.is_floating_point():
             raise TypeError(f"{op}: window.pad_value must be floating, got {pad.dtype}")
         if tuple(pad.shape) != (heads, head_dim):

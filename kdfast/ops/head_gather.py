@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops._checks import head_list
+from kdfast.ops._checks import check_tensors, head_list
 from kdfast.ops._library import (
     LIB,
     call_below_autograd,
@@ -46,13 +46,14 @@ def head_gather(
         (..., K * head_dim, ...), contiguous, dtype and device of ``x``.
 
     Raises:
-        TypeError: ``heads`` are not integers.
+        TypeError: ``x`` is no tensor, or ``heads`` are not integers.
         ValueError: ``dim`` is out of range, its size is not a multiple of ``head_dim``, or a head
             is out of range or repeated.
         NotImplementedError: ``backend="fused"`` and the kernel cannot run (the reason is given).
 
     Gradients: x (scattered to the kept slices, zero elsewhere). Deterministic: yes.
     """
+    check_tensors("head_gather", ("x",), x)
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"head_gather: dim must be in [{-x.dim()}, {x.dim()}), got {dim}")
     dim %= x.dim()

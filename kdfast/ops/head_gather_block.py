@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import head_gather as one
-from kdfast.ops._checks import head_list
+from kdfast.ops._checks import check_tensors, head_list
 from kdfast.ops._library import LIB, fused_devices, not_compiled, use_fused
 
 OP = "head_gather_block"
@@ -37,7 +37,7 @@ def head_gather_block(
         (..., K * head_dim, ...) for each tensor, as ``head_gather`` returns them.
 
     Raises:
-        TypeError: ``heads`` are not integers.
+        TypeError: Something in ``tensors`` is no tensor, or ``heads`` are not integers.
         ValueError: Not one dim for each tensor, or another number of heads or device than in the
             first tensor; or as ``head_gather``.
         NotImplementedError: ``backend="fused"`` and the kernel cannot run (the reason is given).
@@ -46,6 +46,7 @@ def head_gather_block(
     Deterministic: yes.
     """
     tensors = list(tensors)
+    check_tensors(OP, ("each of tensors",) * len(tensors), *tensors)
     if len(tensors) != len(dims):
         raise ValueError(
             f"{OP}: dims must hold one dimension for each tensor, got {len(dims)} and "

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast.ops._checks import check_tensors
 from kdfast.ops._library import (
     HAS_TRITON,
     LIB,
@@ -63,7 +64,7 @@ def kd_loss(
         As in torch, the mean over no rows is NaN and the sum is 0.
 
     Raises:
-        TypeError: Logits or target have an unsupported dtype.
+        TypeError: Logits or target have an unsupported dtype, or are no tensors.
         ValueError: Shapes or devices do not match, there are no classes, or an option is out of
             range.
         IndexError: A class index is neither in [0, C) nor ``ignore_index`` (CPU only: looking
@@ -75,6 +76,9 @@ def kd_loss(
     gradient in the forward pass and keeps it (one tensor like the logits, fp32 for fp16) in place
     of both logits. Deterministic: yes. Source: arXiv 1503.02531.
     """
+    names = ("student_logits", "teacher_logits")
+    check_tensors("kd_loss", names, student_logits, teacher_logits)
+    check_tensors("kd_loss", ("target",), target, optional=True)
     _check_logits(student_logits, teacher_logits)
     check_options("kd_loss", temperature, alpha, reduction, label_smoothing)
     if target is not None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.ops import kd_loss as logits_op
+from kdfast.ops._checks import check_tensors
 from kdfast.ops._library import LIB, fused_devices, not_compiled, register_gradient, use_fused
 from kdfast.ops._linear_kd import chunked, empty_gradients, logits_dtype
 from kdfast.ops._losses import FLOATING, accumulator, scaled_gradient
@@ -20,6 +21,7 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 OP = "linear_kd_loss"
 STUDENT = ("hidden", "weight", "bias")
 TEACHER = ("teacher_hidden", "teacher_weight", "teacher_bias")
+OPTIONAL = ("teacher_logits", "target", *TEACHER, "bias")
 # Logits of a chunk, and rows it has at least: fewer make the matrix products slow.
 CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 27}
 CHUNK_ROWS = {"cpu": 512, "cuda": 1024}
@@ -72,7 +74,8 @@ def linear_kd_loss(
         (loss, kd, ce) as ``kd_loss`` returns them.
 
     Raises:
-        TypeError: A tensor has an unsupported dtype, or one other than its partner.
+        TypeError: A tensor has an unsupported dtype, another one than its partner, or is of another
+            type.
         ValueError: Shapes or devices do not match, the teacher is given twice or not at all, or
             an option is out of range.
         IndexError: A class index is neither in [0, C) nor ``ignore_index`` (CPU only).
@@ -83,6 +86,9 @@ def linear_kd_loss(
     them in the forward pass; "none" recomputes the logits in the backward pass. The weight's
     gradient is accumulated in fp32. Deterministic: yes.
     """
+    check_tensors(OP, ("hidden", "weight"), hidden, weight)
+    given = (teacher_logits, target, teacher_hidden, teacher_weight, teacher_bias, bias)
+    check_tensors(OP, OPTIONAL, *given, optional=True)
     device = hidden.device.type
     hidden, weight = (_under_autocast(x, device) for x in (hidden, weight))
     bias = _under_autocast(bias, device)

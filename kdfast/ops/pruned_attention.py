@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops._attention import check_bias, check_geometry, check_qkv, geometry_args
-from kdfast.ops._checks import head_list
+from kdfast.ops._checks import check_tensors, head_list
 from kdfast.ops._library import (
     HAS_TRITON,
     LIB,
@@ -66,7 +66,8 @@ def pruned_attention(
         (fp64 for fp64); rotated queries and keys are rounded to q's dtype, as in ORION.
 
     Raises:
-        TypeError: Dtypes differ or are not supported, or ``heads`` are not integers.
+        TypeError: Dtypes differ or are not supported, ``heads`` are not integers, or a tensor is of
+            another type.
         ValueError: Shapes or devices do not match, or a head is out of range or repeated.
         NotImplementedError: A rope table requires a gradient, a bias comes with a window, or
             ``backend="fused"`` and the kernel cannot run (the reason is given).
@@ -77,6 +78,8 @@ def pruned_attention(
     to 64 MiB, or one (G, K, N, N) where that is more. Deterministic: yes.
     Source: arXiv 1706.03762 eq. 1; arXiv 2205.14135 alg. 1; arXiv 2104.09864 sec. 3.4.
     """
+    check_tensors("pruned_attention", ("q", "k", "v"), q, k, v)
+    check_tensors("pruned_attention", ("bias",), bias, optional=True)
     kind = q.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast.ops._checks import check_tensors
 from kdfast.ops._library import BACKENDS, DEFAULT_BACKEND
 from kdfast.ops.geometry import Rope
 from kdfast.ops.pruned_attention import pruned_attention, rotated, why_not
@@ -55,17 +56,19 @@ def scaled_dot_product_attention(
         (B, H, N, D) in query's dtype.
 
     Raises:
+        TypeError: query, key, value or attn_mask is no tensor.
         ValueError: ``backend`` is not one of the three, or torch's function refuses the call.
         NotImplementedError: ``backend="fused"`` and the kernel lacks something (it says what).
 
     Gradients: query, key, value and an additive attn_mask.
     """
+    op = "scaled_dot_product_attention"
+    check_tensors(op, ("query", "key", "value"), query, key, value)
+    check_tensors(op, ("attn_mask",), attn_mask, optional=True)
     fits = attn_mask is not None and _fits(attn_mask, query)
     reason = unfused(query, key, value, None if fits else attn_mask, dropout_p, is_causal)
     if reason and _choice(backend) == "fused":
-        raise NotImplementedError(
-            f"scaled_dot_product_attention: backend='fused' cannot run here: {reason}"
-        )
+        raise NotImplementedError(f"{op}: backend='fused' cannot run here: {reason}")
     if reason or _torch_is_better(query, backend):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

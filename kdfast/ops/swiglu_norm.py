@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast.ops._checks import check_tensors
 from kdfast.ops._library import HAS_TRITON, LIB, fused_devices, not_compiled, use_fused
 from kdfast.ops._losses import FLOATING, accumulator
 
@@ -43,7 +44,7 @@ def swiglu_norm(
         after silu and the product.
 
     Raises:
-        TypeError: Dtypes are not floating or do not go together.
+        TypeError: Dtypes are not floating or do not go together, or an input is no tensor.
         ValueError: Shapes or devices do not match, or ``eps`` is negative.
         NotImplementedError: ``backend="fused"`` and the kernel cannot run (the reason is given);
             second derivatives of the fused kernel.
@@ -51,6 +52,8 @@ def swiglu_norm(
     Gradients: gate, value, weight, bias. The fused kernel keeps gate, value, weight and two numbers
     per row. Deterministic: yes, whatever the number of threads.
     """
+    names = ("gate", "value", "weight", "bias")
+    check_tensors("swiglu_norm", names, gate, value, weight, bias)
     _check(gate, value, weight, bias, eps)
     compiled = gate.device.type in FUSED_ON
     if use_fused("swiglu_norm", backend, why_not(gate), compiled=compiled):
