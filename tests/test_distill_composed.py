@@ -6,6 +6,7 @@ import torch
 
 import kdfast
 from kdfast import Rope
+from kdfast.benchmark import peak_bytes, saved_bytes
 from kdfast.ops import _distill_composed as composed
 from kdfast.ops import attention_distill as op
 from kdfast.testing import assert_no_worse, run
@@ -25,6 +26,21 @@ def test_rows_against_maps() -> None:
         torch.testing.assert_close(got, want)
     equal = composed.row_kl(tq, tk, tq, tk, 0.2, 0.2)
     torch.testing.assert_close(equal, torch.zeros_like(equal))
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (16, 24), (24, 16)])
+def test_no_map_is_held(dims: tuple[int, int]) -> None:
+    tokens = 2048
+    q, k = (torch.randn(1, 1, tokens, dims[0], requires_grad=True) for _ in range(2))
+    tq, tk = (torch.randn(1, 1, tokens, dims[1]) for _ in range(2))
+
+    def distance() -> torch.Tensor:
+        return composed.row_kl(q, k, tq, tk, 0.25, 0.2).sum()
+
+    # A few tensors of the size of q, and while it runs the scores of 256 rows.
+    assert saved_bytes(distance) < 10 * 24 * tokens * 4
+    peak = peak_bytes(lambda: torch.autograd.grad(distance(), (q, k)))
+    assert peak < 4 * (3 * composed.ROWS + 16 * 24) * tokens < 4 * tokens**2
 
 
 def test_auto_takes_it_where_maps_are_large(monkeypatch: pytest.MonkeyPatch) -> None:

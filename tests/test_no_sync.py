@@ -150,7 +150,7 @@ def test_attention_distill(kind: str, temperature: float) -> None:
 @pytest.mark.parametrize("windows", [False, True])
 def test_logit_mse_by_gram_matrices(windows: bool) -> None:
     with fake_device():
-        tokens, rows = (20 * 15, 300) if not windows else (20 * 15, 17**2)
+        tokens, rows = 20 * 15, 17**2 if windows else 20 * 15
         q, k, v = cuda(2, tokens, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind()
         turn = cuda(rows, 8, dtype=torch.float32)
         window = Window((20, 15), 17, cuda(4, 8)) if windows else None
@@ -165,9 +165,8 @@ def test_logit_mse_by_gram_matrices(windows: bool) -> None:
                 window=window,
             )
         )
-        args = (*(x[:, :2].contiguous() for x in (q, k, q, k)), 0.5, 0.7, None, 0)
-        if windows:
-            args = (*args[:6], [20, 15], 17)
+        pairs = [x[:, :2].contiguous() for x in (q, k, q, k)]
+        args: Any = (*pairs, 0.5, 0.7, *(([20, 15], 17) if windows else (None, 0)))
         loss, factors = without_sync(lambda: _logit_gram._forward(*args))
         without_sync(lambda: _logit_gram._backward(loss, factors, *args))
 
