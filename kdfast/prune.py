@@ -7,11 +7,13 @@ See docs/pruning.md.
 import argparse
 import copy
 import difflib
+import importlib.util
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,17 +29,30 @@ from kdfast.pruning import (
     pruning_report,
     select_heads,
 )
-from kdfast.pruning.adapter import adapter_of
+from kdfast.pruning.adapter import Adapter, adapter_of
 from kdfast.pruning.heat_map import draw_heads
 from kdfast.pruning.report import PruningReport
 from kdfast.pruning.scores import METHODS
 from kdfast.saving import CONFIG, load_pretrained, save_pretrained
 
+PACKAGES = ("matplotlib", "rich")  # for the heat map and the table
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class UsageError(Exception):
     """Something in the request that the user has to change; the message is one line."""
+
+
+@contextmanager
+def asked(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds inside mean a request that cannot be met.
+
+    Only around what runs no code of the model: an error of that keeps its traceback.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise UsageError(str(error)) from error
 
 
 class Latency(NamedTuple):
@@ -80,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
         run(options)
-    except (UsageError, ValueError, TypeError, OSError, ImportError) as error:
+    except UsageError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -88,6 +103,50 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """All steps, from the model to the folder."""
+    check(options)
+    torch.manual_seed(options.seed)
+    with asked(OSError, ValueError, ImportError):
+        model = load(options.model, options.pretrained)
+    with asked(TypeError, ValueError):
+        adapter = adapter_of("kdfast.prune", model)
+        size = adapter.image_size(model)
+        check_model(adapter, model, options)
+    with asked(OSError, ValueError, ImportError):
+        batches = list(pictures(model, size, options))
+    print(f"{options.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"scoring heads by {options.method}, on {source(options)}")
+    data = None if options.method == "magnitude" else batches
+    if options.method == "leave_one_out":
+        print(effort(model, sum(len(site.held) for site in adapter.attentions(model)), batches))
+    scores = head_scores(model, options.method, data, seed=options.seed)
+    with asked(ValueError):
+        kept = select_heads(scores, options.keep, options.scope)
+    units = None
+    if options.mlp_keep is not None:
+        method = options.method if options.method in ("magnitude", "gradient") else "taylor"
+        looked = mlp_scores(model, method, None if method == "magnitude" else batches)
+        with asked(ValueError):
+            units = select_heads(looked, options.mlp_keep, options.scope)
+    mean: dict[str, Any] = {"mean_context": True, "data": batches} if options.mean_context else {}
+    pruned = prune_heads(model, kept, mlp=units, **mean).eval()
+    keep = [[len(row) for row in kept]]
+    mlp_keep = None if units is None else [len(row) for row in units]
+    report = pruning_report(model, keep, mlp_keep=mlp_keep)
+    with asked(OSError, ValueError):
+        save_pretrained(pruned, options.out)
+        scores.save(options.out / "scores.json")
+        draw_heads(scores, kept, options.out / "heads.png")
+    image = batches[0][:1] if batches else noise(model, size)
+    latency = timed(model, pruned, image, options.rounds)
+    with asked(OSError):
+        write_report(options, report, kept, latency)
+    show(report, latency, options)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises UsageError for what is wrong whatever the model is."""
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise UsageError(f"missing packages: {', '.join(missing)}; pip install 'kdfast[train]'")
     if (options.out / CONFIG).exists() and not options.overwrite:
         raise UsageError(f"--out: {options.out} holds a model already; --overwrite replaces it")
     if options.batches < 1 or options.batch_size < 1 or options.rounds < 2:
@@ -97,38 +156,20 @@ def run(options: argparse.Namespace) -> None:
         if isinstance(value, float) and not 0 < value <= 1:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag}: with a point it is a fraction in (0, 1], got {value}")
+    if options.data and not options.data.is_dir():
+        raise UsageError(f"--data: must be a folder, got {options.data}")
     check_writable(options.out)
-    torch.manual_seed(options.seed)
-    model = load(options.model, options.pretrained)
-    adapter = adapter_of("kdfast.prune", model)
-    size = adapter.image_size(model)
-    batches = list(pictures(model, size, options))
-    mlps = bool(adapter.mlps(model))
+
+
+def check_model(adapter: Adapter, model: nn.Module, options: argparse.Namespace) -> None:
+    """Raises UsageError for what this model does not have."""
+    mlps = adapter.mlps(model)
     if options.mlp_keep is not None and not mlps:
         raise UsageError(f"--mlp-keep: no MLP of {options.model} can be pruned")
-    print(f"{options.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    print(f"scoring heads by {options.method}, on {source(options)}")
-    data = None if options.method == "magnitude" else batches
-    if options.method == "leave_one_out":
-        print(effort(model, sum(len(site.held) for site in adapter.attentions(model)), batches))
-    scores = head_scores(model, options.method, data, seed=options.seed)
-    kept = select_heads(scores, options.keep, options.scope)
-    units = None
-    if options.mlp_keep is not None:
-        method = options.method if options.method in ("magnitude", "gradient") else "taylor"
-        looked = mlp_scores(model, method, None if method == "magnitude" else batches)
-        units = select_heads(looked, options.mlp_keep, options.scope)
-    mean: dict[str, Any] = {"mean_context": True, "data": batches} if options.mean_context else {}
-    pruned = prune_heads(model, kept, mlp=units, **mean).eval()
-    keep = [[len(row) for row in kept]]
-    mlp_keep = None if units is None else [len(row) for row in units]
-    report = pruning_report(model, keep, mlp_keep=mlp_keep)
-    save_pretrained(pruned, options.out)
-    scores.save(options.out / "scores.json")
-    draw_heads(scores, kept, options.out / "heads.png")
-    latency = timed(model, pruned, batches[0][:1], options.rounds)
-    write_report(options, report, kept, latency)
-    show(report, latency, options)
+    sites = [*adapter.attentions(model), *(mlps if options.mlp_keep is not None else [])]
+    bare = [site.name for site in sites if getattr(site.projection, "bias", None) is None]
+    if options.mean_context and bare:
+        raise UsageError(f"--mean-context: needs a bias in the projections of {', '.join(bare)}")
 
 
 def check_writable(out: Path) -> None:
@@ -166,6 +207,11 @@ def load(name: str, pretrained: bool) -> nn.Module:
     return model
 
 
+def reads_pictures(options: argparse.Namespace) -> bool:
+    """Whether anything but a time depends on pictures."""
+    return options.method != "magnitude" or options.mean_context
+
+
 def source(options: argparse.Namespace) -> str:
     """What the scores are measured on, in words."""
     if options.method == "magnitude":
@@ -195,7 +241,9 @@ def effort(model: nn.Module, heads: int, batches: Sequence[Tensor]) -> str:
 def pictures(
     model: nn.Module, size: tuple[int, int], options: argparse.Namespace
 ) -> Iterator[Tensor]:
-    """Batches (B, 3, H, W), normalised as the model was trained."""
+    """Batches (B, 3, H, W), normalised as the model was trained; none if there is no need."""
+    if not reads_pictures(options):
+        return
     config = getattr(model, "pretrained_cfg", None) or {}
     mean, std = (
         torch.tensor(config.get(name, default)).view(3, 1, 1)
@@ -221,8 +269,6 @@ def folder(root: Path, size: tuple[int, int], count: int) -> Iterator[Tensor]:
 
     from kdfast.data.folder import SUFFIXES, list_images
 
-    if not root.is_dir():
-        raise UsageError(f"--data: must be a folder, got {root}")
     names = list_images(root)
     if not names:
         raise UsageError(f"--data: {root} must hold pictures ({', '.join(SUFFIXES)}), got none")
@@ -246,6 +292,11 @@ def scenes(size: tuple[int, int], count: int) -> Iterator[Tensor]:
     for index in range(count):
         image: Any = dataset[index]
         yield ((image["image"] * std + mean) / 255)[:, : size[0], : size[1]]
+
+
+def noise(model: nn.Module, size: tuple[int, int]) -> Tensor:
+    """One image (1, 3, H, W), as good as any for a time."""
+    return torch.randn(1, 3, *size).to(next(model.parameters()).dtype)
 
 
 @torch.no_grad()

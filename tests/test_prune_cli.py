@@ -12,6 +12,7 @@ import timm
 import torch
 from PIL import Image
 
+from kdfast import prune
 from kdfast.prune import main
 from kdfast.pruning import HeadScores
 from kdfast.saving import load_pretrained, save_pretrained
@@ -82,6 +83,74 @@ def test_scenes_without_data_and_pruning_again(
     assert main([*second, "--scope", "global"]) == 0
     assert "rendered driving scenes" in capsys.readouterr().out
     assert sum(len(b.attn.heads) for b in load_pretrained(tmp_path / "two").blocks) == 2
+
+
+def test_magnitude_looks_at_no_picture(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def scenes(size: tuple[int, int], count: int) -> list[torch.Tensor]:
+        drawn.append(count)
+        return [torch.rand(3, *size) for _ in range(count)]
+
+    monkeypatch.setattr(prune, "scenes", scenes)
+    more = {"method": "magnitude", "mlp-keep": 0.5}
+    assert main(arguments(model_folder, tmp_path / "weights", **more)) == 0
+    assert not drawn
+    assert main([*arguments(model_folder, tmp_path / "means", **more), "--mean-context"]) == 0
+    assert drawn == [2]
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError, ImportError, OSError])
+@pytest.mark.parametrize("method", ["magnitude", "taylor"])
+def test_errors_of_the_model_are_not_hidden(
+    tmp_path: Path,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[Exception],
+    method: str,
+) -> None:
+    model = load_pretrained(model_folder)
+
+    def fail(*_: object) -> None:
+        raise kind("the model's own fault")
+
+    model.patch_embed.register_forward_pre_hook(fail)
+    monkeypatch.setattr(prune, "load_pretrained", lambda _: model)
+    # With "magnitude" its first pass is the last step, the timing.
+    monkeypatch.setattr(prune, "pruning_report", lambda *_, **__: None)
+    with pytest.raises(kind, match="^the model's own fault$"):
+        main(arguments(model_folder, tmp_path / "out", method=method))
+
+
+def test_missing_packages_are_named_before_anything_runs(
+    tmp_path: Path,
+    model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prune, "PACKAGES", ("torch", "no_such_package"))
+    assert main(arguments(model_folder, tmp_path / "out")) == 2
+    assert capsys.readouterr() == (
+        "",
+        "error: missing packages: no_such_package; pip install " + "'kdfast[train]'\n",
+    )
+
+
+def test_mean_context_needs_biases(
+    tmp_path: Path,
+    model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = load_pretrained(model_folder)
+    model.blocks[1].mlp.fc2.bias = model.blocks[0].attn.proj.bias = None
+    monkeypatch.setattr(prune, "load_pretrained", lambda _: model)
+    for more, names in (({}, "blocks.0.attn"), ({"mlp-keep": 2}, "blocks.0.attn, blocks.1.mlp")):
+        assert main([*arguments(model_folder, tmp_path / "out", **more), "--mean-context"]) == 2
+        error = capsys.readouterr().err
+        assert error == f"error: --mean-context: needs a bias in the projections of {names}\n"
 
 
 def test_leave_one_out_says_how_long_it_takes(
