@@ -8,6 +8,8 @@ import kdfast
 from kdfast.ops import head_gather as op
 from kdfast.ops import head_gather_block as block
 
+NO_CUDA = torch.cuda.is_available() and "cuda" not in op.FUSED_ON
+pytestmark = pytest.mark.skipif(NO_CUDA, reason="kdfast._C was built without a CUDA compiler")
 HEADS = list(range(0, 16, 2))
 CASES = {
     "q weight (1024, 1024)": ((1024, 1024), 0),

@@ -2,14 +2,14 @@
 """What `python -m bench.gpu` measures beside tests and benches: goals, determinism and memory.
 
 A process of its own, so that a crash of the device costs these figures only:
-``python -m bench.gpu_probes FILE`` writes them as JSON.
+``python -m bench.gpu_probes FILE UNTIL`` writes them as JSON; UNTIL is a Unix time.
 """
 
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ RUNS = sized(30, 2)
 SAMPLES = sized(40, 1)
 KDFAST = torch.ops.kdfast
 Launch = Callable[[], Any]
+Rows = Iterator[dict[str, Any]]
 
 
 class Attention:
@@ -125,9 +126,8 @@ def seconds(call: Launch) -> float:
     return statistics.median(times)
 
 
-def attention_goals() -> dict[str, float]:
-    """Microseconds of G1, G2, G4 to G6 (with RoPE) by the names of ``GOALS``."""
-    found = {}
+def attention_goals() -> Iterator[tuple[str, float]]:
+    """Names as in ``GOALS`` and microseconds of G1, G2, G4 to G6 (with RoPE)."""
     plain, turned = Attention(sized(EVA, TINY), False), Attention(sized(EVA, TINY), True)
     windows = Attention(sized(ORION, TINY_WINDOWS), True)
     wide = Attention(sized(GLOBAL, TINY), True)
@@ -150,27 +150,24 @@ def attention_goals() -> dict[str, float]:
         ("G6 RoPE", lambda: distill(wide), lambda: step(wide)),
     ]
     for name, call, without in calls:
-        found[name] = 1e6 * (seconds(call) - (seconds(without) if without else 0.0))
-    return found
+        yield name, 1e6 * (seconds(call) - (seconds(without) if without else 0.0))
 
 
-def goals() -> list[dict[str, Any]]:
+def goals() -> Rows:
     """Every goal with a time: measured, its target on an H100, and the limit of that machine."""
-    measured = attention_goals()
+    known = {goal.name: goal for goal in GOALS}
+
+    def row(name: str, us: float, target: float | None) -> dict[str, Any]:
+        found = {"goal": name, "what": known[name].what, "us": us, "target_us": target}
+        return found | {"limit_us": known[name].limit_us()}
+
+    for name, us in attention_goals():
+        yield row(name, us, known[name].target)
     shapes = sized([("G7", 1024, 1000), ("G7 long", 16384, 21841)], [("G7", 4, 20)])
     for name, rows, classes in shapes:
-        measured[name] = 1e6 * seconds(losses(rows, classes))
-        nbytes = 3 * rows * classes * DTYPE.itemsize
-        # At the rate of a copy of that size, of which 85 % are the goal.
-        measured[f"{name} copy"] = 1e6 * copy_seconds(DEVICE, nbytes)
-    rows = []
-    for goal in GOALS:
-        if goal.name in measured:
-            copied = measured.get(f"{goal.name} copy")
-            target = goal.target if copied is None else copied / 0.85
-            row = {"goal": goal.name, "what": goal.what, "us": measured[goal.name]}
-            rows.append(row | {"target_us": target, "limit_us": goal.limit_us()})
-    return rows
+        # 85 % of the rate of a copy of that size are the goal.
+        copied = 1e6 * copy_seconds(DEVICE, 3 * rows * classes * DTYPE.itemsize)
+        yield row(name, 1e6 * seconds(losses(rows, classes)), copied / 0.85)
 
 
 def bits(results: Sequence[Tensor]) -> list[Tensor]:
@@ -178,7 +175,7 @@ def bits(results: Sequence[Tensor]) -> list[Tensor]:
     return [x.reshape(-1).clone().view(torch.uint8) for x in results]
 
 
-def determinism() -> list[dict[str, Any]]:
+def determinism() -> Rows:
     """Runs of the same call whose results differ in any bit from those of the first (G8)."""
     case = Attention(sized(Shape(4, 8, 577), TINY), True)
     windows = Attention(sized(Shape(2, 8, 1600, 64, (40, 40), 16), TINY_WINDOWS), True)
@@ -204,15 +201,13 @@ def determinism() -> list[dict[str, Any]]:
         calls[f"attention_distill_bwd {kind}"] = lambda kind=kind, o=distilled, s=stats: (
             case.distill_backward(o, s, kind)
         )
-    rows = []
     for name, call in calls.items():
         first = bits(call())
         differ = sum(not all(map(torch.equal, first, bits(call()))) for _ in range(RUNS - 1))
-        rows.append({"call": name, "runs": RUNS, "different": differ})
-    return rows
+        yield {"call": name, "runs": RUNS, "different": differ}
 
 
-def memory() -> list[dict[str, Any]]:
+def memory() -> Rows:
     """Peaks of a forward and backward pass, and what the distance to a teacher adds (G6, G9)."""
     shape = sized(GLOBAL, TINY)
     case = Attention(shape, True)
@@ -225,20 +220,34 @@ def memory() -> list[dict[str, Any]]:
         case.distill_backward(out, stats)
 
     one_map = shape.batch * shape.heads * shape.tokens**2 * 4
-    rows = []
     for name, call in {"attention": attention, "attention and KL": distill}.items():
-        rows.append({"call": name, "peak_bytes": peak_bytes(call), "fp32_map_bytes": one_map})
-    return rows
+        yield {"call": name, "peak_bytes": peak_bytes(call), "fp32_map_bytes": one_map}
 
 
-def main(path: str) -> None:
-    """Writes the figures to a file; what fails stops the process."""
+def main(path: Path, until: float) -> None:
+    """Writes the figures to a file, row by row, and the parts that are not complete.
+
+    What fails stops the process; what was measured before is in the file.
+    """
     registered = launch_on_cpu() if DRY_RUN else None
+    parts = {"determinism": determinism(), "memory": memory(), "goals": goals()}
+    figures: dict[str, Any] = {name: [] for name in parts} | {"incomplete": list(parts)}
     with torch.no_grad():
-        figures = {"determinism": determinism(), "memory": memory(), "goals": goals()}
+        for name, rows in parts.items():
+            while time.time() < until:
+                row = next(rows, None)
+                if row is None:
+                    figures["incomplete"].remove(name)
+                    break
+                figures[name].append(row)
+                save(figures, path)
+    save(figures, path)
     del registered
-    Path(path).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def save(figures: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]), float(sys.argv[2]))

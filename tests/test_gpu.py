@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kdfast
 from kdfast import Rope, Window
+from kdfast.ops._library import fused_devices, not_compiled
 from kdfast.ops.attention_entropy import attention_entropy
 from kdfast.testing import DRY_RUN, SHAPES, assert_no_worse, launch_on_cpu, rotary, run
 
@@ -30,6 +31,9 @@ else:
     # Before any test file asks for the interpreter, which holds for the whole process.
     importlib.import_module("triton")
 only_cuda = pytest.mark.skipif(DRY_RUN, reason="dry run: there is no CUDA device")
+# CUDA C++, which an install without a CUDA compiler has not.
+NO_GATHER = not_compiled("head_gather", DEVICE, fused_devices("head_gather"))
+gathers = pytest.mark.skipif(NO_GATHER is not None, reason=str(NO_GATHER))
 # The interpreter multiplies bf16 wrongly.
 DTYPES = [torch.float32, torch.float16, *([] if DRY_RUN else [torch.bfloat16])]
 LOW = DTYPES[-1]
@@ -286,6 +290,7 @@ def test_swiglu_norm(width: int, channels: int, dtype: torch.dtype) -> None:
     compare(call, [torch.randn(3, 50, 2 * width), scale, torch.randn(channels)], dtype)
 
 
+@gathers
 @pytest.mark.parametrize("heads", [[0], [3, 1]])
 def test_head_gather_block(heads: list[int]) -> None:
     shapes, dims = [(32, 10), (32, 24), (32,), (10, 32), (2, 3, 32)], [0, 0, 0, 1, -1]
@@ -316,6 +321,7 @@ def test_attention_entropy(window: tuple[tuple[int, int], int] | None) -> None:
     assert_no_worse("entropy", got.cpu(), exact, entropy(q, k), eps=2.0**-20)
 
 
+@gathers
 @pytest.mark.parametrize(("shape", "dim"), [((64, 40), 0), ((40, 64), 1), ((64,), 0)])
 def test_head_gather(shape: tuple[int, ...], dim: int) -> None:
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import kdfast
+from kdfast.ops._library import fused_devices, not_compiled
 from kdfast.testing import DRY_RUN
 
 pytestmark = pytest.mark.skipif(
@@ -58,6 +59,9 @@ def test_losses_beyond_32_bits(op: str) -> None:
 
 
 def test_gather_beyond_32_bits() -> None:
+    reason = not_compiled("head_gather", DEVICE, fused_devices("head_gather"))
+    if reason is not None:
+        pytest.skip(reason)
     need_memory(12 << 30)
     x = torch.randint(0, 99, (BEYOND // 1024, 1024), dtype=torch.int8, device=DEVICE)
     got = kdfast.head_gather(x, [15, 1], head_dim=64, dim=1, backend="fused")
