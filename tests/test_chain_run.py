@@ -19,7 +19,7 @@ from kdfast.chain.links import LinkModel, weights_of
 from kdfast.chain.loop import ChainLoop
 from kdfast.chain.objective import Objective
 from kdfast.data.classification import Classification, build_classification
-from kdfast.train import main
+from kdfast.train import main, make_accelerator
 from kdfast.trainer.state import load_checkpoint
 
 DOCUMENTED = (
@@ -180,6 +180,37 @@ def test_resume_in_mid_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ro
     # A finished run resumes to its table; another recipe is refused.
     assert main([*words(tmp_path / "cut", *changes), "--resume"]) == 0
     assert main([*words(tmp_path / "cut", *changes, "distill.alpha=0.5"), "--resume"]) == 2
+
+
+def test_every_link_has_its_own_loss_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fp16, which trains on a GPU only: here a scaler of the CPU, in an fp32 run."""
+
+    def scaling(precision: str, device: str) -> Accelerator:
+        accelerator = make_accelerator(precision, device)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=5)
+        return accelerator
+
+    monkeypatch.setattr("kdfast.train.make_accelerator", scaling)
+    changes = ["chain=[vit_base_patch16_224, vit_tiny_patch16_224]"]
+    changes.append(f"model_args=[{args(16)}, {args(8)}]")
+    assert main(words(tmp_path / "whole", *changes)) == 0
+    # 12 steps each, two growths; the next would come three steps later.
+    for role in ("teacher", "student"):
+        (last,) = (tmp_path / "whole").glob(f"**/{role}/checkpoints/last.pt")
+        state = load_checkpoint(last)
+        assert (state["step"], state["scaler"]["scale"]) == (12, 32.0), role
+        assert state["scaler"]["_growth_tracker"] == 2
+    # In parts, of which one ends in the middle of a link, the scale is that of the whole run.
+    folder = tmp_path / "parts"
+    assert main(words(folder, *changes, "stage=teacher", "max_steps=7")) == 0
+    assert main([*words(folder, *changes), "--resume"]) == 0
+    for role in ("teacher", "student"):
+        one, two = (
+            load_checkpoint(next(x.glob(f"**/{role}/checkpoints/last.pt")))
+            for x in (tmp_path / "whole", folder)
+        )
+        assert one["scaler"] == two["scaler"]
+        assert all(torch.equal(x, two["module"][name]) for name, x in one["module"].items())
 
 
 def test_out_of_memory_halves_the_batch(

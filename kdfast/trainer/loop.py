@@ -114,7 +114,7 @@ class Loop:
         return lr
 
     def fit(self, *, resume: bool = False) -> None:
-        """Train until the end of the run or ``max_steps``.
+        """Train until the end of the run or ``max_steps``; the loss scale is then as it was before.
 
         Args:
             resume: Continue from the folder's checkpoint where there is one.
@@ -123,7 +123,8 @@ class Loop:
             Interrupted: A signal came; the state was saved.
             NonFiniteLoss: The state before the step was saved; the message names the batch.
         """
-        job = self.job
+        job, scaler = self.job, self.accelerator.scaler
+        scale = None if scaler is None else scaler.state_dict()
         resumed = self._load() if resume else False
         logs = job.folder if job.logs is None else job.logs
         self.records = Records(
@@ -141,6 +142,9 @@ class Loop:
             self.records.close()
             if self.main:
                 draw_curves(logs)
+            if scaler is not None:
+                # Another loop of this process starts as it would in a process of its own.
+                scaler.load_state_dict(scale)
         if caught := self._caught():
             raise Interrupted(caught)
 
