@@ -26,9 +26,7 @@ def make(*shape: int, size: float = 1.0) -> list[Tensor]:
     return [gate, value, 1 + 0.5 * torch.randn(shape[-1]), torch.randn(shape[-1])]
 
 
-def compare(
-    inputs: list[Tensor], dtype: torch.dtype, parameters: torch.dtype, ulps: int = 1
-) -> None:
+def compare(inputs: list[Tensor], dtype: torch.dtype, parameters: torch.dtype) -> None:
     """The result and its gradients are no worse than the reference's in the same dtypes."""
     low = [x.to(d) for x, d in zip(inputs, [dtype] * 2 + [parameters] * 2, strict=True)]
     fused, eager = run(FUSED, low), run(REFERENCE, low)
@@ -38,7 +36,7 @@ def compare(
         if dtype == torch.float64:  # its own reference
             torch.testing.assert_close(one, best, rtol=1e-11, atol=1e-11, msg=name)
         else:
-            assert_no_worse(name, one, best, other, eps=ulps * torch.finfo(dtype).eps)
+            assert_no_worse(name, one, best, other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -54,17 +52,34 @@ def test_parameters_in_fp32(dtype: torch.dtype, isa: str) -> None:
         compare(make(*shape), dtype, torch.float32)
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("size", [1e-2, 30.0])
+def test_small_and_large_numbers(size: float, dtype: torch.dtype, isa: str) -> None:
+    for shape in ((2, 37, 48), (1100, 16), (20, 2730)):
+        compare(make(*shape, size=size), dtype, dtype)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    channels=st.integers(24, 300),
+    shape=st.lists(st.integers(1, 9), min_size=0, max_size=4),
+    channels=st.integers(2, 300),
+    padding=st.integers(0, 20),
     size=st.sampled_from([1e-2, 1.0, 30.0]),
+    dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-def test_any_shape_and_size(shape: list[int], channels: int, size: float, seed: int) -> None:
+def test_any_shape_and_size(
+    shape: list[int], channels: int, padding: int, size: float, dtype: torch.dtype, seed: int
+) -> None:
     torch.manual_seed(seed)
-    # The differences of a few numbers cancel, and of them the reference may be exact by luck.
-    compare(make(*shape, channels, size=size), torch.float32, torch.float32, ulps=8)
+    gate, value, weight, bias = make(*shape, channels + padding, size=size)
+    inputs = [x.to(dtype) for x in (gate, value, weight[:channels], bias[:channels])]
+    fused, exact = run(FUSED, inputs), run(REFERENCE, [x.double() for x in inputs])
+    # A wrong element is an error of order one, so rounding is not judged here: the yardstick is the
+    # reference in bf16 for every dtype.
+    eager = run(REFERENCE, [x.bfloat16() for x in inputs])
+    for name, *triple in zip(NAMES, fused, exact, eager, strict=True):
+        assert_no_worse(name, *triple)
 
 
 @pytest.mark.parametrize("layout", ["packed", "transposed", "expanded", "columns", "strided rows"])
