@@ -10,7 +10,9 @@ namespace kdfast::cpu {
 
 enum class MapLoss { kl, reverse_kl, jsd, mse, cosine, logit_mse };
 // What a row keeps for the backward, in this order; how many of them each MapLoss has. The docs
-// page and STATS in kdfast/ops/attention_distill.py say the same.
+// page and STATS in kdfast/ops/attention_distill.py say the same. The tops of fp32 kernels are
+// those of products that the scale does not multiply yet, since rounding makes them differ at large
+// ones.
 enum RowStat { kTop, kLogSum, kMapLogSum, kTeacherTop, kTeacherLogSum, kFirstSum, kSecondSum };
 constexpr int64_t kMapStats[] = {5, 6, 6, 6, 7, 2};
 

@@ -12,13 +12,13 @@ namespace {
 
 // What a chunk's queries share over all keys: vectors over the queries, and what is one for all.
 struct QueryLanes {
-  // The maxima times log2(e); 1 / sum of exponentials of the attention and of both maps.
-  float *top, *share, *map_share, *teacher_top, *teacher_share;
+  // The anchors' centers and offsets; 1 / sum of exponentials of the attention and of both maps.
+  float *center, *top, *share, *map_share, *teacher_center, *teacher_top, *teacher_share;
   float *gap, *first, *second;  // log of the sums of P over that of R; x; y
   const float* delta;
   float scale, teacher_scale, inv, weight;
 };
-constexpr int64_t kQueryArrays = 8;
+constexpr int64_t kQueryArrays = 10;
 
 // Scores (keys, queries) of M::kRows keys, of which `keys` there are, and one or two vectors of
 // queries from `lane` on; P and dS of them go to `p`, `ds` and `pairs`.
@@ -125,6 +125,7 @@ struct DistillBackward : Backward<T, M> {
   void (*columns)(const QueryLanes&, ColumnTile);
   int32_t *teacher_k, *teacher_lanes, *teacher_block;
   float *teacher_buffer, *teacher_scores;
+  bool centered = false;  // whether a query of the chunk has a center
 
   static int64_t bytes(int64_t n, int64_t dim, int64_t teacher_dim) {
     const Sizes<M> s(teacher_dim);
@@ -144,8 +145,9 @@ struct DistillBackward : Backward<T, M> {
     teacher_lanes = take<int32_t>(scratch, other.lanes(chunk));
     teacher_buffer = take<float>(scratch, other.width * M::kPair);
     teacher_scores = take<float>(scratch, M::kRows * kPanel);
-    for (float** x : {&queries.top, &queries.share, &queries.map_share, &queries.teacher_top,
-                      &queries.teacher_share, &queries.gap, &queries.first, &queries.second})
+    for (float** x : {&queries.center, &queries.top, &queries.share, &queries.map_share,
+                      &queries.teacher_center, &queries.teacher_top, &queries.teacher_share,
+                      &queries.gap, &queries.first, &queries.second})
       *x = take<float>(scratch, chunk);
     queries.delta = this->delta;
     queries.scale = fabsf(d.student.scale) * kLog2e;
@@ -168,11 +170,13 @@ struct DistillBackward : Backward<T, M> {
       pack_side<M>(teacher, true, query, some, kVector, teacher_buffer, teacher_block);
       to_lanes(teacher_block, other.width, first, lanes, other.steps, teacher_lanes);
     }
+    centered = false;
     for (int64_t i = 0; i < count; ++i, walk.next()) read_row(i, task.stats + walk.token());
     // A lane without a query has scores of 0 and gets P = R = 0.
     for (int64_t i = count; i < lanes; ++i) {
       queries.share[i] = queries.map_share[i] = queries.teacher_share[i] = 1e30f;
-      queries.top[i] = queries.teacher_top[i] = queries.gap[i] = 0;
+      queries.center[i] = queries.teacher_center[i] = queries.gap[i] = 0;
+      queries.top[i] = queries.teacher_top[i] = 0;
       queries.first[i] = queries.second[i] = 0;
     }
     for (float* x : {queries.share, queries.map_share, queries.teacher_share})
@@ -183,15 +187,33 @@ struct DistillBackward : Backward<T, M> {
   void read_row(int64_t i, const float* stats) {
     const int64_t step = task.stats_step, count = kMapStats[static_cast<int>(task.kind)];
     const auto read = [&](int64_t which) { return which < count ? stats[which * step] : 0.0f; };
-    const bool logits = count <= kTeacherTop;
-    queries.top[i] = stats[kTop * step] * kLog2e;
+    const float scale = fabsf(task.student.scale), teacher_scale = fabsf(teacher.scale);
+    const Anchor own = anchor_of(stats[kTop * step], scale, queries.inv);
+    const Anchor its = count <= kTeacherTop
+                           ? same_anchor(own, stats[kTop * step], scale, teacher_scale)
+                           : anchor_of(read(kTeacherTop), teacher_scale, queries.inv);
+    centered = centered || own.center != 0 || its.center != 0;
+    queries.center[i] = own.center;
+    queries.top[i] = own.offset;
     queries.share[i] = stats[kLogSum * step];
     queries.map_share[i] = read(kMapLogSum);
-    queries.teacher_top[i] = logits ? queries.top[i] : read(kTeacherTop) * kLog2e;
+    queries.teacher_center[i] = its.center;
+    queries.teacher_top[i] = its.offset;
     queries.teacher_share[i] = read(kTeacherLogSum);
     queries.gap[i] = read(kMapLogSum) - read(kTeacherLogSum);
     queries.first[i] = read(kFirstSum);
     queries.second[i] = read(kSecondSum);
+  }
+
+  // Takes the centers of `lanes` queries from their scores of `keys` keys. Products that are summed
+  // in another order than the forward's must not exceed its maximum.
+  static void center_lanes(float* x, int64_t keys, int64_t lanes, const float* center,
+                           bool bounded) {
+    for (int64_t j = 0; j < keys; ++j, x += kPanel)
+      for (int64_t i = 0; i < lanes; ++i) {
+        const float above = x[i] - center[i];
+        x[i] = bounded && center[i] != 0 && above > 0 ? 0 : above;
+      }
   }
 
   void probabilities(int64_t key, int64_t at, int64_t above, int64_t lane, int64_t wide) {
@@ -204,6 +226,12 @@ struct DistillBackward : Backward<T, M> {
     value_scores<M>(this->v_rows + key * this->size.width, this->size.width, n - key,
                     this->g_lanes + lane * this->size.steps, wide * kVector, this->size.steps, dp,
                     kPanel);
+    if (centered) {
+      const int64_t keys = n - key < M::kRows ? n - key : M::kRows, lanes = wide * kVector;
+      const bool maps = task.kind != MapLoss::logit_mse;
+      center_lanes(scores, keys, lanes, queries.center + lane, true);
+      center_lanes(teacher_scores, keys, lanes, queries.teacher_center + lane, maps);
+    }
     for (int64_t v = 0; v < wide; v += 2) {
       const int64_t from = v * kVector, to = at * stride + (lane + from) / M::kPair;
       int32_t* pairs = nullptr;
@@ -247,7 +275,8 @@ struct DistillTiles {
     Walk walk(head.span, 0);
     for (int64_t i = 0; i < n; ++i, walk.next()) {
       const float* stats = head.stats + walk.token();
-      const float log_sum = stats[kTop * head.stats_step] + stats[kLogSum * head.stats_step];
+      const float log_sum = stats[kTop * head.stats_step] * fabsf(head.student.scale) +
+                            stats[kLogSum * head.stats_step];
       distill.add_pad(static_cast<const T*>(grad.grad.data) + walk.token() * grad.grad.step,
                       static_cast<float>(head.span.pads) * expf(-log_sum));
     }

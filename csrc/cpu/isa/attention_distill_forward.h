@@ -32,14 +32,18 @@ struct StripRow {
   static constexpr bool kLogits = kind == MapLoss::logit_mse;
   static constexpr bool kKeeps = !kLogits && !kOnePass<kind>;
   const StripTask& task;
-  const float *s, *t;
+  float *s, *t;
   const bool padded = task.pads > 0;
   // Maxima of the scores; differences of scores keep their symmetry by one maximum for both.
-  const float top = top_of(s, task.n, task.scale, padded);
-  const float teacher_top = kLogits ? top : top_of(t, task.n, task.teacher_scale, padded);
-  const Vec16 scale = splat16(task.scale * kLog2e), offset = splat16(top * kLog2e);
+  const float peak = peak_of(s, task.n, padded), top = peak * task.scale;
+  const float teacher_peak = kLogits ? 0 : peak_of(t, task.n, padded);
+  const float teacher_top = teacher_peak * task.teacher_scale;
+  const Anchor anchor = anchor_of(peak, task.scale, task.inv);
+  const Anchor its = kLogits ? same_anchor(anchor, peak, task.scale, task.teacher_scale)
+                             : anchor_of(teacher_peak, task.teacher_scale, task.inv);
+  const Vec16 scale = splat16(task.scale * kLog2e), offset = splat16(anchor.offset);
   const Vec16 teacher_scale = splat16(task.teacher_scale * kLog2e);
-  const Vec16 teacher_offset = splat16(teacher_top * kLog2e), inv = splat16(task.inv);
+  const Vec16 teacher_offset = splat16(its.offset), inv = splat16(task.inv);
   const int64_t vectors = divide_up(task.n, kVector);
   const Mask16 last = tail_mask(task.n - (vectors - 1) * kVector);
   // Sums of exponentials of the attention's row, of both maps', and of what the kind adds up.
@@ -103,15 +107,17 @@ struct StripRow {
           fms16(load16(t + at), teacher_scale, teacher_offset), splat16(1.0f));
     }
     if (padded)
-      add(splat16(pad_p), splat16(pad_r), zero16() - offset, zero16() - teacher_offset,
+      add(splat16(pad_p), splat16(pad_r), splat16(-top * kLog2e), splat16(-teacher_top * kLog2e),
           splat16(task.pads / kVector));
     return sums;
   }
 
   // Writes the row's weights, not divided by *total yet, and statistics; returns its distance.
-  static double run(const StripTask& task, const float* s, const float* t, int32_t* weights,
-                    float* stats, RowSums to) {
+  static double run(const StripTask& task, float* s, float* t, int32_t* weights, float* stats,
+                    RowSums to) {
     StripRow row{task, s, t};
+    center_scores(s, task.n, row.anchor);
+    center_scores(t, task.n, row.its);
     row.add_all(weights);
     return row.finish(stats, to);
   }
@@ -122,7 +128,7 @@ struct StripRow {
     *to.pads = pads * pad;
     *to.total = sum16(sum) + *to.pads;
     const double log_sum = log(double(*to.total));
-    stats[kTop * task.step] = top;
+    stats[kTop * task.step] = peak;
     stats[kLogSum * task.step] = static_cast<float>(log_sum);
     const float d = sum16(sum_d);
     if constexpr (kLogits) return double(d) * kLn2 * kLn2 * task.inv * task.inv / double(task.n);
@@ -132,18 +138,20 @@ struct StripRow {
     const float zr = sum16(sum_r) + pads * pad_r;
     const double log_p = temper ? log(double(zp)) : log_sum, log_r = log(double(zr));
     stats[kMapLogSum * task.step] = static_cast<float>(log_p);
-    stats[kTeacherTop * task.step] = teacher_top;
+    stats[kTeacherTop * task.step] = teacher_peak;
     stats[kTeacherLogSum * task.step] = static_cast<float>(log_r);
     const double pad_d = (double(top) - double(teacher_top)) * pads;
     const double over =
         (double(d) * kLn2 + (kind == MapLoss::kl ? pad_r : -pad_p) * pad_d) * double(inv_t);
     if constexpr (kind == MapLoss::kl) return log_p - log_r + over / double(zr);
+    const float gap = static_cast<float>(log_p) - static_cast<float>(log_r);
     if constexpr (kind == MapLoss::reverse_kl) {
-      const double distance = over / double(zp) - log_p + log_r;
-      stats[kFirstSum * task.step] = static_cast<float>(distance);
-      return distance;
+      // Rounded as the backward's d: they cancel where P is a single 1.
+      const double mean = (double(d) - pad_p * pad_d / kLn2) / double(zp);
+      stats[kFirstSum * task.step] =
+          top16(log_ratio(splat16(static_cast<float>(mean)), zero16(), splat16(gap)));
+      return over / double(zp) - log_p + log_r;
     }
-    const float gap = static_cast<float>(log_p - log_r);
     float first, second = 0;
     const Sums<TileMath> sums = second_pass(1 / zp, 1 / zr, gap, pad_p, pad_r);
     const float distance = map_distance<float, kind>(sum16(sums.one), sum16(sums.two),

@@ -109,14 +109,39 @@ struct ScoreStrip {
   }
 };
 
-// The largest of n scores times `scale`; `pads`: also of 0.
-inline float top_of(const float* x, int64_t n, float scale, bool pads) {
+// The largest of n scores; `pads`: also of 0.
+inline float peak_of(const float* x, int64_t n, bool pads) {
   const int64_t vectors = divide_up(n, kVector);
   Vec16 top = splat16(-INFINITY);
   for (int64_t v = 0; v + 1 < vectors; ++v) top = max16(top, load16(x + v * kVector));
   const Mask16 last = tail_mask(n - (vectors - 1) * kVector);
-  const float m = top16(max16(last, top, load16(x + (vectors - 1) * kVector))) * scale;
-  return pads && m < 0 ? 0 : m;
+  const float peak = top16(max16(last, top, load16(x + (vectors - 1) * kVector)));
+  return pads && peak < 0 ? 0 : peak;
+}
+
+// How scores x up to a peak become x c - peak c, c = scale * log2(e): by the product less `offset`.
+// What the rounding of the offset leaves at the peak is the same for all and drops out of P, but it
+// grows with the peak and at 2^31 is an exponent that fp32 has not. So a large peak is taken from x
+// itself, as `center`: the difference is exact near the peak, where it matters.
+struct Anchor {
+  float center, offset;
+};
+constexpr float kFarTop = 1 << 12;
+inline Anchor anchor_of(float peak, float scale, float inv_temperature) {
+  const float top = peak * scale, size = fabsf(top);
+  // The attention itself is thus the same at any temperature that anybody would take.
+  const bool far = size > kFarTop || size * inv_temperature > kFarTop * kFarTop;
+  return {far ? peak : 0, far ? 0 : top * kLog2e};
+}
+// That of the teacher's scores where they are compared themselves: equal ones differ by zero.
+inline Anchor same_anchor(Anchor student, float peak, float scale, float teacher_scale) {
+  return scale == teacher_scale ? student : Anchor{0, peak * scale * kLog2e};
+}
+
+// Takes the center from n scores, if there is one.
+inline void center_scores(float* x, int64_t n, Anchor anchor) {
+  if (anchor.center == 0) return;
+  for (int64_t j = 0; j < n; ++j) x[j] -= anchor.center;
 }
 
 }  // namespace

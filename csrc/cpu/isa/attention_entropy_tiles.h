@@ -8,9 +8,11 @@ namespace kdfast::cpu {
 namespace {
 
 // Entropy of softmax over n scores times `scale`, and `pads` logits of 0.
-inline float tile_entropy(const float* s, int64_t n, float scale, int64_t pads) {
-  const float top = top_of(s, n, scale, pads > 0);
-  const Vec16 factor = splat16(scale * kLog2e), offset = splat16(top * kLog2e);
+inline float tile_entropy(float* s, int64_t n, float scale, int64_t pads) {
+  const float peak = peak_of(s, n, pads > 0), top = peak * scale;
+  const Anchor anchor = anchor_of(peak, scale, 1);
+  center_scores(s, n, anchor);
+  const Vec16 factor = splat16(scale * kLog2e), offset = splat16(anchor.offset);
   // With x = s - top: H = log z - sum(exp(x) x) / z, in which nothing cancels, for x <= 0.
   Vec16 sums = zero16(), means = zero16();
   for (int64_t j = 0; j < n; j += kVector) {
