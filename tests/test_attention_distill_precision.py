@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""attention_distill of fp32 whose products torch may make in bf16."""
+"""attention_distill of fp32 whose products torch may make in bf16, and of fp16 in tiles of it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +15,7 @@ from kdfast.testing import Bf16Products, assert_no_worse, rotary, run
 
 ISAS = EXTENSION.testable_isas() if EXTENSION else []
 BF16 = [isa for isa in ISAS if isa in ("avx512_bf16", "amx", "amx_emulated")]
+TILES = [isa for isa in ISAS if isa in ("amx", "amx_emulated")]
 pytestmark = [
     pytest.mark.usefixtures("precision"),
     pytest.mark.skipif(not BF16, reason="needs AVX512_BF16"),
@@ -70,6 +71,37 @@ def test_medium_is_no_worse_than_eager(kind: str, window: bool, isa: str) -> Non
     assert (got[0] - exact[0]).norm() > 5e-4 * exact[0].norm()
 
 
+@pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_high_is_no_worse_than_eager(kind: str, window: bool, isa: str) -> None:
+    x = inputs(35 if window else 197)
+    got = fused(kind, window, x, isa, "high")
+    exact = run(call(kind, window, "reference"), [y.double() for y in x])
+    with Bf16Products(2):
+        eager = run(call(kind, window, "reference"), x)
+    for label, *triple in zip(NAMES, got, exact, eager, strict=False):
+        eps = 2.0**-16 if label == "loss" else None
+        assert_no_worse(f"{kind} {label} {isa}", *triple, eps=eps)
+    for a, b in zip(got, exact, strict=True):
+        assert (a.double() - b).norm() <= 2**-14 * b.norm()
+
+
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp16_runs_in_tiles(kind: str, window: bool) -> None:
+    x = [y.half() for y in inputs(35)]
+    plain = fused(kind, window, x, "avx512", "highest")
+    exact = run(call(kind, window, "reference"), [y.double() for y in x])
+    for isa in TILES:
+        got = fused(kind, window, x, isa, "highest")
+        assert not all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
+        eager = run(call(kind, window, "reference"), x)
+        for label, *triple in zip(NAMES, got, exact, eager, strict=False):
+            eps = 2.0**-16 if label == "loss" else None
+            assert_no_worse(f"{kind} {label} {isa}", *triple, eps=eps)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_setting_is_obeyed(kind: str) -> None:
     x = inputs(37)
@@ -82,7 +114,7 @@ def test_setting_is_obeyed(kind: str) -> None:
     assert same("avx512", "medium")
     for isa in BF16:
         assert same(isa, "highest")
-        assert same(isa, "high")
+        assert same(isa, "high") == (isa not in TILES)
         assert not same(isa, "medium")
 
 
@@ -90,7 +122,8 @@ def test_setting_is_obeyed(kind: str) -> None:
 def test_equal_sides_have_no_loss(isa: str) -> None:
     q, k, v = (torch.randn(1, 2, 50, 24) for _ in range(3))
     EXTENSION.set_cpu_isa(isa)
-    torch.set_float32_matmul_precision("medium")
-    for kind in ("kl", "mse", "logit_mse"):
-        loss = kdfast.attention_distill(q, k, v, q, k, kind=kind, backend="fused")[1]
-        assert abs(loss) < 1e-6
+    for precision in ("medium", "high"):
+        torch.set_float32_matmul_precision(precision)
+        for kind in ("kl", "mse", "logit_mse"):
+            loss = kdfast.attention_distill(q, k, v, q, k, kind=kind, backend="fused")[1]
+            assert abs(loss) < 1e-6

@@ -55,10 +55,17 @@ DistillKernel<A> choose_kernel(Element student, [[maybe_unused]] Element teacher
     return distill_generic_f64();
   } else {
 #if KDFAST_X86
-    if (student == teacher && products_of(student) == Products::bf16) {
-      if (isa() == Isa::amx) return distill_amx(student);
-      if (isa() == Isa::amx_emulated) return distill_amx_emulated(student);
-      if (isa() == Isa::avx512_bf16) return distill_avx512_bf16(student);
+    switch (student == teacher ? products_of(student) : Products::fp32) {
+      case Products::bf16:
+        if (isa() == Isa::amx) return distill_amx(student);
+        if (isa() == Isa::amx_emulated) return distill_amx_emulated(student);
+        if (isa() == Isa::avx512_bf16) return distill_avx512_bf16(student);
+        break;
+      case Products::split:  // three products instead of one: faster than fp32 in tiles only
+        if (isa() == Isa::amx) return distill_amx_split(student);
+        if (isa() == Isa::amx_emulated) return distill_amx_split_emulated(student);
+        break;
+      case Products::fp32: break;
     }
     if (isa() >= Isa::avx512) return distill_avx512(student);
     if (isa() >= Isa::avx2) return distill_avx2(student);

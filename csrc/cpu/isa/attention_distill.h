@@ -64,5 +64,8 @@ DistillKernel<float> distill_avx512(Element student);
 DistillKernel<float> distill_avx512_bf16(Element student);
 DistillKernel<float> distill_amx(Element student);
 DistillKernel<float> distill_amx_emulated(Element student);
+// f32 or f16 on both sides, products of their upper and lower bf16; see split_math.h.
+DistillKernel<float> distill_amx_split(Element student);
+DistillKernel<float> distill_amx_split_emulated(Element student);
 
 }  // namespace kdfast::cpu

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// bf16 and fp32 with products in AMX tiles.
+// All element types with products of bf16 in AMX tiles.
 #include "cpu/isa/amx_tiles.h"
 #include "cpu/isa/attention_distill_backward.h"
 #include "cpu/isa/attention_entropy_tiles.h"
@@ -10,6 +10,11 @@ DistillKernel<float> distill_amx(Element student) {
   using Products = AmxTiles<HardwareTiles>;
   return student == Element::f32 ? distill_tiles<float, Products>()
                                  : distill_tiles<Bf16, Products>();
+}
+DistillKernel<float> distill_amx_split(Element student) {
+  using Products = AmxTiles<HardwareTiles, SplitMath>;
+  return student == Element::f32 ? distill_tiles<float, Products>()
+                                 : distill_tiles<Half, Products>();
 }
 EntropyKernel<float> entropy_amx() { return entropy_tiles<AmxTiles<HardwareTiles>>(); }
 
