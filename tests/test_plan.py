@@ -328,7 +328,7 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert main(["--config", "smoke", "--vram", "1GiB", "--modules"]) == 0
     text = capsys.readouterr().out
     assert "smoke: distil into 50% of the heads" in text
-    assert "fits into 1.0 GiB" in text and "largest batch in 1.0 GiB: " in text
+    assert "fits into 1.0 GiB" in text and "largest batch in 1.0 GiB: 8 or more, " in text
     assert "blocks.0" in text
     assert main(["--model", "test_vit", "--teacher", "test_vit2", "--vram", "100MiB"]) == 1
     text = capsys.readouterr().out
@@ -339,6 +339,19 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     ("argv", "match"),
     [
         ([], "give either --config or --model"),
+        (["--config", "smoke", "--model", "resnet18"], "give either --config or --model"),
+        (
+            ["--config", "smoke", "--batch", "8", "--checkpointing"],
+            "--batch, --checkpointing cannot be said of a config; change its keys by --set",
+        ),
+        (["--model", "resnet18", "--set", "a=1"], "--set changes a config, and --model has none"),
+        (["--model", "resnet18", "--classes", "0"], "--classes must be at least 1, got 0"),
+        (["--model", "resnet18", "--batch", "0"], "plan: batch must be at least 1, got 0"),
+        (["--model", "resnet18", "--optimizer", "x"], "Optimizer x not found"),
+        (
+            ["--config", "smoke", "--set", "run.batch=1"],
+            "config: 1 problem\n  - run.batch: unknown",
+        ),
         (["--config", "nothing"], "config: 1 problem\n  - name: must be one of orion50"),
         (["--model", "vit_nothing"], "timm has no model 'vit_nothing'"),
     ],
@@ -346,6 +359,13 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 def test_command_explains(argv: list[str], match: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     assert f"error: {match}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["6 apples", "-1GiB", "0", ""])
+def test_sizes_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--config", "smoke", f"--vram={text}"])
+    assert f"--vram: must be a size such as 6GiB, got {text!r}" in capsys.readouterr().err
 
 
 def test_info_prints_memory(

@@ -20,6 +20,15 @@ from kdfast.plan.search import DoesNotFit, largest
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 CANDIDATES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+# Options that say what a config says otherwise, and what they are where --model has none.
+OF_MODEL: dict[str, Any] = {
+    "teacher": None,
+    "size": None,
+    "batch": 8,
+    "precision": "bf16",
+    "optimizer": "adamw",
+    "checkpointing": False,
+}
 EXAMPLES = """examples:
   python -m kdfast.plan --config vit_chain --vram 6GiB
   python -m kdfast.plan --config orion50 --vram 24GiB --set run.batch_size=2
@@ -40,11 +49,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--classes", type=int, default=10, help="of the data of a chain or --model")
     made.add_argument("--model", help="timm name of the model that is trained, without a config")
     made.add_argument("--teacher", help="timm name of its teacher")
-    made.add_argument("--size", type=int, help="side of the images of --model")
-    made.add_argument("--batch", type=int, default=8, help="of --model")
-    made.add_argument("--precision", choices=PRECISION, default="bf16", help="of --model")
-    made.add_argument("--optimizer", default="adamw", help="of --model, a name of timm")
-    made.add_argument("--checkpointing", action="store_true", help="of --model")
+    made.add_argument("--size", type=int, help="side of the images of --model [its own]")
+    made.add_argument("--batch", type=int, help="of --model [8]")
+    made.add_argument("--precision", choices=PRECISION, help="of --model [bf16]")
+    made.add_argument("--optimizer", help="of --model, a name of timm [adamw]")
+    made.add_argument("--checkpointing", action="store_true", default=None, help="of --model")
     made.add_argument("--vram", type=size_of, metavar="6GiB", help="memory that must be enough")
     made.add_argument("--modules", action="store_true", help="list the memory by module")
     return made
@@ -65,9 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if a stage does not fit into ``--vram``; 2 if the command line cannot be used.
     """
     args = parser().parse_args(argv)
-    if (args.config is None) == (args.model is None):
-        print("error: give either --config or --model", file=sys.stderr)
+    unusable = _unusable(args)
+    if unusable is not None:
+        print(f"error: {unusable}", file=sys.stderr)
         return 2
+    for name, value in OF_MODEL.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     try:
         if args.config is None:
             jobs = [_model_job(args)]
@@ -78,6 +91,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if all(fits) else 1
+
+
+def _unusable(args: argparse.Namespace) -> str | None:
+    """Why options do not go together, or None."""
+    if (args.config is None) == (args.model is None):
+        return "give either --config or --model"
+    given = [f"--{name}" for name in OF_MODEL if getattr(args, name) is not None]
+    if args.config is not None and given:
+        return f"{', '.join(given)} cannot be said of a config; change its keys by --set"
+    if args.model is not None and args.changes:
+        return "--set changes a config, and --model has none"
+    if args.classes < 1:
+        return f"--classes must be at least 1, got {args.classes}"
+    return None
 
 
 def _model_job(args: argparse.Namespace) -> Job:
@@ -130,8 +157,10 @@ def _report(job: Job, vram: int | None, modules: bool) -> bool:
         print(f"  {error}")
         return False
     recompute = " with checkpointing" if best.checkpointing else ""
+    more = " or more" if best.batch == CANDIDATES[-1] else ""
     print(
-        f"  largest batch in {vram / GIB:.1f} GiB: {best.batch}{recompute}, {mib(best.peak_bytes)}"
+        f"  largest batch in {vram / GIB:.1f} GiB: {best.batch}{more}{recompute}, "
+        f"{mib(best.peak_bytes)}"
     )
     return fits or job.batch is None
 
