@@ -75,6 +75,31 @@ def assert_no_worse(
             raise AssertionError(f"{name}: {kind} error {error:.3e} is above {limit:.3e}")
 
 
+def assert_right(name: str, fused: Tensor, exact: Tensor, eager: Tensor) -> None:
+    """``assert_no_worse``, or close to ``exact`` where ``eager`` is no yardstick.
+
+    That is in fp64, which is its own reference, and for a single number, of which the eager error
+    is a matter of luck. Arguments as in ``assert_no_worse``.
+    """
+    if fused.dtype == torch.float64:
+        torch.testing.assert_close(fused, exact, rtol=1e-12, atol=1e-13, msg=name)
+    elif fused.dim() == 0:
+        torch.testing.assert_close(fused.double(), exact, rtol=5e-7, atol=1e-7, msg=name)
+    else:
+        assert_no_worse(name, fused, exact, eager)
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over that of ``want``."""
+    return ((got - want).norm() / want.norm()).item()
+
+
+def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """The gradient of ``loss`` by every parameter, by name."""
+    named = dict(model.named_parameters())
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
 def run(
     function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], *, seed: int = 0
 ) -> list[Tensor]:
@@ -293,4 +318,32 @@ def tiny_eva(std: float, **overrides: Any) -> "EVAViT":
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=std)
+    return model
+
+
+def small_eva(**overrides: Any) -> "EVAViT":
+    """A seeded fp32 EVAViT of three blocks (window, window, global) with 3 heads of 16 channels.
+
+    Biases are not zero.
+
+    Args:
+        **overrides: Arguments of ``EVAViT`` to change.
+    """
+    from kdfast.models import EVAViT
+
+    config: dict[str, Any] = {
+        "img_size": 96,
+        "embed_dim": 48,
+        "depth": 3,
+        "num_heads": 3,
+        "window_size": 4,
+        "window_block_indexes": (0, 1),
+        "with_cp": False,
+    }
+    torch.manual_seed(1)
+    model = EVAViT(**{**config, **overrides})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.5)
     return model

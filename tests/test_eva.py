@@ -17,36 +17,7 @@ from kdfast.models import AttentionTarget, EVAViT, eva_layers, eva_vit_l_orion
 from kdfast.models.axial_rope import AxialRope, axial_tables
 from kdfast.models.eva_layers import Attention
 from kdfast.ops.geometry import Rope
-
-SMALL: dict[str, Any] = {
-    "img_size": 96,
-    "embed_dim": 48,
-    "depth": 3,
-    "num_heads": 3,
-    "window_size": 4,
-    "window_block_indexes": (0, 1),
-    "with_cp": False,
-}
-
-
-def small(**overrides: Any) -> EVAViT:
-    """Three blocks (window, window, global) of three heads of 16 channels; biases are not zero."""
-    torch.manual_seed(1)
-    model = EVAViT(**{**SMALL, **overrides})
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.5)
-    return model
-
-
-def rel(got: Tensor, want: Tensor) -> float:
-    return ((got - want).norm() / want.norm()).item()
-
-
-def gradients(model: EVAViT, loss: Tensor) -> dict[str, Tensor]:
-    named = dict(model.named_parameters())
-    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+from kdfast.testing import gradients, relative, small_eva
 
 
 class Golden:
@@ -96,11 +67,11 @@ def test_golden_forward_and_every_gradient(golden: Golden) -> None:
     model = golden.model()
     model.load_state_dict(golden.group("param."))
     out = model(golden.x)
-    assert rel(out, golden.tensors["output"]) < 1e-4
+    assert relative(out, golden.tensors["output"]) < 1e-4
     got = gradients(model, (out * golden.tensors["cotangent"]).sum())
     want = golden.group("grad.")
     assert got.keys() == want.keys()
-    assert max(rel(got[name], want[name]) for name in want) < 1e-4
+    assert max(relative(got[name], want[name]) for name in want) < 1e-4
 
 
 def test_golden_pruned_as_mask_of_the_full_model(golden: Golden) -> None:
@@ -111,10 +82,10 @@ def test_golden_pruned_as_mask_of_the_full_model(golden: Golden) -> None:
         mask[kept_channels(keep, 64)] = 1
         block.attn.proj.register_forward_pre_hook(lambda _, args, m=mask: args[0] * m)
     out = model(golden.x)
-    assert rel(out, golden.tensors["pruned.output"]) < 1e-4
+    assert relative(out, golden.tensors["pruned.output"]) < 1e-4
     got = gradients(model, (out * golden.tensors["cotangent"]).sum())
     for name, want in golden.group("pruned.grad.").items():
-        assert rel(got[name], want) < 1e-4, name
+        assert relative(got[name], want) < 1e-4, name
 
 
 def test_golden_pruned_model(golden: Golden) -> None:
@@ -123,14 +94,14 @@ def test_golden_pruned_model(golden: Golden) -> None:
     assert model.heads == golden.keep
     assert model.blocks[1].attn.q_proj.weight.shape == (64, 192)
     out = model(golden.x)
-    assert rel(out, golden.tensors["pruned.output"]) < 1e-4
+    assert relative(out, golden.tensors["pruned.output"]) < 1e-4
     got = gradients(model, (out * golden.tensors["cotangent"]).sum())
     for name, want in sliced(golden.group("pruned.grad."), golden.keep, 64).items():
-        assert rel(got[name], want) < 1e-4, name
+        assert relative(got[name], want) < 1e-4, name
 
 
 def test_keeping_every_head_changes_nothing() -> None:
-    model, same = small(), small(heads=[[0, 1, 2]] * 3)
+    model, same = small_eva(), small_eva(heads=[[0, 1, 2]] * 3)
     x = torch.randn(1, 3, 96, 96)
     assert torch.equal(model(x), same(x))
     assert model.config == same.config
@@ -238,7 +209,7 @@ def padded_attention(attn: Attention, x: Tensor, grid: tuple[int, int], size: in
 @pytest.mark.parametrize("heads", [[0, 1, 2], [1]], ids=str)
 @pytest.mark.parametrize("grid", [(5, 7), (4, 9), (3, 2), (8, 4)], ids=str)
 def test_window_attention_equals_padded_oracle(grid: tuple[int, int], heads: list[int]) -> None:
-    model = small(heads=heads).double()
+    model = small_eva(heads=heads).double()
     attn = model.blocks[0].attn
     x = torch.randn(2, grid[0] * grid[1], 48, dtype=torch.float64, requires_grad=True)
     up = torch.randn_like(x)
@@ -253,7 +224,7 @@ def test_window_attention_equals_padded_oracle(grid: tuple[int, int], heads: lis
 
 
 def test_pads_without_bias_are_live_keys_of_value_zero() -> None:
-    attn = small(qkv_bias=False).double().blocks[0].attn
+    attn = small_eva(qkv_bias=False).double().blocks[0].attn
     assert attn.q_bias is None and attn.v_bias is None
     x = torch.randn(1, 35, 48, dtype=torch.float64)
     got = attn(x, (5, 7), AxialRope(16, 16, True)((4, 4), x))[0]
@@ -272,7 +243,7 @@ def test_padded_tokens_are_never_computed(monkeypatch: pytest.MonkeyPatch) -> No
         return v
 
     monkeypatch.setattr(eva_layers, "pruned_attention", spy)
-    model = small(heads=[[0, 2], [1], [0, 1, 2]])
+    model = small_eva(heads=[[0, 2], [1], [0, 1, 2]])
     model(torch.randn(2, 3, 80, 112))
     assert [shape for shape, _ in calls] == [(2, 2, 35, 16), (2, 1, 35, 16), (2, 3, 35, 16)]
     window = calls[0][1]
@@ -282,7 +253,7 @@ def test_padded_tokens_are_never_computed(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_other_square_grid_equals_model_built_for_it() -> None:
-    model, other = small(), small(img_size=128)
+    model, other = small_eva(), small_eva(img_size=128)
     x = torch.randn(1, 3, 128, 128)
     torch.testing.assert_close(model(x), other(x), rtol=0, atol=0)
     assert model(torch.randn(1, 3, 80, 112)).shape == (1, 48, 5, 7)
@@ -306,7 +277,7 @@ def cubic_matrix(size: int, source: int) -> Tensor:
 
 
 def test_position_embedding_is_resized_without_the_cls_row() -> None:
-    model = small(depth=1, window_block_indexes=()).bfloat16()
+    model = small_eva(depth=1, window_block_indexes=()).bfloat16()
     pos = model.pos_embed
     got = model._positions(pos, (9, 20))
     image = pos[0, 1:].float().view(14, 14, 48)
@@ -319,10 +290,10 @@ def test_position_embedding_is_resized_without_the_cls_row() -> None:
 
 
 def test_without_position_embedding_and_without_cls_row() -> None:
-    assert "pos_embed" not in small(use_abs_pos=False).state_dict()
-    assert small(pretrain_use_cls_token=False).pos_embed.shape == (1, 196, 48)
+    assert "pos_embed" not in small_eva(use_abs_pos=False).state_dict()
+    assert small_eva(pretrain_use_cls_token=False).pos_embed.shape == (1, 196, 48)
     x = torch.randn(1, 3, 96, 96)
-    assert small(use_abs_pos=False)(x).shape == small(pretrain_use_cls_token=False)(x).shape
+    assert small_eva(use_abs_pos=False)(x).shape == small_eva(pretrain_use_cls_token=False)(x).shape
 
 
 @pytest.mark.parametrize(
@@ -356,11 +327,11 @@ def test_without_position_embedding_and_without_cls_row() -> None:
 )
 def test_rejects_arguments(overrides: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        EVAViT(**{**SMALL, **overrides})
+        small_eva(**overrides)
 
 
 def test_rejects_inputs() -> None:
-    model = small()
+    model = small_eva()
     with pytest.raises(TypeError, match="x must be floating, got torch.uint8"):
         model(torch.zeros(1, 3, 96, 96, dtype=torch.uint8))
     for shape in ((3, 96, 96), (1, 4, 96, 96), (1, 3, 90, 96), (1, 3, 96, 0)):
@@ -377,14 +348,14 @@ def test_rejects_inputs() -> None:
 
 def test_orions_values_of_unused_arguments_are_accepted() -> None:
     norm = partial(torch.nn.LayerNorm, eps=1e-6)
-    model = small(norm_layer=norm, act_layer=torch.nn.GELU, residual_block_indexes=())
-    assert model.config == small(flash_attn=True, use_rel_pos=False).config
+    model = small_eva(norm_layer=norm, act_layer=torch.nn.GELU, residual_block_indexes=())
+    assert model.config == small_eva(flash_attn=True, use_rel_pos=False).config
     x = torch.randn(1, 3, 96, 96)
-    assert torch.equal(model(x), small(flash_attn=False)(x))
+    assert torch.equal(model(x), small_eva(flash_attn=False)(x))
 
 
 def test_config_is_json_and_rebuilds_the_model() -> None:
-    model = small(heads=[[0, 2], [1], [0, 1, 2]])
+    model = small_eva(heads=[[0, 2], [1], [0, 1, 2]])
     config = json.loads(json.dumps(model.config))
     again = EVAViT(**config)
     assert again.config == model.config

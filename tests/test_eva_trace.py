@@ -13,45 +13,16 @@ from kdfast.models import AttentionTarget, EVAViT, eva_layers
 from kdfast.models import eva as eva_module
 from kdfast.models.axial_rope import AxialRope
 from kdfast.models.eva_layers import Attention, Block
-
-SMALL: dict[str, Any] = {
-    "img_size": 96,
-    "embed_dim": 48,
-    "depth": 3,
-    "num_heads": 3,
-    "window_size": 4,
-    "window_block_indexes": (0, 1),
-    "with_cp": False,
-}
-
-
-def small(**overrides: Any) -> EVAViT:
-    """Three blocks (window, window, global) of three heads of 16 channels; biases are not zero."""
-    torch.manual_seed(1)
-    model = EVAViT(**{**SMALL, **overrides})
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.5)
-    return model
-
-
-def rel(got: Tensor, want: Tensor) -> float:
-    return ((got - want).norm() / want.norm()).item()
-
-
-def gradients(model: EVAViT, loss: Tensor) -> dict[str, Tensor]:
-    named = dict(model.named_parameters())
-    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+from kdfast.testing import gradients, relative, small_eva
 
 
 def test_frozen_model_never_trains() -> None:
-    model = small(frozen=True, drop_path_rate=0.9, with_cp=True)
+    model = small_eva(frozen=True, drop_path_rate=0.9, with_cp=True)
     assert not any(p.requires_grad for p in model.parameters())
     model.train()
     assert not any(m.training for m in model.modules())
     x = torch.randn(2, 3, 96, 96)
-    assert torch.equal(model(x), small().eval()(x))
+    assert torch.equal(model(x), small_eva().eval()(x))
 
 
 def test_drop_path_is_per_image_and_scaled() -> None:
@@ -71,7 +42,7 @@ def test_drop_path_is_per_image_and_scaled() -> None:
 
 
 def test_trace_equals_forward_and_keeps_only_what_was_asked() -> None:
-    model = small(heads=[[0, 2], [1], [0, 1, 2]])
+    model = small_eva(heads=[[0, 2], [1], [0, 1, 2]])
     x = torch.randn(2, 3, 80, 112)
     streams = []
     for block in model.blocks:
@@ -101,7 +72,7 @@ KEEP = [[0, 2], [1], [1, 2]]
 
 def pair_of_models(**overrides: Any) -> tuple[EVAViT, EVAViT]:
     """A teacher and the student that holds some of its heads."""
-    teacher, student = small().eval(), small(heads=KEEP, **overrides)
+    teacher, student = small_eva().eval(), small_eva(heads=KEEP, **overrides)
     state = teacher.state_dict()
     for i, heads in enumerate(KEEP):
         rows = torch.cat([torch.arange(16 * h, 16 * h + 16) for h in heads])
@@ -188,12 +159,12 @@ def test_checkpointing_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision(dtype: torch.dtype) -> None:
-    model = small().eval()
+    model = small_eva().eval()
     x = torch.randn(2, 3, 80, 112)
     want = model(x)
     got = copy.deepcopy(model).to(dtype)(x)
     assert got.dtype == dtype
-    assert rel(got.float(), want) < 0.03
+    assert relative(got.float(), want) < 0.03
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -205,25 +176,25 @@ def test_autocast(dtype: torch.dtype) -> None:
         qk = teacher.trace(x, qk=True).qk
         got = student.trace(x, target=AttentionTarget(qk, KEEP))
     assert got.output.dtype == dtype
-    assert rel(got.output.float(), want.output) < 0.03
+    assert relative(got.output.float(), want.output) < 0.03
     (got.output.float().sum() + sum(got.attention_losses.values())).backward()
     grad = student.blocks[0].attn.v_bias.grad
     assert grad.dtype == torch.float32 and grad.isfinite().all()
 
 
 def test_linear_layers_of_another_dtype_than_their_biases() -> None:
-    model = small().eval()
+    model = small_eva().eval()
     attn = copy.deepcopy(model.blocks[0].attn)
     for module in attn.children():
         module.to(torch.bfloat16)
     x = torch.randn(1, 35, 48)
     rope = AxialRope(16, 16, True)((4, 4), x)
     got = attn(x.bfloat16(), (5, 7), rope)[0]
-    assert rel(got.float(), model.blocks[0].attn(x, (5, 7), rope)[0]) < 0.02
+    assert relative(got.float(), model.blocks[0].attn(x, (5, 7), rope)[0]) < 0.02
 
 
 def test_rope_tables_follow_the_model_and_stay_out_of_its_state() -> None:
-    model = small().eval()
+    model = small_eva().eval()
     x = torch.randn(1, 3, 96, 96)
     with torch.inference_mode():
         model(x)
@@ -234,13 +205,13 @@ def test_rope_tables_follow_the_model_and_stay_out_of_its_state() -> None:
     model.double()
     assert {key[3] for key in model.rope._tables} == {torch.float64}
     precise = model(x.double())
-    assert rel(model.float()(x).double(), precise) < 1e-5
+    assert relative(model.float()(x).double(), precise) < 1e-5
     assert {key[2].type for key in model.to("meta").rope._tables} == {"meta"}
     assert not any("rope" in key for key in model.state_dict())
 
 
 def test_rope_tables_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small().eval()
+    model = small_eva().eval()
     x = torch.randn(1, 3, 80, 80)
     want = model(x)
     monkeypatch.setattr(AxialRope, "tables", None)
@@ -252,18 +223,18 @@ COMPILED = {"backend": "aot_eager", "fullgraph": True}
 
 def test_compile_training_step_with_checkpoints() -> None:
     torch._dynamo.reset()
-    model = small(depth=2, window_block_indexes=(0,), with_cp=True).train()
+    model = small_eva(depth=2, window_block_indexes=(0,), with_cp=True).train()
     x = torch.randn(2, 3, 48, 64)
     got_out, want_out = torch.compile(model, **COMPILED)(x), model(x)
     torch.testing.assert_close(got_out, want_out)
     got, want = (gradients(model, out.square().sum()) for out in (got_out, want_out))
     for name in want:
-        assert rel(got[name], want[name]) < 1e-5, name
+        assert relative(got[name], want[name]) < 1e-5, name
 
 
 def test_compile_reads_tables_and_takes_other_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    model = small(depth=2, window_block_indexes=(0,), img_size=64).eval()
+    model = small_eva(depth=2, window_block_indexes=(0,), img_size=64).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         x = torch.randn(1, 3, 64, 64)

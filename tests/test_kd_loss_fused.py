@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kdfast
 from kdfast.benchmark import peak_bytes, saved_bytes
-from kdfast.testing import assert_no_worse, run
+from kdfast.testing import assert_right, run
 
 pytestmark = pytest.mark.usefixtures("compiled")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -30,16 +30,6 @@ def make(rows: int, classes: int, kind: str) -> list[Tensor]:
     return logits + extra.get(kind, [labels])
 
 
-def check(name: str, fused: Tensor, exact: Tensor, eager: Tensor) -> None:
-    # fp64 is its own reference, and of a single number the eager error is a matter of luck.
-    if fused.dtype == torch.float64:
-        torch.testing.assert_close(fused, exact, rtol=1e-12, atol=1e-13, msg=name)
-    elif fused.dim() == 0:
-        torch.testing.assert_close(fused.double(), exact, rtol=5e-7, atol=1e-7, msg=name)
-    else:
-        assert_no_worse(name, fused, exact, eager)
-
-
 def compare(inputs: list[Tensor], dtype: torch.dtype, **options: object) -> None:
     """Outputs and gradients are no worse than the reference's in the same dtype."""
     low = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
@@ -49,7 +39,7 @@ def compare(inputs: list[Tensor], dtype: torch.dtype, **options: object) -> None
     eager = run(partial(call, backend="reference"), low)
     best = run(partial(call, backend="reference"), exact)
     for name, *triple in zip(NAMES, fused, best, eager, strict=False):
-        check(name, *triple)
+        assert_right(name, *triple)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
+from kdfast.data.preprocess import draw_crop, draw_photometric, preprocess
+from kdfast.data.rng import CROP, PHOTOMETRIC, generator
+
 LOG = logging.getLogger("kdfast.data")
 SPLITS = ("train", "val")
 
@@ -98,6 +101,34 @@ class ViewDataset(Dataset["Item | Corrupt"]):
             cv2.setNumThreads(0)
             self._alone = True
         return self.load(index)
+
+
+class FileDataset(ViewDataset):
+    """Views that are files, without labels.
+
+    Attributes:
+        photometric: Whether ``augment`` also distorts colours.
+    """
+
+    photometric: bool = False
+
+    @abstractmethod
+    def place(self, index: int) -> tuple[Path, int]:
+        """The file of an item, and the number of its frame, whose views are cropped alike."""
+
+    def load(self, index: int) -> Item | Corrupt:
+        """One view; see ``ViewDataset``."""
+        path, frame = self.place(index)
+        image = read_bgr(path)
+        if isinstance(image, str):
+            return Corrupt(index, str(path), image)
+        crop = photometric = None
+        if self.augment:
+            crop = draw_crop(generator(CROP, self.seed, self.epoch, frame))
+            if self.photometric:
+                photometric = draw_photometric(generator(PHOTOMETRIC, self.seed, self.epoch, index))
+        tensor = preprocess(image, self.size, crop=crop, photometric=photometric)
+        return {"image": tensor, "index": index, "path": str(path)}
 
 
 def read_bgr(path: Path) -> NDArray[np.uint8] | str:

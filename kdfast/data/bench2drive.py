@@ -7,9 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from kdfast.data.base import LOG, Corrupt, Item, ViewDataset, read_bgr, resolve_root
-from kdfast.data.preprocess import draw_crop, draw_photometric, preprocess
-from kdfast.data.rng import CROP, PHOTOMETRIC, generator
+from kdfast.data.base import LOG, FileDataset, resolve_root
 
 # ORION's camera order.
 CAMERAS = (
@@ -58,7 +56,7 @@ def list_frames(clip: Path) -> tuple[list[str], list[str]]:
     return sorted(complete), sorted(set.union(*seen) - complete)
 
 
-class Bench2Drive(ViewDataset):
+class Bench2Drive(FileDataset):
     """Single views in ORION's preprocessing; six consecutive items are one frame.
 
     The six views of a frame share the crop draw; each has its own photometric draw.
@@ -152,18 +150,8 @@ class Bench2Drive(ViewDataset):
         """Number of views."""
         return self.views * len(self.frames)
 
-    def load(self, index: int) -> Item | Corrupt:
-        """One view; see ``ViewDataset``."""
+    def place(self, index: int) -> tuple[Path, int]:
+        """See ``FileDataset``."""
         frame, camera = divmod(index, self.views)
         clip, name = self.frames[frame]
-        path = self.root / "v1" / clip / "camera" / CAMERAS[camera] / f"{name}.jpg"
-        image = read_bgr(path)
-        if isinstance(image, str):
-            return Corrupt(index, str(path), image)
-        crop = photometric = None
-        if self.augment:
-            crop = draw_crop(generator(CROP, self.seed, self.epoch, frame))
-            if self.photometric:
-                photometric = draw_photometric(generator(PHOTOMETRIC, self.seed, self.epoch, index))
-        tensor = preprocess(image, self.size, crop=crop, photometric=photometric)
-        return {"image": tensor, "index": index, "path": str(path)}
+        return self.root / "v1" / clip / "camera" / CAMERAS[camera] / f"{name}.jpg", frame

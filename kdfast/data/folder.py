@@ -6,9 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from kdfast.data.base import Corrupt, Item, ViewDataset, read_bgr, resolve_root
-from kdfast.data.preprocess import draw_crop, draw_photometric, preprocess
-from kdfast.data.rng import CROP, PHOTOMETRIC, generator
+from kdfast.data.base import FileDataset, resolve_root
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 EXPECTED = f"pictures ({', '.join(SUFFIXES)}) at any depth"
@@ -48,7 +46,7 @@ def is_val(position: int, total: int, fraction: float) -> bool:
     return position // run % period == period - 1
 
 
-class ImageFolder(ViewDataset):
+class ImageFolder(FileDataset):
     """Pictures of a folder tree in ORION's preprocessing.
 
     With folders ``train`` and ``val`` directly below the root these are the splits; otherwise
@@ -99,16 +97,6 @@ class ImageFolder(ViewDataset):
         """Number of pictures."""
         return len(self.names)
 
-    def load(self, index: int) -> Item | Corrupt:
-        """One picture; see ``ViewDataset``."""
-        path = self.root / self.names[index]
-        image = read_bgr(path)
-        if isinstance(image, str):
-            return Corrupt(index, str(path), image)
-        crop = photometric = None
-        if self.augment:
-            crop = draw_crop(generator(CROP, self.seed, self.epoch, index))
-            if self.photometric:
-                photometric = draw_photometric(generator(PHOTOMETRIC, self.seed, self.epoch, index))
-        tensor = preprocess(image, self.size, crop=crop, photometric=photometric)
-        return {"image": tensor, "index": index, "path": str(path)}
+    def place(self, index: int) -> tuple[Path, int]:
+        """See ``FileDataset``."""
+        return self.root / self.names[index], index

@@ -7,6 +7,24 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_pair(op: str, names: tuple[str, str], student: Tensor, teacher: Tensor) -> None:
+    """Raises TypeError or ValueError unless both are floating, of one shape, on one device."""
+    for name, x in zip(names, (student, teacher), strict=True):
+        if x.dtype not in FLOATING:
+            raise TypeError(f"{op}: {name} must be one of {FLOATING}, got {x.dtype}")
+    mine, other = names
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{op}: {other} must have the shape of {mine}, "
+            f"got {tuple(teacher.shape)} and {tuple(student.shape)}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"{op}: {other} must be on the device of {mine}, "
+            f"got {teacher.device} and {student.device}"
+        )
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and results for inputs of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32

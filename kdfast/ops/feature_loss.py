@@ -19,7 +19,7 @@ from kdfast.ops._library import (
     register_gradient,
     use_fused,
 )
-from kdfast.ops._losses import FLOATING, accumulator, saved_dtype, scaled_gradient
+from kdfast.ops._losses import accumulator, check_pair, saved_dtype, scaled_gradient
 
 KINDS = ("mse", "cosine", "smooth_l1")
 NORMALIZATIONS = ("none", "layer", "channel")
@@ -84,25 +84,13 @@ def feature_loss(
 
 
 def _check(student: Tensor, teacher: Tensor, kind: str, normalize: str | None, dim: int) -> None:
-    for name, x in (("student", student), ("teacher", teacher)):
-        if x.dtype not in FLOATING:
-            raise TypeError(f"feature_loss: {name} must be one of {FLOATING}, got {x.dtype}")
+    check_pair("feature_loss", ("student", "teacher"), student, teacher)
     if kind not in KINDS:
         raise ValueError(f"feature_loss: kind must be one of {KINDS}, got {kind!r}")
     if normalize is not None and normalize not in NORMALIZATIONS[1:]:
         raise ValueError(
             f"feature_loss: normalize must be None or one of {NORMALIZATIONS[1:]}, "
             f"got {normalize!r}"
-        )
-    if student.shape != teacher.shape:
-        raise ValueError(
-            "feature_loss: teacher must have the shape of student, "
-            f"got {tuple(teacher.shape)} and {tuple(student.shape)}"
-        )
-    if student.device != teacher.device:
-        raise ValueError(
-            "feature_loss: teacher must be on the device of student, "
-            f"got {teacher.device} and {student.device}"
         )
     if not -student.dim() <= dim < student.dim():
         raise ValueError(

@@ -19,7 +19,7 @@ from kdfast.ops._library import (
     register_gradient,
     use_fused,
 )
-from kdfast.ops._losses import FLOATING, accumulator, saved_dtype, scaled_gradient
+from kdfast.ops._losses import FLOATING, accumulator, check_pair, saved_dtype, scaled_gradient
 
 REDUCTIONS = ("batchmean", "sum", "none")
 
@@ -79,7 +79,12 @@ def kd_loss(
     names = ("student_logits", "teacher_logits")
     check_tensors("kd_loss", names, student_logits, teacher_logits)
     check_tensors("kd_loss", ("target",), target, optional=True)
-    _check_logits(student_logits, teacher_logits)
+    check_pair("kd_loss", names, student_logits, teacher_logits)
+    if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
+        raise ValueError(
+            "kd_loss: student_logits must be (..., C) with C >= 1, "
+            f"got {tuple(student_logits.shape)}"
+        )
     check_options("kd_loss", temperature, alpha, reduction, label_smoothing)
     if target is not None:
         shape, device = student_logits.shape, student_logits.device
@@ -100,26 +105,6 @@ def kd_loss(
         loss, kd, ce, _ = op(student, teacher, target, *options, need_grad)
         return loss, kd, ce
     return reference(student, teacher, target, *options)
-
-
-def _check_logits(student: Tensor, teacher: Tensor) -> None:
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if logits.dtype not in FLOATING:
-            raise TypeError(f"kd_loss: {name} must be one of {FLOATING}, got {logits.dtype}")
-    if student.dim() == 0 or student.shape[-1] == 0:
-        raise ValueError(
-            f"kd_loss: student_logits must be (..., C) with C >= 1, got {tuple(student.shape)}"
-        )
-    if student.shape != teacher.shape:
-        raise ValueError(
-            "kd_loss: teacher_logits must have the shape of student_logits, "
-            f"got {tuple(teacher.shape)} and {tuple(student.shape)}"
-        )
-    if student.device != teacher.device:
-        raise ValueError(
-            "kd_loss: teacher_logits must be on the device of student_logits, "
-            f"got {teacher.device} and {student.device}"
-        )
 
 
 def check_options(
