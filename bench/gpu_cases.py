@@ -12,7 +12,7 @@ from typing import Any
 from bench.gpu_source import fingerprints
 from bench.gpu_tables import arch_name
 from kdfast import aot
-from kdfast.kernels._common import BLOCKS, TWO
+from kdfast.kernels._common import BLOCKS, TWO, chunks
 
 # In the order of what they say. Ampere's tensor cores and Hopper's first, then Blackwell's; sm_86
 # and sm_89 run the instructions of sm_80 on less shared memory.
@@ -135,8 +135,8 @@ def losses(half: bool, distinct: bool) -> Iterator[tuple[str, int, Options]]:
                     yield "feature_loss", 1024, {"kind": kind, "normalize": normalize}
 
 
-def blocks(case: Case) -> list[Any]:
-    """The entries of the table of block sizes that the case may take."""
+def sizes(case: Case) -> list[Any]:
+    """The tiles of its head dims, and the entries of the table of blocks that it may take."""
     values = case.values()
     names = ["fwd", "distance", "dq_rider", "dkdv_rider"]
     if case.op == "pruned_attention":
@@ -146,14 +146,16 @@ def blocks(case: Case) -> list[Any]:
     elif case.op != "attention_distill":
         return []
     itemsize = 4 if case.dtype == "float32" else 2
-    widths = {64 if dim <= 64 else 128 for dim in (case.dim, values.get("teacher_dim", case.dim))}
+    dims = sorted({case.dim, values.get("teacher_dim", case.dim)})
+    widths = {64 if dim <= 64 else 128 for dim in dims}
     keys = [(name, width, itemsize) for name in names for width in (*widths, TWO)]
-    return sorted((key, BLOCKS[key]) for key in keys if key in BLOCKS)
+    table = sorted((key, BLOCKS[key]) for key in keys if key in BLOCKS)
+    return [*table, *((dim, chunks(dim, itemsize)) for dim in dims)]
 
 
 def source(case: Case) -> str:
-    """A fingerprint of the code and the blocks that the binaries of the case depend on."""
-    text = repr((fingerprints()[case.op], blocks(case)))
+    """A fingerprint of the code and the sizes that the binaries of the case depend on."""
+    text = repr((fingerprints()[case.op], sizes(case)))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -17,13 +17,13 @@ from kdfast import aot
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "kdfast.kernels"
 Place = tuple[str, str]  # a module of kernels/ and a name in it; "" is the whole module
-# Each case has entries of its own in this table, see bench/gpu_cases.py.
-BLOCKS = ("_common", "BLOCKS")
+# Sizes of tiles: what a case takes of them is in its own fingerprint, see bench/gpu_cases.py.
+SIZES = {("_common", "BLOCKS"), ("_common", "chunks")}
 
 
 @functools.cache
 def fingerprints() -> dict[str, str]:
-    """For each op of kdfast.aot, but for the table of block sizes."""
+    """For each op of kdfast.aot, but for the sizes of tiles."""
     return {op: fingerprint(op) for op in aot.OPS}
 
 
@@ -35,7 +35,7 @@ def fingerprint(op: str) -> str:
     found: dict[Place, Any] = {}
     while wanted:
         place = wanted.pop()
-        if place in found or place == BLOCKS:
+        if place in found or place in SIZES:
             continue
         module, name = place
         if module not in modules:

@@ -60,7 +60,7 @@ BLOCKS: dict[tuple[str, int, int], tuple[tuple[tuple[int, int], ...], int, int]]
     ("dkdv_rider", 128, 4): (((16, 8),), 16, 1),
     ("distance", 64, 2): (((64, 4), (32, 4)), 64, 2),
     ("distance", 128, 2): (((64, 8), (32, 4)), 32, 2),
-    ("distance", 64, 4): (((64, 8), (32, 4)), 32, 1),
+    ("distance", 64, 4): (((64, 8), (16, 4)), 32, 1),
     ("distance", 128, 4): (((16, 4),), 16, 1),
     # With a bias, and the kernel of its gradient.
     ("fwd_bias", 64, 2): (((128, 8), (64, 4), (32, 4)), 64, 2),
@@ -147,16 +147,16 @@ def choose_tiles(kernel: str, lengths: tuple[int, ...], head_dim: int, itemsize:
 
 
 def chunks(head_dim: int, itemsize: int) -> tuple[int, int]:
-    """``head_dim`` as two tile widths, powers of two or 0: 64 is (64, 0), 72 is (64, 16).
+    """``head_dim`` as two tile widths, powers of two: 72 is (64, 16), 64 is (64, 0).
 
-    In fp32 the second is half of the first at least, (64, 32): of narrower ones several warps would
-    compute the same.
+    The second is 0 where two tiles would be as wide as one: 24 is (32, 0). In fp32 it is half of
+    the first at least, (64, 32): of narrower ones several warps would compute the same.
     """
-    low = 1 << (head_dim.bit_length() - 1)
-    if low == head_dim or low < SMALLEST:
-        return max(SMALLEST, power_of_two(head_dim)), 0
-    least = low // 2 if itemsize == 4 else SMALLEST
-    return low, max(SMALLEST, least, power_of_two(head_dim - low))
+    whole = max(SMALLEST, power_of_two(head_dim))
+    low = whole // 2
+    least = max(SMALLEST, low // 2 if itemsize == 4 else 0)
+    high = max(least, power_of_two(max(1, head_dim - low)))
+    return (low, high) if high < low else (whole, 0)
 
 
 def alignment(*tensors: Tensor) -> int:
