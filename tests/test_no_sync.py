@@ -33,7 +33,30 @@ jit = pytest.importorskip("triton.runtime.jit")
 common = pytest.importorskip("kdfast.kernels._common")
 sums = pytest.importorskip("kdfast.kernels._sums")
 DEVICE = torch.device("cuda", 1)
+is_tensor = torch.is_tensor
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+
+class Made(TorchDispatchMode):
+    """Holds every tensor with memory of its own that is made on the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if is_tensor(x)}
+        results = func(*args, **(kwargs or {}))
+        for x in filter(is_tensor, tree_leaves(results)):
+            if x.is_cuda and x.untyped_storage()._cdata not in known:
+                self.tensors.setdefault(x.untyped_storage()._cdata, x)
+        return results
+
+    def sizes(self) -> list[int]:
+        """Bytes of each, the largest first."""
+        return sorted((x.untyped_storage().nbytes() for x in self.tensors.values()), reverse=True)
 
 
 class NoSync(TorchDispatchMode):
@@ -92,6 +115,14 @@ def without_sync(call: Any) -> Any:
     call()
     with NoSync():
         return call()
+
+
+def made_by(call: Any) -> list[int]:
+    """Bytes of every tensor that a call makes, the largest first, results included."""
+    call()
+    with Made() as made:
+        call()
+    return made.sizes()
 
 
 def cuda(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -254,3 +285,78 @@ def test_a_launch_elsewhere_is_seen() -> None:
                 launch(x, x.to("cuda:0"))
         with pytest.raises(AssertionError, match="a launch on"):
             launch(x)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_attention_makes_its_results_and_turned_copies(turned: bool) -> None:
+    """Nothing for the gathered heads and the packed projection, and nothing N x N."""
+    with fake_device():
+        q, k, v = cuda(2, 37, 3, 4, 32).permute(2, 0, 3, 1, 4).unbind()
+        table = cuda(37, 32, dtype=torch.float32)
+        rope = Rope(table, table) if turned else None
+        args = ([2, 0], *pruned_attention.geometry_args(rope, None, 0.5))
+        kept, whole, row = 2 * 2 * 37 * 32 * 2, 2 * 37 * 4 * 32 * 2, 2 * 2 * 37 * 4
+        out, lse = pruned_attention._cuda(q, k, v, *args)
+        # out, the rotated keys; lse.
+        made = made_by(lambda: pruned_attention._cuda(q, k, v, *args))
+        assert made == [kept] * (1 + turned) + [row]
+        # dq, dk and dv of all heads; rotated keys and queries; delta; no parts of a pad value.
+        made = made_by(lambda: pruned_attention._cuda_bwd(out, q, k, v, out, lse, *args))
+        assert [size for size in made if size] == [whole] * 3 + [kept] * (2 * turned) + [row]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", attention_distill.STATS)
+def test_distances_make_no_map(kind: str, temperature: float) -> None:
+    def sizes(tokens: int) -> tuple[list[int], list[int]]:
+        q, k, v = cuda(1, tokens, 3, 4, 32).permute(2, 0, 3, 1, 4).unbind()
+        side = pruned_attention.geometry_args(None, None, 0.5)
+        args = (q, k, v, q, k, [2, 0], [1, 3], *side, *side[:5], temperature, kind)
+        out, loss, stats = attention_distill._cuda(*args)
+        return (
+            made_by(lambda: attention_distill._cuda(*args)),
+            made_by(lambda: attention_distill._cuda_bwd(out, loss, out, stats, *args)),
+        )
+
+    with fake_device():
+        for few, many in zip(sizes(500), sizes(1000), strict=True):
+            assert sum(many) <= 2 * sum(few)
+            # dq, dk and dv of all heads at most, where a map of two heads has 8 MB.
+            assert sum(many) < 3 * 1000 * 4 * 32 * 2 + 20000
+
+
+def test_long_rows_of_logit_mse_make_no_map() -> None:
+    with fake_device():
+        q, k, v = cuda(1, 1024, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind()
+        call = attention_distill.attention_distill
+        sizes = made_by(
+            lambda: call(q, k, v, q, k, heads=[2, 0], teacher_heads=[1, 1], kind="logit_mse")
+        )
+        assert sizes[0] < 1024**2 // 4
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_kd_loss_makes_one_gradient_or_none(inplace: bool) -> None:
+    with fake_device():
+        s, t, goal = cuda(9, 4000), cuda(9, 4000), labels(9)
+        options = (4.0, 0.7, "batchmean", 0.1, -100)
+        sizes = made_by(
+            lambda: (
+                kd_loss._cuda_inplace(s, t, goal, *options)
+                if inplace
+                else kd_loss._cuda(s, t, goal, *options, True)
+            )
+        )
+        assert sum(sizes) - (0 if inplace else s.nbytes) < 200
+
+
+@pytest.mark.parametrize("reduction", kd_loss.REDUCTIONS)
+def test_linear_kd_loss_makes_the_logits_of_a_chunk(reduction: str) -> None:
+    with fake_device():
+        hidden, weight = cuda(64, 8), cuda(4000, 8)
+        given = (hidden, weight, None, None, hidden, weight, None, labels(64), None)
+        options = (4.0, 0.7, reduction, 0.1, -100, 4, [True, True, False])
+        sizes = made_by(lambda: chunked(*given, *options))
+        # Logits of both sides for 4 rows, and d weight in fp32.
+        assert sizes[0] == 4000 * 8 * 4 and sizes.count(4 * 4000 * 2) >= 2
+        assert 64 * 4000 * 2 not in sizes and sizes[1] <= 4000 * 8 * 2

@@ -2,6 +2,8 @@
 """The Triton kernels in the interpreter, against the reference. bf16 needs a GPU: `tl.dot` of bf16
 is wrong in the interpreter."""
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +49,7 @@ def check(
     pad: bool = False,
     dtype: torch.dtype = torch.float32,
     scale: float | None = None,
+    eps: float = 0.0,
 ) -> None:
     """Forward and every gradient against the reference, from a packed projection."""
     batch, count, tokens, dim = shape
@@ -69,7 +72,7 @@ def check(
     low = [packed.to(dtype), pads.to(dtype)]
     fused, eager = run(call(True), low), run(call(False), low)
     for name, *triple in zip(("out", "dqkv", "dpad"), fused, exact, eager, strict=True):
-        assert_no_worse(name, *triple)
+        assert_no_worse(name, *triple, eps=max(eps, torch.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -93,6 +96,11 @@ def test_global(shape: tuple[int, ...], heads: list[int] | None, dtype: torch.dt
 @pytest.mark.parametrize(("dim", "prefix", "left_out"), [(72, 0, 0), (16, 1, 0), (24, 2, 2)])
 def test_rope(layout: str, dim: int, prefix: int, left_out: int) -> None:
     check((1, 2, 21, dim), [1], rotary(21 - left_out, dim, layout, prefix))
+
+
+@pytest.mark.parametrize("dim", [32, 80, 88, 96, 112])
+def test_head_dims(dim: int) -> None:
+    check((1, 2, 17, dim), [1], rotary(17, dim, "half", 1), dtype=torch.float16)
 
 
 @pytest.mark.parametrize("pad", [True, False])
@@ -127,7 +135,53 @@ def test_large_logits() -> None:
 def test_any_shape(tokens: int, dim: int, count: int, layout: str, dtype: torch.dtype) -> None:
     dim += dim % 2 if layout else 0
     rope = rotary(tokens, dim, layout) if layout else None
-    check((1, count, tokens, dim), [count - 1], rope, dtype=dtype)
+    # Of few numbers the eager error may be small by luck.
+    check((1, count, tokens, dim), [count - 1], rope, dtype=dtype, eps=2.0**-19)
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    size=st.integers(2, 6),
+    pad=st.booleans(),
+    layout=st.sampled_from(["", "interleaved", "half"]),
+    heads=st.permutations([0, 1, 2]),
+)
+def test_any_window(
+    grid: tuple[int, int], size: int, pad: bool, layout: str, heads: list[int]
+) -> None:
+    rope = rotary(size**2, 16, layout) if layout else None
+    check(
+        (1, 3, grid[0] * grid[1], 16),
+        heads[: 1 + size % 2],
+        rope,
+        (grid, size),
+        pad=pad,
+        eps=2.0**-19,
+    )
+
+
+def test_other_heads_are_not_read() -> None:
+    # NaN everywhere but in the kept heads.
+    packed = torch.full((1, 6, 3, 4, 16), torch.nan)
+    packed[:, :, :, [3, 1]] = torch.randn(1, 6, 3, 2, 16)
+    pads = torch.full((4, 16), torch.nan)
+    pads[[3, 1]] = torch.randn(2, 16)
+    q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
+    args = op.geometry_args(rotary(4, 16), Window((2, 3), 2, pads), 0.5)
+    out, lse = op._cuda(q, k, v, [3, 1], *args)
+    grads = op._cuda_bwd(torch.ones_like(out), q, k, v, out, lse, [3, 1], *args)
+    for x in (out, lse, *(g[:, [3, 1]] for g in grads[:3]), grads[3][[3, 1]]):
+        assert x.isfinite().all()
+    for x in (*(g[:, [0, 2]] for g in grads[:3]), grads[3][[0, 2]]):
+        assert not x.any()
+
+
+def test_nothing_is_added_atomically() -> None:
+    for file in Path(kernels.__file__).parent.glob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert not [name for name in names if name.startswith(("atomic", "inline_asm"))], file
 
 
 def test_lse_and_layouts() -> None:
@@ -171,6 +225,13 @@ def test_useful_share(tokens: int, share: float, kernel: str, itemsize: int) -> 
     for dim in (64, 128):
         tiles = common.choose_tiles(kernel, (tokens,), dim, itemsize)
         assert common.useful_share((tokens,), tiles) >= share
+
+
+def test_useful_share_of_any_length() -> None:
+    for (kernel, width, itemsize), _ in common.BLOCKS.items():
+        for tokens in (*range(104, 700), *range(700, 5000, 61)):
+            tiles = common.choose_tiles(kernel, (tokens,), width or 72, itemsize)
+            assert common.useful_share((tokens,), tiles) >= 0.75, (kernel, width, tokens)
 
 
 def test_useful_share_of_windows() -> None:
