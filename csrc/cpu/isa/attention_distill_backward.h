@@ -125,7 +125,7 @@ struct DistillBackward : Backward<T, M> {
   void (*columns)(const QueryLanes&, ColumnTile);
   int32_t *teacher_k, *teacher_lanes, *teacher_block;
   float *teacher_buffer, *teacher_scores;
-  bool centered = false;  // whether a query of the chunk has a center
+  bool anchored = false;  // whether a query of the chunk has a center
 
   static int64_t bytes(int64_t n, int64_t dim, int64_t teacher_dim) {
     const Sizes<M> s(teacher_dim);
@@ -170,7 +170,7 @@ struct DistillBackward : Backward<T, M> {
       pack_side<M>(teacher, true, query, some, kVector, teacher_buffer, teacher_block);
       to_lanes(teacher_block, other.width, first, lanes, other.steps, teacher_lanes);
     }
-    centered = false;
+    anchored = false;
     for (int64_t i = 0; i < count; ++i, walk.next()) read_row(i, task.stats + walk.token());
     // A lane without a query has scores of 0 and gets P = R = 0.
     for (int64_t i = count; i < lanes; ++i) {
@@ -192,7 +192,7 @@ struct DistillBackward : Backward<T, M> {
     const Anchor its = count <= kTeacherTop
                            ? same_anchor(own, stats[kTop * step], scale, teacher_scale)
                            : anchor_of(read(kTeacherTop), teacher_scale, queries.inv);
-    centered = centered || own.center != 0 || its.center != 0;
+    anchored = anchored || own.center != 0 || its.center != 0;
     queries.center[i] = own.center;
     queries.top[i] = own.offset;
     queries.share[i] = stats[kLogSum * step];
@@ -207,8 +207,8 @@ struct DistillBackward : Backward<T, M> {
 
   // Takes the centers of `lanes` queries from their scores of `keys` keys. Products that are summed
   // in another order than the forward's must not exceed its maximum.
-  static void center_lanes(float* x, int64_t keys, int64_t lanes, const float* center,
-                           bool bounded) {
+  static void subtract_lanes(float* x, int64_t keys, int64_t lanes, const float* center,
+                             bool bounded) {
     for (int64_t j = 0; j < keys; ++j, x += kPanel)
       for (int64_t i = 0; i < lanes; ++i) {
         const float above = x[i] - center[i];
@@ -226,11 +226,11 @@ struct DistillBackward : Backward<T, M> {
     value_scores<M>(this->v_rows + key * this->size.width, this->size.width, n - key,
                     this->g_lanes + lane * this->size.steps, wide * kVector, this->size.steps, dp,
                     kPanel);
-    if (centered) {
+    if (anchored) {
       const int64_t keys = n - key < M::kRows ? n - key : M::kRows, lanes = wide * kVector;
       const bool maps = task.kind != MapLoss::logit_mse;
-      center_lanes(scores, keys, lanes, queries.center + lane, true);
-      center_lanes(teacher_scores, keys, lanes, queries.teacher_center + lane, maps);
+      subtract_lanes(scores, keys, lanes, queries.center + lane, true);
+      subtract_lanes(teacher_scores, keys, lanes, queries.teacher_center + lane, maps);
     }
     for (int64_t v = 0; v < wide; v += 2) {
       const int64_t from = v * kVector, to = at * stride + (lane + from) / M::kPair;

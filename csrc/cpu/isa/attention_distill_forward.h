@@ -116,8 +116,8 @@ struct StripRow {
   static double run(const StripTask& task, float* s, float* t, int32_t* weights, float* stats,
                     RowSums to) {
     StripRow row{task, s, t};
-    center_scores(s, task.n, row.anchor);
-    center_scores(t, task.n, row.its);
+    center_scores(s, task.n, row.anchor.center);
+    center_scores(t, task.n, row.its.center);
     row.add_all(weights);
     return row.finish(stats, to);
   }

@@ -126,7 +126,6 @@ inline float peak_of(const float* x, int64_t n, bool pads) {
 struct Anchor {
   float center, offset;
 };
-constexpr float kFarTop = 1 << 12;
 inline Anchor anchor_of(float peak, float scale, float inv_temperature) {
   const float top = peak * scale, size = fabsf(top);
   // The attention itself is thus the same at any temperature that anybody would take.
@@ -136,12 +135,6 @@ inline Anchor anchor_of(float peak, float scale, float inv_temperature) {
 // That of the teacher's scores where they are compared themselves: equal ones differ by zero.
 inline Anchor same_anchor(Anchor student, float peak, float scale, float teacher_scale) {
   return scale == teacher_scale ? student : Anchor{0, peak * scale * kLog2e};
-}
-
-// Takes the center from n scores, if there is one.
-inline void center_scores(float* x, int64_t n, Anchor anchor) {
-  if (anchor.center == 0) return;
-  for (int64_t j = 0; j < n; ++j) x[j] -= anchor.center;
 }
 
 }  // namespace

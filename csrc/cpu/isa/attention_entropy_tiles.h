@@ -11,7 +11,7 @@ namespace {
 inline float tile_entropy(float* s, int64_t n, float scale, int64_t pads) {
   const float peak = peak_of(s, n, pads > 0), top = peak * scale;
   const Anchor anchor = anchor_of(peak, scale, 1);
-  center_scores(s, n, anchor);
+  center_scores(s, n, anchor.center);
   const Vec16 factor = splat16(scale * kLog2e), offset = splat16(anchor.offset);
   // With x = s - top: H = log z - sum(exp(x) x) / z, in which nothing cancels, for x <= 0.
   Vec16 sums = zero16(), means = zero16();

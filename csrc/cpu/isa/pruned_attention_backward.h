@@ -40,8 +40,9 @@ struct Backward {
   const float c = fabsf(head.scale);
   int32_t *k_rows, *v_rows, *k_pairs, *k_columns, *q_lanes, *g_lanes, *q_pairs, *g_pairs, *block,
       *p, *ds, *ds_pairs;
-  float *buffer, *lse, *delta, *dq, *turned, *scores, *dp, *bias, *base;
+  float *buffer, *lse, *center, *delta, *dq, *turned, *scores, *dp, *bias, *base;
   int64_t first_query = 0;  // of the chunk at hand
+  bool centered = false;    // whether a query of it has a large lse
 
   static int64_t bytes(int64_t n, int64_t dim) {
     const Sizes<M> s(dim);
@@ -51,9 +52,9 @@ struct Backward {
         (M::kDqTransposed ? s.columns * (s.row(rows) + kVector) : 0) +
         2 * (s.lanes(m) + s.pairs(m)) + kVector * s.width + 2 * M::kKeys * s.row(m) +
         (M::kNeighbours ? M::kKeysOfDq / M::kPair * (m + kVector) : 0) + s.width * M::kPair +
-        2 * m + (round_up(m, M::kRows) + kVector) * s.columns + 2 * M::kRows * kPanel +
+        3 * m + (round_up(m, M::kRows) + kVector) * s.columns + 2 * M::kRows * kPanel +
         (M::kKeys + 1) * (m + kVector);
-    return dwords * 4 + 21 * 64;
+    return dwords * 4 + 22 * 64;
   }
 
   Backward(const AttentionHead<float>& h, const AttentionGrad<float>& g, char* scratch)
@@ -74,6 +75,7 @@ struct Backward {
         M::kNeighbours ? take<int32_t>(scratch, M::kKeysOfDq / M::kPair * pair_stride) : nullptr;
     buffer = take<float>(scratch, size.width * M::kPair);
     lse = take<float>(scratch, chunk);
+    center = take<float>(scratch, chunk);
     delta = take<float>(scratch, chunk);
     dq = take<float>(scratch, (round_up(chunk, M::kRows) + kVector) * size.columns);
     turned = M::kDqTransposed ? take<float>(scratch, kVector * size.columns) : nullptr;
@@ -111,6 +113,7 @@ struct Backward {
     const int64_t lanes = round_up(count, kVector);
     size.clear_tail(count, q_pairs);
     size.clear_tail(count, g_pairs);
+    centered = false;
     Walk query(head.span, begin), upstream = query, output = query, walk = query;
     for (int64_t first = 0; first < count; first += kVector) {
       const int64_t some = count - first < kVector ? count - first : kVector;
@@ -130,9 +133,15 @@ struct Backward {
       for (int64_t i = first; i < first + kVector; ++i) {
         // A lane without a query gets P = exp(0 - large) = 0.
         lse[i] = i < count ? grad.lse[walk.token()] : 1e30f;
+        center[i] = 0;
         if (i >= count) continue;
         if (head.span.pads)
           add_pad(g + walk.token() * grad.grad.step, head.span.pads * expf(-lse[i]));
+        if (head.bias.data == nullptr && fabsf(lse[i]) > kFarTop) {
+          centered = true;
+          center[i] = lse[i];
+          lse[i] = 0;
+        }
         walk.next();
       }
     }
@@ -182,6 +191,23 @@ struct Backward {
     }
   }
 
+  // Scores of `keys` keys become (c * score - center) / c where a query has a center. Two
+  // functions, for a compiler would make an FMA of one: a row with one key that counts must find
+  // exactly zero.
+  __attribute__((noinline)) void scale_lanes(float* x, int64_t keys, int64_t lanes,
+                                             const float* from) const {
+    for (int64_t j = 0; j < keys; ++j, x += kPanel)
+      for (int64_t i = 0; i < lanes; ++i) x[i] = from[i] != 0 ? x[i] * c : x[i];
+  }
+  __attribute__((noinline)) void center_lanes(float* x, int64_t keys, int64_t lanes,
+                                              const float* from) const {
+    for (int64_t j = 0; j < keys; ++j, x += kPanel)
+      for (int64_t i = 0; i < lanes; ++i) {
+        const float above = x[i] - from[i];
+        x[i] = from[i] != 0 ? (above < 0 ? above / c : 0) : x[i];
+      }
+  }
+
   // P and dS of kRows keys from `key` on (row `at` of the block, row `above` of ds_pairs) and
   // `wide` vectors of queries.
   __attribute__((noinline)) void probabilities(int64_t key, int64_t at, int64_t above, int64_t lane,
@@ -191,6 +217,11 @@ struct Backward {
               kPanel);
     M::scores(v_rows + row, size.width, rows, g_lanes + panel, wide * kVector, size.steps, dp,
               kPanel);
+    if (centered) {
+      const int64_t keys = rows < M::kRows ? rows : M::kRows;
+      scale_lanes(scores, keys, wide * kVector, center + lane);
+      center_lanes(scores, keys, wide * kVector, center + lane);
+    }
     for (int64_t v = 0; v < wide; v += 2) {
       const int64_t to = at * stride + (lane + v * kVector) / M::kPair;
       int32_t* pairs = nullptr;

@@ -35,6 +35,14 @@ struct Sizes {
   static int64_t row(int64_t n) { return round_up(n, 2 * kVector) / M::kPair + kVector; }
 };
 
+// A row's largest c * score above which that is taken from the scores before c multiplies them: an
+// FMA and a rounded maximum differ by an exponent of its own where the maximum is large.
+constexpr float kFarTop = 1 << 12;
+inline void center_scores(float* x, int64_t n, float center) {
+  if (center == 0) return;
+  for (int64_t j = 0; j < n; ++j) x[j] -= center;
+}
+
 template <class T, class M>
 struct Forward {
   const AttentionHead<float>& head;
@@ -121,9 +129,11 @@ struct Forward {
   // scores to weights exp(c * score - m), unnormalised; kBiased: c is 1, scores may be -inf
   template <bool kBiased>
   void weigh(int r, float c, float m) {
+    const bool far = !kBiased && fabsf(m) > kFarTop;
+    if (far) center_scores(scores + r * strip, n, largest<false>(r, 1.0f));
     const float* from = scores + r * strip;
     const Mask16 last = tail_mask(n - (vectors - 1) * kVector);
-    const Vec16 offset = splat16(-m), factor = splat16(c);
+    const Vec16 offset = splat16(far ? 0.0f : -m), factor = splat16(c);
     int32_t* to = p + r * stride;
     Vec16 sum = zero16();
     const auto weight = [&](int64_t v) {
