@@ -5,6 +5,7 @@ Fake tensors have no values, so reading one raises; copies between devices raise
 Triton kernels are left out, everything around them runs, on a device that is not the current one.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdfast.ops import (
+    _attention,
     _logit_gram,
     attention_distill,
     feature_loss,
@@ -83,6 +85,7 @@ class NoSync(TorchDispatchMode):
 def fake_device() -> Iterator[None]:
     """CUDA tensors without values; launches only look where they and their tensors are."""
     common.head_table.cache_clear()
+    _attention._bring_heads.cache_clear()
     entered: list[torch.device] = []
 
     @contextmanager
@@ -101,6 +104,8 @@ def fake_device() -> Iterator[None]:
         with (
             mock.patch.object(jit.KernelInterface, "__getitem__", lambda *_: launch),
             mock.patch("torch.cuda.device_of", device_of),
+            # Fake tensors are made in this thread only.
+            mock.patch.object(_attention, "in_a_thread", lambda call, *args: call(*args)),
             mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
             FakeTensorMode(),
             torch.no_grad(),
@@ -108,6 +113,7 @@ def fake_device() -> Iterator[None]:
             yield
     finally:
         common.head_table.cache_clear()
+        _attention._bring_heads.cache_clear()
 
 
 def without_sync(call: Any) -> Any:
@@ -360,3 +366,33 @@ def test_linear_kd_loss_makes_the_logits_of_a_chunk(reduction: str) -> None:
         # Logits of both sides for 4 rows, and d weight in fp32.
         assert sizes[0] == 4000 * 8 * 4 and sizes.count(4 * 4000 * 2) >= 2
         assert 64 * 4000 * 2 not in sizes and sizes[1] <= 4000 * 8 * 2
+
+
+def test_heads_come_to_the_device_before_a_graph_owns_its_memory() -> None:
+    with fake_device():
+        q, k, v = cuda(1, 37, 3, 4, 32).permute(2, 0, 3, 1, 4).unbind()
+        side = pruned_attention.geometry_args(None, None, 0.5)
+        brought: list[Any] = []
+
+        def other(call: Any, *args: Any) -> None:
+            brought.append(args)
+            call(*args)
+
+        with mock.patch.object(_attention, "in_a_thread", other):
+            for _ in range(2):
+                pruned_attention._cuda(q, k, v, None, *side)
+                args = (q, k, v, q, k, [2, 0], [1, 3], *side, *side[:5], 1.0, "kl")
+                attention_distill._cuda(*args)
+        assert brought == [(heads, DEVICE) for heads in ((0, 1, 2, 3), (2, 0), (1, 3))]
+        with mock.patch("torch.cuda.is_current_stream_capturing", lambda: True):
+            pruned_attention._cuda(q, k, v, [2, 0], *side)
+            with pytest.raises(RuntimeError, match=r"heads \[3\] are new on cuda:1"):
+                pruned_attention._cuda(q, k, v, [3], *side)
+
+
+def test_a_thread_of_its_own() -> None:
+    threads = []
+    _attention.in_a_thread(lambda x: threads.append((x, threading.get_ident())), 3)
+    assert threads[0][0] == 3 and threads[0][1] != threading.get_ident()
+    with pytest.raises(ZeroDivisionError):
+        _attention.in_a_thread(lambda: 1 // 0)

@@ -4,6 +4,9 @@
 B batch, H heads, N tokens, D head dim, G biases that the images of a batch take in turn.
 """
 
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -84,3 +87,33 @@ def geometry_args(rope: Rope | None, window: Window | None, scale: float) -> tup
 
 def _rope_args(rope: Rope) -> tuple[Tensor, Tensor, int, bool]:
     return rope.cos, rope.sin, rope.prefix, rope.layout == "interleaved"
+
+
+@functools.lru_cache(maxsize=4096)
+def _bring_heads(heads: tuple[int, ...], device: torch.device) -> None:
+    from kdfast.kernels._common import head_table
+
+    if torch.cuda.is_current_stream_capturing():
+        head_table(heads, device)  # raises unless it has them
+    else:
+        in_a_thread(head_table, heads, device)
+
+
+def bring_heads(q: Tensor, heads: Sequence[int] | None) -> None:
+    """Takes head indices to the GPU of q (B, H, N, D), where they stay for all later calls.
+
+    Raises:
+        RuntimeError: They are new there, and a CUDA graph is being captured.
+    """
+    if q.is_cuda:
+        _bring_heads(tuple(range(q.shape[1]) if heads is None else heads), q.device)
+
+
+def in_a_thread(call: Callable[..., object], *args: Any) -> None:
+    """Runs ``call(*args)`` in a thread of its own.
+
+    torch.compile(mode="reduce-overhead") gives all GPU memory that the current thread allocates to
+    its graphs, and refuses what outlives the call.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(call, *args).result()

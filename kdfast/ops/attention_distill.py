@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdfast.ops import _distill_composed, _logit_gram
 from kdfast.ops import pruned_attention as attention
-from kdfast.ops._attention import check_geometry, check_qkv, geometry_args
+from kdfast.ops._attention import bring_heads, check_geometry, check_qkv, geometry_args
 from kdfast.ops._checks import check_tensors, head_list
 from kdfast.ops._library import (
     DEFAULT_BACKEND,
@@ -396,6 +396,8 @@ if HAS_TRITON:
     def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         from kdfast.kernels.attention_distill import forward
 
+        bring_heads(args[0], args[5])
+        bring_heads(args[3], args[6])
         return forward(*args)
 
     @torch.library.impl(LIB, "attention_distill_bwd", "CUDA")

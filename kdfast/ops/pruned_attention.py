@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops._attention import check_bias, check_geometry, check_qkv, geometry_args
+from kdfast.ops._attention import (
+    bring_heads,
+    check_bias,
+    check_geometry,
+    check_qkv,
+    geometry_args,
+)
 from kdfast.ops._checks import check_tensors, head_list
 from kdfast.ops._library import (
     HAS_TRITON,
@@ -274,6 +280,7 @@ if HAS_TRITON:
     def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
         from kdfast.kernels.pruned_attention import forward
 
+        bring_heads(args[0], args[3])
         return forward(*args)
 
     @torch.library.impl(LIB, "pruned_attention_bwd", "CUDA")
