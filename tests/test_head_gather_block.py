@@ -4,7 +4,9 @@
 from typing import Any
 
 import pytest
+import timm
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
 from kdfast.ops import head_gather_block as op
@@ -71,6 +73,39 @@ def test_compile() -> None:
     compiled = torch.compile(gather, fullgraph=True, backend="aot_eager")
     for x, y in zip(compiled(*tensors), gather(*tensors), strict=True):
         assert torch.equal(x, y)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the kdfast ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "kdfast":
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif("cuda" not in op.FUSED_ON, reason="built without CUDA")
+def test_one_launch_on_cuda() -> None:
+    with torch._subclasses.FakeTensorMode(), Calls() as calls:
+        tensors = [torch.empty(x.shape, device="cuda:1") for x in block()]
+        got = kdfast.head_gather_block(tensors, [3, 1], head_dim=DIM, dims=DIMS, backend="fused")
+        assert calls.names == ["head_gather_block"]
+        assert {y.device for y in got} == {torch.device("cuda", 1)}
+        leaves = [x.requires_grad_() for x in tensors]
+        kdfast.head_gather_block(leaves, [3, 1], head_dim=DIM, dims=DIMS)
+        assert calls.names[1:] == ["head_gather"] * len(DIMS)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_pruning_makes_one_call_for_each_block() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=2)
+    with Calls() as calls:
+        kdfast.prune_heads(model, [[0], [2, 1], [0, 2]])
+    assert calls.names == ["head_gather_block"] * 3
 
 
 def test_none() -> None:
