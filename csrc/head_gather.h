@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Index arithmetic of head_gather, shared by the CPU and the CUDA build so that CPU tests cover it.
+// Layout of head_gather, which the CPU and the CUDA build share, and index arithmetic of the latter.
 #pragma once
 #include <cstdint>
 

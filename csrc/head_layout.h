@@ -24,13 +24,26 @@ inline HeadLayout head_layout(const at::Tensor& x, int64_t head_dim, int64_t dim
   return m;
 }
 
-inline void check_args(const at::Tensor& x, at::IntArrayRef heads, int64_t head_dim, int64_t dim,
-                       int64_t num_heads) {
+// The heads of head_dim along a dimension of x.
+inline int64_t count_heads(const at::Tensor& x, int64_t head_dim, int64_t dim) {
   TORCH_CHECK_VALUE(dim >= 0 && dim < x.dim() && head_dim > 0 && x.size(dim) % head_dim == 0,
                     "head_gather: dim ", dim, " of ", x.sizes(), " must hold heads of ", head_dim);
+  return x.size(dim) / head_dim;
+}
+
+inline void check_heads(at::IntArrayRef heads, int64_t num_heads) {
   for (const int64_t h : heads)
     TORCH_CHECK_VALUE(h >= 0 && h < num_heads, "head_gather: head must be in [0, ", num_heads,
                       "), got ", h);
+}
+
+// Of a gradient that goes back to num_heads heads.
+inline void check_scatter(const at::Tensor& grad, at::IntArrayRef heads, int64_t head_dim,
+                          int64_t dim, int64_t num_heads) {
+  const int64_t held = count_heads(grad, head_dim, dim);
+  TORCH_CHECK_VALUE(held == static_cast<int64_t>(heads.size()), "head_gather: grad must hold ",
+                    heads.size(), " heads, got ", held);
+  check_heads(heads, num_heads);
 }
 
 inline at::Tensor resized(const at::Tensor& x, int64_t dim, int64_t size) {

@@ -131,6 +131,21 @@ def test_rejects(heads, head_dim, dim, error, match) -> None:  # type: ignore[no
         kdfast.head_gather(torch.randn(64, 5), heads, head_dim=head_dim, dim=dim)
 
 
+@pytest.mark.usefixtures("compiled")
+def test_ops_read_nothing_beyond_their_input() -> None:
+    """Called past the checks in Python, too: a division by zero would end the process."""
+    ops = torch.ops.kdfast
+    for head_dim in (0, -2, 3):
+        with pytest.raises(ValueError, match=f"must hold heads of {head_dim}"):
+            ops.head_gather(torch.ones(4, 8), [0], head_dim, 0)
+        with pytest.raises(ValueError, match=f"must hold heads of {head_dim}"):
+            ops.head_gather_bwd(torch.ones(4, 8), [0], head_dim, 0, 2)
+    with pytest.raises(ValueError, match="grad must hold 3 heads, got 1"):
+        ops.head_gather_bwd(torch.ones(2, 8), [0, 1, 2], 2, 0, 3)
+    with pytest.raises(ValueError, match=r"head must be in \[0, 2\), got 2"):
+        ops.head_gather_bwd(torch.ones(2, 8), [2], 2, 0, 2)
+
+
 def test_backend_choice() -> None:
     x = torch.randn(64)
     with pytest.raises(ValueError, match="backend must be one of"):

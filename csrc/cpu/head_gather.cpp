@@ -43,7 +43,7 @@ void move_runs(const HeadLayout& m, const at::Tensor& src, at::Tensor& dst) {
 }
 
 at::Tensor head_gather(const at::Tensor& x, at::IntArrayRef heads, int64_t head_dim, int64_t dim) {
-  check_args(x, heads, head_dim, dim, x.size(dim) / head_dim);
+  check_heads(heads, count_heads(x, head_dim, dim));
   const at::Tensor in = x.contiguous();
   at::Tensor out = resized(x, dim, static_cast<int64_t>(heads.size()) * head_dim);
   HeadLayout m = head_layout(in, head_dim, dim, static_cast<int64_t>(heads.size()), 1);
@@ -54,7 +54,7 @@ at::Tensor head_gather(const at::Tensor& x, at::IntArrayRef heads, int64_t head_
 
 at::Tensor head_gather_bwd(const at::Tensor& grad, at::IntArrayRef heads, int64_t head_dim,
                            int64_t dim, int64_t num_heads) {
-  check_args(grad, heads, head_dim, dim, num_heads);
+  check_scatter(grad, heads, head_dim, dim, num_heads);
   const at::Tensor in = grad.contiguous();
   at::Tensor out = resized(grad, dim, num_heads * head_dim);
   HeadLayout m = head_layout(in, head_dim, dim, num_heads, 1);

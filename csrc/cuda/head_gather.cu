@@ -145,7 +145,7 @@ std::vector<at::Tensor> head_gather_block(at::TensorList tensors, at::IntArrayRe
     const at::Tensor& x = tensors[i];
     TORCH_CHECK_VALUE(x.device() == tensors[0].device(), "head_gather_block: tensors are on ",
                       x.device(), " and ", tensors[0].device());
-    check_args(x, heads, head_dim, dims[i], x.size(dims[i]) / head_dim);
+    check_heads(heads, count_heads(x, head_dim, dims[i]));
     // Kept until the launch: the caching allocator would hand its memory to the next one.
     const at::Tensor& in = sources.emplace_back(x.contiguous());
     at::Tensor& out = results.emplace_back(resized(x, dims[i], block.dst_heads * head_dim));
@@ -165,7 +165,7 @@ std::vector<at::Tensor> head_gather_block(at::TensorList tensors, at::IntArrayRe
 }
 
 at::Tensor head_gather(const at::Tensor& x, at::IntArrayRef heads, int64_t head_dim, int64_t dim) {
-  check_args(x, heads, head_dim, dim, x.size(dim) / head_dim);
+  check_heads(heads, count_heads(x, head_dim, dim));
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor in = x.contiguous();
   at::Tensor out = resized(x, dim, static_cast<int64_t>(heads.size()) * head_dim);
@@ -175,7 +175,7 @@ at::Tensor head_gather(const at::Tensor& x, at::IntArrayRef heads, int64_t head_
 
 at::Tensor head_gather_bwd(const at::Tensor& grad, at::IntArrayRef heads, int64_t head_dim,
                            int64_t dim, int64_t num_heads) {
-  check_args(grad, heads, head_dim, dim, num_heads);
+  check_scatter(grad, heads, head_dim, dim, num_heads);
   const c10::cuda::CUDAGuard guard(grad.device());
   const at::Tensor in = grad.contiguous();
   at::Tensor out = resized(grad, dim, num_heads * head_dim);
