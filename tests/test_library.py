@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -108,3 +109,53 @@ def test_auto_takes_the_kernel_for_any_cpu() -> None:
     done = python(code, KDFAST_CPU_ISA="generic")
     assert done.stdout.strip() == "GradientBackward"  # the reference ends in a transpose
     assert "reference" not in done.stderr
+
+
+def on_cuda(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """A tensor without values, inside FakeTensorMode."""
+    return torch.empty(shape, device="cuda", dtype=dtype, requires_grad=True)
+
+
+# By op: shape, call, and what each takes no kernel for on CUDA.
+ON_CUDA: dict[str, tuple[tuple[int, ...], Any, dict[str, tuple[int, ...]]]] = {
+    "pruned_attention": (
+        (2, 3, 5, 16),
+        lambda x: kdfast.pruned_attention(x, x, x, heads=[2, 0]),
+        {"up to 128, got 144": (2, 3, 5, 144)},
+    ),
+    "attention_distill": (
+        (2, 3, 5, 16),
+        lambda x: kdfast.attention_distill(x, x, x, x, x)[1],
+        {"up to 128, got 144": (2, 3, 5, 144)},
+    ),
+    "kd_loss": ((4, 10), lambda x: kdfast.kd_loss(x, x)[0], {}),
+    "linear_kd_loss": ((4, 10), lambda x: kdfast.linear_kd_loss(x, x, x @ x.t())[0], {}),
+    "feature_loss": (
+        (4, 10),
+        lambda x: kdfast.feature_loss(x, x),
+        {"up to 8192 features, got 9000": (2, 9000)},
+    ),
+    "swiglu_norm": (
+        (4, 10),
+        lambda x: kdfast.swiglu_norm(x, x, x[0], x[0]),
+        {"rows of up to 8192, got 9000": (2, 9000)},
+    ),
+}
+
+
+@pytest.mark.skipif(not _library.HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("op", ON_CUDA)
+def test_auto_takes_the_kernel_on_cuda_or_says_why_not(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_library, "_warned", set())
+    shape, call, limits = ON_CUDA[op]
+    with torch._subclasses.FakeTensorMode():
+        # A warning would be an error here.
+        name = call(on_cuda(*shape)).grad_fn.name()
+        assert name == "GradientBackward" or name.startswith("GeneratedBackwardFor_kdfast")
+        cases = {"not fp64": on_cuda(*shape, dtype=torch.float64)}
+        cases |= {reason: on_cuda(*sizes) for reason, sizes in limits.items()}
+        for reason, x in cases.items():
+            with pytest.warns(kdfast.FallbackWarning, match=f"^{op} runs its eager.*{reason}"):
+                assert call(x).is_cuda

@@ -57,6 +57,7 @@ def check(
     loss_weight: float = 100.0,
     prefixes: tuple[int, int] = (0, 0),
     eps: float | None = None,
+    teacher_dtype: torch.dtype | None = None,
 ) -> None:
     """Both results and every gradient; three student heads of which two are kept, two teachers."""
     dim, teacher_dim = dims
@@ -75,7 +76,9 @@ def check(
     def call(fused: bool) -> Any:
         def function(packed: Tensor, pads: Tensor) -> tuple[Tensor, Tensor]:
             q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
-            tq, tk = (x.transpose(1, 2) for x in teacher.to(packed.dtype).unbind(2))
+            exact = packed.dtype == torch.float64
+            goal = teacher.to(packed.dtype if exact or teacher_dtype is None else teacher_dtype)
+            tq, tk = (x.transpose(1, 2) for x in goal.unbind(2))
             here = None if window is None else Window(*window, pads if pad else None)
             if fused:
                 student = attention.geometry_args(rope, here, scales[0])
@@ -92,7 +95,7 @@ def check(
         return function
 
     # The teacher is rounded first, so that all three see the same one.
-    teacher = teacher.to(dtype).double()
+    teacher = teacher.to(teacher_dtype or dtype).double()
     low = [packed.to(dtype), pads.to(dtype)]
     fused, exact, eager = run(call(True), low), run(call(False), [packed, pads]), None
     eager = run(call(False), low)
@@ -175,6 +178,13 @@ def test_composed_calls_at_577_tokens(temperature: float) -> None:
     )
     for a, b in zip(got, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float16), (torch.float16, torch.float32)], ids=str
+)
+def test_teacher_of_another_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    check("kl", dtype=dtypes[0], teacher_dtype=dtypes[1], ropes=("half", "half"), dims=(16, 24))
 
 
 def test_fp16() -> None:
