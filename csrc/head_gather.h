@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Layout of head_gather, which the CPU and the CUDA build share, and index arithmetic of the latter.
+// Layout of head_gather, which the CPU and the CUDA build share, and index arithmetic of CUDA.
 #pragma once
 #include <cstdint>
 
