@@ -77,17 +77,22 @@ KDFAST_INLINE void forward_row(const SwigluNormArgs& a, int64_t r, A* hidden) {
         write(hidden + i, h, n, false);
       },
       total);
-  const A mean = A(total.total() / size);
-  LaneSum<A> squares;
+  const A about = A(total.total() / size);
+  // The sum was rounded, which rows of little variance would show: what is left of it is added.
+  LaneSum<A> left, squares;
   sweep<A>(
       size,
       [&](int64_t i, int64_t n) {
-        V d = read<A>(hidden + i, n) - mean;
+        V d = read<A>(hidden + i, n) - about;
         for (int64_t j = n; j < Lanes<A>::width; ++j) d[j] = 0;
+        left += d;
         squares += d * d;
       },
-      squares);
-  const A rstd = A(1 / __builtin_sqrt(squares.total() / size + a.eps));
+      left, squares);
+  const auto rest = left.total() / size;
+  const A mean = A(about + rest);
+  const auto variance = squares.total() / size - rest * rest;
+  const A rstd = A(1 / __builtin_sqrt((variance < 0 ? 0 : variance) + a.eps));
   sweep<A>(size, [&](int64_t i, int64_t n) {
     const V x = (read<A>(hidden + i, n) - mean) * rstd;
     write(out + i, fma(x, read<A>(weight + i, n), read<A>(bias + i, n)), n, a.streamed);
