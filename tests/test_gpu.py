@@ -133,9 +133,9 @@ def test_attention(name: str, dtype: torch.dtype) -> None:
 
 
 ROTATIONS = {
-    "interleaved, prefix": ((2, 2, 21, 24), rotary(20, 24, prefix=1), None),
+    "interleaved, prefix": ((2, 2, 21, 40), rotary(20, 40, prefix=1), None),
     "half, head dim 72": ((1, 2, 197, 72), rotary(197, 72, "half"), None),
-    "windows": ((1, 2, 6, 24), rotary(4, 24), ((2, 3), 2)),
+    "windows": ((1, 2, 6, 40), rotary(4, 40), ((2, 3), 2)),
     "orion windows": ((1, 2, 1600, 64), rotary(256, 64), ((40, 40), 16)),
 }
 

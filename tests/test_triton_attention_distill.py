@@ -48,7 +48,7 @@ def check(
     kind: str,
     *,
     tokens: int = 21,
-    dims: tuple[int, int] = (16, 24),
+    dims: tuple[int, int] = (16, 40),
     temperature: float = 1.0,
     ropes: tuple[str, str] = ("", ""),
     window: tuple[tuple[int, int], int] | None = None,
@@ -100,7 +100,9 @@ def check(
     fused, exact, eager = run(call(True), low), run(call(False), [packed, pads]), None
     eager = run(call(False), low)
     for name, *triple in zip(("out", "loss", "dqkv", "dpad"), fused, exact, eager, strict=True):
-        assert_no_worse(name, *triple, eps=eps)
+        # The eager error of a single number may be 0 by luck.
+        single = 2 * torch.finfo(dtype).eps if triple[0].numel() == 1 else None
+        assert_no_worse(name, *triple, eps=eps or single)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -184,7 +186,7 @@ def test_composed_calls_at_577_tokens(temperature: float) -> None:
     "dtypes", [(torch.float32, torch.float16), (torch.float16, torch.float32)], ids=str
 )
 def test_teacher_of_another_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    check("kl", dtype=dtypes[0], teacher_dtype=dtypes[1], ropes=("half", "half"), dims=(16, 24))
+    check("kl", dtype=dtypes[0], teacher_dtype=dtypes[1], ropes=("half", "half"), dims=(16, 40))
 
 
 def test_fp16() -> None:
