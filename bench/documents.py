@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_tables import ROOT
+from bench.gpu_tables import ROOT, arch_name, kernels
 from bench.gpu_tables import table as markdown
 from bench.report import OURS, RIVALS, headline
 from bench.report import table as all_rows
@@ -146,13 +146,22 @@ def chain(results: dict[str, Any]) -> str:
 
 
 def gpu_limits(facts: dict[str, Any]) -> str:
-    """What data-sheet peaks, bytes and products allow, against the goals for GPUs."""
+    """What data-sheet peaks allow, against the goals for GPUs, and what compiled binaries show."""
     rows = [
         [goal["goal"], goal["what"], f"{goal['limit_us']['H100 SXM']:.0f}", goal["target_us"]]
         for goal in facts["goals"]
         if goal["target_us"]
     ]
-    return markdown(["goal", "call", "limit of an H100, us", "goal, us"], rows)
+    every = [k for k in kernels(facts) if arch_name(k["arch"]).startswith("sm_")]
+    names = ", ".join(arch_name(arch) for arch in sorted({k["arch"] for k in every}))
+    binaries = (
+        f"{len(every)} kernels are compiled ahead of time for {names}: at most "
+        f"{max(k['spill_bytes'] for k in every)} bytes of registers spilled, and "
+        f"{len(facts['violations']) or 'none'} of them against a rule of docs/gpu.md (spills, "
+        "shared memory, tensor cores, 16-byte loads)."
+    )
+    table = markdown(["goal", "call", "limit of an H100, us", "goal, us"], rows)
+    return f"{table}\n\n{binaries}"
 
 
 def blocks(results: dict[str, Any], whole: dict[str, Any], gpu: dict[str, Any]) -> dict[str, str]:

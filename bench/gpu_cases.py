@@ -67,15 +67,15 @@ def cases() -> list[Case]:
 def calls(arch: int, dtype: str) -> Iterator[tuple[str, int, Options]]:
     """Op, size and options of what is compiled for one architecture in one dtype.
 
-    Every head dim everywhere; everything else on sm_80, sm_90 and sm_100, whose instructions
-    differ, in bf16, and on the first two in fp32, whose products are three of TF32. fp16 is bf16
-    but for its conversions. AMD's products have no TF32 of that kind, so none of fp32.
+    bf16, in which most models are trained, has every window, kind of distance and target; fp32,
+    whose products are three of TF32, and fp16 every head dim, rotary layout and entry of the table
+    of blocks. AMD has the head dims; its products have no TF32 of that kind, so none of fp32.
     """
-    half, distinct = dtype == "bfloat16", arch in (80, 90, 100)
-    yield from losses(half, distinct)
-    if arch == aot.AMD and dtype == "float32":
+    half, nvidia = dtype == "bfloat16", arch != aot.AMD
+    yield from losses(half, nvidia)
+    if not nvidia and dtype == "float32":
         return
-    dims = (64, 88) if arch == aot.AMD and not half else HEAD_DIMS
+    dims = HEAD_DIMS if half or nvidia else (64, 88)
     for dim in dims:
         yield "pruned_attention", dim, {}
     yield "pruned_attention", 64, {"window": 16}
@@ -84,7 +84,7 @@ def calls(arch: int, dtype: str) -> Iterator[tuple[str, int, Options]]:
     if half:
         yield "pruned_attention", 64, {"bias": 1}
         yield "attention_distill", 64, {"kind": "cosine", "temperature": 2}
-    if half and distinct or dtype == "float32" and arch in (80, 90):
+    if nvidia:
         yield from variants(half)
 
 
@@ -109,7 +109,7 @@ def variants(half: bool) -> Iterator[tuple[str, int, Options]]:
             yield "attention_distill", 64, {"kind": kind, "temperature": 2}
 
 
-def losses(half: bool, distinct: bool) -> Iterator[tuple[str, int, Options]]:
+def losses(half: bool, every: bool) -> Iterator[tuple[str, int, Options]]:
     """The same of everything but attention: rows of one tile and more, aligned and not."""
     yield "kd_loss", 1000, {"target": "indices"}
     yield "kd_loss", 21841, {"target": "indices"}
@@ -117,7 +117,7 @@ def losses(half: bool, distinct: bool) -> Iterator[tuple[str, int, Options]]:
     yield "feature_loss", 1024, {"kind": "cosine", "normalize": "channel"}
     for channels in (2730, 2048):
         yield "swiglu_norm", channels, {}
-    if not distinct:
+    if not every:
         return
     for classes in (2, 100, 8192, 131072):
         yield "kd_loss", classes, {"target": "indices"}

@@ -49,7 +49,12 @@ WHOLE = {
 }
 
 
-GPU = {"goals": [{"goal": "G9", "what": "call", "limit_us": {"H100 SXM": 7.6}, "target_us": 9}]}
+GPU = {
+    "goals": [{"goal": "G9", "what": "call", "limit_us": {"H100 SXM": 7.6}, "target_us": 9}],
+    "columns": ["spill_bytes"],
+    "compiled": [{"arch": 90, "kernels": [[8], [24]]}, {"arch": 942, "kernels": [[99]]}],
+    "violations": [],
+}
 
 
 def test_blocks_hold_ratios_against_the_best_other() -> None:
@@ -62,6 +67,8 @@ def test_blocks_hold_ratios_against_the_best_other() -> None:
     assert "| fwd ViT | 9 |  | 6 |  | 1.50 |" in blocks["models"]
     assert "| step | 9 | 8 |  |" in blocks["chain"]
     assert "| G9 | call | 8 | 9 |" in blocks["gpu limits"]
+    found = "2 kernels are compiled ahead of time for sm_90: at most 24 bytes of registers spilled"
+    assert f"{found}, and none of them" in blocks["gpu limits"]
     counted = {**RESULTS, "rows": [{**r, "fast": 4, "samples": 9} for r in RESULTS["rows"]]}
     line = "| kd_loss | a float32 | 2.00 (4.00) | compile | 5.00 (10.00) | 2.50 (2.50) |  | "
     assert line + " |" in blocks["ops"]

@@ -2,6 +2,7 @@
 """What has to compile for every GPU, the rules for it, and what decides that it still holds."""
 
 import importlib
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ def test_every_head_dim_of_every_architecture(bench: Any) -> None:
 
 def test_every_kind_of_distance_is_compiled(bench: Any) -> None:
     every = bench("gpu_cases").cases()
-    for arch in (80, 90, 100):
+    for arch in NVIDIA:
         mine = [c.values() for c in every if c.arch == arch and c.op == "attention_distill"]
         kinds = {values.get("kind", "kl") for values in mine}
         assert kinds == {"kl", "reverse_kl", "jsd", "mse", "cosine", "logit_mse"}
@@ -48,7 +49,7 @@ def test_every_kind_of_distance_is_compiled(bench: Any) -> None:
 
 
 def test_every_entry_of_the_block_table_is_compiled(bench: Any) -> None:
-    """Each choice of rows of BLOCKS that any length takes, where instructions differ."""
+    """Each choice of rows of BLOCKS that any length takes."""
     common = importlib.import_module("kdfast.kernels._common")
     every = bench("gpu_cases").cases()
 
@@ -69,11 +70,11 @@ def test_every_entry_of_the_block_table_is_compiled(bench: Any) -> None:
             low = common.TWO if itemsize == 4 and common.chunks(width, 4)[1] else None
             yield (name, (64 if width <= 64 else 128) if low is None else low, itemsize), tiles.rows
 
-    for arch in (80, 90, 100):
-        attention = [c for c in every if c.arch == arch and "attention" in c.op]
+    for arch, dtype in itertools.product(NVIDIA, ("bfloat16", "float16", "float32")):
+        attention = [c for c in every if (c.arch, c.dtype) == (arch, dtype) and "attention" in c.op]
         found = {x for c in attention for x in taken(c)}
         for key, (rows, _, _) in common.BLOCKS.items():
-            if key[2] == 2 or arch != 100:
+            if key[2] == (4 if dtype == "float32" else 2):
                 assert {x[1] for x in found if x[0] == key} >= {r for r, _ in rows}, (arch, key)
 
 
