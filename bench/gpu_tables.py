@@ -160,7 +160,7 @@ def document(facts: dict[str, Any]) -> str:
             "### Useful share of the score tiles\n\n" + table(names, shares),
             f"### All kernels, by Triton {facts['triton']}\n\n" + summary_table(facts),
             f"Violations of the rules above: {bad}",
-            f"{len(facts['missing'])} cases are missing; the file names them.",
+            f"Cases that are missing: {len(facts['missing']) or 'none'}; the file would name them.",
             f"### bf16 kernels on {arch_name(DETAIL)}\n\n"
             + kernels_table([r for r in detail if shown(r)]),
         ]
