@@ -101,7 +101,7 @@ def check(
     eager = run(call(False), low)
     for name, *triple in zip(("out", "loss", "dqkv", "dpad"), fused, exact, eager, strict=True):
         # The eager error of a single number may be 0 by luck.
-        single = 2 * torch.finfo(dtype).eps if triple[0].numel() == 1 else None
+        single = 2 * torch.finfo(triple[2].dtype).eps if triple[2].numel() == 1 else None
         assert_no_worse(name, *triple, eps=eps or single)
 
 
