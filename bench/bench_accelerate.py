@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import kdfast
-from kdfast import benchmark
+from bench import session
 
 Step = Callable[[], object]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SMALL = benchmark.sized({}, {"depth": 1})
+SMALL = session.sized({}, {"depth": 1})
 MODELS = {
     "DeiT-S": ("deit_small_patch16_224", {}),
     "ViT-B": ("vit_base_patch16_224", {}),
@@ -31,7 +31,7 @@ MODELS = {
 # Beyond the quarter of an hour of `make bench`: `make bench ARGS="-m slow --save FILE"`.
 slow = pytest.mark.slow
 # Model, batch, whether torch.compile is timed too (it compiles for half a minute).
-FORWARD = benchmark.sized(
+FORWARD = session.sized(
     [
         ("DeiT-S", 1, True),
         ("DeiT-S", 4, False),
@@ -52,7 +52,7 @@ FORWARD = benchmark.sized(
     ],
     [("DeiT-S", 1, True), ("EVA02-S", 1, False), ("SigLIP-B", 1, False)],
 )
-TRAINING = benchmark.sized(
+TRAINING = session.sized(
     [("DeiT-S", 4, True), ("ViT-B", 1, False), ("EVA02-S", 4, False), ("Swin-T", 4, False)],
     [("DeiT-S", 1, False)],
 )
@@ -93,7 +93,7 @@ def variants(model: nn.Module, compiled: bool, *, same: Tensor) -> dict[str, Cal
     assert (want - got).norm() <= 1e-3 * want.norm(), "accelerated model gives something else"
     found = {"sdpa": model, "kdfast": fused}
     if compiled:
-        found["compile"] = benchmark.compiled(model)
+        found["compile"] = session.compiled(model)
     return found
 
 
@@ -136,7 +136,7 @@ def bench_training(compare, name: str, batch: int, compiled: bool) -> None:  # t
 def bench_clip(compare, batch: int) -> None:  # type: ignore[no-untyped-def]
     """The vision tower of CLIP ViT-B/16 in transformers, switched by its attention interface."""
     transformers = pytest.importorskip("transformers")
-    depth = benchmark.sized(12, 1)
+    depth = session.sized(12, 1)
     config = transformers.CLIPVisionConfig(patch_size=16, num_hidden_layers=depth)
     model = transformers.CLIPVisionModel(config).to(DEVICE).eval()
     fused = transformers.CLIPVisionModel(copy.deepcopy(config)).to(DEVICE).eval()

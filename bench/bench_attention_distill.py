@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import kdfast
-from kdfast import benchmark
+from bench import session
 
 D = 64
-SHAPES = benchmark.sized([(8, 8, 257), (8, 12, 197), (1, 8, 1600)], [(1, 1, 20)])
-DTYPES = benchmark.sized([torch.float32, torch.bfloat16], [torch.float32])
+SHAPES = session.sized([(8, 8, 257), (8, 12, 197), (1, 8, 1600)], [(1, 1, 20)])
+DTYPES = session.sized([torch.float32, torch.bfloat16], [torch.float32])
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def bench_kl(  # type: ignore[no-untyped-def]
     inputs = [torch.randn(*shape, D).to(device, dtype) for _ in range(5)]
     leaves = [x.requires_grad_() for x in inputs[:3]]
     weight = torch.randn(*shape, D).to(device, dtype)
-    compiled = benchmark.compiled(eager)
+    compiled = session.compiled(eager)
     candidates = {
         "kdfast": lambda: kdfast.attention_distill(*inputs, backend="fused"),
         "eager": lambda: eager(*inputs),

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import kdfast
-from kdfast import benchmark
+from bench import session
 from kdfast.ops import feature_loss as op
 
 CASES = [("mse", None), ("cosine", None), ("smooth_l1", None), ("mse", "layer"), ("mse", "channel")]
-SHAPE = benchmark.sized((64 * 257, 1024), (6, 40))
-DTYPES = benchmark.sized([torch.float32, torch.bfloat16], [torch.float32])
+SHAPE = session.sized((64 * 257, 1024), (6, 40))
+DTYPES = session.sized([torch.float32, torch.bfloat16], [torch.float32])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -24,7 +24,7 @@ def bench_forward_backward(  # type: ignore[no-untyped-def]
     student, teacher = (torch.randn(SHAPE).to(device, dtype) for _ in range(2))
     student.requires_grad_()
     options = {"kind": kind, "normalize": normalize}
-    compiled = benchmark.compiled(op.reference)
+    compiled = session.compiled(op.reference)
     norm = normalize or "none"
     losses = {
         "kdfast": lambda: kdfast.feature_loss(student, teacher, backend="fused", **options),

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import kdfast
-from kdfast import benchmark
+from bench import session
 from kdfast.ops import kd_loss as op
 
-SHAPES = benchmark.sized([(1024, 1000), (4096, 1000), (256, 21841)], [(6, 40)])
-DTYPES = benchmark.sized([torch.float32, torch.bfloat16], [torch.float32])
+SHAPES = session.sized([(1024, 1000), (4096, 1000), (256, 21841)], [(6, 40)])
+DTYPES = session.sized([torch.float32, torch.bfloat16], [torch.float32])
 OPTIONS = (4.0, 0.7, "batchmean", 0.0, -100)
 
 
@@ -24,7 +24,7 @@ def bench_forward_backward(  # type: ignore[no-untyped-def]
     student, teacher = ((3 * torch.randn(shape)).to(device, dtype) for _ in range(2))
     target = torch.randint(0, shape[1], shape[:1]).to(device)
     student.requires_grad_()
-    compiled = benchmark.compiled(op.reference)
+    compiled = session.compiled(op.reference)
     losses = {
         "kdfast": lambda: kdfast.kd_loss(student, teacher, target, backend="fused")[0],
         "eager": lambda: op.reference(student, teacher, target, *OPTIONS)[0],

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 
 import kdfast
+from bench import session
 from bench.bench_pruned_attention import Attention, D, eager, packed, with_backward
-from kdfast import Rope, benchmark
+from kdfast import Rope
 
-HEADS = benchmark.sized(8, 2)
-TOKENS = benchmark.sized([64, 197, 400, 784, 1600, 3136], [16])
-DTYPES = benchmark.sized([torch.float32, torch.bfloat16], [torch.float32])
+HEADS = session.sized(8, 2)
+TOKENS = session.sized([64, 197, 400, 784, 1600, 3136], [16])
+DTYPES = session.sized([torch.float32, torch.bfloat16], [torch.float32])
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -36,7 +37,7 @@ def bench_rope(  # type: ignore[no-untyped-def]
     compare, device: torch.device, dtype: torch.dtype
 ) -> None:
     """The rotation inside the kernel, against none and against tensor ops."""
-    batch, tokens = benchmark.sized((8, 257), (1, 20))
+    batch, tokens = session.sized((8, 257), (1, 20))
     inputs = packed(batch, HEADS, tokens, dtype, device)
     angle = torch.randn(tokens, D // 2).repeat_interleave(2, -1).to(device)
     cos, sin = angle.cos(), angle.sin()

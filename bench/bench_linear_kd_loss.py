@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kdfast
-from kdfast import benchmark
+from bench import session
 from kdfast.ops import linear_kd_loss as op
 
 # Few rows of many classes: a sample of 2048 x 50257 takes seconds and shows the same.
@@ -17,7 +17,7 @@ FULL = [
     *((shape, dtype) for shape in (SMALL, WIDE) for dtype in (torch.float32, torch.bfloat16)),
     (WIDEST, torch.bfloat16),
 ]
-CASES = benchmark.sized(FULL, [((5, 20, 16), torch.float32)])
+CASES = session.sized(FULL, [((5, 20, 16), torch.float32)])
 OPTIONS = (4.0, 0.7, "batchmean", 0.0, -100)
 
 
@@ -31,7 +31,7 @@ def bench_forward_backward(  # type: ignore[no-untyped-def]
     target = torch.randint(0, classes, (rows,)).to(device)
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
     tensors = (hidden, weight, None, None, teacher_hidden, teacher_weight, None, target)
-    compiled = benchmark.compiled(op.reference)
+    compiled = session.compiled(op.reference)
     teacher = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
     losses = {
         "kdfast": lambda: kdfast.linear_kd_loss(

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
-from kdfast import Rope, Window, benchmark
+from bench import session
+from kdfast import Rope, Window
 from kdfast.testing import DRY_RUN
 
 D = 64
-SHAPES = benchmark.sized(
+SHAPES = session.sized(
     [
         (8, 12, 197),
         (8, 3, 197),
@@ -35,11 +36,11 @@ SHAPES = benchmark.sized(
 )
 # Timed also where fp32 may be multiplied in bf16.
 LOWERED = [(8, 12, 197), (8, 8, 257), (1, 8, 1600)]
-DTYPES = benchmark.sized([torch.float32, torch.bfloat16], [torch.float32])
+DTYPES = session.sized([torch.float32, torch.bfloat16], [torch.float32])
 # ORION: a grid of 40 x 40 tokens in windows of 16, padded to 48.
-HEADS, SIDE, SIZE, PADDED = benchmark.sized((16, 40, 16, 48), (1, 3, 2, 4))
+HEADS, SIDE, SIZE, PADDED = session.sized((16, 40, 16, 48), (1, 3, 2, 4))
 # Images or windows, heads, tokens, head dim, biases: Swin-T's first stage and BEiT-B, 8 images.
-BIASED = benchmark.sized(
+BIASED = session.sized(
     {"swin stage 1": (512, 3, 49, 32, 64), "beit": (8, 12, 197, 64, 1)},
     {"swin stage 1": (4, 1, 9, 16, 2), "beit": (2, 1, 20, 16, 1)},
 )
@@ -57,7 +58,7 @@ def libraries(dtype: torch.dtype, inputs: list[Tensor], missing: list[str]) -> d
         return {}  # flash-attn has none, and FlexAttention's is for TF32
     from torch.nn.attention.flex_attention import flex_attention
 
-    found: dict[str, Attention] = {"flex": benchmark.compiled(flex_attention)}
+    found: dict[str, Attention] = {"flex": session.compiled(flex_attention)}
     if importlib.util.find_spec("flash_attn") is None:
         missing.append("flash-attn: not installed")
     else:
@@ -116,7 +117,7 @@ def check(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def bench_attention(  # type: ignore[no-untyped-def]
     compare,
-    results: benchmark.Results,
+    results: session.Results,
     device: torch.device,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
@@ -128,7 +129,7 @@ def bench_attention(  # type: ignore[no-untyped-def]
         "kdfast": lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"),
         "eager": eager,
         "sdpa": F.scaled_dot_product_attention,
-        "compile": benchmark.compiled(eager),
+        "compile": session.compiled(eager),
     }
     if device.type == "cuda" or DRY_RUN:
         candidates |= libraries(dtype, inputs, results.left_out)
@@ -170,7 +171,7 @@ def bench_medium(  # type: ignore[no-untyped-def]
     torch may leave its own products in fp32 where bf16 would not be faster for it.
     """
     inputs = packed(*shape, torch.float32, device)
-    compiled = {name: benchmark.compiled(eager) for name in ("medium", "highest")}
+    compiled = {name: session.compiled(eager) for name in ("medium", "highest")}
     candidates: dict[str, Attention] = {}
     for name, suffix in (("medium", ""), ("highest", " fp32")):
         calls: dict[str, Attention] = {
@@ -257,7 +258,7 @@ def bench_kept_heads(  # type: ignore[no-untyped-def]
     compare, device: torch.device, dtype: torch.dtype
 ) -> None:
     """8 of 16 heads by index against 8 heads that are alone, and against all 16."""
-    heads, batch, tokens = benchmark.sized((16, 8, 257), (2, 1, 20))
+    heads, batch, tokens = session.sized((16, 8, 257), (2, 1, 20))
     wide = packed(batch, heads, tokens, dtype, device)
     narrow = packed(batch, heads // 2, tokens, dtype, device)
     kept = list(range(0, heads, 2))
@@ -303,7 +304,7 @@ def bench_bias(  # type: ignore[no-untyped-def]
         "kdfast": lambda q, k, v, b: kdfast.pruned_attention(q, k, v, bias=b, backend="fused"),
         "eager": with_bias,
         "sdpa": sdpa_with_bias,
-        "compile": benchmark.compiled(with_bias),
+        "compile": session.compiled(with_bias),
     }
     check(candidates, inputs, with_bias(*(x.double() for x in inputs)))
     weight = torch.randn(batch, heads, tokens, dim).to(device, dtype)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import kdfast
-from kdfast import benchmark
+from bench import session
 from kdfast.ops import swiglu_norm as op
 
 # ORION's MLP on one image, and a ViT-L's with 2048 hidden channels on eight.
-SHAPES = benchmark.sized([(1600, 2730), (8 * 257, 2048)], [(6, 40)])
-DTYPES = benchmark.sized([torch.float32, torch.bfloat16], [torch.float32])
+SHAPES = session.sized([(1600, 2730), (8 * 257, 2048)], [(6, 40)])
+DTYPES = session.sized([torch.float32, torch.bfloat16], [torch.float32])
 Calls = dict[str, Callable[[], Tensor]]
 
 
@@ -27,7 +27,7 @@ def prepare(
     """Gate, value, weight, bias, and the candidates on them."""
     shapes = (shape, shape, shape[1:], shape[1:])
     inputs = [torch.randn(s).to(device, dtype).requires_grad_() for s in shapes]
-    compiled = benchmark.compiled(op.reference)
+    compiled = session.compiled(op.reference)
     calls: Calls = {
         "kdfast": lambda: kdfast.swiglu_norm(*inputs, backend="fused"),
         "eager": lambda: op.reference(*inputs, 1e-6),

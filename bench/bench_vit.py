@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from kdfast import benchmark
+from bench import session
 from kdfast.chain.links import LinkModel
 from kdfast.chain.objective import Objective
+from kdfast.chain.teacher_cache import TeacherCache, teacher_key
 from kdfast.configs.chain import ChainDistillConfig
 from kdfast.nn import accelerate
-from kdfast.trainer.teacher_cache import TeacherCache, teacher_key
 
 CLASSES, TEMPERATURE, ALPHA = 10, 4.0, 0.7
-BATCH, SIZE = benchmark.sized((4, 224), (2, 32))
+BATCH, SIZE = session.sized((4, 224), (2, 32))
 SMALL = {"img_size": 32, "patch_size": 16, "depth": 1, "embed_dim": 32, "num_heads": 2}
 LINKS = (1, 2)  # the student's place in the chain; the first model has no teacher
 CHAIN = [f"vit_{size}_patch16_224" for size in ("base", "small", "tiny")]
@@ -37,7 +37,7 @@ TOLERANCE = 2e-3
 
 def model(index: int) -> LinkModel:
     torch.manual_seed(index)
-    options = benchmark.sized({}, SMALL)
+    options = session.sized({}, SMALL)
     return LinkModel(timm.create_model(CHAIN[index], num_classes=CLASSES, **options))
 
 

@@ -3,6 +3,7 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -12,10 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from kdfast import benchmark
+from kdfast.machine import timing
+from kdfast.machine.facts import machine_facts
+from kdfast.machine.memory import memory_bytes
 from kdfast.testing import DRY_RUN, launch_on_cpu
 
-Compare = Callable[..., dict[str, benchmark.Row]]
+# Behind what is installed, so that `pytest bench` finds the modules beside this file.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from bench import session  # noqa: E402
+
+Compare = Callable[..., dict[str, session.Row]]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STARTED = time.monotonic()
 # Seconds of samples in a comparison of short calls, and of everything where no file knows better.
@@ -25,7 +33,7 @@ SAMPLES_SHARE = 0.5
 # Whole models take the longest, so they come last and are what is left out when time is up.
 LAST = ("bench_accelerate.py", "bench_eva.py", "bench_vit.py")
 KNOWN = Path(__file__).resolve().parent / "results"
-RESULTS = pytest.StashKey[benchmark.Results]()
+RESULTS = pytest.StashKey[session.Results]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,13 +48,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """The rows of this session; threads are fixed for all candidates by KDFAST_BENCH_THREADS."""
     torch.set_num_threads(int(os.environ.get("KDFAST_BENCH_THREADS", torch.get_num_threads())))
-    results = benchmark.Results(benchmark.machine_facts())
+    results = session.Results(machine_facts())
     if config.getoption("--resume"):
         results = resumed(config.getoption("--save"), results.machine)
     config.stash[RESULTS] = results
 
 
-def resumed(path: str | None, machine: dict[str, Any]) -> benchmark.Results:
+def resumed(path: str | None, machine: dict[str, Any]) -> session.Results:
     """The rows of an interrupted run.
 
     Raises:
@@ -54,7 +62,7 @@ def resumed(path: str | None, machine: dict[str, Any]) -> benchmark.Results:
     """
     if path is None or not Path(path).is_file():
         raise pytest.UsageError(f"--resume: --save must name a file that exists, got {path}")
-    results = benchmark.Results.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+    results = session.Results.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
     for fact in machine.keys() - {"date"}:
         if results.machine[fact] != machine[fact]:
             raise pytest.UsageError(
@@ -140,7 +148,7 @@ def _interpreted() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def results(request: pytest.FixtureRequest) -> benchmark.Results:
+def results(request: pytest.FixtureRequest) -> session.Results:
     """Rows of this session."""
     return request.config.stash[RESULTS]
 
@@ -149,22 +157,22 @@ def results(request: pytest.FixtureRequest) -> benchmark.Results:
 def peak() -> Callable[[torch.dtype], float]:
     """Matmul rate of this session in FLOP/s, measured when a dtype is first asked for."""
     # A GPU is not full before that.
-    size = benchmark.sized(8192 if DEVICE.type == "cuda" else 1024, 64)
-    return cache(lambda dtype: benchmark.matmul_peak(DEVICE, dtype, size))
+    size = session.sized(8192 if DEVICE.type == "cuda" else 1024, 64)
+    return cache(lambda dtype: session.matmul_peak(DEVICE, dtype, size))
 
 
 @pytest.fixture(scope="session")
-def calibration() -> benchmark.Calibration | None:
+def calibration() -> timing.Calibration | None:
     """Tells the slow windows of this machine."""
-    return None if DRY_RUN else benchmark.Calibration(DEVICE)
+    return None if DRY_RUN else timing.Calibration(DEVICE)
 
 
 @pytest.fixture
 def compare(
     request: pytest.FixtureRequest,
-    results: benchmark.Results,
+    results: session.Results,
     peak: Callable[[torch.dtype], float],
-    calibration: benchmark.Calibration | None,
+    calibration: timing.Calibration | None,
 ) -> Compare:
     """Times candidates against each other and records one row for each."""
     options = request.config.option
@@ -178,24 +186,28 @@ def compare(
     def run(
         op: str,
         case: str,
-        candidates: Mapping[str, benchmark.Candidate],
+        candidates: Mapping[str, timing.Candidate],
         *,
         nbytes: int | None = None,
         flops: int | None = None,
         dtype: torch.dtype = torch.float32,
         memory: bool = False,
-    ) -> dict[str, benchmark.Row]:
-        timed = benchmark.interleave(
-            candidates, rounds=options.rounds, seconds=seconds(), calibration=calibration
+    ) -> dict[str, session.Row]:
+        timed = timing.interleave(
+            candidates,
+            rounds=options.rounds,
+            repeats=1 if DRY_RUN else None,
+            seconds=seconds(),
+            calibration=calibration,
         )
         limits = []
         if nbytes is not None:
-            limits.append(benchmark.copy_seconds(DEVICE, nbytes))
+            limits.append(session.copy_seconds(DEVICE, nbytes))
         if flops is not None:
             limits.append(flops / peak(dtype))
         rows = {}
         for name, samples in timed.items():
-            row = benchmark.Row(op, case, name, **benchmark.summarize(samples))
+            row = session.Row(op, case, name, **timing.summarize(samples))
             if nbytes is not None:
                 row.gb_s = nbytes / row.ms / 1e6
             if flops is not None:
@@ -204,7 +216,7 @@ def compare(
                 row.limit_ms = 1e3 * max(limits)
                 row.limit_share = row.limit_ms / row.ms
             if memory:
-                row.peak_bytes, row.saved_bytes = benchmark.memory_bytes(candidates[name])
+                row.peak_bytes, row.saved_bytes = memory_bytes(candidates[name])
             rows[name] = row
         results.rows.extend(rows.values())
         progress(request, rows)
@@ -213,7 +225,7 @@ def compare(
     return run
 
 
-def progress(request: pytest.FixtureRequest, rows: Mapping[str, benchmark.Row]) -> None:
+def progress(request: pytest.FixtureRequest, rows: Mapping[str, session.Row]) -> None:
     """One line for the comparison that just ended."""
     plugins = request.config.pluginmanager
     reporter, capture = (plugins.get_plugin(x) for x in ("terminalreporter", "capturemanager"))
@@ -250,7 +262,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             best = min(others, default=None)
         ratio = f"{best / row.ms:5.2f}x the best other" if best else ""
         share = f"{100 * row.limit_share:4.0f} % of limit" if row.limit_share else ""
-        few = ", too few for a median" if row.fast < benchmark.FEW else ""
+        few = ", too few for a median" if row.fast < timing.FEW else ""
         write(
             f"  {row.candidate:<12}{row.ms:10.3f} ms  (all {row.ms_all:.3f}, iqr {row.iqr:.3f}, "
             f"{row.fast} of {row.samples} fast{few})  {ratio}  {share}"

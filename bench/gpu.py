@@ -26,7 +26,7 @@ import torch
 
 from bench.gpu_shard import NO_TIME
 from bench.gpu_tables import report
-from kdfast.benchmark import machine_facts
+from kdfast.machine.facts import machine_facts
 
 ROOT = Path(__file__).resolve().parents[1]
 # The limits want the device to themselves.

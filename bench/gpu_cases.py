@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel that has to compile, and what its binary must keep to.
 
-A case is a call of an op (kdfast.aot) in one dtype, size and set of options on one architecture.
+A case is a call of an op (bench.aot) in one dtype, size and set of options on one architecture.
 """
 
 import hashlib
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from bench import aot
 from bench.gpu_source import fingerprints
 from bench.gpu_tables import arch_name
-from kdfast import aot
 from kdfast.kernels._common import BLOCKS, TWO, chunks
 
 # In the order of what they say. Ampere's tensor cores and Hopper's first, then Blackwell's; sm_86
@@ -35,7 +35,7 @@ class Case:
     op: str
     dtype: str
     dim: int
-    options: str = ""  # NAME=VALUE of the op's function in kdfast.aot, separated by spaces
+    options: str = ""  # NAME=VALUE of the op's function in bench.aot, separated by spaces
 
     def __str__(self) -> str:
         words = (arch_name(self.arch), self.op, self.dtype, str(self.dim), self.options)

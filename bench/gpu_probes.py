@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from bench.gpu_static import EVA, GLOBAL, GOALS, ORION, Shape
+from bench.session import copy_seconds, sized
 from kdfast import linear_kd_loss
-from kdfast.benchmark import copy_seconds, peak_bytes, sized
+from kdfast.machine.memory import peak_bytes
 from kdfast.testing import DRY_RUN, launch_on_cpu
 
 DEVICE = torch.device("cpu" if DRY_RUN else "cuda")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kdfast import aot
+from bench import aot
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "kdfast.kernels"
@@ -23,7 +23,7 @@ SIZES = {("_common", "BLOCKS"), ("_common", "chunks")}
 
 @functools.cache
 def fingerprints() -> dict[str, str]:
-    """For each op of kdfast.aot, but for the sizes of tiles."""
+    """For each op of bench.aot, but for the sizes of tiles."""
     return {op: fingerprint(op) for op in aot.OPS}
 
 

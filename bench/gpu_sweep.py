@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
+from bench import aot
 from bench.gpu_cases import Case, source
 from bench.gpu_source import ROOT, fingerprints
-from kdfast import aot
 
 # Seconds of CPU time for one case, and for the compiler of one kernel: a stopped process uses none.
 LIMIT = 300

@@ -31,7 +31,7 @@ from bench import (
     bench_linear_kd_loss,
     bench_pruned_attention,
 )
-from kdfast import benchmark
+from kdfast.machine import facts
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 attention = bench_pruned_attention.bench_attention
@@ -170,8 +170,8 @@ def main() -> None:
     rows = [profile(CASES[name]) for name in options.cases or CASES]
     print(text(rows))
     if options.save:
-        facts = {"machine": benchmark.machine_facts(), "rows": rows}
-        options.save.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        written = {"machine": facts.machine_facts(), "rows": rows}
+        options.save.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdfast.benchmark import FEW
+from kdfast.machine.timing import FEW
 
 OURS = "kdfast"
 

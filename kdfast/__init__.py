@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         pruning_report,
         select_heads,
     )
-    from kdfast.saving import load_pretrained, save_pretrained
+    from kdfast.pruning.saving import load_pretrained, save_pretrained
 
 __all__ = [
     "AccelerateReport",
@@ -83,7 +83,7 @@ _LAZY = (
         "kdfast.pruning",
     )
     | dict.fromkeys(("AccelerateReport", "accelerate", "restore"), "kdfast.nn")
-    | dict.fromkeys(("load_pretrained", "save_pretrained"), "kdfast.saving")
+    | dict.fromkeys(("load_pretrained", "save_pretrained"), "kdfast.pruning.saving")
 )
 
 

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from kdfast._version import __version__
-from kdfast.benchmark import cpu_name
+from kdfast.machine.facts import cpu_name
 from kdfast.needs import gib, print_needs
 from kdfast.ops import _library
 

@@ -100,7 +100,7 @@ def chain_needs(config: "ChainConfig") -> list[Need]:
     missing = [name for name in CHAIN_MODULES if importlib.util.find_spec(name) is None]
     if missing:
         return [Need("packages", f"missing: {', '.join(missing)}", 'pip install -e ".[train]"')]
-    from kdfast.data.classification import describe_classification
+    from kdfast.data.labelled import describe_classification
 
     spec = config.data
     root = None if spec.root is None else Path(spec.root).expanduser()

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdfast.benchmark import cpu_name, interleave, summarize
+from kdfast.machine.facts import cpu_name
+from kdfast.machine.timing import interleave, summarize
 from kdfast.nn import accelerate
 from kdfast.pruning import (
     head_scores,
@@ -32,8 +33,8 @@ from kdfast.pruning import (
 from kdfast.pruning.adapter import Adapter, adapter_of
 from kdfast.pruning.heat_map import draw_heads
 from kdfast.pruning.report import PruningReport
+from kdfast.pruning.saving import CONFIG, load_pretrained, save_pretrained
 from kdfast.pruning.scores import METHODS
-from kdfast.saving import CONFIG, load_pretrained, save_pretrained
 
 PACKAGES = ("matplotlib", "rich")  # for the heat map and the table
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -35,18 +35,18 @@ from torch import Tensor, nn
 from kdfast.configs import CONFIGS, ChainConfig, Config, ConfigError, load, plain, save
 from kdfast.data.base import Corrupt, CorruptDataError, ViewDataset
 from kdfast.data.scenes import CLASSES, PALETTE
-from kdfast.distill import Distiller
 from kdfast.models.checkpoint import save_backbone
 from kdfast.models.eva import EVAViT
-from kdfast.trainer.evaluate import Evaluator
+from kdfast.recovery.evaluate import Evaluator
+from kdfast.recovery.objective import Distiller
+from kdfast.recovery.parts import Data, build_data, build_student, choose_heads, score_heads
+from kdfast.recovery.report import draw_predictions, measure, write_report
+from kdfast.recovery.teacher import get_teacher
 from kdfast.trainer.logs import LOG, close_log
 from kdfast.trainer.loop import Job, Loop, NonFiniteLoss
-from kdfast.trainer.parts import Data, build_data, build_student, choose_heads, score_heads
-from kdfast.trainer.report import draw_predictions, measure, write_report
 from kdfast.trainer.runs import release_folder, run_folder, show_start
 from kdfast.trainer.signals import Interrupted
 from kdfast.trainer.state import load_checkpoint, newest
-from kdfast.trainer.teacher import get_teacher
 
 VIEWS = 4
 # The main process may fill a teacher cache while the others wait; NCCL gives up after 10 minutes.

@@ -2,6 +2,7 @@
 """Seeds, one thread, NaN-filled torch.empty, and the folder of shared data."""
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ import kdfast
 from kdfast.ops._library import EXTENSION
 
 ROOT = Path(__file__).resolve().parents[1]
+# Behind what is installed: tests of bench/ import it.
+sys.path.append(str(ROOT))
 SHARED = Path(os.environ.get("KDFAST_SHARED", ROOT.parent / "shared"))
 
 

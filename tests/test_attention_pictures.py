@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import VisionTransformer
 
-from kdfast.attention import (
+from kdfast.attention import main
+from kdfast.models import EVAViT
+from kdfast.models.checkpoint import save_backbone
+from kdfast.nn import accelerate
+from kdfast.ops.geometry import Window
+from kdfast.pictures import (
     LayerAttention,
     capture,
     draw_comparison,
@@ -24,14 +29,9 @@ from kdfast.attention import (
     draw_rollout,
     rollout,
 )
-from kdfast.attention.__main__ import main
-from kdfast.attention.page import picture
-from kdfast.attention.pictures import head_row, tokens_of
-from kdfast.attention.sources import SourceError, load_images, load_model, transform_of
-from kdfast.models import EVAViT
-from kdfast.models.checkpoint import save_backbone
-from kdfast.nn import accelerate
-from kdfast.ops.geometry import Window
+from kdfast.pictures.draw import head_row, tokens_of
+from kdfast.pictures.page import picture
+from kdfast.pictures.sources import SourceError, load_images, load_model, transform_of
 from kdfast.pruning import prune_heads
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdfast import benchmark
+from bench import session
+from kdfast.machine import facts, memory, timing
 
 
 def test_interleave_alternates_and_tells_fast_from_slow() -> None:
@@ -25,9 +26,9 @@ def test_interleave_alternates_and_tells_fast_from_slow() -> None:
         calls.append("fast")
         time.sleep(0.02)
 
-    samples = benchmark.interleave({"slow": slow, "fast": fast}, rounds=4, warmup=1)
+    samples = timing.interleave({"slow": slow, "fast": fast}, rounds=4, warmup=1)
     assert [len(s) for s in samples.values()] == [4, 4]
-    rows = {name: benchmark.summarize(s) for name, s in samples.items()}
+    rows = {name: timing.summarize(s) for name, s in samples.items()}
     assert 55 < rows["slow"]["ms"] < 200
     assert rows["slow"]["ms"] > 1.5 * rows["fast"]["ms"]
     # The order flips every round, so neither candidate always runs second.
@@ -36,14 +37,14 @@ def test_interleave_alternates_and_tells_fast_from_slow() -> None:
 
 
 def test_summary_takes_fast_samples_when_there_are_enough() -> None:
-    enough = benchmark.summarize([*[(0.001, True)] * 5, *[(1.0, False)] * 6])
+    enough = timing.summarize([*[(0.001, True)] * 5, *[(1.0, False)] * 6])
     assert enough["ms"] == pytest.approx(1) and enough["ms_all"] == pytest.approx(1000)
     assert (enough["fast"], enough["samples"]) == (5, 11)
-    few = benchmark.summarize([*[(0.001, True)] * 4, *[(0.003, False)] * 5])
+    few = timing.summarize([*[(0.001, True)] * 4, *[(0.003, False)] * 5])
     assert few["ms"] == few["ms_all"] == pytest.approx(3) and few["fast"] == 4
 
 
-class Script(benchmark.Calibration):
+class Script(timing.Calibration):
     """Calibration loops that take what they are told."""
 
     def __init__(self, seconds: list[float]) -> None:
@@ -54,56 +55,56 @@ class Script(benchmark.Calibration):
         return next(self.loops)
 
 
-def quiet(call: benchmark.Candidate, repeats: int) -> tuple[float, bool]:
+def quiet(call: timing.Candidate, repeats: int) -> tuple[float, bool]:
     call()
     return 1.0, True
 
 
 def test_samples_beside_a_slow_loop_are_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "_sample", quiet)
+    monkeypatch.setattr(timing, "timed_sample", quiet)
     # A loop is the faster of two; the third is slow, so the samples on both its sides are.
     loops = [1.0, 9.0, 1.4, 1.4, 1.6, 1.6, 9.0, 1.0, 1.4, 9.0]
-    found = benchmark.interleave({"x": int}, rounds=4, calibration=Script(loops))
+    found = timing.interleave({"x": int}, rounds=4, calibration=Script(loops))
     assert [fast for _, fast in found["x"]] == [True, False, False, True]
     # A faster one makes slow ones of those before: nothing is fast but against the best.
     calibration = Script([1.4] * 4 + [0.9] * 6)
-    found = benchmark.interleave({"x": int}, rounds=4, calibration=calibration)
+    found = timing.interleave({"x": int}, rounds=4, calibration=calibration)
     assert [fast for _, fast in found["x"]] == [False, False, True, True]
     assert calibration.best == 0.9
 
 
 def test_a_busy_machine_gives_no_fast_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "_sample", lambda call, repeats: (1.0, False))
-    found = benchmark.interleave({"x": int}, rounds=2, calibration=Script([1.0] * 6))
+    monkeypatch.setattr(timing, "timed_sample", lambda call, repeats: (1.0, False))
+    found = timing.interleave({"x": int}, rounds=2, calibration=Script([1.0] * 6))
     assert found["x"] == [(1.0, False)] * 2
 
 
 def test_rounds_end_with_the_time_but_not_before_there_are_a_few(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(benchmark, "_sample", quiet)
+    monkeypatch.setattr(timing, "timed_sample", quiet)
     clock = itertools.count()
-    monkeypatch.setattr(benchmark.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(timing.time, "monotonic", lambda: next(clock))
     counts = [
-        len(benchmark.interleave({"x": int}, rounds=15, seconds=seconds)["x"])
+        len(timing.interleave({"x": int}, rounds=15, seconds=seconds)["x"])
         for seconds in (0, 3, 20)
     ]
     # The clock ticks once a round, and is first read after FEW of them.
-    assert counts == [benchmark.FEW, 8, 15]
+    assert counts == [timing.FEW, 8, 15]
 
 
 def test_long_calls_warm_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    took = {"long": 1.1 * benchmark.LONG_SECONDS, "short": 0.6 * benchmark.SAMPLE_SECONDS}
+    took = {"long": 1.1 * timing.LONG_SECONDS, "short": 0.6 * timing.SAMPLE_SECONDS}
 
-    def timed(call: benchmark.Candidate, repeats: int) -> float:
+    def timed(call: timing.Candidate, repeats: int) -> float:
         for _ in range(repeats):
             call()
         return repeats * took[calls[-1]]
 
-    monkeypatch.setattr(benchmark, "_timed", timed)
+    monkeypatch.setattr(timing, "_timed", timed)
     candidates = {name: lambda name=name: calls.append(name) for name in took}
-    benchmark.interleave(candidates, rounds=1)
+    timing.interleave(candidates, rounds=1)
     assert (calls.count("long"), calls.count("short")) == (2, 5)
 
 
@@ -115,23 +116,23 @@ def test_one_lucky_loop_is_not_the_best() -> None:
 
 
 def test_calibration_loop_is_short() -> None:
-    calibration = benchmark.Calibration(torch.device("cpu"))
+    calibration = timing.Calibration(torch.device("cpu"))
     found = [calibration.seconds() for _ in range(20)]
     assert 0 < calibration.best <= sorted(found)[2]
-    assert min(found) < 0.05 * benchmark.SAMPLE_SECONDS
+    assert min(found) < 0.05 * timing.SAMPLE_SECONDS
 
 
 def test_results_survive_the_file() -> None:
-    row = benchmark.Row("op", "case", "kdfast", 1.0, 1.5, 0.1, 9, 7, peak_bytes=3)
-    results = benchmark.Results({"cpu": "x"}, [row], ["y"], {"node": 1.5})
-    again = benchmark.Results.from_json(json.loads(json.dumps(results.to_json())))
+    row = session.Row("op", "case", "kdfast", 1.0, 1.5, 0.1, 9, 7, peak_bytes=3)
+    results = session.Results({"cpu": "x"}, [row], ["y"], {"node": 1.5})
+    again = session.Results.from_json(json.loads(json.dumps(results.to_json())))
     assert again == results
 
 
 def test_saved_and_peak_bytes() -> None:
     x = torch.randn(1000, requires_grad=True)
-    assert benchmark.saved_bytes(lambda: x.exp()) == 4000
-    assert benchmark.saved_bytes(lambda: x + 1) == 0
+    assert memory.saved_bytes(lambda: x.exp()) == 4000
+    assert memory.saved_bytes(lambda: x + 1) == 0
 
     def two_then_one() -> torch.Tensor:
         a = torch.empty(1 << 20)
@@ -139,18 +140,18 @@ def test_saved_and_peak_bytes() -> None:
         del a
         return b.sum()
 
-    peak = benchmark.peak_bytes(two_then_one)
+    peak = memory.peak_bytes(two_then_one)
     assert 2 * 4 << 20 <= peak < (2 * 4 << 20) + 10_000
-    assert benchmark.memory_bytes(two_then_one) == (peak, 0)
-    assert benchmark.memory_bytes(lambda: x.exp())[1] == 4000
+    assert memory.memory_bytes(two_then_one) == (peak, 0)
+    assert memory.memory_bytes(lambda: x.exp())[1] == 4000
 
 
 def test_limits_are_positive() -> None:
     cpu = torch.device("cpu")
-    assert benchmark.copy_seconds(cpu, 1 << 20) > 0
-    assert benchmark.matmul_peak(cpu, torch.float32, 64) > 0
-    facts = benchmark.machine_facts()
-    assert facts["threads"] == 1 and facts["torch"] == torch.__version__
+    assert session.copy_seconds(cpu, 1 << 20) > 0
+    assert session.matmul_peak(cpu, torch.float32, 64) > 0
+    found = facts.machine_facts()
+    assert found["threads"] == 1 and found["torch"] == torch.__version__
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,7 +170,7 @@ def bench_one(compare, index):
 
 
 @pytest.fixture
-def session(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
+def run_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
     """Runs pytest on a benchmark of three cases beside bench/conftest.py; what it printed."""
     shutil.copy(ROOT / "bench" / "conftest.py", tmp_path)
     (tmp_path / "bench_one.py").write_text(CASES)
@@ -189,10 +190,12 @@ def session(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Call
             del sys.modules[name]
 
 
-def test_a_session_keeps_its_rows_and_goes_on(tmp_path: Path, session: Callable[..., str]) -> None:
+def test_a_session_keeps_its_rows_and_goes_on(
+    tmp_path: Path, run_bench: Callable[..., str]
+) -> None:
     file, fail = tmp_path / "rows.json", tmp_path / "fail"
     fail.touch()
-    text = session("--save", str(file), "--rounds", "6", "-x")
+    text = run_bench("--save", str(file), "--rounds", "6", "-x")
     assert "planned: 0:21 (times of 0 of 3 are known), budget 13:30" in text
     assert "[1/3 0:" in text and "op: case 0: kdfast 0.00, eager" in text
     first = json.loads(file.read_text())
@@ -201,7 +204,7 @@ def test_a_session_keeps_its_rows_and_goes_on(tmp_path: Path, session: Callable[
     assert list(first["cases"]) == ["bench_one.py::bench_one[0]"]
 
     fail.unlink()
-    text = session("--save", str(file), "--rounds", "1", "--resume")
+    text = run_bench("--save", str(file), "--rounds", "1", "--resume")
     assert "2 passed" in text
     rows = json.loads(file.read_text())["rows"]
     assert [row["case"] for row in rows[::2]] == ["case 0", "case 1", "case 2"]
@@ -210,13 +213,13 @@ def test_a_session_keeps_its_rows_and_goes_on(tmp_path: Path, session: Callable[
 
     # What a file knows is the plan of the next run.
     (tmp_path / "results" / "x.json").write_text('{"cases": {"bench_one.py::bench_one[1]": 100}}')
-    text = session("--budget", "0")
+    text = run_bench("--budget", "0")
     assert "planned: 1:54 (times of 1 of 3 are known), budget 0:00" in text
     assert "3 skipped" in text
 
     other = json.loads(file.read_text())
     other["machine"]["cpu"] = "another"
     file.write_text(json.dumps(other))
-    text = session("--save", str(file), "--resume")
+    text = run_bench("--save", str(file), "--resume")
     assert "--resume: cpu must be that of" in text
-    assert "must name a file that exists" in session("--resume")
+    assert "must name a file that exists" in run_bench("--resume")

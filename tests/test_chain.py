@@ -19,12 +19,12 @@ from kdfast.chain.capture import Capture, attention_layers, head_groups, paired,
 from kdfast.chain.compare import compare, gain
 from kdfast.chain.feed import ClassFeed, even_part
 from kdfast.chain.links import Link, LinkModel, build_link, facts, links_of, load_teacher
-from kdfast.chain.memory import is_out_of_memory, peak_mib, reset_peak
 from kdfast.chain.metrics import Meter
 from kdfast.chain.objective import Objective, alpha_at, distill_loss, task_loss
 from kdfast.configs import ConfigError, load
 from kdfast.configs.chain import ChainConfig, ChainDistillConfig
 from kdfast.configs.chain_check import roles
+from kdfast.machine.memory import is_out_of_memory, peak_mib, reset_peak
 from kdfast.trainer.state import save_checkpoint
 
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}

@@ -18,7 +18,7 @@ from kdfast.chain import run as chain_run
 from kdfast.chain.links import LinkModel, weights_of
 from kdfast.chain.loop import ChainLoop
 from kdfast.chain.objective import Objective
-from kdfast.data.classification import Classification, build_classification
+from kdfast.data.labelled import Classification, build_classification
 from kdfast.train import main, make_accelerator
 from kdfast.trainer.state import load_checkpoint
 

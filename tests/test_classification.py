@@ -7,8 +7,8 @@ import torch
 import torchvision
 from torch.utils.data import DataLoader
 
-from kdfast.data.augment import AugmentSpec, augmented, finish, short_side
-from kdfast.data.classification import build_classification, worker_init
+from kdfast.data.labelled import build_classification, worker_init
+from kdfast.data.labelled.augment import AugmentSpec, augmented, finish, short_side
 from kdfast.data.rng import _GOLDEN, AUGMENT, _mix, uniforms
 
 

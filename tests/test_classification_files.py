@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from kdfast.data.base import CorruptDataError
-from kdfast.data.classification import AugmentSpec, build_classification
-from kdfast.data.embedded import FASHION_FILES, parse_idx
+from kdfast.data.labelled import AugmentSpec, build_classification
+from kdfast.data.labelled.embedded import FASHION_FILES, parse_idx
 
 
 def load(kind, root, **options):
@@ -270,7 +270,7 @@ def test_idx_rejects():
 def test_missing_packages_and_files_say_how_to_get_them(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="needs .*train-images-idx3-ubyte.gz"):
         load("fashion_mnist", tmp_path)
-    monkeypatch.setattr("kdfast.data.embedded.DEBIAN_FASHION", tmp_path / "none")
+    monkeypatch.setattr("kdfast.data.labelled.embedded.DEBIAN_FASHION", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
         load("fashion_mnist", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

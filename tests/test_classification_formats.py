@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.data import cifar, medmnist_info
-from kdfast.data.classification import build_classification
+from kdfast.data.labelled import build_classification, cifar, medmnist_info
 
 NAMES10 = [f"name{number}" for number in range(10)]
 

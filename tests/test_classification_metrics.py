@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from kdfast.data.medmnist import medmnist_acc, medmnist_auc
+from kdfast.data.labelled.medmnist import medmnist_acc, medmnist_auc
 
 # Rows sum to 1; the largest are at classes 0, 1, 1, 2.
 SCORES = np.array([[0.7, 0.2, 0.1], [0.3, 0.4, 0.3], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5]])

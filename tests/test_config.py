@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from kdfast.configs import CONFIGS, ConfigError, load, plain, save
-from kdfast.configs.base import Config
 from kdfast.configs.fields import Range, keys
+from kdfast.configs.recovery import Config
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast.configs.base import DistillConfig
-from kdfast.distill import Distiller, alpha_at, feature_layers, paired_heads
+from kdfast.configs.recovery import DistillConfig
 from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT
 from kdfast.pruning import prune_heads
+from kdfast.recovery.objective import Distiller, alpha_at, feature_layers, paired_heads
 
 CLASSES = 5
 KEPT = [[0, 3], [1, 2], [0, 1], [2, 3]]

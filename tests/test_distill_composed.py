@@ -6,7 +6,7 @@ import torch
 
 import kdfast
 from kdfast import Rope
-from kdfast.benchmark import peak_bytes, saved_bytes
+from kdfast.machine.memory import peak_bytes, saved_bytes
 from kdfast.ops import _distill_composed as composed
 from kdfast.ops import attention_distill as op
 from kdfast.testing import assert_no_worse, run

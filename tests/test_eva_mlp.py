@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast.benchmark import saved_bytes
+from kdfast.machine.memory import saved_bytes
 from kdfast.models import eva_layers
 from kdfast.models.eva_layers import SwiGLU
 from kdfast.testing import assert_no_worse

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kdfast.files import replacing
+from kdfast.machine.files import replacing
 
 
 def test_replacing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kdfast
-from kdfast.benchmark import peak_bytes, saved_bytes
+from kdfast.machine.memory import peak_bytes, saved_bytes
 from kdfast.testing import assert_right, run
 
 pytestmark = pytest.mark.usefixtures("compiled")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
-from kdfast.benchmark import peak_bytes, saved_bytes
+from kdfast.machine.memory import peak_bytes, saved_bytes
 from kdfast.ops import linear_kd_loss as op
 from kdfast.testing import assert_no_worse, run
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kdfast
 from kdfast import Window
-from kdfast.benchmark import peak_bytes
+from kdfast.machine.memory import peak_bytes
 from kdfast.ops import _logit_gram as gram
 from kdfast.ops import attention_distill as op
 from kdfast.testing import assert_no_worse, rotary, run

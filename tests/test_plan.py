@@ -17,13 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from kdfast import info
 from kdfast.configs import CONFIGS, ConfigError, load
+from kdfast.memory import DoesNotFit, Step, plan_batch, plan_memory, plan_step
+from kdfast.memory.cuda_rules import as_on_cuda
+from kdfast.memory.jobs import jobs_of
+from kdfast.memory.measure import _optimizer, checkpointed, supervised
 from kdfast.models import EVAViT
 from kdfast.ops import kd_loss as kd_loss_file
-from kdfast.plan import DoesNotFit, Step, plan_batch, plan_memory, plan_step
-from kdfast.plan.__main__ import main, size_of
-from kdfast.plan.cuda_rules import as_on_cuda
-from kdfast.plan.jobs import jobs_of
-from kdfast.plan.measure import _optimizer, checkpointed, supervised
+from kdfast.plan import main, size_of
 
 MIB, GIB = 2**20, 2**30
 
@@ -324,7 +324,7 @@ def test_sizes(text: str, size: int) -> None:
 
 
 def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdfast.plan.__main__.CANDIDATES", [4, 8])
+    monkeypatch.setattr("kdfast.plan.CANDIDATES", [4, 8])
     assert main(["--config", "smoke", "--vram", "1GiB", "--modules"]) == 0
     text = capsys.readouterr().out
     assert "smoke: distil into 50% of the heads" in text

@@ -15,7 +15,7 @@ from PIL import Image
 from kdfast import prune
 from kdfast.prune import main
 from kdfast.pruning import HeadScores
-from kdfast.saving import load_pretrained, save_pretrained
+from kdfast.pruning.saving import load_pretrained, save_pretrained
 
 
 @pytest.fixture

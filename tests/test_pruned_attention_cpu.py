@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import kdfast
-from kdfast import Window, benchmark
+from kdfast import Window
+from kdfast.machine import memory
 from kdfast.ops._library import EXTENSION
 from kdfast.testing import SHAPES, assert_no_worse, run
 from kdfast.testing import AttentionCase as Case
@@ -277,6 +278,6 @@ def test_no_square_matrix_is_held(isa: str) -> None:
     def step() -> None:
         kdfast.pruned_attention(*leaves, backend="fused").sum().backward()
 
-    assert benchmark.peak_bytes(step) < square / 4
-    saved = benchmark.saved_bytes(lambda: kdfast.pruned_attention(*leaves, backend="fused"))
+    assert memory.peak_bytes(step) < square / 4
+    saved = memory.saved_bytes(lambda: kdfast.pruned_attention(*leaves, backend="fused"))
     assert saved == 2048 * (4 * 16 + 1) * 4

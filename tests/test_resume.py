@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from kdfast.configs import Config, load
+from kdfast.recovery import report
 from kdfast.train import main
-from kdfast.trainer import loop, report
+from kdfast.trainer import loop
 from kdfast.trainer.logs import Table, read_rows
 from kdfast.trainer.signals import Signals
 from kdfast.trainer.state import (

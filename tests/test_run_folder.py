@@ -15,8 +15,9 @@ import torch
 from kdfast.chain import links
 from kdfast.chain.links import Link, build_link
 from kdfast.configs import ConfigError
+from kdfast.recovery import report
 from kdfast.train import main
-from kdfast.trainer import loop, report, runs
+from kdfast.trainer import loop, runs
 from kdfast.trainer.state import load_checkpoint, newest
 
 MAIN: Any = SimpleNamespace(is_main_process=True)

@@ -18,7 +18,7 @@ import kdfast
 from kdfast.models import EVAViT
 from kdfast.pruning import prune_heads
 from kdfast.pruning.adapter import adapter_of
-from kdfast.saving import load_pretrained, save_pretrained
+from kdfast.pruning.saving import load_pretrained, save_pretrained
 
 KEEP = [[0, 2], []]
 
@@ -164,7 +164,7 @@ def test_a_failed_write_leaves_the_old_model(
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("kdfast.saving.save_file", full)
+    monkeypatch.setattr("kdfast.pruning.saving.save_file", full)
     with pytest.raises(OSError, match="no space left"):
         save_pretrained(timm_vit(num_classes=3), tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -11,9 +11,10 @@ import torch
 import kdfast.data as data
 from kdfast.data.preprocess import MEAN, STD
 from kdfast.data.rng import SENSOR, WORLD, generator
-from kdfast.data.scene_camera import HORIZON, VIEWS, Camera, quads
-from kdfast.data.scene_ground import ground_kind
-from kdfast.data.scene_layout import (
+from kdfast.data.scenes import Scenes, draw_world
+from kdfast.data.scenes.camera import HORIZON, VIEWS, Camera, quads
+from kdfast.data.scenes.ground import ground_kind
+from kdfast.data.scenes.layout import (
     BUILDING,
     CLASSES,
     G_CURB,
@@ -33,9 +34,8 @@ from kdfast.data.scene_layout import (
     draw_layout,
     draw_light,
 )
-from kdfast.data.scene_render import render
-from kdfast.data.scene_world import Builder, trapezium
-from kdfast.data.scenes import Scenes, draw_world
+from kdfast.data.scenes.render import render
+from kdfast.data.scenes.world import Builder, trapezium
 
 SIZE = (96, 128)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kdfast
-from kdfast.benchmark import saved_bytes
+from kdfast.machine.memory import saved_bytes
 from kdfast.testing import assert_no_worse, run
 
 pytestmark = pytest.mark.usefixtures("compiled")

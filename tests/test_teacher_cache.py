@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import kdfast
-from kdfast.data.classification import build_classification
-from kdfast.trainer.cache_files import Layout, encode
-from kdfast.trainer.teacher_cache import TeacherCache, model_hash, teacher_key
+from kdfast.chain.cache_files import Layout, encode
+from kdfast.chain.teacher_cache import TeacherCache, model_hash, teacher_key
+from kdfast.data.labelled import build_classification
 
 KEY = {"teacher": "t", "data": "d", "normalise": (0.5, 0.5)}
 
@@ -196,7 +196,7 @@ def test_interrupted_build_goes_on_with_the_same_batches(tmp_path):
 
 
 def test_killed_build_leaves_only_rows_that_are_right(tmp_path, monkeypatch):
-    monkeypatch.setattr("kdfast.trainer.cache_files.FLUSH", 0.0)
+    monkeypatch.setattr("kdfast.chain.cache_files.FLUSH", 0.0)
     calls = []
 
     def dies(images):

@@ -18,13 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kdfast.configs import load
-from kdfast.configs.base import OptimConfig
+from kdfast.configs.recovery import OptimConfig
 from kdfast.data.scenes import Scenes
 from kdfast.models.checkpoint import load_backbone
 from kdfast.models.eva import EVAViT
+from kdfast.recovery import report
+from kdfast.recovery.evaluate import confusion, mean_iou, similarity
 from kdfast.train import main
-from kdfast.trainer import loop, report
-from kdfast.trainer.evaluate import confusion, mean_iou, similarity
+from kdfast.trainer import loop
 from kdfast.trainer.optim import block_depth, param_groups, schedule
 from kdfast.trainer.state import load_checkpoint
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from kdfast import benchmark
 from kdfast.configs import ConfigError, load
+from kdfast.machine import memory
+from kdfast.recovery import parts
 from kdfast.train import make_accelerator
-from kdfast.trainer import parts, state
+from kdfast.trainer import state
 from kdfast.trainer.loop import Loop
 
 
@@ -77,5 +78,5 @@ def test_heads_are_never_scored_in_fp16(
 def test_peak_is_of_the_device_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model on the CPU of a machine with a GPU allocates nothing that CUDA counts."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    peak = benchmark.peak_bytes(lambda: torch.zeros(1 << 18), torch.device("cpu"))
+    peak = memory.peak_bytes(lambda: torch.zeros(1 << 18), torch.device("cpu"))
     assert peak >= 1 << 20

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kdfast.trainer.report import LEGEND, MIN_TILE, draw_predictions
+from kdfast.recovery.report import LEGEND, MIN_TILE, draw_predictions
 
 PALETTE = {"sky": (10, 20, 30), "road": (200, 100, 50), "car": (0, 0, 255)}
 TITLE = 16

@@ -117,7 +117,7 @@ def test_a_process_that_ends_costs_one_case(
 
 def test_interpreter_and_compiler_do_not_mix() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "kdfast.aot", "pruned_attention"]
+    command = [sys.executable, "-m", "bench.aot", "pruned_attention"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode != 0
     assert "cannot compile with TRITON_INTERPRET set" in done.stderr

@@ -14,8 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kdfast.benchmark import machine_facts
 from kdfast.chain.plots import draw_comparison
+from kdfast.machine.facts import machine_facts
 
 VALUES = ("test_accuracy", "test_f1_score", "test_auc", "val_accuracy", "seconds", "peak_mib")
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdfast.data.classification import LabelledImages, worker_init
+from kdfast.data.labelled import LabelledImages, worker_init
 from kdfast.data.rng import ORDER, generator
 from kdfast.data.sampler import EpochSampler
 from kdfast.trainer.feed import Batch, batch_loader

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from kdfast.configs.chain import ChainConfig
 from kdfast.configs.chain_check import INITS, per_link, roles
 from kdfast.configs.fields import ConfigError
-from kdfast.data.classification import Classification
-from kdfast.files import load_torch
+from kdfast.data.labelled import Classification
+from kdfast.machine.files import load_torch
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.state import load_checkpoint
 

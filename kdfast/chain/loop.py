@@ -22,11 +22,11 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from kdfast.chain.feed import ClassBatch, ClassFeed
-from kdfast.chain.memory import is_out_of_memory, peak_mib, release, reset_peak
 from kdfast.chain.metrics import Meter
 from kdfast.chain.objective import Objective, task_loss
 from kdfast.configs.chain import ChainOptimConfig
-from kdfast.files import replacing
+from kdfast.machine.files import replacing
+from kdfast.machine.memory import is_out_of_memory, peak_mib, release, reset_peak
 from kdfast.trainer.feed import Batch
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Job, Loop

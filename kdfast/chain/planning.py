@@ -12,7 +12,7 @@ import torch
 from kdfast.chain.links import Link, LinkModel, build_link, switch_checkpointing
 from kdfast.configs.chain_check import per_link
 from kdfast.configs.fields import ConfigError
-from kdfast.plan import BatchPlan, plan_batch
+from kdfast.memory import BatchPlan, plan_batch
 from kdfast.trainer.logs import LOG
 
 if TYPE_CHECKING:

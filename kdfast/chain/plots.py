@@ -13,9 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from kdfast.attention import capture, draw_heads, draw_rollout
 from kdfast.chain.links import LinkModel
-from kdfast.data.classification import Classification
+from kdfast.data.labelled import Classification
+from kdfast.pictures import capture, draw_heads, draw_rollout
 from kdfast.trainer.logs import LOG, read_rows
 
 DPI = 110

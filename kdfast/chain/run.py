@@ -12,12 +12,12 @@ from accelerate import Accelerator
 
 from kdfast.chain.compare import write_comparison
 from kdfast.chain.links import Link, links_of
-from kdfast.chain.memory import release
 from kdfast.chain.stage import Stage, train_link
 from kdfast.configs import ChainConfig, ConfigError, plain, save
 from kdfast.configs.chain_check import stages
 from kdfast.data.base import CorruptDataError
-from kdfast.data.classification import Classification, build_classification
+from kdfast.data.labelled import Classification, build_classification
+from kdfast.machine.memory import release
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.runs import run_folder, show_start
 

@@ -28,21 +28,21 @@ from kdfast.chain.links import (
     weights_of,
 )
 from kdfast.chain.loop import BEST, ChainJob, ChainLoop
-from kdfast.chain.memory import peak_mib, release
 from kdfast.chain.metrics import Meter
 from kdfast.chain.objective import Objective
 from kdfast.chain.planning import batch_size
 from kdfast.chain.plots import draw_attention, draw_confusion, draw_curves
+from kdfast.chain.teacher_cache import TeacherCache, teacher_key
 from kdfast.configs import ChainConfig, ConfigError, plain
-from kdfast.configs.base import RunConfig
 from kdfast.configs.chain_check import per_link
-from kdfast.data.classification import Classification
-from kdfast.files import replacing
+from kdfast.configs.recovery import RunConfig
+from kdfast.data.labelled import Classification
+from kdfast.machine.files import replacing
+from kdfast.machine.memory import peak_mib, release
 from kdfast.nn import accelerate
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import differences
 from kdfast.trainer.state import load_checkpoint
-from kdfast.trainer.teacher_cache import TeacherCache, teacher_key
 
 # What may change between the parts of a run: it moves files, or computes the same.
 FREE = (

@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-from kdfast.configs.base import Config
 from kdfast.configs.chain import ChainConfig
 from kdfast.configs.chain_check import check_chain, check_device
 from kdfast.configs.cnn_chain import cnn_chain, cnn_chain_digits
 from kdfast.configs.fields import ConfigError, build, keys, plain, unknown
 from kdfast.configs.orion50 import orion50, orion50_scenes
+from kdfast.configs.recovery import Config
 from kdfast.configs.smoke import smoke
 from kdfast.configs.vit_chain import cifar10, vit_chain, vit_chain_digits
 

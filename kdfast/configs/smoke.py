@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from kdfast.configs.base import (
+from kdfast.configs.recovery import (
     Config,
     DataConfig,
     DistillConfig,

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kdfast.files import NeedsCode, load_torch, replacing
+from kdfast.machine.files import NeedsCode, load_torch, replacing
 from kdfast.models.eva import EVAViT
 from kdfast.models.orion_keys import (
     PREFIX,

@@ -11,8 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import psutil
-import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -42,13 +40,6 @@ def close_log() -> None:
     for handler in list(LOG.handlers):
         LOG.removeHandler(handler)
         handler.close()
-
-
-def memory_mib(device: torch.device) -> float:
-    """Peak of allocated GPU memory, or the process's resident memory now, in MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return float(psutil.Process().memory_info().rss) / 2**20
 
 
 class Table:

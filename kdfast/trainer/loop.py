@@ -18,11 +18,12 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from kdfast.configs.base import OptimConfig, RunConfig
 from kdfast.configs.chain import ChainOptimConfig
 from kdfast.configs.fields import ConfigError
+from kdfast.configs.recovery import OptimConfig, RunConfig
+from kdfast.machine.memory import memory_mib
 from kdfast.trainer.feed import Batch, BatchFeed
-from kdfast.trainer.logs import LOG, Display, Records, draw_curves, memory_mib
+from kdfast.trainer.logs import LOG, Display, Records, draw_curves
 from kdfast.trainer.optim import WARMUP_SHARE, adamw, param_groups, schedule
 from kdfast.trainer.signals import Interrupted, Signals
 from kdfast.trainer.state import load_checkpoint, newest, rng_state, save_checkpoint, set_rng_state

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdfast.configs.base import OptimConfig
+from kdfast.configs.recovery import OptimConfig
 
 # Longest warm-up as a part of the run: the recipe's 500 steps belong to a run of 5,500.
 WARMUP_SHARE = 0.1

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdfast.files import load_torch, replacing
+from kdfast.machine.files import load_torch, replacing
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 FORMAT = 1

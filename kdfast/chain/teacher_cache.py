@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Teacher logits of every picture and variant, computed once. See docs/teacher_cache.md.
+
+B batch, C classes, K kept classes, N pictures, V variants.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from kdfast.chain.cache_files import Layout, Writer, read_files
+from kdfast.chain.cache_key import as_json, check_key, model_hash, teacher_key
+from kdfast.data.labelled import worker_init
+from kdfast.trainer.logs import LOG
+
+__all__ = ["TeacherCache", "model_hash", "teacher_key"]
+
+Teacher = Callable[[Tensor], Tensor]
+
+
+class TeacherCache:
+    """Logits of a frozen teacher for a dataset whose items can be replayed.
+
+    Attributes:
+        directory: Where it is.
+        key: What it follows from.
+        layout: Sizes, number format, kept classes and their temperature.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        """Open whatever is in a folder; ``open`` also checks what it follows from.
+
+        Raises:
+            FileNotFoundError: There is no finished cache.
+            ValueError: It is broken or of another format.
+        """
+        self.directory = Path(directory)
+        self.key, self.layout, self._files = read_files(self.directory)
+
+    @classmethod
+    def open(cls, directory: str | Path, key: Mapping[str, Any]) -> TeacherCache:
+        """Open a finished cache.
+
+        Args:
+            directory: Where it was built.
+            key: What its logits have to follow from; see ``teacher_key``.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It follows from something else (the message says from what), or is broken.
+        """
+        cache = cls(directory)
+        check_key(cache.directory, cache.key, key)
+        return cache
+
+    @classmethod
+    def build(
+        cls,
+        teacher: Teacher,
+        dataset: Dataset[Any],
+        directory: str | Path,
+        *,
+        key: Mapping[str, Any],
+        top_k: int | None = None,
+        temperature: float = 4.0,
+        dtype: str = "float16",
+        batch_size: int = 64,
+        workers: int = 0,
+        device: torch.device | str | None = None,
+        rebuild: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> TeacherCache:
+        """Compute what is missing and open the cache.
+
+        A finished cache of the same key and options is opened as it is; one that was interrupted
+        is continued. The global random state stays as it is.
+
+        Args:
+            teacher: Logits (B, C) of images (B, 3, S, S). A module runs in evaluation mode.
+            dataset: Items with "image". With an attribute ``variants`` it is asked for pairs
+                (index, variant), otherwise for indices.
+            directory: For this cache alone; ``directory`` + ".partial" while it is built.
+            key: What the logits follow from, as JSON types; see ``teacher_key``.
+            top_k: Keep the logits of the K most probable classes and the mass of the rest; None
+                keeps all. Not for several labels.
+            temperature: At which the mass of the rest is exact; unused if all are kept.
+            dtype: "float16" or "float32"; docs/teacher_cache.md has the rounding.
+            batch_size: Pictures a call of the teacher.
+            workers: Processes that make the pictures.
+            device: Of the images for the teacher; that of a module's parameters if None.
+            rebuild: Replace a finished cache of another key or options instead of raising.
+            progress: Called with pictures done and their total.
+
+        Raises:
+            ValueError: The folder has a cache of something else, an option is out of range, or
+                the teacher's logits are not finite or not (B, C).
+            BlockingIOError: Another process is building it.
+        """
+        length = len(dataset)  # type: ignore[arg-type]
+        options = Layout(dtype, top_k, temperature, length, getattr(dataset, "variants", 1))
+        directory = Path(directory)
+        found = _finished(directory, key, options, rebuild)
+        if found is not None:
+            return found
+        with Writer(directory, as_json(key), options) as writer, _Frozen(teacher, device) as call:
+            batches = _Batches(writer.done, batch_size)
+            loader = _loader(dataset, batches, workers)
+            done, total = batches.done, writer.done.size
+            for pairs, images in zip(batches, loader, strict=True):
+                writer.write(pairs, call(images))
+                done += len(pairs)
+                if progress is not None:
+                    progress(done, total)
+        return cls(directory)
+
+    def logits(
+        self, index: Tensor | Sequence[int], variant: Tensor | Sequence[int] | int
+    ) -> Tensor:
+        """Teacher logits of items.
+
+        Args:
+            index: (B,) positions in the dataset.
+            variant: (B,) of each item, or one for all.
+
+        Returns:
+            (B, C) float32 on the CPU. With K kept classes the others share one value, so that
+            their softmax at ``temperature`` sums to the teacher's.
+
+        Raises:
+            IndexError: An index or variant is out of range.
+        """
+        rows = self._rows(index, variant)
+        values = torch.from_numpy(self._files["values"][rows]).float()
+        if "peak" in self._files:
+            values += torch.from_numpy(self._files["peak"][rows])[:, None]
+        if "odds" not in self._files:
+            return values
+        classes = torch.from_numpy(self._files["classes"][rows].astype(np.int64))
+        spread = self._spread(values, torch.from_numpy(self._files["odds"][rows]))
+        return spread[:, None].repeat(1, self.layout.classes).scatter_(1, classes, values)
+
+    def rest(self, index: Tensor | Sequence[int], variant: Tensor | Sequence[int] | int) -> Tensor:
+        """Probability (B,) float32 of all classes that are not kept, at ``temperature``."""
+        rows = self._rows(index, variant)
+        if "odds" not in self._files:
+            return torch.zeros(len(rows[0]))
+        return torch.from_numpy(self._files["odds"][rows]).sigmoid()
+
+    def _spread(self, values: Tensor, odds: Tensor) -> Tensor:
+        layout = self.layout
+        others = layout.classes - values.shape[1]
+        kept = (values.double() / layout.temperature).logsumexp(1)
+        return (layout.temperature * (kept + odds.double() - math.log(others))).float()
+
+    def _rows(
+        self, index: Tensor | Sequence[int], variant: Tensor | Sequence[int] | int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        column = torch.as_tensor(index).cpu().numpy()
+        row = np.broadcast_to(torch.as_tensor(variant).cpu().numpy(), column.shape)
+        for name, numbers, end in (
+            ("index", column, self.layout.length),
+            ("variant", row, self.layout.variants),
+        ):
+            # numpy would count negative ones from the end.
+            if numbers.size and not (0 <= numbers.min() and numbers.max() < end):
+                raise IndexError(
+                    f"{name}: must be in [0, {end}), got {numbers.min()} to {numbers.max()}"
+                )
+        return row, column
+
+    def __reduce__(self) -> tuple[type[TeacherCache], tuple[Path]]:
+        """Processes open the files themselves instead of receiving their content."""
+        return TeacherCache, (self.directory,)
+
+
+def _finished(
+    directory: Path, key: Mapping[str, Any], options: Layout, rebuild: bool
+) -> TeacherCache | None:
+    """The finished cache of this key and these options, or None if it has to be built."""
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return None
+    try:
+        cache = TeacherCache(directory)
+        check_key(directory, cache.key, key)
+        check_key(directory, cache.layout.options(), options.options())
+    except ValueError as error:
+        if not rebuild:
+            raise
+        LOG.info("the teacher cache is built again: %s", error)
+        return None
+    return cache
+
+
+class _Pairs(Dataset[Any]):
+    """A dataset asked for pairs, whether it has variants or not."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+        self.paired = hasattr(dataset, "variants")
+
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> Any:
+        places = pairs if self.paired else [index for index, _ in pairs]
+        many = getattr(self.dataset, "__getitems__", None)
+        return [self.dataset[place] for place in places] if many is None else many(places)
+
+
+class _Batches(Sampler[list[tuple[int, int]]]):
+    """Pairs (index, variant) in fixed batches, those left out that are done.
+
+    The batches are the same however often the work was interrupted, as the last bits of a row may
+    depend on the others of its batch.
+    """
+
+    def __init__(self, done: NDArray[np.bool_], size: int) -> None:
+        if size < 1:
+            raise ValueError(f"batch_size: must be 1 or more, got {size}")
+        self.length = done.shape[1]
+        flat = done.reshape(-1)
+        starts = range(0, len(flat), size)
+        self.ranges = [
+            (s, min(s + size, len(flat))) for s in starts if not flat[s : s + size].all()
+        ]
+        self.done = len(flat) - sum(end - start for start, end in self.ranges)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for start, end in self.ranges:
+            yield [(row % self.length, row // self.length) for row in range(start, end)]
+
+    def __len__(self) -> int:
+        return len(self.ranges)
+
+
+def _loader(dataset: Dataset[Any], batches: _Batches, workers: int) -> DataLoader[Any]:
+    return DataLoader(
+        _Pairs(dataset),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_images,
+        worker_init_fn=worker_init,
+        # Its own generator: the loader would draw from the global one otherwise.
+        generator=torch.Generator(),
+    )
+
+
+def _images(items: Sequence[Mapping[str, Any]]) -> Tensor:
+    return torch.stack([item["image"] for item in items])
+
+
+class _Frozen:
+    """The teacher as a function without gradients; a module's modes are put back at the end."""
+
+    def __init__(self, teacher: Teacher, device: torch.device | str | None) -> None:
+        self.teacher = teacher
+        modules = list(teacher.modules()) if isinstance(teacher, nn.Module) else []
+        self.modes = [(module, module.training) for module in modules]
+        if device is None and isinstance(teacher, nn.Module):
+            device = next((p.device for p in teacher.parameters()), None)
+        self.device = torch.device("cpu" if device is None else device)
+
+    def __enter__(self) -> Callable[[Tensor], Tensor]:
+        for module, _ in self.modes:
+            module.training = False
+        return self._call
+
+    def __exit__(self, *_: object) -> None:
+        for module, training in self.modes:
+            module.training = training
+
+    @torch.no_grad()
+    def _call(self, images: Tensor) -> Tensor:
+        return self.teacher(images.to(self.device, non_blocking=True)).float().cpu()

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predicts the memory of training and chooses the batch that fits. See docs/memory.md."""
+
+from kdfast.memory.measure import MemoryPlan, Step, plan_step
+from kdfast.memory.search import BatchPlan, DoesNotFit, plan_batch, plan_memory
+
+__all__ = [
+    "BatchPlan",
+    "DoesNotFit",
+    "MemoryPlan",
+    "Step",
+    "plan_batch",
+    "plan_memory",
+    "plan_step",
+]

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of what a vision transformer's heads look at. See docs/attention_pictures.md."""
+
+from kdfast.pictures.capture import Attentions, capture
+from kdfast.pictures.draw import (
+    draw_comparison,
+    draw_head,
+    draw_heads,
+    draw_pruned_heads,
+    draw_rollout,
+)
+from kdfast.pictures.layer import LayerAttention
+from kdfast.pictures.rollout import rollout
+
+__all__ = [
+    "Attentions",
+    "LayerAttention",
+    "capture",
+    "draw_comparison",
+    "draw_head",
+    "draw_heads",
+    "draw_pruned_heads",
+    "draw_rollout",
+    "rollout",
+]

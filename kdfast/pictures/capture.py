@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads queries and keys out of a running forward pass, which keeps its fused attention.
+
+See docs/attention_pictures.md. B batch, H heads, N tokens, D head dim.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from kdfast.models.eva_layers import Attention as EvaAttention
+from kdfast.ops.geometry import Rope, Window
+from kdfast.ops.pruned_attention import rotated
+from kdfast.pictures.layer import LayerAttention
+
+CLS_NAMES = ("cls_token", "class_token", "class_embedding")
+
+
+@dataclass(frozen=True)
+class Attentions:
+    """Every self-attention of one forward pass.
+
+    Attributes:
+        images: (B, 3, H, W) what the model saw.
+        layers: In the order of execution.
+        prefix: Number of tokens before the patches: CLS, registers.
+        grid: (h, w) of the patches, row-major after the prefix; prefix + h * w = N.
+        cls: Whether the first token is a CLS token.
+    """
+
+    images: Tensor
+    layers: list[LayerAttention]
+    prefix: int
+    grid: tuple[int, int]
+    cls: bool
+
+    @property
+    def start(self) -> int | None:
+        """The token that pictures start from: CLS, or None (the mean of all) without one."""
+        return 0 if self.cls else None
+
+    def patches(self, row: Tensor) -> Tensor:
+        """The patches' part (..., h, w) of rows (..., N) over all tokens."""
+        return row[..., self.prefix :].unflatten(-1, self.grid)
+
+
+def capture(model: nn.Module, images: Tensor) -> Attentions:
+    """Runs a model once, in eval mode, and keeps the queries and keys of its self-attentions.
+
+    Whatever calls ``torch.nn.functional.scaled_dot_product_attention`` is seen: timm, Hugging Face
+    (attn_implementation="sdpa") and this package's own modules; torchvision's
+    ``nn.MultiheadAttention`` and ``EVAViT`` too. A timm module that was told not to use fused
+    attention uses it for this call. The model is left as it was.
+
+    Args:
+        model: A vision transformer with square patches; not compiled.
+        images: (B, 3, H, W), preprocessed for the model, on its device.
+
+    Returns:
+        O(N) memory: two tensors (B, H, N, D) a layer, and no probabilities.
+
+    Raises:
+        TypeError: ``images`` is no floating tensor, or the patch size cannot be found.
+        ValueError: ``images`` has another shape, or tokens do not match the grid of patches.
+        NotImplementedError: No self-attention over all tokens was seen, one is causal, or one
+            attends within windows that only the model knows.
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"capture: images must be a floating tensor, got {got}")
+    if images.dim() != 4 or 0 in images.shape:
+        raise ValueError(f"capture: images must be (B, 3, H, W), got {tuple(images.shape)}")
+    side = patch_size(model)
+    grid = (images.shape[2] // side, images.shape[3] // side)
+    watcher = _Watcher(model, len(images))
+    with torch.no_grad(), _eval_and_fused(model), watcher.attached():
+        model(images)
+    layers = [layer for layer in watcher.layers if layer.tokens >= grid[0] * grid[1] > 0]
+    if not layers:
+        raise NotImplementedError(
+            f"capture: {type(model).__name__} must call torch's scaled_dot_product_attention over "
+            f"its {grid[0]} x {grid[1]} patches (and not be compiled), but no such call was seen"
+        )
+    counts = sorted({layer.tokens for layer in layers})
+    if len(counts) > 1:
+        raise ValueError(f"capture: every layer must have the same tokens, got {counts}")
+    prefix = counts[0] - grid[0] * grid[1]
+    names = (name.rsplit(".", 1)[-1] for name, _ in model.named_parameters())
+    return Attentions(
+        images, layers, prefix, grid, prefix > 0 and any(name in CLS_NAMES for name in names)
+    )
+
+
+def patch_size(model: nn.Module) -> int:
+    """Side of a model's square patches: timm's, torchvision's, Hugging Face's or EVAViT's.
+
+    Raises:
+        TypeError: The model has no patch size, or patches are not square.
+    """
+    owners = (getattr(model, "patch_embed", None), model, getattr(model, "config", None))
+    for owner in owners:
+        size: Any = getattr(owner, "patch_size", None)
+        sides = set(size) if isinstance(size, (tuple, list)) else {size}
+        if len(sides) == 1 and isinstance(side := sides.pop(), int):
+            return side
+    raise TypeError(
+        f"capture: model must have square patches (an int patch_size), got {type(model).__name__}"
+    )
+
+
+class _Watcher(TorchFunctionMode):
+    """Turns the attention calls of one forward pass into layers, named after their modules."""
+
+    def __init__(self, model: nn.Module, batch: int) -> None:
+        super().__init__()
+        self.model, self.batch = model, batch
+        self.layers: list[LayerAttention] = []
+        self._path: list[tuple[str, nn.Module, int | None]] = []
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hooks that follow which module runs, and this mode, until the block ends."""
+        handles = []
+        try:
+            for name, module in self.model.named_modules():
+                enter = partial(self._enter, name)
+                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leave, always_call=True))
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        inputs = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 3)
+        first = next(inputs, None)
+        self._path.append((name, module, None if first is None else first.shape[1]))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        name, *_ = self._path.pop()
+        if isinstance(module, EvaAttention) and output is not None:
+            (_, grid, rope, *_), (_, q, k, _) = args, output
+            window = None
+            if module.window_size:
+                # A pad's value has no influence on probabilities; that it is a live key has.
+                window = Window(grid, module.window_size, q.new_zeros(q.shape[1], q.shape[3]))
+            self._add(name, q, k, None, rope=rope, window=window)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name, module, tokens = self._path[-1] if self._path else ("", self.model, None)
+        # EVAViT's own hook sees its calls also where they run the eager reference.
+        if not isinstance(module, EvaAttention):
+            if func is F.scaled_dot_product_attention:
+                # Other lengths are attention pooling, or attention among channels.
+                if all(x.shape[-2] == (tokens or x.shape[-2]) for x in args[:2]):
+                    self._sdpa(name, *args, **kwargs)
+            elif func is F.multi_head_attention_forward:
+                self._multihead(name, *args, **kwargs)
+            elif func is torch.ops.kdfast.pruned_attention.default:
+                self._pruned(name, *args)
+        return func(*args, **kwargs)
+
+    def _sdpa(
+        self,
+        name: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> None:
+        if is_causal:
+            raise NotImplementedError(f"capture: {name} must not be causal")
+        if enable_gqa:
+            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
+                ~attn_mask, -torch.inf
+            )
+        self._add(name, query, key, scale, bias=attn_mask)
+
+    def _multihead(
+        self,
+        name: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        embed_dim: int,
+        num_heads: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """A call of ``nn.MultiheadAttention``, whose inputs are (N, B, C)."""
+        if query is not key:
+            return
+        if weight is None or args[0] is not None or args[2]:
+            raise NotImplementedError(
+                f"capture: {name} must have one projection for q, k and v, and no extra keys"
+            )
+        if kwargs.get("attn_mask") is not None or kwargs.get("key_padding_mask") is not None:
+            raise NotImplementedError(f"capture: {name} must have no mask")
+        rows = slice(0, 2 * embed_dim)
+        both = F.linear(query, weight[rows], None if bias is None else bias[rows])
+        q, k = both.unflatten(-1, (2, num_heads, -1)).permute(2, 1, 3, 0, 4)
+        self._add(name, q, k, None)
+
+    def _pruned(self, name: str, q: Tensor, k: Tensor, v: Tensor, heads: Any, *rest: Any) -> None:
+        """A call of the compiled op: q, k and v, heads, then its geometry arguments and bias."""
+        cos, sin, prefix, interleaved, scale, grid, size, pad, bias = rest
+        if bias is not None:
+            bias = bias.detach().repeat(q.shape[0] // bias.shape[0], 1, 1, 1)
+        if heads is not None:
+            q, k = (x[:, heads] for x in (q, k))
+            pad = None if pad is None else pad[heads]
+            bias = None if bias is None else bias[:, heads]
+        rope = None
+        if cos is not None:
+            rope = Rope(cos, sin, prefix, "interleaved" if interleaved else "half")
+        window = None if grid is None else Window((grid[0], grid[1]), size, pad)
+        self._add(name, q, k, scale, rope=rope, window=window, bias=bias)
+
+    def _add(
+        self,
+        name: str,
+        q: Tensor,
+        k: Tensor,
+        scale: float | None,
+        *,
+        rope: Rope | None = None,
+        window: Window | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        if q.dim() != 4 or q.shape[0] != self.batch:
+            raise NotImplementedError(
+                f"capture: {name} must attend over all tokens of each of the {self.batch} images, "
+                f"got queries {tuple(q.shape)}: windows that only the model knows"
+            )
+        heads = getattr(self._owner(name), "heads", None)
+        if not isinstance(heads, list):
+            heads = list(range(q.shape[1]))
+        q, k = (rotated(x.detach(), rope, window) for x in (q, k))
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        self.layers.append(LayerAttention(name, q, k, scale, heads, bias, window))
+
+    def _owner(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name)
+
+
+@contextmanager
+def _eval_and_fused(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and fused attention in timm's modules; every flag as before afterwards."""
+    with ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+            if isinstance(flag := getattr(module, "fused_attn", None), bool):
+                undo.callback(setattr, module, "fused_attn", flag)
+                setattr(module, "fused_attn", True)  # noqa: B010 - an attribute of timm's classes
+        model.eval()
+        yield

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m kdfast.plan``: what a training run needs of a GPU, and the batch that fits."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from kdfast.configs import ConfigError, load
+from kdfast.memory.jobs import PRECISION, Job, jobs_of
+from kdfast.memory.measure import GIB, MemoryPlan, Step, checkpointed, mib, supervised
+from kdfast.memory.search import DoesNotFit, largest
+
+UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+CANDIDATES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+# Options that say what a config says otherwise, and what they are where --model has none.
+OF_MODEL: dict[str, Any] = {
+    "teacher": None,
+    "size": None,
+    "batch": 8,
+    "precision": "bf16",
+    "optimizer": "adamw",
+    "checkpointing": False,
+}
+EXAMPLES = """examples:
+  python -m kdfast.plan --config vit_chain --vram 6GiB
+  python -m kdfast.plan --config orion50 --vram 24GiB --set run.batch_size=2
+  python -m kdfast.plan --model vit_base_patch16_224 --teacher vit_large_patch16_224 --batch 8
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m kdfast.plan",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--config", metavar="NAME", help="name or YAML file; its files are not read")
+    made.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
+    made.add_argument("--classes", type=int, default=10, help="of the data of a chain or --model")
+    made.add_argument("--model", help="timm name of the model that is trained, without a config")
+    made.add_argument("--teacher", help="timm name of its teacher")
+    made.add_argument("--size", type=int, help="side of the images of --model [its own]")
+    made.add_argument("--batch", type=int, help="of --model [8]")
+    made.add_argument("--precision", choices=PRECISION, help="of --model [bf16]")
+    made.add_argument("--optimizer", help="of --model, a name of timm [adamw]")
+    made.add_argument("--checkpointing", action="store_true", default=None, help="of --model")
+    made.add_argument("--vram", type=size_of, metavar="6GiB", help="memory that must be enough")
+    made.add_argument("--modules", action="store_true", help="list the memory by module")
+    return made
+
+
+def size_of(text: str) -> int:
+    """Bytes of a size such as 6GiB, 6G, 6144MiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if found is None or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"must be a size such as 6GiB, got {text!r}")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plans.
+
+    Returns:
+        0; 1 if a stage does not fit into ``--vram``; 2 if the command line cannot be used.
+    """
+    args = parser().parse_args(argv)
+    unusable = _unusable(args)
+    if unusable is not None:
+        print(f"error: {unusable}", file=sys.stderr)
+        return 2
+    for name, value in OF_MODEL.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    try:
+        if args.config is None:
+            jobs = [_model_job(args)]
+        else:
+            jobs = jobs_of(load(args.config, args.changes, files=False), args.classes)
+        fits = [_report(job, args.vram, args.modules) for job in jobs]
+    except (ConfigError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if all(fits) else 1
+
+
+def _unusable(args: argparse.Namespace) -> str | None:
+    """Why options do not go together, or None."""
+    if (args.config is None) == (args.model is None):
+        return "give either --config or --model"
+    given = [f"--{name}" for name in OF_MODEL if getattr(args, name) is not None]
+    if args.config is not None and given:
+        return f"{', '.join(given)} cannot be said of a config; change its keys by --set"
+    if args.model is not None and args.changes:
+        return "--set changes a config, and --model has none"
+    if args.classes < 1:
+        return f"--classes must be at least 1, got {args.classes}"
+    return None
+
+
+def _model_job(args: argparse.Namespace) -> Job:
+    for name in (args.model, args.teacher):
+        if name is not None and not timm.is_model(name):
+            raise ValueError(f"timm has no model {name!r}")
+
+    def model(name: str) -> Callable[[], nn.Module]:
+        extra = {} if args.size is None else {"img_size": args.size}
+        return lambda: timm.create_model(name, num_classes=args.classes, **extra)
+
+    def build(recompute: bool) -> Step:
+        teacher = None if args.teacher is None else model(args.teacher)()
+        student = model(args.model)()
+        student = checkpointed(student, True) if recompute else student
+        return supervised(student, teacher, args.optimizer)
+
+    with torch.device("meta"):
+        config: Any = model(args.model)().default_cfg
+    size = config["input_size"][1:] if args.size is None else (args.size, args.size)
+    return Job(
+        args.model + (f" taught by {args.teacher}" if args.teacher else ""),
+        build,
+        args.batch,
+        (size[0], size[1]),
+        PRECISION[args.precision],
+        args.checkpointing,
+    )
+
+
+def _report(job: Job, vram: int | None, modules: bool) -> bool:
+    """Print a stage; whether it fits."""
+    print(f"\n{job.title}")
+    plan = None
+    if job.batch is not None:
+        plan = job.plan(job.batch, job.checkpointing)
+        print(_text(plan, modules))
+    if vram is None:
+        return True
+    fits = plan is not None and plan.peak_bytes <= vram
+    if plan is not None:
+        rest = vram - plan.peak_bytes
+        print(
+            f"  {'fits' if fits else 'DOES NOT FIT'} into {vram / GIB:.1f} GiB: "
+            f"{mib(abs(rest))} {'to spare' if fits else 'too much'}"
+        )
+    try:
+        best = largest(job.plan, vram, CANDIDATES, checkpointing=job.checkpointing)
+    except DoesNotFit as error:
+        print(f"  {error}")
+        return False
+    recompute = " with checkpointing" if best.checkpointing else ""
+    more = " or more" if best.batch == CANDIDATES[-1] else ""
+    print(
+        f"  largest batch in {vram / GIB:.1f} GiB: {best.batch}{more}{recompute}, "
+        f"{mib(best.peak_bytes)}"
+    )
+    return fits or job.batch is None
+
+
+def _text(plan: MemoryPlan, modules: bool) -> str:
+    return str(plan) if modules else str(plan).split("\n\n")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table and the picture at the end of a run: teacher, pruned and distilled side by side."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from kdfast.data.preprocess import MEAN, STD
+from kdfast.machine.memory import peak_bytes
+from kdfast.machine.timing import interleave, summarize
+from kdfast.pruning import pruning_report
+
+# Samples per model in the final table: many for small models, few where a forward takes seconds.
+ROUNDS, FEW_ROUNDS, PATIENCE_SECONDS = 9, 3, 20.0
+# Pixels that a picture is at least wide in the sheet of predictions.
+MIN_TILE = 160
+# Pixels for the name of a class below it.
+LEGEND = 110
+
+
+@dataclass(frozen=True)
+class Line:
+    """One model of the final table.
+
+    Attributes:
+        model: Its name.
+        quality: The held-out metric.
+        heads: Attention heads of all blocks.
+        params: Parameters of the backbone.
+        gflop: GFLOP of the backbone for one image, matrix products only.
+        ms: Median milliseconds of the backbone for one image.
+        peak_mib: Weights plus the highest memory of one forward, in MiB.
+    """
+
+    model: str
+    quality: float
+    heads: int
+    params: int
+    gflop: float
+    ms: float
+    peak_mib: float
+
+
+def measure(
+    models: Mapping[str, nn.Module],
+    quality: Mapping[str, float],
+    image: Tensor,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> list[Line]:
+    """Size, cost and speed of backbones, timed in turns on the same image.
+
+    Args:
+        models: By name, in eval mode, on the image's device.
+        quality: The held-out metric of each.
+        image: (1, 3, H, W).
+        autocast: Gives the context that the run's precision asks for.
+    """
+
+    def call(model: nn.Module) -> Callable[[], object]:
+        def forward() -> object:
+            with torch.inference_mode(), autocast():
+                return model(image)
+
+        return forward
+
+    calls = {name: call(model) for name, model in models.items()}
+    # The measurement of memory is also the first warm-up.
+    began = time.monotonic()
+    peaks = {name: peak_bytes(forward, image.device) for name, forward in calls.items()}
+    slow = (time.monotonic() - began) * (ROUNDS + 2) > PATIENCE_SECONDS
+    samples = interleave(calls, rounds=FEW_ROUNDS if slow else ROUNDS, warmup=0 if slow else 2)
+    height, width = image.shape[-2:]
+    lines = []
+    for name, model in models.items():
+        cost = pruning_report(model, (), image_size=(height, width)).full
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        lines.append(
+            Line(
+                model=name,
+                quality=quality[name],
+                heads=cost.heads,
+                params=cost.params,
+                gflop=cost.flops / 1e9,
+                ms=summarize(samples[name])["ms"],
+                peak_mib=(weights + peaks[name]) / 2**20,
+            )
+        )
+    return lines
+
+
+def recovery(lines: Sequence[Line]) -> float | None:
+    """Part of the quality lost by pruning that distillation brought back; None if none was lost."""
+    teacher, pruned, distilled = (line.quality for line in lines)
+    return (distilled - pruned) / (teacher - pruned) if teacher > pruned else None
+
+
+def table(lines: Sequence[Line], metric: str) -> Table:
+    """The lines for the terminal."""
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    heads = ("model", metric, "heads", "parameters", "GFLOP", "ms / image", "peak MiB")
+    for head in heads:
+        result.add_column(head, justify="left" if head == "model" else "right")
+    for line in lines:
+        result.add_row(
+            line.model,
+            f"{line.quality:.4f}",
+            str(line.heads),
+            f"{line.params:,}",
+            f"{line.gflop:.3f}",
+            f"{line.ms:.2f}",
+            f"{line.peak_mib:.1f}",
+        )
+    return result
+
+
+def write_report(folder: Path, lines: Sequence[Line], metric: str, facts: dict[str, object]) -> str:
+    """Save the lines as ``report.json`` and ``report.txt``; returns the text of the table."""
+    part = recovery(lines)
+    content = {"metric": metric, "recovered": part, **facts, "models": [asdict(x) for x in lines]}
+    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    console = Console(width=110, file=None, record=False)
+    with console.capture() as capture:
+        console.print(table(lines, metric))
+    lost = lines[0].quality - lines[1].quality
+    if part is None:
+        note = f"pruning lost no {metric}"
+    else:
+        note = f"pruning lost {lost:.4f} {metric}; distillation recovered {part:.0%} of it"
+    text = "\n".join(row.rstrip() for row in capture.get().strip("\n").splitlines()) + f"\n\n{note}"
+    (folder / "report.txt").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+@torch.no_grad()
+def draw_predictions(
+    path: Path,
+    models: Mapping[str, nn.Module],
+    head: nn.Module | None,
+    images: Tensor,
+    labels: Tensor | None,
+    palette: Mapping[str, tuple[int, int, int]],
+) -> Path:
+    """Picture with a row per view: the image, its label, and what every model makes of it.
+
+    Below are the names of the classes in their colours.
+
+    Args:
+        path: PNG file.
+        models: Backbones by name, the teacher first.
+        head: Labels pixels; None: the three main directions of the teacher's features are shown
+            as red, green and blue.
+        images: (B, 3, H, W) normalised.
+        labels: (B, H, W), or None.
+        palette: RGB of each class by its name, in their order.
+    """
+    colours = list(palette.values())
+    columns: dict[str, list[NDArray[np.uint8]]] = {"image": _pictures(images)}
+    if labels is not None:
+        columns["label"] = _painted(labels, colours)
+    features = {name: model.eval()(images) for name, model in models.items()}
+    if head is not None:
+        for name, value in features.items():
+            columns[name] = _painted(head(value).argmax(1), colours)
+    else:
+        columns |= _components(features)
+    _grid(path, columns, palette if head is not None else {})
+    return path
+
+
+def _pictures(images: Tensor) -> list[NDArray[np.uint8]]:
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    pixels = (images.cpu().float() * std + mean).clamp(0, 255).byte()
+    return [picture.permute(1, 2, 0).numpy() for picture in pixels]
+
+
+def _painted(labels: Tensor, palette: Sequence[tuple[int, int, int]]) -> list[NDArray[np.uint8]]:
+    colours = torch.tensor([*palette, (0, 0, 0)], dtype=torch.uint8)
+    known = labels.cpu().where((labels.cpu() >= 0) & (labels.cpu() < len(palette)), len(palette))
+    return [colours[label].numpy() for label in known]
+
+
+def _components(features: Mapping[str, Tensor]) -> dict[str, list[NDArray[np.uint8]]]:
+    """Projections on the first three principal directions of the first model, as colours."""
+    rows = {name: x.float().movedim(1, -1) for name, x in features.items()}
+    first = next(iter(rows.values()))
+    flat = first.flatten(0, -2)
+    centre = flat.mean(0)
+    _, _, basis = torch.pca_lowrank(flat - centre, q=3)
+    low, high = (torch.quantile((flat - centre) @ basis, q, dim=0) for q in (0.02, 0.98))
+    return {
+        name: [
+            (((x - centre) @ basis - low) / (high - low)).clamp(0, 1).mul(255).byte().cpu().numpy()
+            for x in value
+        ]
+        for name, value in rows.items()
+    }
+
+
+def _grid(
+    path: Path,
+    columns: Mapping[str, list[NDArray[np.uint8]]],
+    legend: Mapping[str, tuple[int, int, int]],
+) -> None:
+    """Tile pictures of one size, or of sizes that divide the first column's, with titles."""
+    height, width = next(iter(columns.values()))[0].shape[:2]
+    zoom = max(1, -(-MIN_TILE // width))
+    tile = (width * zoom, height * zoom)
+    count = len(next(iter(columns.values())))
+    title, width = 16, len(columns) * tile[0]
+    per_line = max(1, width // LEGEND)
+    lines = -(-len(legend) // per_line)
+    bottom = title + count * tile[1]
+    sheet = Image.new("RGB", (width, bottom + lines * title), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, colour) in enumerate(legend.items()):
+        x, y = i % per_line * LEGEND, bottom + i // per_line * title
+        draw.rectangle((x + 4, y + 3, x + 14, y + 13), fill=colour, outline="black")
+        draw.text((x + 18, y + 2), name, fill="black")
+    for column, (name, pictures) in enumerate(columns.items()):
+        draw.text((column * tile[0] + 4, 2), name, fill="black")
+        for row, picture in enumerate(pictures):
+            scaled = Image.fromarray(picture).resize(tile, Image.Resampling.NEAREST)
+            sheet.paste(scaled, (column * tile[0], title + row * tile[1]))
+    sheet.save(path)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher: read from a checkpoint, or trained on labels once and kept for the next run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kdfast.configs import plain
+from kdfast.configs.recovery import Config, FitTeacherConfig
+from kdfast.machine.files import replacing
+from kdfast.models.checkpoint import load_orion_backbone, save_backbone
+from kdfast.models.dense_head import DenseHead
+from kdfast.models.eva import EVAViT
+from kdfast.recovery.evaluate import Evaluator
+from kdfast.recovery.parts import Data
+from kdfast.trainer.feed import Feed
+from kdfast.trainer.logs import LOG
+from kdfast.trainer.loop import Job, Loop
+
+# Part of the key of a cached teacher: to be raised when the same config trains another one.
+VERSION = 1
+
+
+class Supervised(nn.Module):
+    """Backbone and head under plain cross-entropy, in the form that the loop trains."""
+
+    def __init__(self, backbone: EVAViT, head: DenseHead) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, images: Tensor, labels: Tensor, epoch: int) -> dict[str, Tensor]:
+        """Loss of images (B, 3, H, W) with labels (B, H, W), -100 where there is none."""
+        return {"total": F.cross_entropy(self.head(self.backbone(images)).float(), labels)}
+
+
+def get_teacher(
+    config: Config, accelerator: Accelerator, data: Data, folder: Path, *, resume: bool
+) -> tuple[EVAViT, DenseHead | None]:
+    """Teacher and, for labelled data, its head; both frozen and on the device of the run.
+
+    Args:
+        config: Names a checkpoint, or says how to train.
+        accelerator: Device and processes.
+        data: Used only if the teacher is trained here.
+        folder: Checkpoints and logs of that training.
+        resume: Continue an interrupted training from ``folder``.
+
+    Raises:
+        ValueError: The checkpoint does not fit.
+        Interrupted: A signal came during the training; its state was saved.
+        NonFiniteLoss: The training broke.
+    """
+    spec, head = config.teacher.fit, None
+    if config.teacher.checkpoint is not None:
+        path = Path(config.teacher.checkpoint).expanduser()
+    elif spec is not None:
+        path = _trained(config, spec, accelerator, data, folder, resume=resume)
+        head = _new_head(spec, len(data.train.dataset.classes))
+        head.load_state_dict(load_file(_head_path(path)))
+    else:
+        raise ValueError("teacher.checkpoint: must name a file where teacher.fit is null")
+    LOG.info("teacher: %s", path)
+    teacher = load_orion_backbone(path, drop_path_rate=config.distill.drop_path, with_cp=False)
+    for module in (teacher, head):
+        if module is not None:
+            module.to(accelerator.device).requires_grad_(False).eval()
+    return teacher, head
+
+
+def cache_path(config: Config, data: Data) -> Path:
+    """File of the trained teacher; its name hashes everything that the training depends on."""
+    key = {
+        "version": VERSION,
+        "fit": plain(config.teacher.fit),
+        "data": plain(config.data) | {"items": data.fingerprint(), "val_frames": None},
+        "seed": config.seed,
+        "precision": config.run.precision,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(config.teacher.cache) / f"teacher-{digest}.safetensors"
+
+
+def _head_path(path: Path) -> Path:
+    return path.with_suffix(".head.safetensors")
+
+
+def _new_head(spec: FitTeacherConfig, classes: int) -> DenseHead:
+    return DenseHead(spec.model.embed_dim, spec.head_dim, classes, spec.model.patch_size)
+
+
+def _trained(
+    config: Config,
+    spec: FitTeacherConfig,
+    accelerator: Accelerator,
+    data: Data,
+    folder: Path,
+    *,
+    resume: bool,
+) -> Path:
+    """Path of the trained teacher, trained now unless the cache has it."""
+    path = cache_path(config, data)
+    if path.is_file() and _head_path(path).is_file():
+        LOG.info("teacher of an earlier run with the same settings is used again")
+        return path
+    torch.manual_seed(config.seed)
+    backbone = EVAViT(**plain(spec.model), with_cp=False)
+    head = _new_head(spec, len(data.train.dataset.classes))
+    module = Supervised(backbone, head).to(accelerator.device)
+    count = sum(p.numel() for p in backbone.parameters())
+    LOG.info("training a teacher of %s parameters, kept in %s", f"{count:,}", path)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    feed = Feed(
+        data.train.dataset,
+        batch_size=spec.batch_size,
+        device=accelerator.device,
+        workers=config.data.workers,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        gridmask=config.data.gridmask,
+    )
+    evaluator = Evaluator(accelerator, data.held_out, head, None, config.run.eval_images)
+    run = dataclasses.replace(
+        config.run, epochs=spec.epochs, batch_size=spec.batch_size, accumulate=1, max_steps=None
+    )
+    meta: dict[str, Any] = {"stage": "teacher", "key": path.name}
+    job = Job(
+        "teacher",
+        folder,
+        module,
+        spec.model.depth,
+        feed,
+        spec.optim,
+        run,
+        meta,
+        lambda: {evaluator.name: evaluator(backbone)},
+    )
+    Loop(job, accelerator).fit(resume=resume)
+    accelerator.free_memory()
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(_head_path(path)) as partial:
+            save_file({k: v.cpu().contiguous() for k, v in head.state_dict().items()}, partial)
+        save_backbone(backbone, path)
+    accelerator.wait_for_everyone()
+    return path
