@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m bench.documents``: writes the tables of README.md and docs/benchmarks.md.
+"""``python -m bench.documents``: writes the tables of README.md and docs/internals/benchmarks.md.
 
 What stands between ``<!-- NAME -->`` and ``<!-- end -->`` comes from bench/results/cpu_zen4.json,
 for whole models from cpu_zen4_models.json, for GPUs from gpu_static.json.
@@ -157,8 +157,8 @@ def gpu_limits(facts: dict[str, Any]) -> str:
     binaries = (
         f"{len(every)} kernels are compiled ahead of time for {names}: at most "
         f"{max(k['spill_bytes'] for k in every)} bytes of registers spilled, and "
-        f"{len(facts['violations']) or 'none'} of them against a rule of docs/gpu.md (spills, "
-        "shared memory, tensor cores, 16-byte loads)."
+        f"{len(facts['violations']) or 'none'} of them against a rule of "
+        "docs/internals/gpu.md (spills, shared memory, tensor cores, 16-byte loads)."
     )
     table = markdown(["goal", "call", "limit of an H100, us", "goal, us"], rows)
     return f"{table}\n\n{binaries}"
@@ -216,7 +216,7 @@ def filled(text: str, contents: dict[str, str]) -> str:
 
 def documents() -> Iterable[Path]:
     """The documents that hold generated blocks."""
-    return ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+    return ROOT / "README.md", ROOT / "docs" / "internals" / "benchmarks.md"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -160,7 +160,7 @@ def source(case: Case) -> str:
 
 
 def violations(case: Case, row: dict[str, Any]) -> list[str]:
-    """What a compiled kernel does not keep to of docs/gpu.md."""
+    """What a compiled kernel does not keep to of docs/internals/gpu.md."""
     name, found = row["name"], []
     # The blocks are chosen for NVIDIA's GPUs; what AMD's spill is shown, but no failure.
     if case.arch != aot.AMD and row["spill_bytes"] > aot.SPILL_BUDGET:

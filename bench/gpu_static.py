@@ -3,7 +3,7 @@
 
 Compiles every kernel for every architecture, reads the binaries and checks them, counts bytes,
 products and exponentials of a call, and holds the limits that follow against the goals. Writes
-bench/results/gpu_static.json; bench/gpu_tables.py makes docs/gpu.md of it.
+bench/results/gpu_static.json; bench/gpu_tables.py makes docs/internals/gpu.md of it.
 """
 
 import argparse
@@ -129,7 +129,7 @@ def losses(rows: int, classes: int) -> list[Work]:
 
 @dataclass(frozen=True)
 class Goal:
-    """One goal of docs/gpu.md: its launches, and microseconds to reach on an H100."""
+    """One goal of docs/internals/gpu.md: its launches, and microseconds to reach on an H100."""
 
     name: str
     what: str
@@ -242,7 +242,7 @@ def current(facts: Mapping[str, Any]) -> dict[Case, dict[str, Any]]:
 
 
 def main() -> int:
-    """Writes the result file; 1 if a kernel does not keep to what docs/gpu.md promises."""
+    """Write the result file; 1 if a kernel breaks a rule of docs/internals/gpu.md."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_static")
     parser.add_argument("--arch", type=int, nargs="*", help="only these")
     parser.add_argument("--op", nargs="*", help="only these")

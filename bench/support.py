@@ -26,7 +26,7 @@ from kdfast.pruning.vit_adapter import stand_ins
 HEADER = """\
 # Which models run fused
 
-Written by `python -m bench.support --out docs/support.md` with timm {version}. Do not edit.
+Written by `python -m bench.support --out docs/use/support.md` with timm {version}. Do not edit.
 
 `kdfast.accelerate` was called on every model of timm's registry that has attention. *Fused*: every
 attention module was replaced. *Partly*: some were, the others are listed. *Left*: none was.

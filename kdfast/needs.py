@@ -26,7 +26,7 @@ CHAIN_MODULES = ("sklearn", "torchmetrics")
 FIXES = {
     "teacher.checkpoint": "ORION's is Orion.pth of huggingface.co/poleyzdk/Orion; "
     "or --set teacher.checkpoint=FILE",
-    "data.root": "Bench2Drive's base set (docs/data.md); or --set data.kind=images "
+    "data.root": "Bench2Drive's base set (docs/use/data.md); or --set data.kind=images "
     "--set data.root=FOLDER for any pictures",
 }
 
@@ -66,7 +66,7 @@ def print_needs(source: str, changes: Sequence[str] = ()) -> int:
     except ConfigError as error:
         for problem in error.problems:
             key, _, text = problem.partition(": ")
-            _show(Need(key, text, FIXES.get(key, "see docs/training.md for the keys")))
+            _show(Need(key, text, FIXES.get(key, "see docs/use/training.md for the keys")))
         return 1
     if config.note:
         print(f"  note    {config.note}")
@@ -111,7 +111,7 @@ def chain_needs(config: "ChainConfig") -> list[Need]:
         )
         images = Need("data", found)
     except (OSError, ValueError, ImportError) as error:
-        fix = "--set data.root=FOLDER, or --set data.kind=digits (docs/classification_data.md)"
+        fix = "--set data.root=FOLDER, or --set data.kind=digits (docs/use/classification_data.md)"
         images = Need("data", str(error), fix)
     return [images, _disk(config.output, _largest_link(config))]
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m kdfast.prune``: score, prune, save and time a ViT without writing code.
 
-See docs/pruning.md.
+See docs/use/pruning.md.
 """
 
 import argparse

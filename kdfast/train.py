@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m kdfast.train --config NAME``: prune a teacher's heads and distil the loss away.
 
-Teacher, head scores, pruned student, training, report; docs/training.md explains all of it.
-Configs of chains go to ``kdfast.chain``; docs/vit_chain.md.
+Teacher, head scores, pruned student, training, report; docs/use/training.md explains all of it.
+Configs of chains go to ``kdfast.chain``; docs/use/vit_chain.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     # OpenMP reads this when torch is loaded, and its default, spinning, makes a step ten times
-    # slower as soon as another process wants one of the cores (docs/training.md).
+    # slower as soon as another process wants one of the cores (docs/use/training.md).
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel of attention's backward pass. See docs/pruned_attention.md.
+"""The kernel of attention's backward pass. See docs/ops/pruned_attention.md.
 
 B batch, H heads, K kept heads, N tokens, D head dim. Each launch recomputes the scores of its block
 and owns its results, so nothing is added atomically and every sum has a fixed order.

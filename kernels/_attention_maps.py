@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distances of two attention maps, element by element. See docs/attention_distill.md.
+"""Distances of two attention maps, element by element. See docs/ops/attention_distill.md.
 
 a, b are scores over the temperature, a_lse, b_lse the log-sum-exp of their rows; x, y row sums.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention, and the distance of its maps to a teacher's. See docs/attention_distill.md.
+"""Attention, and the distance of its maps to a teacher's. See docs/ops/attention_distill.md.
 
 B batch, H heads, K kept heads, N tokens, D head dim; Ht, TD the teacher's. The forward pass is that
 of pruned_attention, a log-sum-exp of the teacher's scores, and row sums over both maps; the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distance of features, with its gradient. See docs/feature_loss.md.
+"""Distance of features, with its gradient. See docs/ops/feature_loss.md.
 
 C features. A program holds a few positions, with all their features, in registers.
 """

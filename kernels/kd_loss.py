@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KL divergence and cross-entropy of logits, with their gradient. See docs/kd_loss.md.
+"""KL divergence and cross-entropy of logits, with their gradient. See docs/ops/kd_loss.md.
 
 C classes. A program owns a few rows. Rows of up to ``ONE_TILE`` classes stay in registers, longer
 ones are read a second time for the gradient, from L2 where it holds them.

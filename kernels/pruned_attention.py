@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Softmax attention over kept heads, with RoPE and windows inside. See docs/pruned_attention.md.
+"""Softmax attention over kept heads, with RoPE and windows inside.
+
+See docs/ops/pruned_attention.md.
 
 B batch, H heads, K kept heads, N tokens, D head dim. A program owns a block of rows of one window,
 kept head and image; the window's other tokens stream past it. Every sum has a fixed order.

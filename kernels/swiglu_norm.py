@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LayerNorm of a gated product, forward and backward. See docs/swiglu_norm.md.
+"""LayerNorm of a gated product, forward and backward. See docs/ops/swiglu_norm.md.
 
 P elements of a row, of which the first C are channels that count. A program holds a row in
 registers.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of README.md and docs/benchmarks.md come from the committed result file."""
+"""Tables of README.md and docs/internals/benchmarks.md come from the committed result file."""
 
 import importlib
 from pathlib import Path

@@ -49,4 +49,4 @@ def test_files_hold_these_figures(static: Any) -> None:
     assert facts["goals"] == json.loads(json.dumps(static.goals())), again
     assert facts["shares"] == static.shares(), again
     tables = importlib.import_module("bench.gpu_tables")
-    assert tables.document(facts) in (ROOT / "docs" / "gpu.md").read_text(), again
+    assert tables.document(facts) in (ROOT / "docs" / "internals" / "gpu.md").read_text(), again

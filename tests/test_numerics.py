@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of docs/numerics.md: each is measured here and must stand there."""
+"""The figures of docs/internals/numerics.md: each is measured here and must stand there."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import kdfast
 from kdfast.ops._library import EXTENSION
 from kdfast.testing import AttentionCase, run
 
-DOC = Path(__file__).resolve().parents[1] / "docs" / "numerics.md"
+DOC = Path(__file__).resolve().parents[1] / "docs" / "internals" / "numerics.md"
 ISAS = EXTENSION.testable_isas() if EXTENSION else []
 TILES = [isa for isa in ISAS if isa in ("amx", "amx_emulated")]
 BF16 = [isa for isa in ISAS if isa == "avx512_bf16"] + TILES

@@ -109,7 +109,7 @@ def test_one_file_of_each_kind_per_op() -> None:
     files = tracked(".")
     attention = ("head_gather", "pruned_attention", "attention_distill")
     for op in (*attention, "kd_loss", "linear_kd_loss", "feature_loss", "swiglu_norm"):
-        for path in (f"kdfast/ops/{op}.py", f"tests/test_{op}.py", f"docs/{op}.md"):
+        for path in (f"kdfast/ops/{op}.py", f"tests/test_{op}.py", f"docs/ops/{op}.md"):
             assert path in files, path
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples of docs/add_a_family.md and docs/pruning.md, as a reader would run them."""
+"""The examples of docs/use/add_a_family.md and docs/use/pruning.md, as a reader would run them."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 
 import kdfast.pruning.adapter
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "use"
 
 
 def blocks(name: str) -> list[str]:

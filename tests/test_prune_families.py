@@ -194,7 +194,7 @@ def test_blocks(name: str) -> None:
 
 
 def test_every_prunable_class_is_pruned_here() -> None:
-    """docs/support.md marks classes by ``unprunable``; the tests above prune all the others."""
+    """docs/use/support.md marks classes by ``unprunable``; the tests above prune all the others."""
     models = [*map(small, SMALL), *map(blocks, BLOCKS), torchvision_vit()]
     pruned = {
         fused.source

@@ -149,7 +149,7 @@ def test_loss_with_cache_against_live_teacher(tmp_path, digits, dtype):
             assert torch.equal(live, cached)
             assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
             continue
-        # docs/teacher_cache.md: d is the largest error of a log-probability.
+        # docs/use/teacher_cache.md: d is the largest error of a log-probability.
         d = 2 * float((live.amax(1) - live.amin(1)).max()) * 2**-11 / temperature + 1e-6
         gap = (live / temperature).log_softmax(1) - (mine / temperature).log_softmax(1)
         bound = temperature**2 * (np.expm1(d) * float(gap.abs().max()) + d)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The objective of a link: task, distillation, attention and feature terms; docs/vit_chain.md.
+"""The objective of a link: task, distillation, attention and feature terms; docs/use/vit_chain.md.
 
 B batch, C classes.
 """

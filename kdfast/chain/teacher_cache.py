@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teacher logits of every picture and variant, computed once. See docs/teacher_cache.md.
+"""Teacher logits of every picture and variant, computed once. See docs/use/teacher_cache.md.
 
 B batch, C classes, K kept classes, N pictures, V variants.
 """
@@ -93,7 +93,7 @@ class TeacherCache:
             top_k: Keep the logits of the K most probable classes and the mass of the rest; None
                 keeps all. Not for several labels.
             temperature: At which the mass of the rest is exact; unused if all are kept.
-            dtype: "float16" or "float32"; docs/teacher_cache.md has the rounding.
+            dtype: "float16" or "float32"; docs/use/teacher_cache.md has the rounding.
             batch_size: Pictures a call of the teacher.
             workers: Processes that make the pictures.
             device: Of the images for the teacher; that of a module's parameters if None.

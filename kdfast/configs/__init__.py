@@ -71,7 +71,7 @@ def load(source: str, changes: Sequence[str] = (), *, files: bool = True) -> Con
 
 def save(config: Config | ChainConfig, path: Path) -> None:
     """Write a config as YAML that ``load`` reads."""
-    page = "docs/vit_chain.md" if isinstance(config, ChainConfig) else "docs/training.md"
+    page = "docs/use/vit_chain.md" if isinstance(config, ChainConfig) else "docs/use/training.md"
     head = f"# Resolved config of a run; use it with --config. {page} explains the keys.\n"
     note = f"# {config.note}\n" if config.note else ""
     path.write_text(head + note + yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The typed config tree of a distillation chain; docs/vit_chain.md explains how it is used."""
+"""The typed config tree of a distillation chain; docs/use/vit_chain.md explains how it is used."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ChainDataConfig:
 
 @dataclass(frozen=True)
 class ChainDistillConfig:
-    """The objective; docs/vit_chain.md has the formulas.
+    """The objective; docs/use/vit_chain.md has the formulas.
 
     Attributes:
         temperature: T of the distillation loss.

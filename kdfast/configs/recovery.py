@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The typed config tree of the trainer; docs/training.md explains every key."""
+"""The typed config tree of the trainer; docs/use/training.md explains every key."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class PruneConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """The objective; docs/distillation.md has the formulas.
+    """The objective; docs/use/distillation.md has the formulas.
 
     Attributes:
         alpha_warmup: Weight of distillation in the first ``warmup_epochs`` epochs.

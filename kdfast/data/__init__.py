@@ -57,7 +57,7 @@ def build(
     split_file: str | Path | None = None,
     frames: int | None = None,
 ) -> ViewDataset:
-    """Make a dataset; docs/data.md describes the kinds.
+    """Make a dataset; docs/use/data.md describes the kinds.
 
     Args:
         kind: "images", "bench2drive" or "scenes".

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ORION's image preprocessing: distort, resize, crop, stretch, normalise; see docs/data.md."""
+"""ORION's image preprocessing: distort, resize, crop, stretch, normalise; see docs/use/data.md."""
 
 from __future__ import annotations
 

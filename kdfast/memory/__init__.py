@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicts the memory of training and chooses the batch that fits. See docs/memory.md."""
+"""Predicts the memory of training and chooses the batch that fits. See docs/use/memory.md."""
 
 from kdfast.memory.measure import MemoryPlan, Step, plan_step
 from kdfast.memory.search import BatchPlan, DoesNotFit, plan_batch, plan_memory

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a step on CPU tensors allocate what the same step would on a GPU. See docs/memory.md.
+"""Makes a step on CPU tensors allocate what the same step would on a GPU. See docs/use/memory.md.
 
 Fake CUDA tensors can run a forward on a machine without CUDA, but not a backward: autograd asks
 the driver for the device.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps the books of every tensor storage that is alive, and of the moment when they are most.
 
-See docs/memory.md.
+See docs/use/memory.md.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of one training step, on fake tensors. See docs/memory.md. B batch, C classes."""
+"""The memory of one training step, on fake tensors. See docs/use/memory.md. B batch, C classes."""
 
 from __future__ import annotations
 

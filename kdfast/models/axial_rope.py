@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two-dimensional rotary tables of EVA-02, for any grid. See docs/eva.md."""
+"""Two-dimensional rotary tables of EVA-02, for any grid. See docs/use/eva.md."""
 
 from collections.abc import Collection
 

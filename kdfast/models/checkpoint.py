@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads and writes EVA-ViT backbones, ORION's own checkpoints included. See docs/eva.md."""
+"""Reads and writes EVA-ViT backbones, ORION's own checkpoints included. See docs/use/eva.md."""
 
 import json
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ORION's EVA-ViT backbone with any set of kept attention heads. See docs/eva.md.
+"""ORION's EVA-ViT backbone with any set of kept attention heads. See docs/use/eva.md.
 
 B batch, K kept heads, N tokens, D head dim, C channels.
 """

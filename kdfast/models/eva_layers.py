@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of ORION's EVA-ViT, with its parameter names. See docs/eva.md.
+"""Layers of ORION's EVA-ViT, with its parameter names. See docs/use/eva.md.
 
 B batch, K kept heads, N tokens, D head dim, C channels.
 """
@@ -95,7 +95,7 @@ class SwiGLU(nn.Module):
         return out
 
     def _pad(self, x: Tensor) -> int:
-        """Columns of zeros that make the projections faster than they cost. See docs/eva.md."""
+        """Columns of zeros that make the projections faster than they cost. See docs/use/eva.md."""
         linears = (self.w1, self.w2, self.w3)
         worthwhile = (
             x.device.type == "cpu"

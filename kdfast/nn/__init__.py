@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused attention modules that stand in for those of other libraries. See docs/accelerate.md."""
+"""Fused attention modules that stand in for those of other libraries.
+
+See docs/use/accelerate.md.
+"""
 
 from kdfast.nn.accelerate import AccelerateReport, Site, accelerate, restore
 from kdfast.nn.attention import FusedAttention

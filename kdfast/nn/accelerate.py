@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts fused attention modules into a model, and takes them out again. See docs/accelerate.md."""
+"""Puts fused attention modules into a model, and takes them out again.
+
+See docs/use/accelerate.md.
+"""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -69,7 +72,7 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> AccelerateRep
     is compiled itself is left. Calling it again is harmless.
 
     Args:
-        model: Any module; docs/support.md lists what is replaced. Vision towers of transformers
+        model: Any module; docs/use/support.md lists what is replaced. Vision towers of transformers
             models are switched to ``attn_implementation="kdfast"`` instead.
         backend: "auto", "fused" or "reference" for every replaced module; ``KDFAST_BACKEND`` if
             None. With "auto" torch's own attention runs where the kernel is missing.

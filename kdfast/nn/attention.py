@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base of every fused attention module. See docs/accelerate.md.
+"""The base of every fused attention module. See docs/use/accelerate.md.
 
 B batch, H heads, N tokens, D head dim, C channels.
 """

@@ -3,7 +3,7 @@
 
 B batch, H heads, N tokens, M queries, D head dim, C channels. For each query of a head,
 ``q (Wk x + bk) = (q Wk) x + q bk`` and ``sum p (Wv x + bv) = Wv (sum p x) + bv``: keys and values
-of the N tokens, which cost 2 N C H D products, are never computed; see docs/accelerate.md.
+of the N tokens, which cost 2 N C H D products, are never computed; see docs/use/accelerate.md.
 """
 
 from collections.abc import Mapping

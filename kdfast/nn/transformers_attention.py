@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face transformers: an attention function of its own interface. See docs/accelerate.md.
+"""Hugging Face transformers: an attention function of its own interface.
+
+See docs/use/accelerate.md.
 
 transformers is imported only by functions that are given one of its models, or asked to register.
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The KL divergence of attention maps from calls of torch's attention, in O(N) memory.
 
-B batch, K heads, N tokens, D head dim; Dt the teacher's. See docs/attention_distill.md.
+B batch, K heads, N tokens, D head dim; Dt the teacher's. See docs/ops/attention_distill.md.
 """
 
 import torch

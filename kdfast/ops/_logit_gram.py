@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean squared difference of attention scores by Gram matrices. See docs/attention_distill.md.
+"""Mean squared difference of attention scores by Gram matrices. See docs/ops/attention_distill.md.
 
 B batch, K heads, N tokens, D head dim, Dt the teacher's, W the larger; n tokens of a window.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention plus the distance of its maps to a teacher's. See docs/attention_distill.md.
+"""Attention plus the distance of its maps to a teacher's. See docs/ops/attention_distill.md.
 
 B batch, H heads, K kept heads, N tokens, D head dim; Ht, Dt the teacher's heads and head dim.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distance between a student's and a teacher's features. See docs/feature_loss.md.
+"""Distance between a student's and a teacher's features. See docs/ops/feature_loss.md.
 
 C features; positions are all the other dimensions together.
 """

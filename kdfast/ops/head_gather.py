@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies the kept heads' slices of a weight, bias or activation. See docs/head_gather.md."""
+"""Copies the kept heads' slices of a weight, bias or activation. See docs/ops/head_gather.md."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``head_gather`` of all tensors of an attention block at once. See docs/head_gather.md."""
+"""``head_gather`` of all tensors of an attention block at once. See docs/ops/head_gather.md."""
 
 from collections.abc import Sequence
 

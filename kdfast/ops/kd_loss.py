@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation and cross-entropy loss from the logits of student and teacher. See docs/kd_loss.md.
+"""Distillation and cross-entropy loss from the logits of student and teacher.
+
+See docs/ops/kd_loss.md.
 
 C classes; rows are all the leading dimensions together.
 """
@@ -40,7 +42,7 @@ def kd_loss(
     """Softened KL divergence to the teacher plus cross-entropy with the target.
 
     ``kd = T^2 KL(softmax(t / T) || softmax(s / T))``, ``ce = cross_entropy(s, target)`` and
-    ``loss = alpha * kd + (1 - alpha) * ce``; see docs/kd_loss.md.
+    ``loss = alpha * kd + (1 - alpha) * ce``; see docs/ops/kd_loss.md.
 
     Args:
         student_logits: (..., C), fp16/bf16/fp32/fp64. A dense map (B, C, h, w) has to be moved to

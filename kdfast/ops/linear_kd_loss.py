@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kd_loss`` of a linear layer's logits, which never exist whole. See docs/linear_kd_loss.md.
+"""``kd_loss`` of a linear layer's logits, which never exist whole. See docs/ops/linear_kd_loss.md.
 
 C classes, D features of the student, Dt of the teacher; rows are all the leading dimensions.
 """

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Softmax attention over the kept heads, with RoPE and windows inside.
 
-See docs/pruned_attention.md. B batch, H heads, K kept heads, N tokens, D head dim, G biases that
-the images of a batch take in turn.
+See docs/ops/pruned_attention.md.
+
+B batch, H heads, K kept heads, N tokens, D head dim, G biases that the images of a batch take in
+turn.
 """
 
 import math

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch's scaled_dot_product_attention, by the fused kernel where the call is one that it has.
 
-See docs/accelerate.md. B batch, H heads, N tokens, M key tokens, D head dim.
+See docs/use/accelerate.md. B batch, H heads, N tokens, M key tokens, D head dim.
 """
 
 import math

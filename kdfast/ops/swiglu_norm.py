@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LayerNorm of a gated product, the inside of a SwiGLU MLP. See docs/swiglu_norm.md.
+"""LayerNorm of a gated product, the inside of a SwiGLU MLP. See docs/ops/swiglu_norm.md.
 
 C hidden channels, in rows of P >= C elements.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of what a vision transformer's heads look at. See docs/attention_pictures.md."""
+"""Pictures of what a vision transformer's heads look at. See docs/use/attention_pictures.md."""
 
 from kdfast.pictures.capture import Attentions, capture
 from kdfast.pictures.draw import (

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads queries and keys out of a running forward pass, which keeps its fused attention.
 
-See docs/attention_pictures.md. B batch, H heads, N tokens, D head dim.
+See docs/use/attention_pictures.md. B batch, H heads, N tokens, D head dim.
 """
 
 from collections.abc import Callable, Iterator, Sequence

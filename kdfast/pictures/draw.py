@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws attention maps: one head, a grid of heads, rollout, before and after pruning.
 
-See docs/attention_pictures.md. H heads, N tokens, (h, w) grid of patches, (Y, X) pixels.
+See docs/use/attention_pictures.md. H heads, N tokens, (h, w) grid of patches, (Y, X) pixels.
 
 All colours of one picture share one scale, in multiples of 1/N, what attention to everything alike
 gives a patch. The scale starts at 0 and ends at the 99.5th percentile of the picture, so that a few

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention probabilities of a finished forward pass, made from its queries and keys in blocks.
 
-See docs/attention_pictures.md. B batch, H heads, N tokens, n rows, m keys of a row, D head dim.
+See docs/use/attention_pictures.md. B batch, H heads, N tokens, n rows, m keys of a row, D head dim.
 """
 
 import math

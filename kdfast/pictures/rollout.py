@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention rollout of one row, without an N x N matrix.
 
-See docs/attention_pictures.md. B batch, H heads, N tokens, n rows, m keys of a row.
+See docs/use/attention_pictures.md. B batch, H heads, N tokens, n rows, m keys of a row.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Head and hidden-unit scores, selection, surgery and accounting. See docs/pruning.md."""
+"""Head and hidden-unit scores, selection, surgery and accounting. See docs/use/pruning.md."""
 
 from kdfast.pruning.adapter import Site, register_family
 from kdfast.pruning.evaluate import evaluate_selections

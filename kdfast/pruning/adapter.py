@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scoring, surgery and accounting have to know about a model family. See docs/add_a_family.md.
+"""What scoring, surgery and accounting have to know about a model family.
+
+See docs/use/add_a_family.md.
 
 B batch, H heads, N tokens, D head dim, C channels, U hidden units.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is worth with some of its heads, on the unpruned weights. See docs/pruning.md.
+"""What a model is worth with some of its heads, on the unpruned weights. See docs/use/pruning.md.
 
 B batch, H heads, N tokens, D head dim.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gate gradients of all heads out of a training loop's own backward. See docs/pruning.md.
+"""Gate gradients of all heads out of a training loop's own backward. See docs/use/pruning.md.
 
 B batch, H heads, N tokens, D head dim.
 """

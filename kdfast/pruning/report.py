@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts parameters, heads and FLOPs of pruned models. See docs/pruning.md."""
+"""Counts parameters, heads and FLOPs of pruned models. See docs/use/pruning.md."""
 
 import json
 from collections.abc import Sequence
@@ -211,7 +211,8 @@ def pruning_report(
     meta device. FLOPs are those of matrix products; element-wise work is not counted.
 
     Args:
-        model: Of a family in docs/pruning.md, on any device, already pruned or not; not changed.
+        model: Its family is one of docs/use/pruning.md; on any device, already pruned or not. It is
+            not changed.
         keep: Requests as in ``select_heads`` with scope "block", relative to the heads that the
             model holds; an int or a list may be 0.
         mlp_keep: The same for the hidden units of every block's MLP, in every request; None keeps

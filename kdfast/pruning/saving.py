@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves any model that kdfast can prune, and loads it without the original. See docs/pruning.md.
+"""Saves any model that kdfast can prune, and loads it without the original.
+
+See docs/use/pruning.md.
 
 A folder with ``model.safetensors`` and ``config.json``. The latter is what timm or Hugging Face
 writes itself, plus a section "kdfast" with the kept heads and MLP widths.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How important every attention head or hidden unit is. See docs/pruning.md.
+"""How important every attention head or hidden unit is. See docs/use/pruning.md.
 
 B batch, H heads, N tokens, D head dim, C channels.
 """
@@ -108,7 +108,7 @@ def head_scores(
     metric drops when that head alone is silenced: one partial forward per head.
 
     Args:
-        model: Of a family in docs/pruning.md, already pruned or not.
+        model: Of a family in docs/use/pruning.md, already pruned or not.
         method: "magnitude", "gradient", "taylor", "entropy" or "leave_one_out".
         data: Batches: the images (B, 3, H, W), a dict with them under "image" or "pixel_values",
             or a tuple or list that starts with them. Tensors are moved to the model's device. None
@@ -179,7 +179,7 @@ def mlp_scores(
     "gradient" are those of ``head_scores`` with a unit in place of a head.
 
     Args:
-        model: Of a family whose MLPs can be pruned, see docs/pruning.md.
+        model: Of a family whose MLPs can be pruned, see docs/use/pruning.md.
         method: "magnitude", "gradient" or "taylor".
         data: As in ``head_scores``.
         loss: As in ``head_scores``.

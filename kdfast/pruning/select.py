@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses which heads, or hidden units, to keep. See docs/pruning.md."""
+"""Chooses which heads, or hidden units, to keep. See docs/use/pruning.md."""
 
 from collections.abc import Sequence
 from typing import Any

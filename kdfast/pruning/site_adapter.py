@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter of a family that only has to say where its heads are. See docs/add_a_family.md.
+"""The adapter of a family that only has to say where its heads are. See docs/use/add_a_family.md.
 
 H heads, D head dim, C channels.
 """

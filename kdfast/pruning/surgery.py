@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds a physically smaller model from the kept heads and hidden units. See docs/pruning.md."""
+"""Builds a physically smaller model from the kept heads and hidden units.
+
+See docs/use/pruning.md.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -34,7 +37,7 @@ def prune_heads(
     whole. A norm between them, over all heads or hidden units, is taken over the kept ones.
 
     Args:
-        model: Of a family in docs/pruning.md, already pruned or not.
+        model: Of a family in docs/use/pruning.md, already pruned or not.
         selection: For every block the positions of the heads to keep among those that the model
             holds, so 0 is its first head, whatever its original index; a block may keep none.
             Order has no meaning: heads stay in ascending order. None keeps every head.

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The distillation objective: teacher, student and the sum of their terms; docs/distillation.md.
+"""The distillation objective: teacher, student and the sum of their terms.
+
+See docs/use/distillation.md.
 
 B batch, C channels, N tokens, L classes, (H, W) pixels, (h, w) grid of patches.
 """

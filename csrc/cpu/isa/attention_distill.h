@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the CPU kernels of attention_distill compute, and who has one. See
-// docs/attention_distill.md.
+// docs/ops/attention_distill.md.
 #pragma once
 #include <cstdint>
 

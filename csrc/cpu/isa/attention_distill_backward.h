@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward of attention_distill, riding on that of pruned_attention: the teacher's scores besides
-// the student's, and the gradient of the distance in dS. Names as in docs/attention_distill.md.
+// the student's, and the gradient of the distance in dS. Names as in docs/ops/attention_distill.md.
 #pragma once
 #include <initializer_list>
 

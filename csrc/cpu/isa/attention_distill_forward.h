@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of attention_distill, riding on that of pruned_attention: the teacher's scores besides
 // the student's, and of both rows the weights, the distance and the statistics in one go. Names as
-// in docs/attention_distill.md.
+// in docs/ops/attention_distill.md.
 #pragma once
 #include "cpu/isa/attention_distill_scores.h"
 #include "cpu/isa/attention_distill_terms.h"

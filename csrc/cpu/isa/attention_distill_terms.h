@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The formulas of attention_distill for vectors of any type V, of which Math gives splat, exp,
-// log1p (of 0 to 1) and larger. Names (P, R, d, x, y): docs/attention_distill.md.
+// log1p (of 0 to 1) and larger. Names (P, R, d, x, y): docs/ops/attention_distill.md.
 #pragma once
 #include "cpu/isa/attention_distill.h"
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The rows of feature_loss, for whatever instruction set the including file is compiled for.
-// A row is swept once for each number that the next sweep needs. Formulas: docs/feature_loss.md.
+// A row is swept once for each number that the next sweep needs. Formulas:
+// docs/ops/feature_loss.md.
 #pragma once
 #include "feature_loss.h"
 #include "lanes.h"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The rows of kd_loss, for whatever instruction set the including file is compiled for.
-// Three sweeps over a row: maxima, sums of exponentials, gradient. Formulas: docs/kd_loss.md.
+// Three sweeps over a row: maxima, sums of exponentials, gradient. Formulas: docs/ops/kd_loss.md.
 #pragma once
 #include "kd_loss.h"
 #include "lanes.h"

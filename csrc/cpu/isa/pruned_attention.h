@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CPU kernels of pruned_attention compute, and who has one. See docs/pruned_attention.md.
+// What the CPU kernels of pruned_attention compute, and who has one. See
+// docs/ops/pruned_attention.md.
 #pragma once
 #include <cstdint>
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The rows of swiglu_norm, for whatever instruction set the including file is compiled for.
 // A row comes from memory once; what the next sweep over it needs stays in cache.
-// Formulas: docs/swiglu_norm.md.
+// Formulas: docs/ops/swiglu_norm.md.
 #pragma once
 #include "lanes.h"
 #include "swiglu_norm.h"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classification sets: replayable pictures with targets. See docs/classification_data.md."""
+"""Classification sets: replayable pictures with targets. See docs/use/classification_data.md."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def build_classification(
     memory: float = 1.5,
     verify: bool = True,
 ) -> Classification:
-    """Read a classification set; docs/classification_data.md describes the kinds.
+    """Read a classification set; docs/use/classification_data.md describes the kinds.
 
     Args:
         kind: One of ``KINDS``.

@@ -20,7 +20,7 @@ SMALL = 64
 
 @dataclass(frozen=True)
 class AugmentSpec:
-    """What the training pictures go through; docs/classification_data.md has the order.
+    """What the training pictures go through; docs/use/classification_data.md has the order.
 
     Attributes:
         crop: "pad": zeros of 1/8 of the size on every side, then a random crop. "resize": short

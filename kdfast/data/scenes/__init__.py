@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kind `scenes`: synthetic driving scenes with labels, drawn from a seed; see docs/data.md."""
+"""Kind `scenes`: synthetic driving scenes with labels, drawn from a seed; see docs/use/data.md."""
 
 from __future__ import annotations
 
