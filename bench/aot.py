@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from kdfast.ops import attention_distill, feature_loss, kd_loss, pruned_attention, swiglu_norm
-from kdfast.ops._attention import geometry_args
+from kdfast.ops._attention_args import geometry_args
 from kdfast.ops.geometry import Rope, Window
 
 AMD = 942  # gfx942, MI300; all others are compute capabilities
@@ -203,12 +203,10 @@ def compile_attention(
         table = torch.zeros(window**2 or tokens, dim)
         rope = Rope(table, table, 0 if window else 1, layout)
     windows = None if grid is None else Window(grid, window, torch.zeros(2, dim))
-    arguments = geometry_args(rope, windows, dim**-0.5)
-    if bias:
-        arguments = (*arguments, torch.zeros(1, 2, tokens, tokens, dtype=dtype))
-    out, lse = pruned_attention._cuda(q, k, v, [1], *arguments)
-    wanted = (True,) if bias else ()
-    pruned_attention._cuda_bwd(out, q, k, v, out, lse, [1], *arguments, *wanted)
+    added = torch.zeros(1, 2, tokens, tokens, dtype=dtype) if bias else None
+    arguments = ([1], *geometry_args(rope, windows, dim**-0.5), added)
+    out, lse = pruned_attention._cuda(q, k, v, *arguments)
+    pruned_attention._cuda_bwd(out, q, k, v, out, lse, *arguments, bool(bias))
 
 
 def compile_distill(

@@ -18,7 +18,7 @@ FULL = [
     (WIDEST, torch.bfloat16),
 ]
 CASES = session.sized(FULL, [((5, 20, 16), torch.float32)])
-OPTIONS = (4.0, 0.7, "batchmean", 0.0, -100)
+OPTIONS = op.Options(4.0, 0.7, "batchmean", 0.0, -100)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
@@ -30,15 +30,15 @@ def bench_forward_backward(  # type: ignore[no-untyped-def]
     weight, teacher_weight = ((0.1 * torch.randn(classes, dim)).to(device, dtype) for _ in range(2))
     target = torch.randint(0, classes, (rows,)).to(device)
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
-    tensors = (hidden, weight, None, None, teacher_hidden, teacher_weight, None, target)
+    layers = op.Layers(hidden, weight, None, None, teacher_hidden, teacher_weight, None, target)
     compiled = session.compiled(op.reference)
     teacher = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
     losses = {
         "kdfast": lambda: kdfast.linear_kd_loss(
             hidden, weight, None, target, backend="fused", **teacher
         )[0],
-        "eager": lambda: op.reference(*tensors, *OPTIONS)[0],
-        "compile": lambda: compiled(*tensors, *OPTIONS)[0],
+        "eager": lambda: op.reference(layers, OPTIONS)[0],
+        "compile": lambda: compiled(layers, OPTIONS)[0],
     }
 
     def step(name: str) -> tuple[torch.Tensor, ...]:

@@ -53,10 +53,11 @@ class Attention:
         self.heads = list(range(h))
 
     def forward(self) -> Any:
-        return KDFAST.pruned_attention(*self.inputs, *self.geometry)
+        return KDFAST.pruned_attention(*self.inputs, *self.geometry, None)
 
     def backward(self, out: Tensor, lse: Tensor) -> Any:
-        return KDFAST.pruned_attention_bwd(self.grad, *self.inputs, out, lse, *self.geometry)
+        given = (*self.inputs, out, lse, *self.geometry)
+        return KDFAST.pruned_attention_bwd(self.grad, *given, None, False)
 
     def distill_arguments(self, kind: str = "kl") -> tuple[Any, ...]:
         heads, *rest = self.geometry

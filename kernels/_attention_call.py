@@ -3,13 +3,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kdfast.kernels._attention import (
+    HALF,
+    INTERLEAVED,
     NONE,
     head_base,
     load_rotated,
@@ -67,15 +69,33 @@ def rotate_kernel(
     store_tile(y_ptr, token * D, ok, y, D, 0, WIDTH, NONE)
 
 
+class Scores(NamedTuple):
+    """How a call makes scores of queries and keys; the names are those of the schemas."""
+
+    cos: Tensor | None  # (rows, D)
+    sin: Tensor | None
+    prefix: int
+    interleaved: bool
+    scale: float
+
+
+class Windows(NamedTuple):
+    """How a call splits the tokens into windows; the names are those of the schemas."""
+
+    grid: list[int] | None
+    window: int
+    pad_value: Tensor | None  # (H, D)
+
+
 @dataclass(frozen=True)
 class Call:
-    """What the launches of one call share; built from the arguments of the op's schema."""
+    """What the launches of one call share."""
 
     heads: Tensor  # (K,) int32
     cos: Tensor  # (rows, D), contiguous; any tensor without rope
     sin: Tensor
     pad: Tensor  # (H, D), contiguous; any tensor without a pad value
-    rope: int
+    rope: int  # NONE, INTERLEAVED or HALF
     has_pad: bool
     windowed: bool
     batch: int
@@ -143,28 +163,19 @@ class Call:
         )
 
 
-def make_call(
-    q: Tensor,
-    heads: list[int] | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    prefix: int,
-    interleaved: bool,
-    scale: float,
-    grid: list[int] | None,
-    window: int,
-    pad_value: Tensor | None,
-) -> Call:
-    """The call of the op on q (B, H, N, D) with these arguments."""
+def make_call(q: Tensor, heads: list[int] | None, scores: Scores, windows: Windows) -> Call:
+    """The call of an op on the named heads of q (B, H, N, D)."""
     batch, count, tokens, head_dim = q.shape
     kept = tuple(range(count) if heads is None else heads)
+    cos, sin, pad, grid = scores.cos, scores.sin, windows.pad_value, windows.grid
+    layout = INTERLEAVED if scores.interleaved else HALF
     return Call(
         heads=head_table(kept, q.device),
         cos=q if cos is None else cos.contiguous(),
         sin=q if sin is None else sin.contiguous(),
-        pad=q if pad_value is None else pad_value.contiguous(),
-        rope=0 if cos is None else 1 if interleaved else 2,
-        has_pad=pad_value is not None,
+        pad=q if pad is None else pad.contiguous(),
+        rope=NONE.value if cos is None else layout.value,
+        has_pad=pad is not None,
         windowed=grid is not None,
         batch=batch,
         kept=len(kept),
@@ -172,11 +183,12 @@ def make_call(
         head_dim=head_dim,
         width=head_dim,
         itemsize=q.dtype.itemsize,
-        lengths=window_lengths(tokens, None if grid is None else tuple(grid), window),
-        grid=(1, tokens, tokens) if grid is None else (grid[0], grid[1], window),
-        prefix=prefix,
+        lengths=window_lengths(tokens, None if grid is None else tuple(grid), windows.window),
+        grid=(1, tokens, tokens) if grid is None else (grid[0], grid[1], windows.window),
+        prefix=scores.prefix,
+        # The rows of a table that leaves out the prefix start later.
         skipped=0 if cos is None or grid is not None else tokens - cos.shape[0],
-        scale=scale,
+        scale=scores.scale,
     )
 
 
@@ -189,7 +201,7 @@ def rows_first(x: Tensor, heads: int, *, zero: bool = False) -> Tensor:
 
 def turning(x: Tensor, call: Call) -> Tensor:
     """Where the rotated copy (B, K, N, D) of x goes; x itself without rope."""
-    if call.rope == 0 or x.numel() == 0:
+    if call.rope == NONE.value or x.numel() == 0:
         return x
     return x.new_empty((call.batch, call.kept, call.tokens, call.head_dim))
 

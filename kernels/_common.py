@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block sizes of the attention kernels, and what every launcher needs."""
+"""Block sizes of the attention kernels, and what several launchers need."""
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 # Least share of the computed score tiles that holds real (query, key) pairs.
 USEFUL_SHARE = 0.75
@@ -30,68 +36,77 @@ class Tiles:
     stages: int
 
 
-# Chosen from compiled binaries, not timed on a GPU: no spills, and at most 99 KiB of shared memory,
-# which every GPU from sm_80 to sm_100 has. (kernel, widest head dim, bytes per
-# element): (row block, warps) in order of preference; column block; stages of the pipeline.
-# Head dims of two tiles in fp32, of which every warp keeps TF32 parts and remainders, have the
-# width TWO.
+class Blocks(NamedTuple):
+    """Block sizes of a kernel, of which a call takes what suits its lengths."""
+
+    rows: tuple[tuple[int, int], ...]  # (row block, warps) in order of preference
+    cols: int  # column block
+    stages: int  # of the pipeline
+
+
+# Stands for the width of head dims of two tiles in fp32, of which every warp keeps TF32 parts and
+# remainders.
 TWO = 0
-BLOCKS: dict[tuple[str, int, int], tuple[tuple[tuple[int, int], ...], int, int]] = {
-    ("fwd", 64, 2): (((128, 8), (64, 4), (32, 4)), 64, 3),
-    ("fwd", 128, 2): (((128, 8), (64, 8), (32, 4)), 64, 2),
-    ("fwd", 64, 4): (((64, 8), (32, 4)), 32, 2),
-    ("fwd", 128, 4): (((32, 8),), 16, 1),
-    ("dq", 64, 2): (((128, 8), (64, 4), (32, 4)), 64, 2),
-    ("dq", 128, 2): (((64, 8), (32, 4)), 32, 2),
-    ("dq", 64, 4): (((32, 4),), 32, 1),
-    ("dq", 128, 4): (((16, 4),), 16, 1),
-    ("dkdv", 64, 2): (((128, 8), (64, 4), (32, 4)), 32, 2),
-    ("dkdv", 128, 2): (((64, 8), (32, 4)), 32, 2),
-    ("dkdv", 64, 4): (((32, 8),), 32, 1),
-    ("dkdv", 128, 4): (((16, 4),), 16, 1),
+# By kernel, widest head dim and bytes per element. Chosen from compiled binaries, not timed on a
+# GPU: no spills, and at most 99 KiB of shared memory, which every GPU from sm_80 to sm_100 has.
+BLOCKS: dict[tuple[str, int, int], Blocks] = {
+    ("fwd", 64, 2): Blocks(((128, 8), (64, 4), (32, 4)), 64, 3),
+    ("fwd", 128, 2): Blocks(((128, 8), (64, 8), (32, 4)), 64, 2),
+    ("fwd", 64, 4): Blocks(((64, 8), (32, 4)), 32, 2),
+    ("fwd", 128, 4): Blocks(((32, 8),), 16, 1),
+    ("fwd", TWO, 4): Blocks(((32, 8),), 16, 1),
+    ("dq", 64, 2): Blocks(((128, 8), (64, 4), (32, 4)), 64, 2),
+    ("dq", 128, 2): Blocks(((64, 8), (32, 4)), 32, 2),
+    ("dq", 64, 4): Blocks(((32, 4),), 32, 1),
+    ("dq", 128, 4): Blocks(((16, 4),), 16, 1),
+    ("dq", TWO, 4): Blocks(((16, 4),), 16, 1),
+    ("dkdv", 64, 2): Blocks(((128, 8), (64, 4), (32, 4)), 32, 2),
+    ("dkdv", 128, 2): Blocks(((64, 8), (32, 4)), 32, 2),
+    ("dkdv", 64, 4): Blocks(((32, 8),), 32, 1),
+    ("dkdv", 128, 4): Blocks(((16, 4),), 16, 1),
+    ("dkdv", TWO, 4): Blocks(((16, 4),), 16, 1),
     # With the distance to a teacher's maps, and the kernel of its row sums.
-    ("dq_rider", 64, 2): (((64, 4), (32, 4)), 32, 2),
-    ("dq_rider", 128, 2): (((64, 8), (32, 8)), 16, 1),
-    ("dq_rider", 64, 4): (((32, 8),), 32, 1),
-    ("dq_rider", 128, 4): (((16, 8),), 16, 1),
-    ("dkdv_rider", 64, 2): (((64, 8), (32, 4)), 32, 2),
-    ("dkdv_rider", 128, 2): (((32, 8),), 16, 1),
-    ("dkdv_rider", 64, 4): (((32, 8),), 16, 1),
-    ("dkdv_rider", 128, 4): (((16, 8),), 16, 1),
-    ("distance", 64, 2): (((64, 4), (32, 4)), 64, 2),
-    ("distance", 128, 2): (((64, 8), (32, 4)), 32, 2),
-    ("distance", 64, 4): (((64, 8), (16, 4)), 32, 1),
-    ("distance", 128, 4): (((16, 4),), 16, 1),
+    ("dq_rider", 64, 2): Blocks(((64, 4), (32, 4)), 32, 2),
+    ("dq_rider", 128, 2): Blocks(((64, 8), (32, 8)), 16, 1),
+    ("dq_rider", 64, 4): Blocks(((32, 8),), 32, 1),
+    ("dq_rider", 128, 4): Blocks(((16, 8),), 16, 1),
+    ("dq_rider", TWO, 4): Blocks(((16, 8),), 16, 1),
+    ("dkdv_rider", 64, 2): Blocks(((64, 8), (32, 4)), 32, 2),
+    ("dkdv_rider", 128, 2): Blocks(((32, 8),), 16, 1),
+    ("dkdv_rider", 64, 4): Blocks(((32, 8),), 16, 1),
+    ("dkdv_rider", 128, 4): Blocks(((16, 8),), 16, 1),
+    ("dkdv_rider", TWO, 4): Blocks(((16, 8),), 16, 1),
+    ("distance", 64, 2): Blocks(((64, 4), (32, 4)), 64, 2),
+    ("distance", 128, 2): Blocks(((64, 8), (32, 4)), 32, 2),
+    ("distance", 64, 4): Blocks(((64, 8), (16, 4)), 32, 1),
+    ("distance", 128, 4): Blocks(((16, 4),), 16, 1),
+    ("distance", TWO, 4): Blocks(((16, 4),), 16, 1),
     # With a bias, and the kernel of its gradient.
-    ("fwd_bias", 64, 2): (((128, 8), (64, 4), (32, 4)), 64, 2),
-    ("fwd_bias", 128, 2): (((64, 8), (32, 4)), 32, 2),
-    ("fwd_bias", 64, 4): (((32, 8),), 32, 1),
-    ("fwd_bias", 128, 4): (((16, 4),), 16, 1),
-    ("dq_bias", 64, 2): (((128, 8), (64, 4), (32, 4)), 32, 2),
-    ("dq_bias", 128, 2): (((64, 8), (32, 4)), 32, 2),
-    ("dq_bias", 64, 4): (((32, 8),), 16, 1),
-    ("dq_bias", 128, 4): (((16, 4),), 16, 1),
-    ("dkdv_bias", 64, 2): (((64, 8), (32, 4)), 32, 2),
-    ("dkdv_bias", 128, 2): (((32, 8),), 32, 1),
-    ("dkdv_bias", 64, 4): (((32, 8),), 16, 1),
-    ("dkdv_bias", 128, 4): (((16, 4),), 16, 1),
-    ("dbias", 64, 2): (((64, 4), (32, 4)), 64, 2),
-    ("dbias", 128, 2): (((32, 4),), 32, 1),
-    ("dbias", 64, 4): (((16, 4),), 16, 2),
-    ("dbias", 128, 4): (((16, 4),), 16, 2),
-    ("fwd", TWO, 4): (((32, 8),), 16, 1),
-    ("dq", TWO, 4): (((16, 4),), 16, 1),
-    ("dkdv", TWO, 4): (((16, 4),), 16, 1),
-    ("dq_rider", TWO, 4): (((16, 8),), 16, 1),
-    ("dkdv_rider", TWO, 4): (((16, 8),), 16, 1),
-    ("distance", TWO, 4): (((16, 4),), 16, 1),
-    ("fwd_bias", TWO, 4): (((16, 4),), 16, 1),
-    ("dq_bias", TWO, 4): (((16, 4),), 16, 1),
-    ("dkdv_bias", TWO, 4): (((16, 8),), 16, 1),
-    ("dbias", TWO, 4): (((16, 4),), 16, 2),
+    ("fwd_bias", 64, 2): Blocks(((128, 8), (64, 4), (32, 4)), 64, 2),
+    ("fwd_bias", 128, 2): Blocks(((64, 8), (32, 4)), 32, 2),
+    ("fwd_bias", 64, 4): Blocks(((32, 8),), 32, 1),
+    ("fwd_bias", 128, 4): Blocks(((16, 4),), 16, 1),
+    ("fwd_bias", TWO, 4): Blocks(((16, 4),), 16, 1),
+    ("dq_bias", 64, 2): Blocks(((128, 8), (64, 4), (32, 4)), 32, 2),
+    ("dq_bias", 128, 2): Blocks(((64, 8), (32, 4)), 32, 2),
+    ("dq_bias", 64, 4): Blocks(((32, 8),), 16, 1),
+    ("dq_bias", 128, 4): Blocks(((16, 4),), 16, 1),
+    ("dq_bias", TWO, 4): Blocks(((16, 4),), 16, 1),
+    ("dkdv_bias", 64, 2): Blocks(((64, 8), (32, 4)), 32, 2),
+    ("dkdv_bias", 128, 2): Blocks(((32, 8),), 32, 1),
+    ("dkdv_bias", 64, 4): Blocks(((32, 8),), 16, 1),
+    ("dkdv_bias", 128, 4): Blocks(((16, 4),), 16, 1),
+    ("dkdv_bias", TWO, 4): Blocks(((16, 8),), 16, 1),
+    ("dbias", 64, 2): Blocks(((64, 4), (32, 4)), 64, 2),
+    ("dbias", 128, 2): Blocks(((32, 4),), 32, 1),
+    ("dbias", 64, 4): Blocks(((16, 4),), 16, 2),
+    ("dbias", 128, 4): Blocks(((16, 4),), 16, 2),
+    ("dbias", TWO, 4): Blocks(((16, 4),), 16, 2),
 }
 # Rows of the element-wise kernels.
 PLAIN_ROWS = 32
+# Values that ``total_kernel`` adds at a time.
+SUM_BLOCK = 4096
 
 
 def tail(lengths: Sequence[int], block: int) -> int:
@@ -136,12 +151,12 @@ def choose_tiles(kernel: str, lengths: tuple[int, ...], head_dim: int, itemsize:
     width = 64 if head_dim <= 64 else 128
     if itemsize == 4 and chunks(head_dim, itemsize)[1]:
         width = TWO
-    rows, cols, stages = BLOCKS[kernel, width, itemsize]
+    blocks = BLOCKS[kernel, width, itemsize]
     longest = max(SMALLEST, power_of_two(max(lengths)))
-    cols = min(cols, longest)
-    fitting = [(r, warps) for r, warps in rows if r <= longest] or [(longest, 4)]
+    cols = min(blocks.cols, longest)
+    fitting = [(r, warps) for r, warps in blocks.rows if r <= longest] or [(longest, 4)]
     rest = tail(lengths, cols)
-    choices = [Tiles(r, tail(lengths, r), cols, rest, w, stages) for r, w in fitting]
+    choices = [Tiles(r, tail(lengths, r), cols, rest, w, blocks.stages) for r, w in fitting]
     good = [t for t in choices if useful_share(lengths, t) >= USEFUL_SHARE]
     return good[0] if good else max(choices, key=lambda t: useful_share(lengths, t))
 
@@ -193,4 +208,24 @@ def head_table(heads: tuple[int, ...], device: torch.device) -> Tensor:
             f"kdfast: heads {list(heads)} are new on {device} and cannot be copied there while a "
             "CUDA graph is captured; call the op once before the capture"
         )
-    return torch.tensor(heads, dtype=torch.int32, device=device)
+    if device.type != "cuda":
+        return torch.tensor(heads, dtype=torch.int32, device=device)
+    # torch.compile(mode="reduce-overhead") gives all GPU memory that the current thread allocates
+    # to its graphs, and refuses what outlives the call, as this table does.
+    return in_a_thread(torch.tensor, heads, dtype=torch.int32, device=device)
+
+
+def in_a_thread(call: Callable[..., Result], *args: Any, **options: Any) -> Result:
+    """``call(*args, **options)``, in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call, *args, **options).result()
+
+
+@triton.jit
+def total_kernel(part_ptr, loss_ptr, parts, divisor, BLOCK: tl.constexpr):
+    """The sum of the parts over ``divisor``, in fp64 and in one order."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, parts, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.load(part_ptr + i, mask=i < parts, other=0.0).to(tl.float64)
+    tl.store(loss_ptr, (tl.sum(total, 0) / divisor).to(tl.float32))

@@ -28,7 +28,7 @@ from kdfast.kernels._attention import (
     window_span,
     window_tokens,
 )
-from kdfast.kernels._attention_call import Call, make_call, rotated, turning
+from kdfast.kernels._attention_call import Call, Scores, Windows, make_call, rotated, turning
 from kdfast.kernels._attention_maps import (
     COSINE,
     JSD,
@@ -40,12 +40,15 @@ from kdfast.kernels._attention_maps import (
     map_terms,
     row_results,
 )
-from kdfast.kernels._common import alignment, chunks, dot_precision, unit_stride
-from kdfast.kernels._sums import SUM_BLOCK, total_kernel
-
-# Planes of the op's stats, as many as STATS of kdfast.ops.attention_distill says. Here they are
-# lse, a_lse, b_lse, x, y; the rest is not used (the CPU kernel keeps the scores' maxima apart).
-PLANES = {"kl": 5, "reverse_kl": 6, "jsd": 6, "mse": 6, "cosine": 7, "logit_mse": 2}
+from kdfast.kernels._common import (
+    SUM_BLOCK,
+    alignment,
+    chunks,
+    dot_precision,
+    total_kernel,
+    unit_stride,
+)
+from kdfast.ops.attention_distill import STATS
 
 
 @triton.jit
@@ -214,24 +217,23 @@ def _distance_kernel(
                 tl.store(place + 4 * tl.cast(plane, tl.int64), y, mask=ok)
 
 
-def calls(
+def pair_of_calls(
     q: Tensor,
     teacher_q: Tensor,
     heads: list[int] | None,
     teacher_heads: list[int],
-    arguments: tuple[Any, ...],
-) -> tuple[Call, Call, float, str]:
-    """The student's call, the teacher's, the temperature and the kind, from the op's arguments."""
-    *student, cos, sin, prefix, interleaved, scale = arguments[:-2]
-    call = make_call(q, heads, *student)
-    teacher = make_call(
-        teacher_q, teacher_heads, cos, sin, prefix, interleaved, scale, *student[-3:]
-    )
+    student_scores: Scores,
+    windows: Windows,
+    teacher_scores: Scores,
+) -> tuple[Call, Call]:
+    """The student's call, with blocks for kernels that see both sides, and the teacher's."""
+    call = make_call(q, heads, student_scores, windows)
+    teacher = make_call(teacher_q, teacher_heads, teacher_scores, windows)
     # Blocks have to suit both sides: those of two tiles are the smallest.
     itemsize = max(q.dtype.itemsize, teacher_q.dtype.itemsize)
     dims = (call.head_dim, teacher.head_dim)
     width = max(dims, key=lambda d: (itemsize == 4 and chunks(d, itemsize)[1] > 0, d))
-    return replace(call, width=width, itemsize=itemsize), teacher, *arguments[-2:]
+    return replace(call, width=width, itemsize=itemsize), teacher
 
 
 def log_sums(q: Tensor, k: Tensor, call: Call, temperature: float) -> Tensor:
@@ -303,26 +305,49 @@ def forward(
     teacher_k: Tensor,
     heads: list[int] | None,
     teacher_heads: list[int],
-    *arguments: Any,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    prefix: int,
+    interleaved: bool,
+    scale: float,
+    grid: list[int] | None,
+    window: int,
+    pad_value: Tensor | None,
+    teacher_cos: Tensor | None,
+    teacher_sin: Tensor | None,
+    teacher_prefix: int,
+    teacher_interleaved: bool,
+    teacher_scale: float,
+    temperature: float,
+    kind: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches ``kdfast::attention_distill``: out (B, K, N, D), loss () and stats."""
     q, k, v = (unit_stride(x) for x in (q, k, v))
     teacher_q, teacher_k = unit_stride(teacher_q), unit_stride(teacher_k)
-    call, teacher, temperature, kind = calls(q, teacher_q, heads, teacher_heads, arguments)
+    call, teacher = pair_of_calls(
+        *(q, teacher_q, heads, teacher_heads),
+        Scores(cos, sin, prefix, interleaved, scale),
+        Windows(grid, window, pad_value),
+        Scores(teacher_cos, teacher_sin, teacher_prefix, teacher_interleaved, teacher_scale),
+    )
     with torch.cuda.device_of(q):
+        # The attention of the student, by its own kernel.
         k = rotated(k, call)
         own = replace(call, width=call.head_dim, itemsize=q.dtype.itemsize)
         out, lse = pruned_attention.attend(q, k, v, own)
-        stats = torch.empty((PLANES[kind], *lse.shape), dtype=torch.float32, device=q.device)
+        # Here the planes are lse, a_lse, b_lse, x, y: fewer than the CPU kernel uses.
+        stats = torch.empty((STATS[kind], *lse.shape), dtype=torch.float32, device=q.device)
         loss = torch.zeros((), dtype=torch.float32, device=q.device)
         if out.numel() == 0:
             return out, loss, stats
+        # What the rows of both maps are normalised by; for "kl" the next kernel adds the teacher's.
         teacher_k = rotated(teacher_k, teacher)
         stats[0] = lse
         if kind != "logit_mse":
             stats[1] = lse if temperature == 1 else log_sums(q, k, own, temperature)
         if kind not in ("kl", "logit_mse"):
             stats[2] = log_sums(teacher_q, teacher_k, teacher, temperature)
+        # The distance of every row, and their mean.
         distance = torch.empty_like(lse)
         call.launch(
             _distance_kernel,
@@ -349,13 +374,33 @@ def backward(
     teacher_k: Tensor,
     heads: list[int] | None,
     teacher_heads: list[int],
-    *arguments: Any,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    prefix: int,
+    interleaved: bool,
+    scale: float,
+    grid: list[int] | None,
+    window: int,
+    pad_value: Tensor | None,
+    teacher_cos: Tensor | None,
+    teacher_sin: Tensor | None,
+    teacher_prefix: int,
+    teacher_interleaved: bool,
+    teacher_scale: float,
+    temperature: float,
+    kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches ``kdfast::attention_distill_bwd``: dq, dk, dv (B, H, N, D) and dpad (H, D)."""
     grad_out, out, q, k, v = (unit_stride(x) for x in (grad_out, out, q, k, v))
     teacher_q, teacher_k = unit_stride(teacher_q), unit_stride(teacher_k)
-    call, teacher, temperature, kind = calls(q, teacher_q, heads, teacher_heads, arguments)
+    call, teacher = pair_of_calls(
+        *(q, teacher_q, heads, teacher_heads),
+        Scores(cos, sin, prefix, interleaved, scale),
+        Windows(grid, window, pad_value),
+        Scores(teacher_cos, teacher_sin, teacher_prefix, teacher_interleaved, teacher_scale),
+    )
     with torch.cuda.device_of(q):
+        # The gradient of queries leaves the teacher's rotated q for that of keys.
         turned = teacher_q
         if out.numel():
             teacher_k, turned = rotated(teacher_k, teacher), turning(teacher_q, teacher)

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdfast.kernels._common import power_of_two, unit_stride
-from kdfast.kernels._sums import SUM_BLOCK, total_kernel
+from kdfast.kernels._common import SUM_BLOCK, power_of_two, total_kernel, unit_stride
 
 # Must equal those of kdfast/ops/feature_loss.py, as a test asserts.
 EPS = tl.constexpr(1e-6)

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdfast.kernels._common import power_of_two, unit_stride
-from kdfast.kernels._sums import SUM_BLOCK
+from kdfast.kernels._common import SUM_BLOCK, power_of_two, unit_stride
 
 ONE_TILE = 8192
 TILE = 4096
@@ -270,6 +269,22 @@ def forward(
     return *totals, grad
 
 
+def forward_inplace(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    temperature: float,
+    alpha: float,
+    reduction: str,
+    label_smoothing: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches ``kdfast::kd_loss_``: loss, kd and ce; student becomes its gradient."""
+    options = (temperature, alpha, reduction, label_smoothing, ignore_index)
+    loss, kd, ce, _ = forward(student, teacher, target, *options, True, inplace=True)
+    return loss, kd, ce
+
+
 def rows_of(
     student: Tensor,
     teacher: Tensor,
@@ -298,6 +313,10 @@ def rows_of(
     kd, ce = (torch.empty(student.shape[:-1], device=device) for _ in range(2))
     if rows == 0:
         return kd, ce, grad
+    if target is None:
+        kind = NO_TARGET
+    else:
+        kind = PROBABILITIES if target.is_floating_point() else INDICES
     one = classes <= ONE_TILE
     cols = max(16, power_of_two(classes)) if one else TILE
     rows_per_program = max(1, 1024 // cols)
@@ -320,7 +339,7 @@ def rows_of(
             1.0 - label_smoothing,
             label_smoothing / classes,
             ignore_index,
-            TARGET=0 if target is None else 2 if target.is_floating_point() else 1,
+            TARGET=kind.value,
             NEED_GRAD=need_grad,
             ONE=one,
             ROWS=rows_per_program,

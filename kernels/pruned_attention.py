@@ -40,7 +40,15 @@ from kdfast.kernels._attention_bias import (
     make_bias,
 )
 from kdfast.kernels._attention_bwd import bwd_kernel
-from kdfast.kernels._attention_call import Call, make_call, rotated, rows_first, turning
+from kdfast.kernels._attention_call import (
+    Call,
+    Scores,
+    Windows,
+    make_call,
+    rotated,
+    rows_first,
+    turning,
+)
 from kdfast.kernels._common import PLAIN_ROWS, power_of_two, unit_stride
 
 
@@ -224,12 +232,28 @@ def _bwd_pad_kernel(
     tl.store(dpad_ptr + tl.load(heads_ptr + j) * D + cols, dpad, mask=cols < D)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: list[int] | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    prefix: int,
+    interleaved: bool,
+    scale: float,
+    grid: list[int] | None,
+    window: int,
+    pad_value: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Launches ``kdfast::pruned_attention``: out (B, K, N, D) and lse (B, K, N)."""
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    # The dispatcher leaves out trailing arguments that have their default.
-    *geometry, bias = (*arguments, None)[:10]
-    call = make_call(q, *geometry)
+    call = make_call(
+        *(q, heads),
+        Scores(cos, sin, prefix, interleaved, scale),
+        Windows(grid, window, pad_value),
+    )
     with torch.cuda.device_of(q):
         added = make_bias(bias, q, call)
         return attend(q, rotated(k, call), v, call, added)
@@ -252,25 +276,44 @@ def attend(
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *arguments: Any
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    heads: list[int] | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    prefix: int,
+    interleaved: bool,
+    scale: float,
+    grid: list[int] | None,
+    window: int,
+    pad_value: Tensor | None,
+    bias: Tensor | None,
+    bias_grad: bool,
 ) -> tuple[Tensor, ...]:
     """Launches ``kdfast::pruned_attention_bwd``.
 
     Returns:
         dq, dk, dv (B, H, N, D), dpad (H, D) and dbias (G, H, N, N); empty where not wanted.
     """
-    grad, q, k, v, out = (unit_stride(x) for x in (grad, q, k, v, out))
-    *geometry, bias, bias_grad = (*arguments, *(None, False)[len(arguments) - 9 :])
     if bias_grad and bias is None:
         raise ValueError("pruned_attention: bias_grad needs a bias")
-    call = make_call(q, *geometry)
+    grad_out, q, k, v, out = (unit_stride(x) for x in (grad_out, q, k, v, out))
+    call = make_call(
+        *(q, heads),
+        Scores(cos, sin, prefix, interleaved, scale),
+        Windows(grid, window, pad_value),
+    )
     with torch.cuda.device_of(q):
         added = make_bias(bias, q, call)
-        return gradients(grad, q, k, v, out, lse, call, bias=added, bias_grad=bias_grad)
+        return gradients(grad_out, q, k, v, out, lse, call, bias=added, bias_grad=bias_grad)
 
 
 def gradients(
-    grad: Tensor,
+    grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -283,8 +326,20 @@ def gradients(
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv (B, H, N, D), dpad (H, D) and dbias (G, H, N, N); empty where not wanted.
 
-    ``rider``: the options of the distance to a teacher's maps, for the gradient of keys or queries.
+    Args:
+        grad_out: (B, K, N, D), the gradient of out.
+        q: (B, H, N, D).
+        k: (B, H, N, D), not yet rotated.
+        v: (B, H, N, D).
+        out: (B, K, N, D), as ``attend`` gives it.
+        lse: (B, K, N), as ``attend`` gives it.
+        call: The call of the forward pass.
+        rider: The kernel's options for the distance to a teacher's maps; called with whether the
+            launch is that of the gradient of keys, else of queries.
+        bias: The bias of the forward pass.
+        bias_grad: Whether dbias is wanted.
     """
+    # Heads that are not kept get zeros.
     subset = call.kept < q.shape[1]
     dq, dk, dv = (rows_first(x, x.shape[1], zero=subset) for x in (q, k, v))
     dpad = torch.zeros_like(call.pad) if call.has_pad else q.new_empty(0)
@@ -293,6 +348,7 @@ def gradients(
         dbias = torch.zeros_like(bias.values, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return dq, dk, dv, dpad, dbias
+    # The first launch leaves the row sums of grad_out * out and the rotated q for the next ones.
     delta, k, turned = torch.empty_like(lse), rotated(k, call), turning(q, call)
     suffix = "_rider" if rider else "_bias" if bias else ""
     tiles = call.tiles(f"dq{suffix}")
@@ -300,8 +356,8 @@ def gradients(
     programs = call.programs(tiles) // call.kept if call.has_pad else 0
     part = lse.new_zeros((programs, call.kept, call.head_dim))
     for name, pairs, results in (
-        ("dq", (q, grad, k, v), (dq, dq)),
-        ("dkdv", (k, v, turned, grad), (dk, dv)),
+        ("dq", (q, grad_out, k, v), (dq, dq)),
+        ("dkdv", (k, v, turned, grad_out), (dk, dv)),
     ):
         keys = name == "dkdv"
         extra = {} if rider is None else rider(keys)
@@ -312,6 +368,7 @@ def gradients(
         pointers = (*pairs, *rows, *results, call.heads, call.cos, call.sin)
         strided = (*pairs, results[0], out)
         call.launch(bwd_kernel, tiles, pointers, strided, HAS_PAD=call.has_pad, KEYS=keys, **extra)
+    # The gradient of the pad value, from what each program of dq has left.
     if call.has_pad:
         _bwd_pad_kernel[(call.kept,)](
             part,
@@ -324,5 +381,5 @@ def gradients(
             ROWS=PLAIN_ROWS,
         )
     if bias is not None and bias_grad:
-        add_bias_gradient(dbias, bias, (turned, k, v, grad), lse, delta, call)
+        add_bias_gradient(dbias, bias, (turned, k, v, grad_out), lse, delta, call)
     return dq, dk, dv, dpad, dbias

@@ -73,9 +73,12 @@ def test_every_entry_of_the_block_table_is_compiled(bench: Any) -> None:
     for arch, dtype in itertools.product(NVIDIA, ("bfloat16", "float16", "float32")):
         attention = [c for c in every if (c.arch, c.dtype) == (arch, dtype) and "attention" in c.op]
         found = {x for c in attention for x in taken(c)}
-        for key, (rows, _, _) in common.BLOCKS.items():
+        for key, blocks in common.BLOCKS.items():
             if key[2] == (4 if dtype == "float32" else 2):
-                assert {x[1] for x in found if x[0] == key} >= {r for r, _ in rows}, (arch, key)
+                assert {x[1] for x in found if x[0] == key} >= {r for r, _ in blocks.rows}, (
+                    arch,
+                    key,
+                )
 
 
 def test_order_is_by_importance(bench: Any) -> None:
@@ -143,7 +146,7 @@ CHANGES = {
         "1 + tl.exp2(",
         {"pruned_attention", "attention_distill"},
     ),
-    "the block table": ("_common.py", '("fwd", 64, 2): (((128', '("fwd", 64, 2): (((256', set()),
+    "the block table": ("_common.py", "Blocks(((128", "Blocks(((256", set()),
     "what all round by": (
         "_common.py",
         "return 1 << max(",
@@ -152,7 +155,7 @@ CHANGES = {
     ),
     "the maps": ("_attention_maps.py", "KINDS = (", "KINDS = (0, ", {"attention_distill"}),
     "the last sum": (
-        "_sums.py",
+        "_common.py",
         "SUM_BLOCK = ",
         "SUM_BLOCK = 2 * ",
         {"attention_distill", "kd_loss", "feature_loss"},
@@ -205,8 +208,8 @@ def test_blocks_count_where_they_are_taken(
     }
     labels = {name: module.Case(90, op, dtype, 64, o) for name, (op, dtype, o) in some.items()}
     before = {name: module.source(case) for name, case in labels.items()}
-    rows, *rest = module.BLOCKS[key]
-    monkeypatch.setitem(module.BLOCKS, key, (rows[:-1], *rest))
+    blocks = module.BLOCKS[key]
+    monkeypatch.setitem(module.BLOCKS, key, blocks._replace(rows=blocks.rows[:-1]))
     assert [name for name in labels if module.source(labels[name]) != before[name]] == cases
 
 

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdfast.ops import (
-    _attention,
     _logit_gram,
     attention_distill,
     feature_loss,
@@ -33,7 +32,6 @@ from kdfast.ops.geometry import Rope, Window
 
 jit = pytest.importorskip("triton.runtime.jit")
 common = pytest.importorskip("kdfast.kernels._common")
-sums = pytest.importorskip("kdfast.kernels._sums")
 DEVICE = torch.device("cuda", 1)
 is_tensor = torch.is_tensor
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
@@ -85,7 +83,6 @@ class NoSync(TorchDispatchMode):
 def fake_device() -> Iterator[None]:
     """CUDA tensors without values; launches only look where they and their tensors are."""
     common.head_table.cache_clear()
-    _attention._bring_heads.cache_clear()
     entered: list[torch.device] = []
 
     @contextmanager
@@ -105,7 +102,7 @@ def fake_device() -> Iterator[None]:
             mock.patch.object(jit.KernelInterface, "__getitem__", lambda *_: launch),
             mock.patch("torch.cuda.device_of", device_of),
             # Fake tensors are made in this thread only.
-            mock.patch.object(_attention, "in_a_thread", lambda call, *args: call(*args)),
+            mock.patch.object(common, "in_a_thread", lambda call, *args, **kw: call(*args, **kw)),
             mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
             FakeTensorMode(),
             torch.no_grad(),
@@ -113,7 +110,6 @@ def fake_device() -> Iterator[None]:
             yield
     finally:
         common.head_table.cache_clear()
-        _attention._bring_heads.cache_clear()
 
 
 def without_sync(call: Any) -> Any:
@@ -148,9 +144,9 @@ def test_pruned_attention(geometry: str) -> None:
         rope = {"plain": None, "rope": Rope(turn, turn, 1), "windows": Rope(turn, turn)}[geometry]
         window = Window((3, 4), 2, cuda(4, 32)) if geometry == "windows" else None
         args = ([2, 0], *pruned_attention.geometry_args(rope, window, 0.5))
-        out, lse = without_sync(lambda: pruned_attention._cuda(q, k, v, *args))
+        out, lse = without_sync(lambda: pruned_attention._cuda(q, k, v, *args, None))
         assert isinstance(out, FakeTensor) and out.is_cuda
-        without_sync(lambda: pruned_attention._cuda_bwd(out, q, k, v, out, lse, *args))
+        without_sync(lambda: pruned_attention._cuda_bwd(out, q, k, v, out, lse, *args, None, False))
         without_sync(
             lambda: pruned_attention.pruned_attention(
                 q, k, v, heads=[2, 0], rope=rope, window=window, backend="fused"
@@ -284,7 +280,7 @@ def test_a_sync_is_seen(call: Any, match: str) -> None:
 def test_a_launch_elsewhere_is_seen() -> None:
     with fake_device():
         x = cuda(9, 40)
-        launch = sums.total_kernel[(1,)]
+        launch = common.total_kernel[(1,)]
         with torch.cuda.device_of(x):
             launch(x, 3, option=x)
             with pytest.raises(AssertionError, match="a launch on"):
@@ -302,12 +298,14 @@ def test_attention_makes_its_results_and_turned_copies(turned: bool) -> None:
         rope = Rope(table, table) if turned else None
         args = ([2, 0], *pruned_attention.geometry_args(rope, None, 0.5))
         kept, whole, row = 2 * 2 * 37 * 32 * 2, 2 * 37 * 4 * 32 * 2, 2 * 2 * 37 * 4
-        out, lse = pruned_attention._cuda(q, k, v, *args)
+        out, lse = pruned_attention._cuda(q, k, v, *args, None)
         # out, the rotated keys; lse.
-        made = made_by(lambda: pruned_attention._cuda(q, k, v, *args))
+        made = made_by(lambda: pruned_attention._cuda(q, k, v, *args, None))
         assert made == [kept] * (1 + turned) + [row]
         # dq, dk and dv of all heads; rotated keys and queries; delta; no parts of a pad value.
-        made = made_by(lambda: pruned_attention._cuda_bwd(out, q, k, v, out, lse, *args))
+        made = made_by(
+            lambda: pruned_attention._cuda_bwd(out, q, k, v, out, lse, *args, None, False)
+        )
         assert [size for size in made if size] == [whole] * 3 + [kept] * (2 * turned) + [row]
 
 
@@ -374,25 +372,26 @@ def test_heads_come_to_the_device_before_a_graph_owns_its_memory() -> None:
         side = pruned_attention.geometry_args(None, None, 0.5)
         brought: list[Any] = []
 
-        def other(call: Any, *args: Any) -> None:
-            brought.append(args)
-            call(*args)
+        def other(call: Any, heads: tuple[int, ...], **options: Any) -> torch.Tensor:
+            brought.append((heads, options["device"]))
+            table: torch.Tensor = call(heads, **options)
+            return table
 
-        with mock.patch.object(_attention, "in_a_thread", other):
+        with mock.patch.object(common, "in_a_thread", other):
             for _ in range(2):
-                pruned_attention._cuda(q, k, v, None, *side)
+                pruned_attention._cuda(q, k, v, None, *side, None)
                 args = (q, k, v, q, k, [2, 0], [1, 3], *side, *side[:5], 1.0, "kl")
                 attention_distill._cuda(*args)
         assert brought == [(heads, DEVICE) for heads in ((0, 1, 2, 3), (2, 0), (1, 3))]
         with mock.patch("torch.cuda.is_current_stream_capturing", lambda: True):
-            pruned_attention._cuda(q, k, v, [2, 0], *side)
+            pruned_attention._cuda(q, k, v, [2, 0], *side, None)
             with pytest.raises(RuntimeError, match=r"heads \[3\] are new on cuda:1"):
-                pruned_attention._cuda(q, k, v, [3], *side)
+                pruned_attention._cuda(q, k, v, [3], *side, None)
 
 
 def test_a_thread_of_its_own() -> None:
     threads = []
-    _attention.in_a_thread(lambda x: threads.append((x, threading.get_ident())), 3)
+    common.in_a_thread(lambda x: threads.append((x, threading.get_ident())), 3)
     assert threads[0][0] == 3 and threads[0][1] != threading.get_ident()
     with pytest.raises(ZeroDivisionError):
-        _attention.in_a_thread(lambda: 1 // 0)
+        common.in_a_thread(lambda: 1 // 0)

@@ -175,7 +175,7 @@ def test_any_strides_and_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bias_kernels, "PROGRAMS", 1)
     whole = op._cuda_bwd(out, q, k, v, out, lse, [1], *args, wide, True)[4]
     torch.testing.assert_close(whole, grads[4])
-    dbias = op._cuda_bwd(out, q, k, v, out, lse, [1], *args, wide)[4]
+    dbias = op._cuda_bwd(out, q, k, v, out, lse, [1], *args, wide, False)[4]
     assert dbias.numel() == 0
 
 

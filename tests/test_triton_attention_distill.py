@@ -208,7 +208,6 @@ def test_equal_maps_cost_nothing() -> None:
 
 def test_constants_are_the_op_s() -> None:
     assert kernels.KINDS == tuple(op.STATS)
-    assert kernels.PLANES == op.STATS
 
 
 def test_empty_batch() -> None:

@@ -67,11 +67,11 @@ def test_attention(axis: int) -> None:
     heads = list(range(shape[1]))[::-1]
     args = (heads, *pruned_attention.geometry_args(Rope(table, table), None, 0.25))
     near = halves(4, *shape)
-    out, lse = pruned_attention._cuda(*near[:3], *args)
+    out, lse = pruned_attention._cuda(*near[:3], *args, None)
 
     def step(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, out: Tensor) -> Any:
-        grads = pruned_attention._cuda_bwd(grad, q, k, v, out, lse, *args)
-        return *pruned_attention._cuda(q, k, v, *args), *grads
+        grads = pruned_attention._cuda_bwd(grad, q, k, v, out, lse, *args, None, False)
+        return *pruned_attention._cuda(q, k, v, *args, None), *grads
 
     compare(step, [*near, out], axis)
 

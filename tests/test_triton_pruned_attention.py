@@ -27,7 +27,7 @@ class Launch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pad: Any, *args: Any) -> Any:
-        out, lse = op._cuda(q, k, v, *args, pad)
+        out, lse = op._cuda(q, k, v, *args, pad, None)
         ctx.save_for_backward(q, k, v, out, lse, pad)
         ctx.args = args
         ctx.mark_non_differentiable(lse)
@@ -36,7 +36,7 @@ class Launch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         *saved, pad = ctx.saved_tensors
-        dq, dk, dv, dpad, _ = op._cuda_bwd(grad, *saved, *ctx.args, pad)
+        dq, dk, dv, dpad, _ = op._cuda_bwd(grad, *saved, *ctx.args, pad, None, False)
         return dq, dk, dv, None if pad is None else dpad, *(None,) * len(ctx.args)
 
 
@@ -119,9 +119,10 @@ def test_large_logits() -> None:
     # A window without padded keys, all of whose logits are -100: it gives the pad value nothing.
     q, grad, pad = torch.ones(1, 1, 6, 16), torch.ones(1, 1, 6, 16), torch.zeros(1, 16)
     args = op.geometry_args(None, Window((2, 3), 2, pad), -100 / 16)
-    out, lse = op._cuda(q, q, q, None, *args)
+    out, lse = op._cuda(q, q, q, None, *args, None)
     # Where it has some, they have the weight 1.
-    torch.testing.assert_close(op._cuda_bwd(grad, q, q, q, out, lse, None, *args)[3], pad + 2)
+    dpad = op._cuda_bwd(grad, q, q, q, out, lse, None, *args, None, False)[3]
+    torch.testing.assert_close(dpad, pad + 2)
 
 
 @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
@@ -169,8 +170,8 @@ def test_other_heads_are_not_read() -> None:
     pads[[3, 1]] = torch.randn(2, 16)
     q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
     args = op.geometry_args(rotary(4, 16), Window((2, 3), 2, pads), 0.5)
-    out, lse = op._cuda(q, k, v, [3, 1], *args)
-    grads = op._cuda_bwd(torch.ones_like(out), q, k, v, out, lse, [3, 1], *args)
+    out, lse = op._cuda(q, k, v, [3, 1], *args, None)
+    grads = op._cuda_bwd(torch.ones_like(out), q, k, v, out, lse, [3, 1], *args, None, False)
     for x in (out, lse, *(g[:, [3, 1]] for g in grads[:3]), grads[3][[3, 1]]):
         assert x.isfinite().all()
     for x in (*(g[:, [0, 2]] for g in grads[:3]), grads[3][[0, 2]]):
@@ -188,7 +189,7 @@ def test_lse_and_layouts() -> None:
     q, k, v = (torch.randn(2, 2, 9, 16) for _ in range(3))
     window = Window((3, 3), 2, torch.randn(2, 16))
     args = op.geometry_args(None, window, 0.5)
-    out, lse = op._cuda(q, k, v, [1], *args)
+    out, lse = op._cuda(q, k, v, [1], *args, None)
     assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
     # The window in the right column has tokens 2 and 5, and two padded ones of logit 0.
     here = [2, 5]
@@ -197,11 +198,11 @@ def test_lse_and_layouts() -> None:
     torch.testing.assert_close(lse[:, 0, here], want)
     # Any stride gives the same bits: a last dimension that is not contiguous, and one of stride 0.
     strided = [x.mT.contiguous().mT for x in (q, k, v)]
-    again, _ = op._cuda(*strided, [1], *args)
+    again, _ = op._cuda(*strided, [1], *args, None)
     assert torch.equal(out, again)
     grad = torch.ones(1).expand(2, 1, 9, 16)
-    got = op._cuda_bwd(grad, q, k, v, out, lse, [1], *args)
-    want = op._cuda_bwd(grad.contiguous(), *strided, out, lse, [1], *args)
+    got = op._cuda_bwd(grad, q, k, v, out, lse, [1], *args, None, False)
+    want = op._cuda_bwd(grad.contiguous(), *strided, out, lse, [1], *args, None, False)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
     for x in (*got[:3], got[3][None]):
@@ -212,9 +213,9 @@ def test_lse_and_layouts() -> None:
 def test_empty_batch() -> None:
     x = torch.zeros(0, 2, 5, 16)
     args = op.geometry_args(None, None, 1.0)
-    out, lse = op._cuda(x, x, x, [0], *args)
+    out, lse = op._cuda(x, x, x, [0], *args, None)
     assert out.shape == (0, 1, 5, 16)
-    grads = op._cuda_bwd(out, x, x, x, out, lse, [0], *args)
+    grads = op._cuda_bwd(out, x, x, x, out, lse, [0], *args, None, False)
     assert [tuple(g.shape) for g in grads] == [(0, 2, 5, 16)] * 3 + [(0,)] * 2
 
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op library, the compiled extension, and the one rule that picks fused or reference."""
 
+import collections
+import functools
 import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -79,10 +81,70 @@ def call_below_autograd(op: Any, *args: Any) -> Any:
         return op(*args)
 
 
+def argument_names(name: str) -> list[str]:
+    """Names of the arguments in the schema of op ``name``, in its order.
+
+    Raises:
+        ValueError: An argument has a default: the dispatcher drops an argument that is equal to its
+            default, and what follows could no longer count on its place.
+    """
+    arguments = getattr(torch.ops.kdfast, name).default._schema.arguments
+    optional = [argument.name for argument in arguments if argument.has_default_value()]
+    if optional:
+        raise ValueError(f"{name}: no argument of the schema may have a default, got {optional}")
+    return [argument.name for argument in arguments]
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function as what gives the shapes, strides and dtypes of op ``name``'s results.
+
+    The function is called with every argument of the schema by its name: it names those that the
+    shapes depend on and takes the others as ``**_``.
+    """
+    names = argument_names(name)
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            return fake(**dict(zip(names, args, strict=True)))
+
+        torch.library.register_fake(f"kdfast::{name}", call, lib=LIB)
+        return fake
+
+    return register
+
+
+def register_launcher(name: str, launcher: str) -> Callable[..., Any]:
+    """Registers a function of ``kdfast.kernels`` as op ``name`` on CUDA, where there is Triton.
+
+    Args:
+        name: Name of an op defined on ``LIB``.
+        launcher: Module and function, as in "kd_loss.forward"; imported by the first call. Its
+            parameters are the arguments of the schema.
+
+    Returns:
+        The registered function.
+    """
+    module, function = launcher.split(".")
+
+    @functools.cache
+    def launch() -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(
+            importlib.import_module(f"kdfast.kernels.{module}"), function
+        )
+        return found
+
+    def call(*args: Any) -> Any:
+        return launch()(*args)
+
+    if HAS_TRITON:
+        LIB.impl(name, call, "CUDA")
+    return call
+
+
 def register_gradient(
     name: str,
-    backward: Callable[..., Any],
-    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., dict[str, Tensor | None]],
+    setup: Callable[..., None] | None = None,
 ) -> None:
     """The derivative of op ``name``: ``torch.library.register_autograd`` at half its cost a call.
 
@@ -90,34 +152,41 @@ def register_gradient(
     every call and in time quadratic in their number: 30 us for attention.
 
     Args:
-        name: Of an op defined on ``LIB``.
-        backward: (context, one gradient per output) to one gradient or None per argument.
-        setup_context: Called with context, tuple of all arguments and output.
+        name: Name of an op defined on ``LIB``.
+        backward: Takes the context and one gradient, or None, per output. Returns the gradients of
+            arguments by the arguments' names; those that it does not name get none.
+            ``context.needs`` says of each argument by its name whether a gradient is asked for.
+        setup: Called after the forward pass with the context, the arguments as a named tuple and
+            the output.
     """
     op = getattr(torch.ops.kdfast, name).default
-    defaults = [argument.default_value for argument in op._schema.arguments]
+    names = argument_names(name)
+    places = {argument: place for place, argument in enumerate(names)}
+    Arguments: Any = collections.namedtuple(f"{name}_arguments", names)  # type: ignore[misc]
+    named = functools.partial(tuple.__new__, Arguments)
 
-    def call(keyset: Any, args: tuple[Any, ...]) -> Any:
+    def call(keyset: Any, args: Sequence[Any]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     class Gradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            *inputs, keyset = args
-            output = call(keyset, tuple(inputs))
-            if setup_context is not None:
-                setup_context(ctx, (*inputs, *defaults[len(inputs) :]), output)
+            *arguments, keyset = args
+            output = call(keyset, arguments)
+            if setup is not None:
+                setup(ctx, named(arguments), output)
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            needed = ctx.needs_input_grad
-            ctx.needs_input_grad = needed[:-1]  # the last is the keyset, which is nobody's business
-            try:
-                return *backward(ctx, *grads), None
-            finally:
-                ctx.needs_input_grad = needed
+            ctx.needs = named(ctx.needs_input_grad[:-1])  # the last is that of the keyset
+            results: list[Tensor | None] = [None] * (len(names) + 1)
+            for argument, gradient in backward(ctx, *grads).items():
+                if argument not in places:
+                    raise TypeError(f"{name}: gradients must be of {names}, got {argument!r}")
+                results[places[argument]] = gradient
+            return tuple(results)
 
     def autograd(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
@@ -126,6 +195,17 @@ def register_gradient(
 
     Gradient.__name__ = f"{name}_gradient"
     LIB.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def register_once(name: str, op: str) -> None:
+    """Lets a second derivative through op ``name``, the backward pass of ``op``, raise."""
+
+    def twice(ctx: Any, *grads: Tensor | None) -> dict[str, Tensor | None]:
+        raise NotImplementedError(
+            f"{op}: the fused op has no second derivative; use backend='reference'"
+        )
+
+    register_gradient(name, twice)
 
 
 def use_fused(

@@ -5,41 +5,76 @@ C classes, D features; gradients of a row stay unscaled until they have been mul
 fp16 does not lose those of a mean over many rows.
 """
 
+import operator
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.ops._losses import accumulator, saved_dtype
+from kdfast.ops._losses import Options, accumulator, saved_dtype
 
-# temperature, alpha, label_smoothing, ignore_index; kd, ce and gradient of rows; what makes these
-# of the logits of student and teacher and the target.
-Options = tuple[float, float, float, int]
+# kd, ce and the gradient of rows; what makes them of the logits of both sides and the target.
 Losses = tuple[Tensor, Tensor, Tensor]
 Step = Callable[[Tensor, Tensor, Tensor | None], Losses]
 # Devices whose results the host should not wait for.
 COUNTED_ON = frozenset({"cuda"})
 
 
-def logits_dtype(
-    hidden: Tensor, teacher_logits: Tensor | None, teacher_hidden: Tensor | None
-) -> torch.dtype:
-    """The dtype to which the logits of student and teacher are promoted."""
-    teacher = teacher_hidden if teacher_logits is None else teacher_logits
-    return hidden.dtype if teacher is None else torch.promote_types(hidden.dtype, teacher.dtype)
+class Layers(NamedTuple):
+    """Both last layers, their inputs and the target, in the order of the schema."""
+
+    hidden: Tensor  # (..., D)
+    weight: Tensor  # (C, D)
+    bias: Tensor | None  # (C,)
+    teacher_logits: Tensor | None  # (..., C), or the next two
+    teacher_hidden: Tensor | None  # (..., Dt)
+    teacher_weight: Tensor | None  # (C, Dt)
+    teacher_bias: Tensor | None  # (C,)
+    target: Tensor | None  # (...) or (..., C)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to which the logits of student and teacher are promoted."""
+        teacher = self.teacher_hidden if self.teacher_logits is None else self.teacher_logits
+        if teacher is None:
+            return self.hidden.dtype
+        return torch.promote_types(self.hidden.dtype, teacher.dtype)
+
+    def by_row(self, change: Callable[[Tensor], Tensor]) -> "Layers":
+        """The same with ``change`` of every tensor that has the rows in front."""
+
+        def changed(x: Tensor | None) -> Tensor | None:
+            return None if x is None else change(x)
+
+        return Layers(
+            change(self.hidden),
+            *(self.weight, self.bias),
+            *(changed(self.teacher_logits), changed(self.teacher_hidden)),
+            *(self.teacher_weight, self.teacher_bias),
+            changed(self.target),
+        )
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """Logits of student and teacher."""
+        student = F.linear(self.hidden, self.weight, self.bias)
+        if self.teacher_logits is not None:
+            return student, self.teacher_logits
+        if self.teacher_hidden is None or self.teacher_weight is None:
+            raise ValueError("linear_kd_loss: the teacher must be given, got None")
+        return student, F.linear(self.teacher_hidden, self.teacher_weight, self.teacher_bias)
 
 
-def empty_gradients(student: Sequence[Tensor | None], need: Sequence[bool]) -> list[Tensor]:
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, need: Sequence[bool]
+) -> list[Tensor]:
     """Uninitialised gradients of hidden, weight and bias, (0,) where there is no need for one."""
-    hidden = student[0]
-    if hidden is None:
-        raise ValueError("linear_kd_loss: hidden must be a tensor, got None")
     return [
         hidden.new_empty(
             x.shape if wanted and x is not None else (0,), dtype=saved_dtype(hidden.dtype)
         )
-        for x, wanted in zip(student, need, strict=True)
+        for x, wanted in zip((hidden, weight, bias), need, strict=True)
     ]
 
 
@@ -65,31 +100,26 @@ def chunked(
 
     Shapes are those of the public function with all rows in one dimension.
     """
-    rows, dtype = (
-        hidden.shape[0],
-        logits_dtype(hidden, teacher_logits, teacher_hidden),
-    )
-    kd_count, ce_count = _counts(rows, target, reduction, ignore_index)
-    options = (temperature, alpha, label_smoothing, ignore_index)
+    teacher = (teacher_logits, teacher_hidden, teacher_weight, teacher_bias)
+    layers = Layers(hidden, weight, bias, *teacher, target)
+    options = Options(temperature, alpha, reduction, label_smoothing, ignore_index)
+    rows, dtype, some = hidden.shape[0], layers.dtype, any(need_grad)
+    kd_count, ce_count = _counts(rows, target, options)
     if isinstance(ce_count, Tensor):
         half = hidden.dtype == torch.float16
-        step, factor = _by_count(kd_count, ce_count, options, any(need_grad), half)
+        step, factor = _by_count(kd_count, ce_count, options, some, half)
     else:
         over = hidden.device.type == "cpu" and dtype != torch.float16
         ce_part = 0.0 if target is None else 1 / max(ce_count, 1)
-        step, factor = _by_parts(1 / max(kd_count, 1), ce_part, options, any(need_grad), over)
+        step, factor = _by_parts(1 / max(kd_count, 1), ce_part, options, some, over)
     gradients = _Gradients(hidden, weight, bias, need_grad, factor)
     kd, ce = (hidden.new_empty(rows, dtype=accumulator(dtype)) for _ in range(2))
     for begin in range(0, rows, chunk):
         part = slice(begin, begin + chunk)
-        if teacher_logits is None:
-            t = F.linear(teacher_hidden[part], teacher_weight, teacher_bias)  # type: ignore
-        else:
-            t = teacher_logits[part]
-        s = F.linear(hidden[part], weight, bias)
-        y = None if target is None else target[part]
-        kd[part], ce[part], g = step(s.to(dtype), t.to(dtype), y)
-        if any(need_grad):
+        here = layers.by_row(operator.itemgetter(part))
+        s, t = here.logits()
+        kd[part], ce[part], g = step(s.to(dtype), t.to(dtype), here.target)
+        if some:
             gradients.add(part, g if row_weight is None else g.mul_(row_weight[part, None]))
     if reduction != "none":
         kd, ce = (
@@ -99,17 +129,15 @@ def chunked(
     return alpha * kd + (1 - alpha) * ce, kd, ce, *gradients.results()
 
 
-def _counts(
-    rows: int, target: Tensor | None, reduction: str, ignore_index: int
-) -> tuple[int, int | Tensor]:
+def _counts(rows: int, target: Tensor | None, options: Options) -> tuple[int, int | Tensor]:
     """What the sums of kd and ce are divided by; () where reading it would stall a GPU."""
-    if reduction != "batchmean":
+    if options.reduction != "batchmean":
         return 1, 1
     if target is None:
         return rows, 1
     if target.is_floating_point():
         return rows, rows
-    count = (target != ignore_index).sum()
+    count = (target != options.ignore_index).sum()
     return rows, count if target.device.type in COUNTED_ON else int(count)
 
 
@@ -121,12 +149,12 @@ def _by_parts(
     ``kd_part`` and ``ce_part`` are what a row counts in the mean, ``over`` lets the gradient take
     the place of the logits.
     """
-    temperature, alpha, label_smoothing, ignore_index = options
-    kd_part, ce_part = alpha * kd_part, (1 - alpha) * ce_part
+    kd_part, ce_part = options.alpha * kd_part, (1 - options.alpha) * ce_part
     factor = kd_part + ce_part
     # The kernel's gradient is that of share kd + (1 - share) ce.
     share = kd_part / factor if factor else 1.0
-    arguments = (temperature, share, "none", label_smoothing, ignore_index)
+    others = options.label_smoothing, options.ignore_index
+    arguments = Options(options.temperature, share, "none", *others)
 
     def step(s: Tensor, t: Tensor, y: Tensor | None) -> Losses:
         # Nobody else has the logits of a chunk.
@@ -145,13 +173,25 @@ def _by_count(
     """``_by_parts`` for means over ``rows`` and ``count`` rows, which stays on the device."""
     from kdfast.kernels.kd_loss import rows_of
 
-    alpha = options[1]
+    alpha = options.alpha
     divisor = count.float().view(1)
     factor = alpha / max(rows, 1) + (1 - alpha) / count.clamp(min=1)
 
     def step(s: Tensor, t: Tensor, y: Tensor | None) -> Losses:
         over = need_grad and s.dtype != torch.float16
-        kd, ce, g = rows_of(s, t, y, divisor, rows, *options, need_grad, inplace=over)
+        kd, ce, g = rows_of(
+            s,
+            t,
+            y,
+            count=divisor,
+            kd_count=rows,
+            temperature=options.temperature,
+            alpha=alpha,
+            label_smoothing=options.label_smoothing,
+            ignore_index=options.ignore_index,
+            need_grad=need_grad,
+            inplace=over,
+        )
         return kd, ce, g / factor if half else g
 
     return step, factor if half else 1.0
@@ -172,32 +212,32 @@ class _Gradients:
         # A number goes into the products; one on the device would have to be read for that.
         self.last = factor if isinstance(factor, Tensor) else None
         self.factor = 1.0 if isinstance(factor, Tensor) else factor
-        self.d_hidden, *sums = empty_gradients((hidden, weight, bias), need)
+        self.dhidden, *sums = empty_gradients(hidden, weight, bias, need)
         dtype = accumulator(hidden.dtype)
-        self.d_weight, self.d_bias = (torch.zeros_like(x, dtype=dtype) for x in sums)
+        self.dweight, self.dbias = (torch.zeros_like(x, dtype=dtype) for x in sums)
 
     def add(self, part: slice, g: Tensor) -> None:
         """Adds the rows ``part``, whose logits have the gradient ``g`` (rows, C)."""
-        need_hidden, need_weight, need_bias = self.need
+        needhidden, needweight, needbias = self.need
         g = g.to(self.hidden.dtype)
-        if need_hidden:
-            out = self.d_hidden[part]
+        if needhidden:
+            out = self.dhidden[part]
             if out.dtype == g.dtype:
                 torch.addmm(out, g, self.weight, beta=0, alpha=self.factor, out=out)
             else:
                 torch.mul((g @ self.weight).to(out.dtype), self.factor, out=out)
-        if need_weight:
-            if self.d_weight.dtype == g.dtype:
-                self.d_weight.addmm_(g.t(), self.hidden[part], alpha=self.factor)
+        if needweight:
+            if self.dweight.dtype == g.dtype:
+                self.dweight.addmm_(g.t(), self.hidden[part], alpha=self.factor)
             else:
-                self.d_weight.add_(g.t() @ self.hidden[part], alpha=self.factor)
-        if need_bias:
-            self.d_bias.add_(g.sum(0, dtype=self.d_bias.dtype), alpha=self.factor)
+                self.dweight.add_(g.t() @ self.hidden[part], alpha=self.factor)
+        if needbias:
+            self.dbias.add_(g.sum(0, dtype=self.dbias.dtype), alpha=self.factor)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of hidden, weight and bias, in the dtypes of ``empty_gradients``."""
-        dtype = self.d_hidden.dtype
+        dtype = self.dhidden.dtype
         if self.last is not None:
-            for x in (self.d_hidden, self.d_weight, self.d_bias):
+            for x in (self.dhidden, self.dweight, self.dbias):
                 x.mul_(self.last)
-        return self.d_hidden, self.d_weight.to(dtype), self.d_bias.to(dtype)
+        return self.dhidden, self.dweight.to(dtype), self.dbias.to(dtype)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.ops._library import LIB, register_gradient
+from kdfast.ops._attention_args import window_args
+from kdfast.ops._library import LIB, register_fake, register_gradient, register_once
 from kdfast.ops.geometry import Window
 
 # Gram matrices take 20 n W^2 operations for a window of n tokens, tiles of scores that ride on the
@@ -59,7 +60,7 @@ def logit_mse(
 
     Gradients: q and k, not twice.
     """
-    grid, size = (None, 0) if window is None else (list(window.grid), window.size)
+    grid, size, _ = window_args(window)
     op = torch.ops.kdfast.attention_logit_mse.default
     loss: Tensor = op(q, k, teacher_q, teacher_k, scale, teacher_scale, grid, size)[0]
     return loss
@@ -130,6 +131,16 @@ def _halves(
     return both
 
 
+def _empty_results(
+    q: Tensor, teacher_q: Tensor, grid: list[int] | None, window: int
+) -> tuple[Tensor, Tensor]:
+    """Uninitialised loss and factors."""
+    (batch, kept, _, dim), dtype = q.shape, _dtype(q)
+    wide, windows = max(dim, teacher_q.shape[3]), _window_count(grid, window)
+    factors = q.new_empty((batch, kept, windows, 2, 2 * wide, dim), dtype=dtype)
+    return q.new_empty((), dtype=dtype), factors
+
+
 @torch.library.impl(LIB, "attention_logit_mse", "CompositeExplicitAutograd")
 def _forward(
     q: Tensor,
@@ -139,11 +150,11 @@ def _forward(
     scale: float,
     teacher_scale: float,
     grid: list[int] | None,
-    size: int,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
-    loss, factors = _fake(q, k, teacher_q, teacher_k, scale, teacher_scale, grid, size)
+    loss, factors = _empty_results(q, teacher_q, grid, window)
     total, wide = q.new_zeros((), dtype=torch.float64), max(q.shape[3], teacher_q.shape[3])
-    for images, windows, index in _parts(q, teacher_q, grid, size):
+    for images, windows, index in _parts(q, teacher_q, grid, window):
         # With E and A the difference and the mean of the scaled queries, M and F the mean and the
         # difference of the keys, the scores differ by E M^T + A F^T.
         ea = _halves(q[images], teacher_q[images], index, scale, teacher_scale, False)
@@ -176,11 +187,11 @@ def _backward(
     scale: float,
     teacher_scale: float,
     grid: list[int] | None,
-    size: int,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     count = max(1, q.shape[0] * q.shape[1] * q.shape[2])
-    for images, windows, index in _parts(q, teacher_q, grid, size):
+    for images, windows, index in _parts(q, teacher_q, grid, window):
         weight = 2 * grad_loss / (count * index.shape[1] * BLUR**3)
         ea = _halves(q[images], teacher_q[images], index, scale, teacher_scale, False)
         mf = _halves(k[images], teacher_k[images], index, 1.0, 1.0, True)
@@ -190,49 +201,32 @@ def _backward(
     return dq, dk
 
 
-@torch.library.register_fake("kdfast::attention_logit_mse", lib=LIB)
+@register_fake("attention_logit_mse")
 def _fake(
-    q: Tensor,
-    k: Tensor,
-    teacher_q: Tensor,
-    teacher_k: Tensor,
-    scale: float,
-    teacher_scale: float,
-    grid: list[int] | None,
-    size: int,
+    *, q: Tensor, teacher_q: Tensor, grid: list[int] | None, window: int, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    (batch, kept, _, dim), dtype = q.shape, _dtype(q)
-    wide, windows = max(dim, teacher_q.shape[3]), _window_count(grid, size)
-    return q.new_empty((), dtype=dtype), q.new_empty(
-        (batch, kept, windows, 2, 2 * wide, dim), dtype=dtype
-    )
+    return _empty_results(q, teacher_q, grid, window)
 
 
-@torch.library.register_fake("kdfast::attention_logit_mse_bwd", lib=LIB)
-def _fake_bwd(
-    grad_loss: Tensor, factors: Tensor, q: Tensor, k: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
+@register_fake("attention_logit_mse_bwd")
+def _fake_bwd(*, q: Tensor, k: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.teacher_scale, ctx.grid, ctx.size = inputs
+def _setup_context(ctx: Any, given: Any, output: tuple[Tensor, Tensor]) -> None:
+    _, factors = output
     # What the backward multiplies both sides with: O(D^2) for each window of each head.
-    ctx.save_for_backward(output[1], *tensors)
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(factors, given.q, given.k, given.teacher_q, given.teacher_k)
+    # What comes after the tensors in the schema.
+    ctx.plain = given.scale, given.teacher_scale, given.grid, given.window
+    ctx.mark_non_differentiable(factors)
 
 
-def _autograd(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> dict[str, Tensor | None]:
     op = torch.ops.kdfast.attention_logit_mse_bwd.default
-    plain = (ctx.scale, ctx.teacher_scale, ctx.grid, ctx.size)
-    return *op(grad_loss, *ctx.saved_tensors, *plain), *(None,) * 6
-
-
-def _twice(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "attention_distill: the fused op has no second derivative; use backend='reference'"
-    )
+    dq, dk = op(grad_loss, *ctx.saved_tensors, *ctx.plain)
+    return {"q": dq, "k": dk}
 
 
 register_gradient("attention_logit_mse", _autograd, _setup_context)
-register_gradient("attention_logit_mse_bwd", _twice)
+register_once("attention_logit_mse_bwd", "attention_distill")

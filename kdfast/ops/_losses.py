@@ -1,10 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the losses that compute their gradient in the forward pass share."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Options(NamedTuple):
+    """What ``kd_loss`` and ``linear_kd_loss`` are told besides tensors, in their schemas' order."""
+
+    temperature: float
+    alpha: float
+    reduction: str
+    label_smoothing: float
+    ignore_index: int
 
 
 def check_pair(op: str, names: tuple[str, str], student: Tensor, teacher: Tensor) -> None:

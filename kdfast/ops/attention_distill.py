@@ -12,17 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.ops import _distill_composed, _logit_gram
 from kdfast.ops import pruned_attention as attention
-from kdfast.ops._attention import bring_heads, check_geometry, check_qkv, geometry_args
+from kdfast.ops._autocast import without_autocast
 from kdfast.ops._checks import check_tensors, head_list
+from kdfast.ops._distill_args import (
+    Distillation,
+    check_sides,
+    teacher_head_list,
+    turned_heads,
+)
+from kdfast.ops._distill_routes import by_gram, by_kernel, composed, composed_pays, gram_pays
 from kdfast.ops._library import (
     DEFAULT_BACKEND,
-    HAS_TRITON,
     LIB,
     fused_devices,
     not_compiled,
+    register_fake,
     register_gradient,
+    register_launcher,
+    register_once,
     use_fused,
 )
 from kdfast.ops.geometry import Rope, Window
@@ -98,111 +106,37 @@ def attention_distill(
     names = ("q", "k", "v", "teacher_q", "teacher_k")
     check_tensors("attention_distill", names, q, k, v, teacher_q, teacher_k)
     device = q.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        tensors = (q, k, v, teacher_q, teacher_k)
-        q, k, v, teacher_q, teacher_k = (
-            x if x.dtype == torch.float64 else x.to(dtype) for x in tensors
-        )
-    teacher_rope = _checked(q, k, v, teacher_q, teacher_k, rope, window, teacher_rope)
+    context, tensors = without_autocast(device, q, k, v, teacher_q, teacher_k)
+    q, k, v, teacher_q, teacher_k = tensors
+    teacher_rope = check_sides(q, k, v, teacher_q, teacher_k, rope, window, teacher_rope)
     if kind not in STATS:
         raise ValueError(f"attention_distill: kind must be one of {tuple(STATS)}, got {kind!r}")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"attention_distill: temperature must be above 0, got {temperature}")
     kept = None if heads is None else head_list("attention_distill", "heads", heads, q.shape[1])
     count = q.shape[1] if kept is None else len(kept)
-    mapped = _teacher_heads(teacher_heads, count, teacher_q.shape[1])
-    teacher_q, teacher_k = teacher_q.detach(), teacher_k.detach()
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    teacher_scale = teacher_q.shape[3] ** -0.5 if teacher_scale is None else float(teacher_scale)
-    with torch.autocast(device, enabled=False):
-        fused = use_fused(
-            "attention_distill", backend, why_not(q, teacher_q), compiled=device in FUSED_ON
-        )
-        requested = backend or DEFAULT_BACKEND
-        sizes = q.shape[2], q.shape[3], teacher_q.shape[3], window
-        gram = kind == "logit_mse" and scale != 0 and _logit_gram.pays(*sizes)
-        if gram and requested != "reference":
-            student = _side(q, k, kept, rope, window)
-            every = mapped == list(range(teacher_q.shape[1]))  # then no copy is made
-            teacher = _side(teacher_q, teacher_k, None if every else mapped, teacher_rope, window)
-            scales = scale / temperature, teacher_scale / temperature
-            chosen = "fused" if fused else "reference"
-            out = attention.pruned_attention(
-                q, k, v, heads=kept, rope=rope, scale=scale, window=window, backend=chosen
-            )
-            return out, _logit_gram.logit_mse(*student, *teacher, *scales, window)
+    call = Distillation(
+        *(q, k, v, teacher_q.detach(), teacher_k.detach()),
+        heads=kept,
+        teacher_heads=teacher_head_list(teacher_heads, count, teacher_q.shape[1]),
+        rope=rope,
+        window=window,
+        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+        teacher_rope=teacher_rope,
+        teacher_scale=teacher_q.shape[3] ** -0.5 if teacher_scale is None else float(teacher_scale),
+        temperature=temperature,
+        kind=kind,
+    )
+    reason = why_not(q, teacher_q)
+    fused = use_fused("attention_distill", backend, reason, compiled=device in FUSED_ON)
+    with context:
+        if (backend or DEFAULT_BACKEND) == "reference":
+            return by_maps(call)
+        if gram_pays(call):
+            return by_gram(call, fused)
         if fused:
-            op = torch.ops.kdfast.attention_distill.default
-            student = geometry_args(rope, window, scale)
-            teacher = geometry_args(teacher_rope, None, teacher_scale)[:5]
-            out, loss, _ = op(
-                q, k, v, teacher_q, teacher_k, kept, mapped, *student, *teacher, temperature, kind
-            )
-            return out, loss
-        if requested != "reference" and kind == "kl" and window is None:
-            if count * q.shape[0] * q.shape[2] ** 2 > _distill_composed.MOST_ELEMENTS:
-                student = _side(q, k, kept, rope)
-                teacher = _side(teacher_q, teacher_k, mapped, teacher_rope)
-                values = v if kept is None else v[:, kept]
-                return composed(*student, values, *teacher, scale, teacher_scale, temperature)
-        out = attention.reference(q, k, v, kept, rope, scale, window)
-        a = attention_scores(q, k, kept, rope, scale / temperature, window)
-        b = attention_scores(
-            teacher_q, teacher_k, mapped, teacher_rope, teacher_scale / temperature, window
-        )
-        return out, reference(a, b, kind)
-
-
-def _checked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    teacher_q: Tensor,
-    teacher_k: Tensor,
-    rope: Rope | None,
-    window: Window | None,
-    teacher_rope: Rope | None,
-) -> Rope | None:
-    """The teacher's rope, after the checks of all tensors and of both geometries."""
-    op, teacher = "attention_distill", "attention_distill (teacher)"
-    check_qkv(op, q=q, k=k, v=v)
-    check_qkv(op, teacher_q=teacher_q, teacher_k=teacher_k)
-    if (teacher_q.shape[0], teacher_q.shape[2]) != (q.shape[0], q.shape[2]):
-        raise ValueError(
-            f"{op}: teacher_q must be (B, Ht, N, Dt) with B, N = {q.shape[0]}, {q.shape[2]} like "
-            f"q, got {tuple(teacher_q.shape)}"
-        )
-    if teacher_q.device != q.device:
-        raise ValueError(f"{op}: teacher_q must be on {q.device} like q, got {teacher_q.device}")
-    check_geometry(op, q, rope, window)
-    if teacher_rope is None and rope is not None:
-        if teacher_q.shape[3] != q.shape[3]:
-            raise ValueError(
-                f"{op}: teacher_rope must be given when Dt differs from D, got Dt = "
-                f"{teacher_q.shape[3]}, D = {q.shape[3]}"
-            )
-        teacher_rope = rope
-    bare = None if window is None else Window(window.grid, window.size)
-    check_geometry(teacher, teacher_q, teacher_rope, bare)
-    return teacher_rope
-
-
-def _teacher_heads(
-    heads: Sequence[int] | Tensor | None, count: int, teacher_count: int
-) -> list[int]:
-    """One teacher head per kept student head; unlike kept heads they may repeat."""
-    name = "teacher_heads"
-    if heads is None:
-        mapped = list(range(teacher_count))
-    else:
-        mapped = head_list("attention_distill", name, heads, teacher_count, distinct=False)
-    if len(mapped) != count:
-        raise ValueError(
-            f"attention_distill: {name} must name one teacher head for each of the {count} kept "
-            f"student heads, got {len(mapped)}"
-        )
-    return mapped
+            return by_kernel(call)
+        return composed(call) if composed_pays(call) else by_maps(call)
 
 
 def why_not(q: Tensor, teacher_q: Tensor) -> str | None:
@@ -210,6 +144,20 @@ def why_not(q: Tensor, teacher_q: Tensor) -> str | None:
     if q.device.type == "cuda":
         return attention.why_not(q) or attention.why_not(teacher_q)
     return not_compiled("attention_distill", q.device, FUSED_ON)
+
+
+def by_maps(call: Distillation) -> tuple[Tensor, Tensor]:
+    """Both results by their references, which hold whole attention maps."""
+    scale, teacher_scale = call.map_scales
+    student = attention_scores(call.q, call.k, call.heads, call.rope, scale, call.window)
+    teacher = attention_scores(
+        *(call.teacher_q, call.teacher_k, call.teacher_heads),
+        *(call.teacher_rope, teacher_scale, call.window),
+    )
+    out = attention.reference(
+        call.q, call.k, call.v, call.heads, call.rope, call.scale, call.window
+    )
+    return out, reference(student, teacher, call.kind)
 
 
 def attention_scores(
@@ -222,7 +170,7 @@ def attention_scores(
 ) -> list[tuple[Tensor, int]]:
     """Per window, ``scale * R(q) R(k)^T`` (B, K, n, n) of its n real tokens, and its live pads."""
     dtype = attention.math_dtype(q.dtype)
-    q, k = (x.to(dtype) for x in _side(q, k, heads, rope, window))
+    q, k = (x.to(dtype) for x in turned_heads(q, k, heads, rope, window))
     groups = [(torch.arange(q.shape[2], device=q.device), 0)]
     if window is not None:
         live = window.pad_value is not None
@@ -230,43 +178,6 @@ def attention_scores(
             (window.token_index(s, q.device), window.pads(s) if live else 0) for s in window.spans()
         ]
     return [(scale * q[:, :, i] @ k[:, :, i].transpose(-1, -2), pads) for i, pads in groups]
-
-
-def _side(
-    q: Tensor,
-    k: Tensor,
-    heads: Sequence[int] | None,
-    rope: Rope | None,
-    window: Window | None = None,
-) -> tuple[Tensor, Tensor]:
-    """q and k of the named heads, rotated."""
-    if heads is not None:
-        # An index would have to be copied to the device, which no CUDA graph can capture.
-        sides = (q.unbind(1), k.unbind(1))
-        q, k = (torch.stack([side[head] for head in heads], 1) for side in sides)
-    return attention.rotated(q, rope, window), attention.rotated(k, rope, window)
-
-
-def composed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    teacher_q: Tensor,
-    teacher_k: Tensor,
-    scale: float,
-    teacher_scale: float,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """The reference of "kl" in O(N) memory, by torch's attention: q and k as ``_side`` gives them.
-
-    "auto" takes it in place of the reference where that would hold maps of more than 1 GiB.
-    """
-    dtype = attention.math_dtype(q.dtype)
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale).to(q.dtype)
-    q, k, teacher_q, teacher_k = (x.to(dtype) for x in (q, k, teacher_q, teacher_k))
-    scale, teacher_scale = scale / temperature, teacher_scale / temperature
-    rows = _distill_composed.row_kl(q, k, teacher_q, teacher_k, scale, teacher_scale)
-    return out, rows.sum() / max(rows.numel(), 1)
 
 
 def reference(
@@ -320,91 +231,63 @@ LIB.define(
 )
 
 
-@torch.library.register_fake("kdfast::attention_distill", lib=LIB)
+@register_fake("attention_distill")
 def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    teacher_q: Tensor,
-    teacher_k: Tensor,
-    heads: list[int] | None,
-    teacher_heads: list[int],
-    *rest: Any,
+    *, q: Tensor, teacher_heads: list[int], kind: str, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, _, tokens, head_dim = q.shape
-    kept, dtype = len(teacher_heads), attention.math_dtype(q.dtype)
+    batch, kept, dtype = q.shape[0], len(teacher_heads), attention.math_dtype(q.dtype)
+    tokens, head_dim = q.shape[2:]
     out = q.new_empty((batch, tokens, kept, head_dim)).transpose(1, 2)
-    stats = q.new_empty((STATS[rest[-1]], batch, kept, tokens), dtype=dtype)
+    stats = q.new_empty((STATS[kind], batch, kept, tokens), dtype=dtype)
     return out, q.new_empty((), dtype=dtype), stats
 
 
-@torch.library.register_fake("kdfast::attention_distill_bwd", lib=LIB)
+@register_fake("attention_distill_bwd")
 def _fake_bwd(
-    grad_out: Tensor,
-    grad_loss: Tensor,
-    out: Tensor,
-    stats: Tensor,
-    q: Tensor,
-    *rest: Any,
+    *, q: Tensor, pad_value: Tensor | None, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, heads, tokens, head_dim = q.shape
     dq, dk, dv = (q.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2) for _ in range(3))
-    pad = rest[-8]
-    dpad = q.new_empty(0) if pad is None else torch.empty_like(pad).contiguous()
+    dpad = q.new_empty(0) if pad_value is None else torch.empty_like(pad_value).contiguous()
     return dq, dk, dv, dpad
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
-    ctx.tensors, ctx.plain = tensors, [None if i in tensors else x for i, x in enumerate(inputs)]
-    out, _, stats = output
-    # Maps are recomputed from stats (O(N)); out is needed for the row sums of grad * out only.
-    ctx.save_for_backward(out, stats, *(inputs[i] for i in tensors))
+def _setup_context(ctx: Any, given: Any, output: tuple[Tensor, ...]) -> None:
+    out, loss, stats = output
+    # Maps are recomputed from stats (O(N)); out is needed for the row sums of grad_out * out only.
+    ctx.save_for_backward(
+        *(out, stats, given.q, given.k, given.v, given.teacher_q, given.teacher_k),
+        *(given.cos, given.sin, given.pad_value, given.teacher_cos, given.teacher_sin),
+    )
+    # What stands between these tensors in the schema.
+    ctx.heads = given.heads, given.teacher_heads
+    ctx.plain = given.prefix, given.interleaved, given.scale, given.grid, given.window
+    ctx.teacher_plain = given.teacher_prefix, given.teacher_interleaved, given.teacher_scale
+    ctx.distance = given.temperature, given.kind
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
 def _backward(
     ctx: Any, grad_out: Tensor | None, grad_loss: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
+) -> dict[str, Tensor | None]:
     if grad_out is None and grad_loss is None:
-        return (None,) * len(ctx.needs_input_grad)
-    out, stats, *saved = ctx.saved_tensors
+        return {}
+    out, stats, *sides, cos, sin, pad_value, teacher_cos, teacher_sin = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_loss = stats.new_zeros(()) if grad_loss is None else grad_loss
-    inputs = list(ctx.plain)
-    for i, tensor in zip(ctx.tensors, saved, strict=True):
-        inputs[i] = tensor
     op = torch.ops.kdfast.attention_distill_bwd.default
-    dq, dk, dv, dpad = op(grad_out, grad_loss, out, stats, *inputs)
-    return dq, dk, dv, *(None,) * 11, None if inputs[14] is None else dpad, *(None,) * 7
-
-
-def _twice(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "attention_distill: the fused op has no second derivative; use backend='reference'"
+    dq, dk, dv, dpad = op(
+        *(grad_out, grad_loss, out, stats, *sides, *ctx.heads),
+        *(cos, sin, *ctx.plain, pad_value),
+        *(teacher_cos, teacher_sin, *ctx.teacher_plain, *ctx.distance),
     )
+    return {"q": dq, "k": dk, "v": dv, "pad_value": None if pad_value is None else dpad}
 
 
 register_gradient("attention_distill", _backward, _setup_context)
-register_gradient("attention_distill_bwd", _twice)
+register_once("attention_distill_bwd", "attention_distill")
 
-
-if HAS_TRITON:
-
-    @torch.library.impl(LIB, "attention_distill", "CUDA")
-    def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        from kdfast.kernels.attention_distill import forward
-
-        bring_heads(args[0], args[5])
-        bring_heads(args[3], args[6])
-        return forward(*args)
-
-    @torch.library.impl(LIB, "attention_distill_bwd", "CUDA")
-    def _cuda_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from kdfast.kernels.attention_distill import backward
-
-        return backward(*args)
-
-
+_cuda = register_launcher("attention_distill", "attention_distill.forward")
+_cuda_bwd = register_launcher("attention_distill_bwd", "attention_distill.backward")
 FUSED_ON = fused_devices("attention_distill")

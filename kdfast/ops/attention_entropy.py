@@ -2,14 +2,21 @@
 """Exact entropy of attention rows. B batch, H heads, N tokens, D head dim."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdfast.ops import pruned_attention as attention
-from kdfast.ops._attention import check_geometry, check_qkv, geometry_args
+from kdfast.ops._attention_args import (
+    check_geometry,
+    check_qkv,
+    score_args,
+    window_args,
+)
+from kdfast.ops._autocast import without_autocast
 from kdfast.ops._checks import check_tensors
-from kdfast.ops._library import LIB, fused_devices, not_compiled, use_fused
+from kdfast.ops._library import LIB, fused_devices, not_compiled, register_fake, use_fused
 from kdfast.ops.geometry import Rope, Window
 
 # Elements of one tile of scores of the reference: 16 MiB in fp32, whatever N is.
@@ -56,12 +63,13 @@ def attention_entropy(
     limit = q.new_empty(q.shape[2], dtype=attention.math_dtype(q.dtype))
     for index, pads in _groups(q, window):
         limit[index] = math.log(len(index) + pads) if len(index) + pads else 0
-    with torch.autocast(device, enabled=False):
+    context, _ = without_autocast(device)
+    with context:
         if not fused:
             return reference(q, k, rope, window, scale), limit
-        live = window is not None and window.pad_value is not None
-        geometry = geometry_args(rope, window, scale)[:7]
-        entropy: Tensor = torch.ops.kdfast.attention_entropy.default(q, k, *geometry, live)
+        grid, size, pad_value = window_args(window)
+        op = torch.ops.kdfast.attention_entropy.default
+        entropy: Tensor = op(q, k, *score_args(rope, scale), grid, size, pad_value is not None)
         return entropy, limit
 
 
@@ -115,8 +123,8 @@ LIB.define(
 )
 
 
-@torch.library.register_fake("kdfast::attention_entropy", lib=LIB)
-def _fake(q: Tensor, *rest: object) -> Tensor:
+@register_fake("attention_entropy")
+def _fake(*, q: Tensor, **_: Any) -> Tensor:
     return q.new_empty(q.shape[:3], dtype=attention.math_dtype(q.dtype))
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from kdfast.ops._checks import check_tensors
 from kdfast.ops._library import (
-    HAS_TRITON,
     LIB,
     fused_devices,
     not_compiled,
+    register_fake,
     register_gradient,
+    register_launcher,
     use_fused,
 )
 from kdfast.ops._losses import accumulator, check_pair, saved_dtype, scaled_gradient
@@ -147,46 +148,35 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
 
 LIB.define(
     "feature_loss(Tensor student, Tensor teacher, str kind, str normalize, bool need_grad) "
-    "-> (Tensor loss, Tensor grad)"
+    "-> (Tensor loss, Tensor dstudent)"
 )
 
 
-@torch.library.register_fake("kdfast::feature_loss", lib=LIB)
-def _fake(
-    student: Tensor, teacher: Tensor, kind: str, normalize: str, need_grad: bool
-) -> tuple[Tensor, Tensor]:
-    dtype = accumulator(student.dtype)
-    loss = student.new_empty((), dtype=dtype)
-    return loss, student.new_empty(
-        student.shape if need_grad else (0,), dtype=saved_dtype(student.dtype)
-    )
+@register_fake("feature_loss")
+def _fake(*, student: Tensor, need_grad: bool, **_: Any) -> tuple[Tensor, Tensor]:
+    loss = student.new_empty((), dtype=accumulator(student.dtype))
+    shape = student.shape if need_grad else (0,)
+    return loss, student.new_empty(shape, dtype=saved_dtype(student.dtype))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    # The gradient itself, so that neither input has to live until the backward pass.
-    ctx.mark_non_differentiable(output[1])
+def _setup_context(ctx: Any, given: Any, output: tuple[Tensor, Tensor]) -> None:
+    _, dstudent = output
+    ctx.mark_non_differentiable(dstudent)
     # Or the backward pass would be handed zeros of that size for it.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1])
-    ctx.dtype = inputs[0].dtype
+    # The gradient itself, so that neither input has to live until the backward pass.
+    ctx.save_for_backward(dstudent)
+    ctx.dtype = given.student.dtype
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None or not ctx.needs_input_grad[0]:
-        return (None,) * 5
-    return scaled_gradient("feature_loss", ctx.saved_tensors[0], grad, ctx.dtype), *(None,) * 4
+def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> dict[str, Tensor | None]:
+    if grad_loss is None or not ctx.needs.student:
+        return {}
+    (dstudent,) = ctx.saved_tensors
+    return {"student": scaled_gradient("feature_loss", dstudent, grad_loss, ctx.dtype)}
 
 
 register_gradient("feature_loss", _backward, _setup_context)
 
-
-if HAS_TRITON:
-
-    @torch.library.impl(LIB, "feature_loss", "CUDA")
-    def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
-        from kdfast.kernels.feature_loss import forward
-
-        return forward(*args)
-
-
+_cuda = register_launcher("feature_loss", "feature_loss.forward")
 FUSED_ON = fused_devices("feature_loss")

@@ -87,7 +87,8 @@ def reference(x: Tensor, heads: Sequence[int], head_dim: int, dim: int) -> Tenso
 
 LIB.define("head_gather(Tensor x, int[] heads, int head_dim, int dim) -> Tensor")
 LIB.define(
-    "head_gather_bwd(Tensor grad, int[] heads, int head_dim, int dim, SymInt num_heads) -> Tensor"
+    "head_gather_bwd(Tensor grad_out, int[] heads, int head_dim, int dim, SymInt num_heads) "
+    "-> Tensor"
 )
 
 
@@ -97,30 +98,31 @@ def _fake(x: Tensor, heads: list[int], head_dim: int, dim: int) -> Tensor:
 
 
 @torch.library.register_fake("kdfast::head_gather_bwd", lib=LIB)
-def _fake_bwd(grad: Tensor, heads: list[int], head_dim: int, dim: int, num_heads: int) -> Tensor:
-    return grad.new_empty([*grad.shape[:dim], num_heads * head_dim, *grad.shape[dim + 1 :]])
+def _fake_bwd(
+    grad_out: Tensor, heads: list[int], head_dim: int, dim: int, num_heads: int
+) -> Tensor:
+    shape = [*grad_out.shape[:dim], num_heads * head_dim, *grad_out.shape[dim + 1 :]]
+    return grad_out.new_empty(shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.heads, ctx.head_dim, ctx.dim = inputs
-    ctx.num_heads = x.shape[ctx.dim] // ctx.head_dim
+def _setup_context(ctx: Any, given: Any, output: Tensor) -> None:
+    ctx.heads, ctx.head_dim, ctx.dim = given.heads, given.head_dim, given.dim
+    ctx.num_heads = given.x.shape[given.dim] // given.head_dim
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
-    if not ctx.needs_input_grad[0]:
-        return None, None, None, None
+def _backward(ctx: Any, grad_out: Tensor) -> dict[str, Tensor | None]:
     op = torch.ops.kdfast.head_gather_bwd.default
-    return op(grad, ctx.heads, ctx.head_dim, ctx.dim, ctx.num_heads), None, None, None
+    return {"x": op(grad_out, ctx.heads, ctx.head_dim, ctx.dim, ctx.num_heads)}
 
 
-def _bwd_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.heads, ctx.head_dim, ctx.dim, _ = inputs
+def _bwd_setup_context(ctx: Any, given: Any, output: Tensor) -> None:
+    ctx.heads, ctx.head_dim, ctx.dim = given.heads, given.head_dim, given.dim
 
 
-def _bwd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _bwd_backward(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     # The scatter is linear, so its own backward is the gather.
     op = torch.ops.kdfast.head_gather.default
-    return op(grad, ctx.heads, ctx.head_dim, ctx.dim), None, None, None, None
+    return {"grad_out": op(grad, ctx.heads, ctx.head_dim, ctx.dim)}
 
 
 register_gradient("head_gather", _backward, _setup_context)

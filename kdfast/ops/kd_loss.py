@@ -14,14 +14,22 @@ from torch import Tensor
 
 from kdfast.ops._checks import check_tensors
 from kdfast.ops._library import (
-    HAS_TRITON,
     LIB,
     fused_devices,
     not_compiled,
+    register_fake,
     register_gradient,
+    register_launcher,
     use_fused,
 )
-from kdfast.ops._losses import FLOATING, accumulator, check_pair, saved_dtype, scaled_gradient
+from kdfast.ops._losses import (
+    FLOATING,
+    Options,
+    accumulator,
+    check_pair,
+    saved_dtype,
+    scaled_gradient,
+)
 
 REDUCTIONS = ("batchmean", "sum", "none")
 
@@ -95,10 +103,10 @@ def kd_loss(
     student, teacher = student_logits.to(dtype), teacher_logits.detach().to(dtype)
     if target is not None and target.is_floating_point():
         target = target.detach().to(accumulator(dtype))
-    options = (temperature, alpha, reduction, label_smoothing, ignore_index)
+    options = Options(temperature, alpha, reduction, label_smoothing, ignore_index)
     if inplace:
         _check_inplace(student_logits, teacher, backend)
-        loss, kd, ce = _InPlace.apply(student_logits, teacher, target, *options)
+        loss, kd, ce = _InPlace.apply(student_logits, teacher, target, options)
         return loss, kd, ce
     compiled = student.device.type in FUSED_ON
     if use_fused("kd_loss", backend, why_not(student), compiled=compiled):
@@ -220,48 +228,41 @@ def _weighted(weight: Tensor, x: Tensor) -> Tensor:
 LIB.define(
     "kd_loss(Tensor student, Tensor teacher, Tensor? target, float temperature, float alpha, "
     "str reduction, float label_smoothing, int ignore_index, bool need_grad) "
-    "-> (Tensor loss, Tensor kd, Tensor ce, Tensor grad)"
+    "-> (Tensor loss, Tensor kd, Tensor ce, Tensor dstudent)"
 )
 
 
-@torch.library.register_fake("kdfast::kd_loss", lib=LIB)
-def _fake(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    temperature: float,
-    alpha: float,
-    reduction: str,
-    label_smoothing: float,
-    ignore_index: int,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_losses(student: Tensor, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised loss, kd and ce of logits (..., C)."""
     dtype = accumulator(student.dtype)
     shape = student.shape[:-1] if reduction == "none" else ()
     loss, kd, ce = (student.new_empty(shape, dtype=dtype) for _ in range(3))
-    return (
-        loss,
-        kd,
-        ce,
-        student.new_empty(student.shape if need_grad else (0,), dtype=saved_dtype(student.dtype)),
-    )
+    return loss, kd, ce
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # The gradient itself, so that neither logits have to live until the backward pass.
-    _, *logged, grad = output
-    ctx.mark_non_differentiable(*logged, grad)
+@register_fake("kd_loss")
+def _fake(*, student: Tensor, reduction: str, need_grad: bool, **_: Any) -> tuple[Tensor, ...]:
+    shape = student.shape if need_grad else (0,)
+    dstudent = student.new_empty(shape, dtype=saved_dtype(student.dtype))
+    return *_empty_losses(student, reduction), dstudent
+
+
+def _setup_context(ctx: Any, given: Any, output: tuple[Tensor, ...]) -> None:
+    loss, kd, ce, dstudent = output
+    ctx.mark_non_differentiable(kd, ce, dstudent)
     # Or the backward pass would be handed zeros of that size for it.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad)
-    ctx.dtype = inputs[0].dtype
+    # The gradient itself, so that neither logits have to live until the backward pass.
+    ctx.save_for_backward(dstudent)
+    ctx.dtype = given.student.dtype
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None or not ctx.needs_input_grad[0]:
-        return (None,) * 9
-    upstream = grad.unsqueeze(-1) if grad.dim() else grad
-    return scaled_gradient("kd_loss", ctx.saved_tensors[0], upstream, ctx.dtype), *(None,) * 8
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> dict[str, Tensor | None]:
+    if grad_loss is None or not ctx.needs.student:
+        return {}
+    (dstudent,) = ctx.saved_tensors
+    upstream = grad_loss.unsqueeze(-1) if grad_loss.dim() else grad_loss
+    return {"student": scaled_gradient("kd_loss", dstudent, upstream, ctx.dtype)}
 
 
 register_gradient("kd_loss", _backward, _setup_context)
@@ -273,17 +274,19 @@ LIB.define(
 )
 
 
-@torch.library.register_fake("kdfast::kd_loss_", lib=LIB)
-def _fake_inplace(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake(student, *rest, False)[:3]
+@register_fake("kd_loss_")
+def _fake_inplace(*, student: Tensor, reduction: str, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_losses(student, reduction)
 
 
 class _InPlace(torch.autograd.Function):
     """``kd_loss_``: the logits become their gradient, and that the result of the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        loss, kd, ce = torch.ops.kdfast.kd_loss_.default(student, *rest)
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, target: Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, kd, ce = torch.ops.kdfast.kd_loss_.default(student, teacher, target, *options)
         # So that autograd refuses whatever saved the logits themselves for its backward pass.
         torch.autograd.graph.increment_version(student)
         ctx.mark_non_differentiable(kd, ce)
@@ -292,30 +295,20 @@ class _InPlace(torch.autograd.Function):
         return loss, kd, ce
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 8
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, None, None, None]:
+        if grad_loss is None:
+            return None, None, None, None
         if torch.is_grad_enabled():
             raise NotImplementedError("kd_loss: inplace has no second derivative")
         # A second backward pass finds a newer version of what was saved, which autograd refuses.
         (saved,) = ctx.saved_tensors
-        return saved.mul_(grad.unsqueeze(-1) if grad.dim() else grad), *(None,) * 7
+        upstream = grad_loss.unsqueeze(-1) if grad_loss.dim() else grad_loss
+        return saved.mul_(upstream), None, None, None
 
 
-if HAS_TRITON:
-
-    @torch.library.impl(LIB, "kd_loss", "CUDA")
-    def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from kdfast.kernels.kd_loss import forward
-
-        return forward(*args)
-
-    @torch.library.impl(LIB, "kd_loss_", "CUDA")
-    def _cuda_inplace(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        from kdfast.kernels.kd_loss import forward
-
-        return forward(*args, True, inplace=True)[:3]
-
-
+_cuda = register_launcher("kd_loss", "kd_loss.forward")
+_cuda_inplace = register_launcher("kd_loss_", "kd_loss.forward_inplace")
 FUSED_ON = fused_devices("kd_loss")
 INPLACE_ON = fused_devices("kd_loss_")

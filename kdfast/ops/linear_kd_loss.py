@@ -4,20 +4,25 @@
 C classes, D features of the student, Dt of the teacher; rows are all the leading dimensions.
 """
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.ops import kd_loss as logits_op
+from kdfast.ops._autocast import without_autocast
 from kdfast.ops._checks import check_tensors
-from kdfast.ops._library import LIB, fused_devices, not_compiled, register_gradient, use_fused
-from kdfast.ops._linear_kd import chunked, empty_gradients, logits_dtype
-from kdfast.ops._losses import FLOATING, accumulator, scaled_gradient
+from kdfast.ops._library import (
+    LIB,
+    fused_devices,
+    not_compiled,
+    register_fake,
+    register_gradient,
+    use_fused,
+)
+from kdfast.ops._linear_kd import Layers, chunked, empty_gradients
+from kdfast.ops._losses import FLOATING, Options, accumulator, scaled_gradient
 
-MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 OP = "linear_kd_loss"
 STUDENT = ("hidden", "weight", "bias")
 TEACHER = ("teacher_hidden", "teacher_weight", "teacher_bias")
@@ -90,12 +95,11 @@ def linear_kd_loss(
     given = (teacher_logits, target, teacher_hidden, teacher_weight, teacher_bias, bias)
     check_tensors(OP, OPTIONAL, *given, optional=True)
     device = hidden.device.type
-    hidden, weight = (_under_autocast(x, device) for x in (hidden, weight))
-    bias = _under_autocast(bias, device)
-    teacher = [
-        None if x is None else _under_autocast(x, device).detach()
-        for x in (teacher_logits, teacher_hidden, teacher_weight, teacher_bias)
-    ]
+    context, (hidden, weight, bias, *teacher) = without_autocast(
+        *(device, hidden, weight, bias),
+        *(teacher_logits, teacher_hidden, teacher_weight, teacher_bias),
+    )
+    teacher = [None if x is None else x.detach() for x in teacher]
     classes = _check_layer(STUDENT, hidden, weight, bias)
     dtype = torch.promote_types(hidden.dtype, _check_teacher(hidden, classes, *teacher))
     logits_op.check_options(OP, temperature, alpha, reduction, label_smoothing)
@@ -106,40 +110,26 @@ def linear_kd_loss(
             target = target.detach().to(accumulator(dtype))
     if chunk is not None and chunk < 1:
         raise ValueError(f"{OP}: chunk must be at least 1, got {chunk}")
-    options = (temperature, alpha, reduction, label_smoothing, ignore_index)
-    with torch.autocast(device, enabled=False):
-        reason = why_not(hidden.device, dtype)
-        if use_fused(OP, backend, reason, compiled=device in FUSED_ON):
-            return _fused(hidden, weight, bias, teacher, target, options, chunk)
-        return reference(hidden, weight, bias, *teacher, target, *options)
+    layers = Layers._make((hidden, weight, bias, *teacher, target))
+    options = Options(temperature, alpha, reduction, label_smoothing, ignore_index)
+    fused = use_fused(OP, backend, why_not(hidden.device, dtype), compiled=device in FUSED_ON)
+    with context:
+        return _fused(layers, options, chunk) if fused else reference(layers, options)
 
 
-def _fused(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher: Sequence[Tensor | None],
-    target: Tensor | None,
-    options: tuple[float, float, str, float, int],
-    chunk: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fused(layers: Layers, options: Options, chunk: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """The registered op on rows; checked arguments as ``reference`` takes them."""
-    logits, teacher_hidden, teacher_weight, teacher_bias = teacher
-    shape, classes = hidden.shape[:-1], weight.shape[0]
-    # "none" has no gradient in the forward pass: what a row weighs in it is not known there.
-    ready = torch.is_grad_enabled() and options[2] != "none"
-    need = [ready and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    shape = layers.hidden.shape[:-1]
     if chunk is None:
-        chunk = default_chunk(hidden.device.type, shape.numel(), classes)
-
-    def rows(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.reshape(-1, *x.shape[len(shape) :])
-
-    loss, kd, ce, *_ = torch.ops.kdfast.linear_kd_loss.default(
-        *(rows(hidden), weight, bias, rows(logits), rows(teacher_hidden), teacher_weight),
-        *(teacher_bias, rows(target), None, *options, chunk, need),
-    )
-    if options[2] == "none":
+        chunk = default_chunk(layers.hidden.device.type, shape.numel(), layers.weight.shape[0])
+    # "none" has no gradient in the forward pass: what a row weighs in it is not known there.
+    ready = torch.is_grad_enabled() and options.reduction != "none"
+    student = (layers.hidden, layers.weight, layers.bias)
+    need = [ready and x is not None and x.requires_grad for x in student]
+    rows = layers.by_row(lambda x: x.reshape(-1, *x.shape[len(shape) :]))
+    op = torch.ops.kdfast.linear_kd_loss.default
+    loss, kd, ce, *_ = op(*rows, None, *options, chunk, need)
+    if options.reduction == "none":
         return loss.reshape(shape), kd.reshape(shape), ce.reshape(shape)
     return loss, kd, ce
 
@@ -149,15 +139,6 @@ def default_chunk(device: str, rows: int, classes: int) -> int:
     most = max(CHUNK_ROWS[device], CHUNK_LOGITS[device] // classes)
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
-
-
-def _under_autocast(x: MaybeTensor, device: str) -> MaybeTensor:
-    """``x`` in autocast's dtype where that is on, as the layer itself would take it."""
-    if x is None or x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return x
-    if not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
 
 
 def _check_layer(
@@ -221,24 +202,10 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return not_compiled(OP, device, FUSED_ON)
 
 
-def reference(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_logits: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    target: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The specification, in plain torch on checked arguments; options as kd_loss.reference."""
-    s = F.linear(hidden, weight, bias)
-    t = teacher_logits
-    if t is None:
-        t = F.linear(teacher_hidden, teacher_weight, teacher_bias)  # type: ignore[arg-type]
-    dtype = torch.promote_types(s.dtype, t.dtype)
-    return logits_op.reference(s.to(dtype), t.to(dtype), target, *options)
+def reference(layers: Layers, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification, in plain torch on checked arguments."""
+    s, t = (x.to(layers.dtype) for x in layers.logits())
+    return logits_op.reference(s, t, layers.target, *options)
 
 
 LIB.define(
@@ -246,49 +213,63 @@ LIB.define(
     "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? target, "
     "Tensor? row_weight, float temperature, float alpha, str reduction, float label_smoothing, "
     "int ignore_index, SymInt chunk, bool[] need_grad) -> "
-    "(Tensor loss, Tensor kd, Tensor ce, Tensor d_hidden, Tensor d_weight, Tensor d_bias)"
+    "(Tensor loss, Tensor kd, Tensor ce, Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 
 
-@torch.library.register_fake(f"kdfast::{OP}", lib=LIB)
-def _fake(*args: Any) -> tuple[Tensor, ...]:
-    student, reduction, need = args[:3], args[11], args[15]
-    shape = student[0].shape[:-1] if reduction == "none" else ()
-    hidden, _, _, teacher_logits, teacher_hidden = args[:5]
-    dtype = accumulator(logits_dtype(hidden, teacher_logits, teacher_hidden))
-    results = (student[0].new_empty(shape, dtype=dtype) for _ in range(3))
-    return *results, *empty_gradients(student, need)
+@register_fake(OP)
+def _fake(
+    *,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_logits: Tensor | None,
+    teacher_hidden: Tensor | None,
+    reduction: str,
+    need_grad: list[bool],
+    **_: Any,
+) -> tuple[Tensor, ...]:
+    shape = hidden.shape[:-1] if reduction == "none" else ()
+    layers = Layers(hidden, weight, bias, teacher_logits, teacher_hidden, None, None, None)
+    loss, kd, ce = (hidden.new_empty(shape, dtype=accumulator(layers.dtype)) for _ in range(3))
+    return loss, kd, ce, *empty_gradients(hidden, weight, bias, need_grad)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, given: Any, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     # Or the backward pass would be handed zeros of the gradients' sizes.
     ctx.set_materialize_grads(False)
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
-    ctx.options = inputs[9:15]
+    ctx.dtype, ctx.chunk = given.hidden.dtype, given.chunk
+    weights = given.temperature, given.alpha
+    ctx.options = Options(*weights, given.reduction, given.label_smoothing, given.ignore_index)
     # The gradients themselves, or, where the weight of a row comes later, what they come from.
-    by_row = ctx.options[2] == "none"
-    ctx.save_for_backward(*(inputs[:8] if by_row else output[3:]))
+    if given.reduction == "none":
+        ctx.save_for_backward(*(getattr(given, name) for name in Layers._fields))
+    else:
+        _, _, _, dhidden, dweight, dbias = output
+        ctx.save_for_backward(dhidden, dweight, dbias)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 16
-    need = [bool(x) for x in ctx.needs_input_grad[:3]]
-    if ctx.options[2] == "none":
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> dict[str, Tensor | None]:
+    if grad_loss is None:
+        return {}
+    need = [bool(getattr(ctx.needs, name)) for name in STUDENT]
+    if ctx.options.reduction == "none":
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 f"{OP}: the fused kernel has no second derivative; use backend='reference'"
             )
         op = torch.ops.kdfast.linear_kd_loss.default
-        gradients = op(*ctx.saved_tensors, grad.contiguous(), *ctx.options, need)[3:]
-        gradients = [g.to(d) if d else g for g, d in zip(gradients, ctx.dtypes, strict=True)]
+        row_weight = grad_loss.contiguous()
+        results = op(*ctx.saved_tensors, row_weight, *ctx.options, ctx.chunk, need)
+        gradients = [x.to(ctx.dtype) for x in results[3:]]
     else:
         gradients = [
-            scaled_gradient(OP, g, grad, d) if n else None
-            for g, d, n in zip(ctx.saved_tensors, ctx.dtypes, need, strict=True)
+            scaled_gradient(OP, x, grad_loss, ctx.dtype) if wanted else x
+            for x, wanted in zip(ctx.saved_tensors, need, strict=True)
         ]
-    return *(g if n else None for g, n in zip(gradients, need, strict=True)), *(None,) * 13
+    found = zip(STUDENT, gradients, need, strict=True)
+    return {name: gradient for name, gradient, wanted in found if wanted}
 
 
 register_gradient(OP, _backward, _setup_context)

@@ -14,20 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops._attention import (
-    bring_heads,
+from kdfast.ops._attention_args import (
     check_bias,
     check_geometry,
     check_qkv,
     geometry_args,
 )
+from kdfast.ops._autocast import without_autocast
 from kdfast.ops._checks import check_tensors, head_list
 from kdfast.ops._library import (
-    HAS_TRITON,
     LIB,
     fused_devices,
     not_compiled,
+    register_fake,
     register_gradient,
+    register_launcher,
+    register_once,
     use_fused,
 )
 from kdfast.ops.geometry import Rope, Window
@@ -88,22 +90,10 @@ def pruned_attention(
     """
     check_tensors("pruned_attention", ("q", "k", "v"), q, k, v)
     check_tensors("pruned_attention", ("bias",), bias, optional=True)
-    kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-        if bias is not None and bias.dtype not in (torch.float32, torch.float64):
-            bias = bias.to(dtype)
-        with torch.autocast(kind, enabled=False):
-            return pruned_attention(
-                *(q, k, v),
-                heads=heads,
-                rope=rope,
-                scale=scale,
-                window=window,
-                bias=bias,
-                backend=backend,
-            )
+    device = q.device.type
+    context, (q, k, v) = without_autocast(device, q, k, v)
+    if bias is not None and bias.dtype not in (torch.float32, torch.float64):
+        _, (bias,) = without_autocast(device, bias)
     check_qkv("pruned_attention", q=q, k=k, v=v)
     check_geometry("pruned_attention", q, rope, window)
     if bias is not None:
@@ -111,12 +101,13 @@ def pruned_attention(
         check_bias("pruned_attention", q, bias, window)
     kept = None if heads is None else head_list("pruned_attention", "heads", heads, q.shape[1])
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    reason = why_not(q)
-    if use_fused("pruned_attention", backend, reason, compiled=kind in FUSED_ON):
-        op = torch.ops.kdfast.pruned_attention.default
-        out: Tensor = op(q, k, v, kept, *geometry_args(rope, window, scale), bias)[0]
-        return out
-    return reference(q, k, v, kept, rope, scale, window, bias)
+    fused = use_fused("pruned_attention", backend, why_not(q), compiled=device in FUSED_ON)
+    with context:
+        if fused:
+            op = torch.ops.kdfast.pruned_attention.default
+            out: Tensor = op(q, k, v, kept, *geometry_args(rope, window, scale), bias)[0]
+            return out
+        return reference(q, k, v, kept, rope, scale, window, bias)
 
 
 def why_not(q: Tensor) -> str | None:
@@ -205,15 +196,14 @@ def biased_weights(scores: Tensor, bias: Tensor) -> Tensor:
 
 _GEOMETRY = (
     "int[]? heads, Tensor? cos, Tensor? sin, int prefix, bool interleaved, float scale, "
-    "int[]? grid, int window, Tensor? pad_value"
+    "int[]? grid, int window, Tensor? pad_value, Tensor? bias"
 )
 LIB.define(
-    f"pruned_attention(Tensor q, Tensor k, Tensor v, {_GEOMETRY}, Tensor? bias=None) "
-    "-> (Tensor out, Tensor lse)"
+    f"pruned_attention(Tensor q, Tensor k, Tensor v, {_GEOMETRY}) -> (Tensor out, Tensor lse)"
 )
 LIB.define(
-    "pruned_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_GEOMETRY}, Tensor? bias=None, bool bias_grad=False) "
+    "pruned_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_GEOMETRY}, bool bias_grad) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dpad, Tensor dbias)"
 )
 
@@ -224,72 +214,55 @@ def _empty_heads(x: Tensor, heads: int) -> Tensor:
     return x.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
 
 
-@torch.library.register_fake("kdfast::pruned_attention", lib=LIB)
-def _fake(
-    q: Tensor, k: Tensor, v: Tensor, heads: list[int] | None, *geometry: Any
-) -> tuple[Tensor, Tensor]:
+@register_fake("pruned_attention")
+def _fake(*, q: Tensor, heads: list[int] | None, **_: Any) -> tuple[Tensor, Tensor]:
     kept = q.shape[1] if heads is None else len(heads)
     lse = q.new_empty((q.shape[0], kept, q.shape[2]), dtype=math_dtype(q.dtype))
     return _empty_heads(q, kept), lse
 
 
-@torch.library.register_fake("kdfast::pruned_attention_bwd", lib=LIB)
+@register_fake("pruned_attention_bwd")
 def _fake_bwd(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+    *, q: Tensor, pad_value: Tensor | None, bias: Tensor | None, bias_grad: bool, **_: Any
 ) -> tuple[Tensor, ...]:
-    # The dispatcher leaves out trailing arguments that have their default.
-    pad, bias, bias_grad = (*rest[8:], None, False)[:3]
-    dpad = q.new_empty(0) if pad is None else torch.empty_like(pad).contiguous()
-    dbias = torch.empty_like(bias).contiguous() if bias_grad else q.new_empty(0)
-    return *(_empty_heads(q, q.shape[1]) for _ in range(3)), dpad, dbias
+    dq, dk, dv = (_empty_heads(q, q.shape[1]) for _ in range(3))
+    dpad = q.new_empty(0) if pad_value is None else torch.empty_like(pad_value).contiguous()
+    dbias = q.new_empty(0)
+    if bias is not None and bias_grad:
+        dbias = torch.empty_like(bias).contiguous()
+    return dq, dk, dv, dpad, dbias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.heads, cos, sin, *ctx.geometry, pad_value, bias = inputs
+def _setup_context(ctx: Any, given: Any, output: tuple[Tensor, Tensor]) -> None:
     out, lse = output
-    # The softmax is recomputed from lse; out is needed for the row sums of grad * out only.
-    ctx.save_for_backward(q, k, v, out, lse, cos, sin, pad_value, bias)
+    # The softmax is recomputed from lse; out is needed for the row sums of grad_out * out only.
+    tables = given.cos, given.sin, given.pad_value
+    ctx.save_for_backward(given.q, given.k, given.v, out, lse, *tables, given.bias)
+    ctx.heads = given.heads
+    # What stands between sin and pad_value in the schema.
+    ctx.plain = given.prefix, given.interleaved, given.scale, given.grid, given.window
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * len(ctx.needs_input_grad)
-    *saved, cos, sin, pad_value, bias = ctx.saved_tensors
-    arguments = (*saved, ctx.heads, cos, sin, *ctx.geometry, pad_value)
-    # Without a bias the dispatcher has left it out of the inputs.
-    wanted = bias is not None and ctx.needs_input_grad[-1]
+def _backward(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> dict[str, Tensor | None]:
+    if grad_out is None:
+        return {}
+    q, k, v, out, lse, cos, sin, pad_value, bias = ctx.saved_tensors
+    geometry = (ctx.heads, cos, sin, *ctx.plain, pad_value, bias)
     op = torch.ops.kdfast.pruned_attention_bwd.default
-    dq, dk, dv, dpad, dbias = op(grad, *arguments, bias, wanted)
-    dpad, dbias = (None if pad_value is None else dpad, dbias if wanted else None)
-    return dq, dk, dv, *(None,) * 8, dpad, dbias
-
-
-def _twice(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "pruned_attention: the fused op has no second derivative; use backend='reference'"
-    )
+    dq, dk, dv, dpad, dbias = op(grad_out, q, k, v, out, lse, *geometry, ctx.needs.bias)
+    grads = {"q": dq, "k": dk, "v": dv}
+    if pad_value is not None:
+        grads["pad_value"] = dpad
+    if ctx.needs.bias:
+        grads["bias"] = dbias
+    return grads
 
 
 register_gradient("pruned_attention", _backward, _setup_context)
-register_gradient("pruned_attention_bwd", _twice)
+register_once("pruned_attention_bwd", "pruned_attention")
 
-
-if HAS_TRITON:
-
-    @torch.library.impl(LIB, "pruned_attention", "CUDA")
-    def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
-        from kdfast.kernels.pruned_attention import forward
-
-        bring_heads(args[0], args[3])
-        return forward(*args)
-
-    @torch.library.impl(LIB, "pruned_attention_bwd", "CUDA")
-    def _cuda_bwd(*args: Any) -> tuple[Tensor, ...]:
-        from kdfast.kernels.pruned_attention import backward
-
-        return backward(*args)
-
-
+_cuda = register_launcher("pruned_attention", "pruned_attention.forward")
+_cuda_bwd = register_launcher("pruned_attention_bwd", "pruned_attention.backward")
 FUSED_ON = fused_devices("pruned_attention")

@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.ops._checks import check_tensors
-from kdfast.ops._library import HAS_TRITON, LIB, fused_devices, not_compiled, use_fused
+from kdfast.ops._library import (
+    LIB,
+    fused_devices,
+    not_compiled,
+    register_fake,
+    register_gradient,
+    register_launcher,
+    register_once,
+    use_fused,
+)
 from kdfast.ops._losses import FLOATING, accumulator
 
 MAX_WIDTH = 8192  # of the CUDA kernel, which holds a row in registers
@@ -118,69 +127,43 @@ LIB.define(
     "-> (Tensor out, Tensor mean, Tensor rstd)"
 )
 LIB.define(
-    "swiglu_norm_bwd(Tensor grad, Tensor gate, Tensor value, Tensor weight, Tensor mean, "
+    "swiglu_norm_bwd(Tensor grad_out, Tensor gate, Tensor value, Tensor weight, Tensor mean, "
     "Tensor rstd) -> (Tensor dgate, Tensor dvalue, Tensor dweight, Tensor dbias)"
 )
 
 
-@torch.library.register_fake("kdfast::swiglu_norm", lib=LIB)
-def _fake(
-    gate: Tensor, value: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+@register_fake("swiglu_norm")
+def _fake(*, gate: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = (gate.new_empty(gate.shape[:-1], dtype=accumulator(gate.dtype)) for _ in range(2))
     return gate.new_empty(gate.shape), mean, rstd
 
 
-@torch.library.register_fake("kdfast::swiglu_norm_bwd", lib=LIB)
-def _fake_bwd(
-    grad: Tensor, gate: Tensor, value: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@register_fake("swiglu_norm_bwd")
+def _fake_bwd(*, gate: Tensor, weight: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dgate, dvalue = (gate.new_empty(gate.shape) for _ in range(2))
     dweight, dbias = (weight.new_empty(weight.shape) for _ in range(2))
     return dgate, dvalue, dweight, dbias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    gate, value, weight, _, _ = inputs
+def _setup_context(ctx: Any, given: Any, output: tuple[Tensor, ...]) -> None:
     _, mean, rstd = output
     # The product is made again from gate and value; mean and rstd spare the backward its sums.
-    ctx.save_for_backward(gate, value, weight, mean, rstd)
+    ctx.save_for_backward(given.gate, given.value, given.weight, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 5
-    grads = torch.ops.kdfast.swiglu_norm_bwd.default(grad, *ctx.saved_tensors)
-    return *grads, None
+def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> dict[str, Tensor | None]:
+    if grad_out is None:
+        return {}
+    op = torch.ops.kdfast.swiglu_norm_bwd.default
+    dgate, dvalue, dweight, dbias = op(grad_out, *ctx.saved_tensors)
+    return {"gate": dgate, "value": dvalue, "weight": dweight, "bias": dbias}
 
 
-def _twice(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "swiglu_norm: the fused op has no second derivative; use backend='reference'"
-    )
+register_gradient("swiglu_norm", _backward, _setup_context)
+register_once("swiglu_norm_bwd", "swiglu_norm")
 
-
-torch.library.register_autograd(
-    "kdfast::swiglu_norm", _backward, setup_context=_setup_context, lib=LIB
-)
-torch.library.register_autograd("kdfast::swiglu_norm_bwd", _twice, lib=LIB)
-
-
-if HAS_TRITON:
-
-    @torch.library.impl(LIB, "swiglu_norm", "CUDA")
-    def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        from kdfast.kernels.swiglu_norm import forward
-
-        return forward(*args)
-
-    @torch.library.impl(LIB, "swiglu_norm_bwd", "CUDA")
-    def _cuda_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from kdfast.kernels.swiglu_norm import backward
-
-        return backward(*args)
-
-
+_cuda = register_launcher("swiglu_norm", "swiglu_norm.forward")
+_cuda_bwd = register_launcher("swiglu_norm_bwd", "swiglu_norm.backward")
 FUSED_ON = fused_devices("swiglu_norm")

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the attention ops share: checks of their arguments, and the geometry's form in a schema.
+"""Arguments of the attention ops: their checks, and their form in a schema.
 
 B batch, H heads, N tokens, D head dim, G biases that the images of a batch take in turn.
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,43 +74,40 @@ def check_bias(op: str, q: Tensor, bias: Tensor, window: Window | None) -> None:
         raise ValueError(f"{op}: bias must be on {q.device} like q, got {bias.device}")
 
 
-def geometry_args(rope: Rope | None, window: Window | None, scale: float) -> tuple[Any, ...]:
-    """The arguments (cos, sin, prefix, interleaved, scale, grid, window, pad_value) of the op."""
-    rotary = (None, None, 0, True) if rope is None else _rope_args(rope)
+class Scores(NamedTuple):
+    """How an op makes scores of queries and keys, in the order of the schemas."""
+
+    cos: Tensor | None
+    sin: Tensor | None
+    prefix: int
+    interleaved: bool
+    scale: float
+
+
+class Windows(NamedTuple):
+    """How an op splits the tokens into windows, in the order of the schemas."""
+
+    grid: list[int] | None
+    window: int
+    pad_value: Tensor | None
+
+
+def score_args(rope: Rope | None, scale: float) -> Scores:
+    """A schema's arguments for ``rope`` and ``scale``."""
+    if rope is None:
+        return Scores(None, None, 0, True, scale)
+    return Scores(rope.cos, rope.sin, rope.prefix, rope.layout == "interleaved", scale)
+
+
+def window_args(window: Window | None) -> Windows:
+    """A schema's arguments for ``window``."""
     if window is None:
-        return (*rotary, scale, None, 0, None)
-    return (*rotary, scale, list(window.grid), window.size, window.pad_value)
+        return Windows(None, 0, None)
+    return Windows(list(window.grid), window.size, window.pad_value)
 
 
-def _rope_args(rope: Rope) -> tuple[Tensor, Tensor, int, bool]:
-    return rope.cos, rope.sin, rope.prefix, rope.layout == "interleaved"
-
-
-@functools.lru_cache(maxsize=4096)
-def _bring_heads(heads: tuple[int, ...], device: torch.device) -> None:
-    from kdfast.kernels._common import head_table
-
-    if torch.cuda.is_current_stream_capturing():
-        head_table(heads, device)  # raises unless it has them
-    else:
-        in_a_thread(head_table, heads, device)
-
-
-def bring_heads(q: Tensor, heads: Sequence[int] | None) -> None:
-    """Takes head indices to the GPU of q (B, H, N, D), where they stay for all later calls.
-
-    Raises:
-        RuntimeError: They are new there, and a CUDA graph is being captured.
-    """
-    if q.is_cuda:
-        _bring_heads(tuple(range(q.shape[1]) if heads is None else heads), q.device)
-
-
-def in_a_thread(call: Callable[..., object], *args: Any) -> None:
-    """Runs ``call(*args)`` in a thread of its own.
-
-    torch.compile(mode="reduce-overhead") gives all GPU memory that the current thread allocates to
-    its graphs, and refuses what outlives the call.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(call, *args).result()
+def geometry_args(
+    rope: Rope | None, window: Window | None, scale: float
+) -> tuple[Tensor | None, Tensor | None, int, bool, float, list[int] | None, int, Tensor | None]:
+    """``score_args`` and ``window_args``, which most schemas have side by side."""
+    return *score_args(rope, scale), *window_args(window)
