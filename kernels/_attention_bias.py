@@ -66,6 +66,7 @@ def make_bias(bias: Tensor | None, q: Tensor, call: Call) -> Bias | None:
         raise ValueError("pruned_attention: bias must be None in a call with a window")
     if bias.numel() == 0:
         return Bias(bias, bias.new_zeros(bias.shape[:3], dtype=torch.float32))
+    # The largest entry of each row, computed once where a dimension is expanded.
     small = bias
     for axis in range(3):
         if bias.stride(axis) == 0:
@@ -191,9 +192,9 @@ def add_bias_gradient(
 
     Args:
         result: (G, H, N, N).
-        bias: Of the call.
+        bias: The bias of the call.
         pairs: q and k as ``rotated`` gives them, v and the gradient of the result.
-        lse: (B, K, N), of the scores relative to the largest bias of their row.
+        lse: (B, K, N), the log-sum-exp of the scores, relative to the largest bias of their row.
         delta: (B, K, N), rowsum(grad * out).
         call: With at least one image, head and token.
     """
@@ -201,7 +202,8 @@ def add_bias_gradient(
     tiles = call.tiles("dbias")
     row_blocks, col_blocks = -(-tokens // tiles.rows), -(-tokens // tiles.cols)
     turns, matrices = call.batch // groups, groups * call.kept
-    # The shapes alone say how many slices of the batch are summed apart.
+    # Slices of the batch are summed apart, so that the GPU has enough programs. The shapes alone
+    # say how many: the sums have one order.
     wanted = -(-PROGRAMS // (matrices * row_blocks * col_blocks))
     slices = max(1, min(turns, wanted, SUM_BYTES // (4 * matrices * tokens**2)))
     sums = lse.new_empty((slices, groups, call.kept, tokens, tokens))
@@ -232,6 +234,7 @@ def add_bias_gradient(
         PRECISION=dot_precision(pairs[0].dtype),
         num_warps=tiles.warps,
     )
+    # The slices in their order, then the heads to their places.
     total = sums[0]
     for piece in sums[1:]:
         total += piece

@@ -132,7 +132,15 @@ class Call:
         strided: Sequence[Tensor],
         **options: Any,
     ) -> None:
-        """Runs an attention kernel whose tensors after ``pointers`` have three strides each."""
+        """Runs an attention kernel.
+
+        Args:
+            kernel: The kernel.
+            tiles: Its blocks, from ``tiles``.
+            pointers: Its tensors, in the order of its parameters.
+            strided: Those whose first three strides follow, in that order.
+            **options: Its other parameters by name.
+        """
         blocks = -(-max(self.lengths) // tiles.rows)
         low, high = chunks(self.head_dim, pointers[0].dtype.itemsize)
         kernel[(self.programs(tiles),)](
@@ -170,6 +178,7 @@ def make_call(q: Tensor, heads: list[int] | None, scores: Scores, windows: Windo
     cos, sin, pad, grid = scores.cos, scores.sin, windows.pad_value, windows.grid
     layout = INTERLEAVED if scores.interleaved else HALF
     return Call(
+        # A kernel needs some tensor for a pointer that it does not read.
         heads=head_table(kept, q.device),
         cos=q if cos is None else cos.contiguous(),
         sin=q if sin is None else sin.contiguous(),

@@ -238,6 +238,7 @@ def pair_of_calls(
 
 def log_sums(q: Tensor, k: Tensor, call: Call, temperature: float) -> Tensor:
     """Log-sum-exp (B, K, N) of the scores over the temperature; k as ``rotated`` gives it."""
+    # The forward kernel of attention without values: q stands for what it does not touch.
     lse = torch.empty((call.batch, call.kept, call.tokens), dtype=torch.float32, device=q.device)
     pointers = (q, k, q, q, lse, call.heads, call.cos, call.sin, call.pad)
     scaled = replace(call, scale=call.scale / temperature * math.log2(math.e))
@@ -262,10 +263,19 @@ def rider(
     temperature: float,
     kind: str,
 ) -> dict[str, Any]:
-    """What the kernels have to know of the teacher.
+    """The parameters, by name, that kernels have for the distance to a teacher's maps.
 
-    ``a`` and ``c`` are its q and k as ``rotated`` gives it, for the gradient of keys k and q, both
-    so. ``turned``: where the gradient of queries leaves the rotated q.
+    Args:
+        a: The teacher's tensor on the side of the resident rows: its q; for the gradient of keys
+            its k as ``rotated`` gives it.
+        c: The teacher's tensor on the side that streams past: its k as ``rotated`` gives it; for
+            the gradient of keys its rotated q.
+        turned: Where the gradient of queries leaves the teacher's rotated q.
+        teacher: The teacher's call.
+        stats: (planes, B, K, N), as the forward pass fills it.
+        grad_loss: The gradient of the loss, ().
+        temperature: The temperature of both maps.
+        kind: A kind of ``KINDS``.
     """
     low, high = chunks(teacher.head_dim, a.dtype.itemsize)
     names = [f"stride_t{side}{axis}" for side in "ac" for axis in "bhn"]

@@ -201,6 +201,7 @@ def forward(
     programs = -(-positions // rows)
     divisor = positions if kind == "cosine" else positions * features
     with torch.cuda.device_of(student):
+        # Each program leaves the sum over its positions, and their gradient.
         part = torch.empty(programs, device=device)
         mean, factor = channel_statistics(t) if normalize == "channel" else (part, part)
         _positions_kernel[(programs,)](
@@ -223,5 +224,6 @@ def forward(
             UNIT=math.gcd(16, features, s.stride(0), t.stride(0)),
             num_warps=max(4, min(16, rows * cols // 512)),
         )
+        # One program adds the sums up.
         total_kernel[(1,)](part, loss, programs, float(divisor), BLOCK=SUM_BLOCK)
     return loss, grad

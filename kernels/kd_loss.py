@@ -257,6 +257,7 @@ def forward(
             target = target.contiguous()
             if mean and not target.is_floating_point():
                 _count_kernel[(1,)](target, count, rows, ignore_index, BLOCK=SUM_BLOCK)
+        # kd and ce of every row, and the gradient.
         kd, ce, grad = rows_of(
             *(student, teacher, target, count, rows if mean else 1, temperature, alpha),
             *(label_smoothing, ignore_index, need_grad),
@@ -264,6 +265,7 @@ def forward(
         )
         if reduction == "none":
             return alpha * kd + (1 - alpha) * ce, kd, ce, grad
+        # One program adds the rows up.
         totals = tuple(torch.empty((), device=device) for _ in range(3))
         _total_kernel[(1,)](kd, ce, count, *totals, rows, float(alpha), MEAN=mean, BLOCK=SUM_BLOCK)
     return *totals, grad
@@ -317,6 +319,7 @@ def rows_of(
         kind = NO_TARGET
     else:
         kind = PROBABILITIES if target.is_floating_point() else INDICES
+    # Short rows share a program, which holds them whole; longer ones stream through it by tiles.
     one = classes <= ONE_TILE
     cols = max(16, power_of_two(classes)) if one else TILE
     rows_per_program = max(1, 1024 // cols)

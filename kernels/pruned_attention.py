@@ -263,10 +263,12 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, call: Call, bias: Bias | None = None
 ) -> tuple[Tensor, Tensor]:
     """out (B, K, N, D) and lse (B, K, N); k as ``rotated`` gives it."""
+    # In the memory order (B, N, K, D), which the next projection reads as rows.
     out = rows_first(q, call.kept)
     lse = q.new_empty((call.batch, call.kept, call.tokens), dtype=torch.float32)
     if out.numel():
         pointers = (q, k, v, out, lse, call.heads, call.cos, call.sin, call.pad)
+        # The kernel takes powers of two.
         scaled = replace(call, scale=call.scale * math.log2(math.e))
         tiles = call.tiles("fwd" if bias is None else "fwd_bias")
         extra = {} if bias is None else bias.options()
@@ -360,6 +362,7 @@ def gradients(
         ("dkdv", (k, v, turned, grad_out), (dk, dv)),
     ):
         keys = name == "dkdv"
+        # What the launch adds to the gradient of attention: a teacher's maps or a bias.
         extra = {} if rider is None else rider(keys)
         if bias is not None:
             extra = {"HAS_BIAS": True, **bias.options(keys)}

@@ -191,6 +191,7 @@ def backward(
     sums = torch.zeros if rows == 0 else torch.empty
     totals = sums((2, channels), device=device)
     if rows:
+        # Each program takes some rows, and leaves one row of sums for weight and bias.
         rows_each = -(-rows // PROGRAMS)
         programs = -(-rows // rows_each)
         parts = torch.empty((programs, 2, channels), device=device)
@@ -217,6 +218,7 @@ def backward(
                 UNIT=math.gcd(16, width, channels, d.stride(0), g.stride(0), v.stride(0)),
                 num_warps=_warps(cols),
             )
+            # The rows of sums, added up in one order.
             _sum_kernel[(-(-2 * channels // SUM_COLS),)](
                 parts, totals, programs, 2 * channels, ROWS=SUM_ROWS, COLS=SUM_COLS
             )

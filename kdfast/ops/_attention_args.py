@@ -4,13 +4,13 @@
 B batch, H heads, N tokens, D head dim, G biases that the images of a batch take in turn.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from kdfast.ops.geometry import Rope, Window
 
+Scores = tuple[Tensor | None, Tensor | None, int, bool, float]
+Windows = tuple[list[int] | None, int, Tensor | None]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -74,40 +74,22 @@ def check_bias(op: str, q: Tensor, bias: Tensor, window: Window | None) -> None:
         raise ValueError(f"{op}: bias must be on {q.device} like q, got {bias.device}")
 
 
-class Scores(NamedTuple):
-    """How an op makes scores of queries and keys, in the order of the schemas."""
-
-    cos: Tensor | None
-    sin: Tensor | None
-    prefix: int
-    interleaved: bool
-    scale: float
-
-
-class Windows(NamedTuple):
-    """How an op splits the tokens into windows, in the order of the schemas."""
-
-    grid: list[int] | None
-    window: int
-    pad_value: Tensor | None
-
-
 def score_args(rope: Rope | None, scale: float) -> Scores:
-    """A schema's arguments for ``rope`` and ``scale``."""
+    """A schema's arguments (cos, sin, prefix, interleaved, scale)."""
     if rope is None:
-        return Scores(None, None, 0, True, scale)
-    return Scores(rope.cos, rope.sin, rope.prefix, rope.layout == "interleaved", scale)
+        return None, None, 0, True, scale
+    return rope.cos, rope.sin, rope.prefix, rope.layout == "interleaved", scale
 
 
 def window_args(window: Window | None) -> Windows:
-    """A schema's arguments for ``window``."""
+    """A schema's arguments (grid, window, pad_value)."""
     if window is None:
-        return Windows(None, 0, None)
-    return Windows(list(window.grid), window.size, window.pad_value)
+        return None, 0, None
+    return list(window.grid), window.size, window.pad_value
 
 
 def geometry_args(
     rope: Rope | None, window: Window | None, scale: float
 ) -> tuple[Tensor | None, Tensor | None, int, bool, float, list[int] | None, int, Tensor | None]:
-    """``score_args`` and ``window_args``, which most schemas have side by side."""
+    """Those of ``score_args`` and then those of ``window_args``."""
     return *score_args(rope, scale), *window_args(window)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+UNCHANGED = nullcontext()
+
 
 def without_autocast(
     device: str, *tensors: Tensor | None
@@ -18,7 +20,7 @@ def without_autocast(
         *tensors: Cast to autocast's dtype where that is on; None and fp64 stay as they are.
     """
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return nullcontext(), tensors
+        return UNCHANGED, tensors
     dtype = torch.get_autocast_dtype(device)
     cast = tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
     return torch.autocast(device, enabled=False), cast
