@@ -211,7 +211,7 @@ def test_gradient_of_an_unknown_name_is_an_error() -> None:
 
 @pytest.mark.usefixtures("library")
 def test_second_derivative_of_a_backward_op_raises() -> None:
-    _library.register_once("scaled", "unscaled")
+    _library.forbid_second_derivative("scaled", "unscaled")
     out = torch.ops.kdfast.scaled.default(torch.ones(2, requires_grad=True), 3.0, None)
     with pytest.raises(NotImplementedError, match="unscaled: the fused op has no second deriv"):
         out.sum().backward()

@@ -96,10 +96,10 @@ def argument_names(name: str) -> list[str]:
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a function as what gives the shapes, strides and dtypes of op ``name``'s results.
+    """Registers the decorated function as the fake of op ``name``: it makes results without values.
 
-    The function is called with every argument of the schema by its name: it names those that the
-    shapes depend on and takes the others as ``**_``.
+    It gets every argument of the schema by its name: it names those that the results' shapes,
+    strides and dtypes depend on, and takes the others as ``**_``.
     """
     names = argument_names(name)
 
@@ -148,8 +148,8 @@ def register_gradient(
 ) -> None:
     """The derivative of op ``name``: ``torch.library.register_autograd`` at half its cost a call.
 
-    torch's own asks the schema for the defaults of arguments, which the dispatcher leaves out, at
-    every call and in time quadratic in their number: 30 us for attention.
+    At every call torch's own looks for arguments with a default, which the dispatcher leaves out,
+    in time quadratic in their number: 30 us for attention. Ours have none.
 
     Args:
         name: Name of an op defined on ``LIB``.
@@ -197,8 +197,8 @@ def register_gradient(
     LIB.impl(name, autograd, "Autograd", with_keyset=True)
 
 
-def register_once(name: str, op: str) -> None:
-    """Lets a second derivative through op ``name``, the backward pass of ``op``, raise."""
+def forbid_second_derivative(name: str, op: str) -> None:
+    """Makes a derivative of op ``name``, the backward pass of ``op``, raise NotImplementedError."""
 
     def twice(ctx: Any, *grads: Tensor | None) -> dict[str, Tensor | None]:
         raise NotImplementedError(

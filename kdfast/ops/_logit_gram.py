@@ -12,7 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.ops._attention_args import window_args
-from kdfast.ops._library import LIB, register_fake, register_gradient, register_once
+from kdfast.ops._library import (
+    LIB,
+    forbid_second_derivative,
+    register_fake,
+    register_gradient,
+)
 from kdfast.ops.geometry import Window
 
 # Gram matrices take 20 n W^2 operations for a window of n tokens, tiles of scores that ride on the
@@ -229,4 +234,4 @@ def _autograd(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> dict[str, Tensor
 
 
 register_gradient("attention_logit_mse", _autograd, _setup_context)
-register_once("attention_logit_mse_bwd", "attention_distill")
+forbid_second_derivative("attention_logit_mse_bwd", "attention_distill")

@@ -25,12 +25,12 @@ from kdfast.ops._distill_routes import by_gram, by_kernel, composed, composed_pa
 from kdfast.ops._library import (
     DEFAULT_BACKEND,
     LIB,
+    forbid_second_derivative,
     fused_devices,
     not_compiled,
     register_fake,
     register_gradient,
     register_launcher,
-    register_once,
     use_fused,
 )
 from kdfast.ops.geometry import Rope, Window
@@ -132,10 +132,12 @@ def attention_distill(
     with context:
         if (backend or DEFAULT_BACKEND) == "reference":
             return by_maps(call)
+        # Few channels against many tokens: less work than the kernel has.
         if gram_pays(call):
             return by_gram(call, fused)
         if fused:
             return by_kernel(call)
+        # Without a kernel, whole maps as long as they fit.
         return composed(call) if composed_pays(call) else by_maps(call)
 
 
@@ -286,7 +288,7 @@ def _backward(
 
 
 register_gradient("attention_distill", _backward, _setup_context)
-register_once("attention_distill_bwd", "attention_distill")
+forbid_second_derivative("attention_distill_bwd", "attention_distill")
 
 _cuda = register_launcher("attention_distill", "attention_distill.forward")
 _cuda_bwd = register_launcher("attention_distill_bwd", "attention_distill.backward")

@@ -24,12 +24,12 @@ from kdfast.ops._autocast import without_autocast
 from kdfast.ops._checks import check_tensors, head_list
 from kdfast.ops._library import (
     LIB,
+    forbid_second_derivative,
     fused_devices,
     not_compiled,
     register_fake,
     register_gradient,
     register_launcher,
-    register_once,
     use_fused,
 )
 from kdfast.ops.geometry import Rope, Window
@@ -261,7 +261,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> dict[str, 
 
 
 register_gradient("pruned_attention", _backward, _setup_context)
-register_once("pruned_attention_bwd", "pruned_attention")
+forbid_second_derivative("pruned_attention_bwd", "pruned_attention")
 
 _cuda = register_launcher("pruned_attention", "pruned_attention.forward")
 _cuda_bwd = register_launcher("pruned_attention_bwd", "pruned_attention.backward")

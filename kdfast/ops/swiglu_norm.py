@@ -13,12 +13,12 @@ from torch import Tensor
 from kdfast.ops._checks import check_tensors
 from kdfast.ops._library import (
     LIB,
+    forbid_second_derivative,
     fused_devices,
     not_compiled,
     register_fake,
     register_gradient,
     register_launcher,
-    register_once,
     use_fused,
 )
 from kdfast.ops._losses import FLOATING, accumulator
@@ -162,7 +162,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> dict[str,
 
 
 register_gradient("swiglu_norm", _backward, _setup_context)
-register_once("swiglu_norm_bwd", "swiglu_norm")
+forbid_second_derivative("swiglu_norm_bwd", "swiglu_norm")
 
 _cuda = register_launcher("swiglu_norm", "swiglu_norm.forward")
 _cuda_bwd = register_launcher("swiglu_norm_bwd", "swiglu_norm.backward")
