@@ -205,7 +205,9 @@ def test_gradients_go_by_name() -> None:
 def test_gradient_of_an_unknown_name_is_an_error() -> None:
     _library.register_gradient("scaled", lambda ctx, grad: {"w": grad}, setup_scaled)
     out = torch.ops.kdfast.scaled.default(torch.ones(2, requires_grad=True), 3.0, None)
-    with pytest.raises(TypeError, match=r"scaled: gradients must be of \['x', 'y', 'z'\], got 'w'"):
+    with pytest.raises(
+        TypeError, match=r"scaled: gradients must be of \['x', 'y', 'z'\], got .* \['w'\]"
+    ):
         out.sum().backward()
 
 

@@ -180,12 +180,17 @@ def register_gradient(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            ctx.needs = named(ctx.needs_input_grad[:-1])  # the last is that of the keyset
-            results: list[Tensor | None] = [None] * (len(names) + 1)
-            for argument, gradient in backward(ctx, *grads).items():
-                if argument not in places:
-                    raise TypeError(f"{name}: gradients must be of {names}, got {argument!r}")
-                results[places[argument]] = gradient
+            needs = ctx.needs_input_grad
+            ctx.needs = named(needs[:-1])  # the last is that of the keyset
+            found = backward(ctx, *grads)
+            results: list[Tensor | None] = [None] * len(needs)
+            try:
+                for argument in found:
+                    results[places[argument]] = found[argument]
+            except KeyError:
+                raise TypeError(
+                    f"{name}: gradients must be of {names}, got those of {list(found)}"
+                ) from None
             return tuple(results)
 
     def autograd(keyset: Any, *args: Any) -> Any:
