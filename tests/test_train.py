@@ -24,9 +24,9 @@ from kdfast.models.checkpoint import load_backbone
 from kdfast.models.eva import EVAViT
 from kdfast.recovery import report
 from kdfast.recovery.evaluate import confusion, mean_iou, similarity
+from kdfast.recovery.optim import block_depth, param_groups, schedule
 from kdfast.train import main
 from kdfast.trainer import loop
-from kdfast.trainer.optim import block_depth, param_groups, schedule
 from kdfast.trainer.state import load_checkpoint
 
 
@@ -171,7 +171,7 @@ def test_non_finite_loss(
     bad = list(EpochSampler(48, seed=0))[13]
     monkeypatch.setattr(Scenes, "load", poisoned)
     monkeypatch.setattr(
-        "kdfast.train.score_heads", lambda *_: pytest.fail("heads come from the run")
+        "kdfast.recovery.run.score_heads", lambda *_, **__: pytest.fail("heads come from the run")
     )
     words = smoke(folder, teachers, "run.max_steps=6") + ["--resume"]
     assert main(words) == 1

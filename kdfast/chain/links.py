@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from kdfast.machine.files import load_torch
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.state import load_checkpoint
 
+# The checkpoint of a link's best epoch, among its checkpoints.
+BEST = "best.pt"
 # Names of what a link starts from, as folders.
 FOLDERS = {"pretrained": "imagenet_pretrained", "scratch": "from_scratch"}
 
@@ -53,6 +55,44 @@ class Link:
     def folder(self) -> str:
         """Name of the folder of this link's kind of start."""
         return FOLDERS.get(self.init, "from_checkpoint")
+
+
+@dataclass(frozen=True)
+class LinkRun:
+    """One training of a link.
+
+    Attributes:
+        config: The whole chain.
+        link: The model.
+        seed: Seed of weights, order and masks.
+        folder: Where the link's files go.
+        teacher: The link that teaches; None: none does.
+        teacher_folder: Where the teacher's files are.
+        data: The images.
+    """
+
+    config: ChainConfig
+    link: Link
+    seed: int
+    folder: Path
+    teacher: Link | None
+    teacher_folder: Path | None
+    data: Classification
+
+    @property
+    def name(self) -> str:
+        """Start of the names of the link's files."""
+        return f"{self.link.model}_{self.link.role}"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the link's CSV and JSON files."""
+        return self.folder / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the link's checkpoints."""
+        return self.folder / "checkpoints"
 
 
 def links_of(config: ChainConfig) -> list[Link]:
@@ -96,6 +136,11 @@ class LinkModel(nn.Module):
             getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", True) else None
         )
         self.size = None if fixed is None else (int(fixed[0]), int(fixed[1]))
+
+    @property
+    def count(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters())
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of images (B, 3, H, W) in [0, 1], not normalised."""
@@ -251,8 +296,6 @@ def load_teacher(path: Path, link: Link, data: Classification) -> LinkModel:
     if found:
         raise ConfigError(found)
     # The weights come from the file, wherever the link itself started.
-    model = build_link(
-        Link(**{**link.__dict__, "init": "scratch"}), len(data.class_names), checkpointing=False
-    )
+    model = build_link(replace(link, init="scratch"), len(data.class_names), checkpointing=False)
     model.net.load_state_dict(weights_of(state))
     return model.requires_grad_(False).eval()

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +19,12 @@ from kdfast.machine.files import replacing
 from kdfast.models.checkpoint import load_orion_backbone, save_backbone
 from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT
-from kdfast.recovery.evaluate import Evaluator
-from kdfast.recovery.parts import Data
-from kdfast.trainer.feed import Feed
+from kdfast.recovery.data import Data, view_feed
+from kdfast.recovery.evaluate import EvaluateEpochs, Evaluator
+from kdfast.recovery.optim import adamw, lr_setter, param_groups
+from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
-from kdfast.trainer.loop import Job, Loop
+from kdfast.trainer.loop import Loop
 
 # Part of the key of a cached teacher: to be raised when the same config trains another one.
 VERSION = 1
@@ -120,7 +119,7 @@ def _trained(
     LOG.info("training a teacher of %s parameters, kept in %s", f"{count:,}", path)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-    feed = Feed(
+    feed = view_feed(
         data.train.dataset,
         batch_size=spec.batch_size,
         device=accelerator.device,
@@ -130,28 +129,38 @@ def _trained(
         world=accelerator.num_processes,
         gridmask=config.data.gridmask,
     )
-    evaluator = Evaluator(accelerator, data.held_out, head, None, config.run.eval_images)
-    run = dataclasses.replace(
-        config.run, epochs=spec.epochs, batch_size=spec.batch_size, accumulate=1, max_steps=None
+    length = Length(
+        epochs=spec.epochs,
+        batches=len(feed),
+        save_every=config.run.save_every,
+        log_every=config.run.log_every,
     )
-    meta: dict[str, Any] = {"stage": "teacher", "key": path.name}
+    evaluate = Evaluator(accelerator, data.held_out, head, None, config.run.eval_images)
+    optimizer = adamw(param_groups(module, spec.optim, spec.model.depth), spec.optim)
     job = Job(
-        "teacher",
-        folder,
-        module,
-        spec.model.depth,
-        feed,
-        spec.optim,
-        run,
-        meta,
-        lambda: {evaluator.name: evaluator(backbone)},
+        title="teacher",
+        folder=folder,
+        logs=folder,
+        module=module,
+        feed=feed,
+        length=length,
+        optimizer=optimizer,
+        set_lr=lr_setter(optimizer, spec.optim, length.total),
+        clip=spec.optim.clip,
+        meta={"stage": "teacher", "key": path.name},
+        watch=EvaluateEpochs("teacher", evaluate, backbone),
     )
     Loop(job, accelerator).fit(resume=resume)
     accelerator.free_memory()
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(_head_path(path)) as partial:
-            save_file({k: v.cpu().contiguous() for k, v in head.state_dict().items()}, partial)
+            save_head(head, partial)
         save_backbone(backbone, path)
     accelerator.wait_for_everyone()
     return path
+
+
+def save_head(head: DenseHead, path: Path) -> None:
+    """Write the weights of a head as safetensors."""
+    save_file({k: v.cpu().contiguous() for k, v in head.state_dict().items()}, path)
