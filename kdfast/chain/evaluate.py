@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from kdfast.chain.feed import class_feed
-from kdfast.chain.links import LinkRun
+from kdfast.chain.link_run import LinkRun
 from kdfast.chain.metrics import Meter
 from kdfast.chain.objective import task_loss
 from kdfast.data.labelled import LabelledImages
@@ -20,7 +20,7 @@ class Evaluator:
 
     Attributes:
         accelerator: Autocast.
-        task: Task of the images, as in ``Classification.task``.
+        task: Kind of classification, as in ``Classification.task``.
         classes: Number of classes.
     """
 

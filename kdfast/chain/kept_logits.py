@@ -12,7 +12,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor
 
-from kdfast.chain.links import LinkModel, LinkRun
+from kdfast.chain.link_run import LinkRun
+from kdfast.chain.links import LinkModel
 from kdfast.chain.teacher_cache import TeacherCache, teacher_key
 from kdfast.trainer.feed import Batch
 from kdfast.trainer.logs import LOG

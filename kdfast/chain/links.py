@@ -23,8 +23,6 @@ from kdfast.machine.files import load_torch
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.state import load_checkpoint
 
-# The checkpoint of a link's best epoch, among its checkpoints.
-BEST = "best.pt"
 # Names of what a link starts from, as folders.
 FOLDERS = {"pretrained": "imagenet_pretrained", "scratch": "from_scratch"}
 
@@ -55,44 +53,6 @@ class Link:
     def folder(self) -> str:
         """Name of the folder of this link's kind of start."""
         return FOLDERS.get(self.init, "from_checkpoint")
-
-
-@dataclass(frozen=True)
-class LinkRun:
-    """One training of a link.
-
-    Attributes:
-        config: The whole chain.
-        link: The model.
-        seed: Seed of weights, order and masks.
-        folder: Where the link's files go.
-        teacher: The link that teaches; None: none does.
-        teacher_folder: Where the teacher's files are.
-        data: The images.
-    """
-
-    config: ChainConfig
-    link: Link
-    seed: int
-    folder: Path
-    teacher: Link | None
-    teacher_folder: Path | None
-    data: Classification
-
-    @property
-    def name(self) -> str:
-        """Start of the names of the link's files."""
-        return f"{self.link.model}_{self.link.role}"
-
-    @property
-    def logs(self) -> Path:
-        """Folder of the link's CSV and JSON files."""
-        return self.folder / "logs"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the link's checkpoints."""
-        return self.folder / "checkpoints"
 
 
 def links_of(config: ChainConfig) -> list[Link]:

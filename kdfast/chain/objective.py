@@ -33,8 +33,8 @@ def scheduled_alpha(epoch: int, epochs: int, config: ChainDistillConfig) -> floa
 
     Args:
         epoch: In [0, epochs).
-        epochs: Of the whole link.
-        config: ``alpha``, ``alpha_end`` and ``schedule``.
+        epochs: Number of epochs of the whole link.
+        config: Says ``alpha``, ``alpha_end`` and ``schedule``.
     """
     if config.schedule == "constant" or epochs == 1:
         return config.alpha
@@ -50,8 +50,8 @@ def task_loss(logits: Tensor, target: Tensor, task: str, smoothing: float = 0.0)
     Args:
         logits: (B, C).
         target: (B,) int64, or (B, C): class probabilities, or ones and zeros of "multilabel".
-        task: Of ``Classification``.
-        smoothing: Label smoothing of the former.
+        task: Kind of classification, as in ``Classification.task``.
+        smoothing: Label smoothing of the cross-entropy; unused by the binary one.
     """
     if task == "multilabel":
         return F.binary_cross_entropy_with_logits(logits.float(), target.float())
@@ -75,13 +75,13 @@ def distill_loss(
     cross-entropy of these is the binary one.
 
     Args:
-        logits: (B, C) of the student.
-        teacher: (B, C).
+        logits: (B, C) logits of the student.
+        teacher: (B, C) logits of the teacher.
         target: As in ``task_loss``.
-        task: Of ``Classification``.
-        temperature: T.
+        task: Kind of classification, as in ``Classification.task``.
+        temperature: T, by which both logits are divided.
         alpha: Weight of ``kd``.
-        smoothing: Label smoothing; not of "multilabel".
+        smoothing: Label smoothing; unused by "multilabel".
     """
     if task == "multilabel":
         logits, teacher = (torch.stack([x, torch.zeros_like(x)], -1) for x in (logits, teacher))
@@ -120,9 +120,9 @@ class Objective(nn.Module):
         Args:
             student: The model to train.
             teacher: Frozen; None: there is none, or its logits come from a cache.
-            task: Of ``Classification``.
-            config: Weights and kinds.
-            epochs: Of the link, for the schedule of alpha.
+            task: Kind of classification, as in ``Classification.task``.
+            config: Weights and kinds of the terms.
+            epochs: Number of epochs of the link, for the schedule of alpha.
             distilled: False: plain training on the targets.
 
         Raises:

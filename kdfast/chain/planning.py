@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from kdfast.chain.links import Link, LinkModel, LinkRun, build_link, switch_checkpointing
+from kdfast.chain.link_run import LinkRun
+from kdfast.chain.links import Link, LinkModel, build_link, switch_checkpointing
 from kdfast.configs.chain_check import per_link
 from kdfast.configs.fields import ConfigError
 from kdfast.memory import BatchPlan, plan_batch

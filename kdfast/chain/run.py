@@ -12,7 +12,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from kdfast.chain.compare import write_comparison
-from kdfast.chain.links import Link, LinkRun, links_of
+from kdfast.chain.link_run import LinkRun
+from kdfast.chain.links import Link, links_of
 from kdfast.chain.train_link import train_link
 from kdfast.configs import ChainConfig, ConfigError, plain, save
 from kdfast.configs.chain_check import stages

@@ -126,7 +126,7 @@ def mixup_of(config: ChainOptimConfig, task: str, classes: int) -> Mixup | None:
 
     Args:
         config: Their strengths.
-        task: Task of the images, as in ``Classification.task``.
+        task: Kind of classification, as in ``Classification.task``.
         classes: Number of classes.
 
     Raises:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.chain.evaluate import held_out_feed
-from kdfast.chain.links import BEST, LinkRun, weights_of
+from kdfast.chain.link_run import BEST, LinkRun
+from kdfast.chain.links import weights_of
 from kdfast.chain.metrics import Meter
 from kdfast.chain.plots import draw_attention, draw_confusion, draw_curves
 from kdfast.chain.watch import LinkWatch
@@ -23,15 +24,12 @@ from kdfast.trainer.state import differences, load_checkpoint
 SUMMARY = "summary.json"
 
 
-def finish_link(
-    run: LinkRun, watch: LinkWatch, recipe: dict[str, Any], *, batch: int, seconds: float
-) -> dict[str, Any]:
+def finish_link(run: LinkRun, watch: LinkWatch, *, batch: int, seconds: float) -> dict[str, Any]:
     """Test the best weights and write the files about a finished link.
 
     Args:
         run: What was trained.
         watch: Followed the training; its student gets the best weights.
-        recipe: What a resumed run must have in common with this one.
         batch: Images per step.
         seconds: Time of the training.
 
@@ -63,7 +61,7 @@ def finish_link(
     if accelerator.is_main_process:
         _write_files(run, watch, meter, summary)
         # Last, because its presence says that all files are there.
-        _json(run.folder / SUMMARY, {**summary, "recipe": recipe})
+        _json(run.folder / SUMMARY, {**summary, "recipe": run.recipe})
         LOG.info(
             "%s: best epoch %d, val %.2f, test %.2f, peak memory: GPU %.0f MiB, host %.0f MiB",
             *(link.role, summary["best_epoch"], summary["val_accuracy"], test["accuracy"]),
@@ -72,12 +70,8 @@ def finish_link(
     return summary
 
 
-def summary_of(run: LinkRun, recipe: dict[str, Any]) -> dict[str, Any] | None:
+def summary_of(run: LinkRun) -> dict[str, Any] | None:
     """The summary of a link that was finished earlier; None: it was not.
-
-    Args:
-        run: The link.
-        recipe: What both runs must have in common.
 
     Raises:
         ConfigError: It was trained with another recipe.
@@ -86,7 +80,7 @@ def summary_of(run: LinkRun, recipe: dict[str, Any]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    found = differences(summary.pop("recipe"), json.loads(json.dumps(recipe)))
+    found = differences(summary.pop("recipe"), json.loads(json.dumps(run.recipe)))
     if found:
         raise ConfigError(
             [f"--resume: {run.link.role} in {run.folder} was made with {x}" for x in found]

@@ -17,15 +17,14 @@ from accelerate import Accelerator
 from kdfast.chain.evaluate import Evaluator, held_out_feed
 from kdfast.chain.feed import class_feed, even_part
 from kdfast.chain.kept_logits import kept_logits
-from kdfast.chain.links import BEST, LinkModel, LinkRun, build_link, facts, load_teacher
+from kdfast.chain.link_run import BEST, LinkRun, checkpoints_of
+from kdfast.chain.links import LinkModel, build_link, facts, load_teacher
 from kdfast.chain.objective import Objective
 from kdfast.chain.optim import lr_setter, timm_optimizer
 from kdfast.chain.planning import batch_size
 from kdfast.chain.step import LinkStep, mixup_of
 from kdfast.chain.summary import finish_link, summary_of
 from kdfast.chain.watch import LinkWatch
-from kdfast.configs import plain
-from kdfast.configs.chain_check import per_link
 from kdfast.configs.fields import as_config_error
 from kdfast.data.labelled import Classification
 from kdfast.machine.memory import release
@@ -33,16 +32,6 @@ from kdfast.nn import accelerate
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
-from kdfast.trainer.state import identity
-
-# What may change between the parts of a run: it moves files, or computes the same.
-FREE = (
-    *("name", "output", "note", "report", "cache_dir", "save_every", "log_every", "eval_batch"),
-    *("device", "max_steps", "data.root", "data.workers"),
-    # What a chain says about all of its links; a link's own part of it is compared.
-    *("stage", "seeds", "vary", "twin", "chain", "model_args", "init", "batch", "epochs"),
-    "vram_gib",
-)
 
 
 def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[str, Any] | None:
@@ -59,7 +48,7 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
     Raises:
         ConfigError: A model or a checkpoint does not fit, or a resumed link had another recipe.
     """
-    known = summary_of(run, recipe_of(run)) if resume else None
+    known = summary_of(run) if resume else None
     if known is not None:
         return known
     if not resume and accelerator.is_main_process:
@@ -99,21 +88,9 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
     if not loop.done:
         return None
     seconds = time.monotonic() - began
-    summary = finish_link(run, watch, recipe_of(run), batch=batch, seconds=seconds)
+    summary = finish_link(run, watch, batch=batch, seconds=seconds)
     accelerator.wait_for_everyone()
     return summary
-
-
-def recipe_of(run: LinkRun) -> dict[str, Any]:
-    """What must not change when a link is resumed."""
-    link = run.link
-    return identity(plain(run.config), FREE) | {
-        "seed": run.seed,
-        "init": link.init,
-        "epochs": link.epochs,
-        "distilled": link.distilled,
-        "batch": per_link(run.config.batch, link.index),
-    }
 
 
 def _models(run: LinkRun, accelerator: Accelerator) -> tuple[LinkModel, LinkModel | None]:
@@ -123,7 +100,8 @@ def _models(run: LinkRun, accelerator: Accelerator) -> tuple[LinkModel, LinkMode
     student = build_link(link, len(data.class_names), checkpointing=config.checkpointing)
     teacher = None
     if run.teacher is not None and run.teacher_folder is not None:
-        teacher = load_teacher(run.teacher_folder / "checkpoints" / BEST, run.teacher, data)
+        path = checkpoints_of(run.teacher_folder) / BEST
+        teacher = load_teacher(path, run.teacher, data)
     if config.accelerate:
         for model in (student, teacher):
             if model is not None:
@@ -171,7 +149,7 @@ def _job(run: LinkRun, objective: Objective, batch: int, step: LinkStep, watch: 
         optimizer=optimizer,
         set_lr=lr_setter(optimizer, config.optim, epochs=link.epochs, per_epoch=length.per_epoch),
         clip=config.optim.clip,
-        meta={**facts(link, data), "recipe": recipe_of(run)},
+        meta={**facts(link, data), "recipe": run.recipe},
         step=step,
         watch=watch,
         epochs_file=f"{run.name}_log.csv",

@@ -15,7 +15,8 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from kdfast.chain.evaluate import Evaluator
-from kdfast.chain.links import BEST, LinkModel, LinkRun
+from kdfast.chain.link_run import BEST, LinkRun
+from kdfast.chain.links import LinkModel
 from kdfast.chain.metrics import Meter
 from kdfast.chain.step import LinkStep
 from kdfast.data.labelled import LabelledImages

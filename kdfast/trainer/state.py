@@ -92,7 +92,7 @@ def identity(tree: dict[str, Any], free: Iterable[str]) -> dict[str, Any]:
     """The part of a config that a resumed run must have in common with its beginning.
 
     Args:
-        tree: The config as plain values.
+        tree: The config as dicts, lists and scalars.
         free: Dotted names of the values that may change: they move files, or stop the run
             elsewhere, but what is computed stays the same.
     """

@@ -25,7 +25,7 @@ class Watch:
 
         Args:
             step: Optimiser steps that are done.
-            result: Of this step.
+            result: What the step found.
         """
 
     def on_epoch(self, epoch: int, step: int, lr: float) -> Row | None:
