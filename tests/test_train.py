@@ -256,7 +256,7 @@ def test_orion_file_on_a_picture_folder(
     assert Image.open(folder / "predictions.png").size[0] > 300
     out = capsys.readouterr().out
     # Under DropPath 0 and bf16 the recipe's GridMask and photometric distortion still run.
-    assert "05.jpg" in out or load_checkpoint(folder / "last.pt")["ranks"][0]["corrupt"]["bad"] == 0
+    assert "05.jpg" in out or load_checkpoint(folder / "last.pt")["ranks"][0]["feed"]["bad"] == 0
 
     words = [w if "max_steps" not in w else "run.max_steps=5" for w in words]
     assert main(["--config", "orion50", *words, "--resume"]) == 0

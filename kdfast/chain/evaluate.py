@@ -15,8 +15,8 @@ from kdfast.data.labelled import LabelledImages
 from kdfast.trainer.feed import Feed
 
 
-class Evaluator:
-    """Measures models on the same kind of images.
+class ClassEvaluator:
+    """Runs models of a link on held-out images and collects what they predict.
 
     Attributes:
         accelerator: Autocast.

@@ -30,7 +30,7 @@ def timm_optimizer(module: nn.Module, config: ChainOptimConfig) -> torch.optim.O
     return optimizer
 
 
-def lr_setter(
+def timm_lr_setter(
     optimizer: torch.optim.Optimizer, config: ChainOptimConfig, *, epochs: int, per_epoch: int
 ) -> Callable[[int], float]:
     """Sets the learning rates of an optimiser for a step, and returns the largest.

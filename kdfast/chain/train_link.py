@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from kdfast.chain.evaluate import Evaluator, held_out_feed
+from kdfast.chain.evaluate import ClassEvaluator, held_out_feed
 from kdfast.chain.feed import class_feed, even_part
 from kdfast.chain.kept_logits import kept_logits
 from kdfast.chain.link_run import BEST, LinkRun, checkpoints_of
 from kdfast.chain.links import LinkModel, build_link, facts, load_teacher
 from kdfast.chain.objective import Objective
-from kdfast.chain.optim import lr_setter, timm_optimizer
+from kdfast.chain.optim import timm_lr_setter, timm_optimizer
 from kdfast.chain.planning import batch_size
 from kdfast.chain.step import LinkStep, mixup_of
 from kdfast.chain.summary import finish_link, summary_of
@@ -75,7 +75,7 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
         ).to(device)
         classes = len(run.data.class_names)
         step = LinkStep(link.role, mixup_of(config.optim, run.data.task, classes), kept)
-        evaluate = Evaluator(accelerator, run.data.task, classes)
+        evaluate = ClassEvaluator(accelerator, run.data.task, classes)
         val = held_out_feed(run, run.data.val, device)
         watch = LinkWatch(run, student, step, val, evaluate)
         loop = Loop(_job(run, objective, batch, step, watch), accelerator)
@@ -147,7 +147,9 @@ def _job(run: LinkRun, objective: Objective, batch: int, step: LinkStep, watch: 
         feed=feed,
         length=length,
         optimizer=optimizer,
-        set_lr=lr_setter(optimizer, config.optim, epochs=link.epochs, per_epoch=length.per_epoch),
+        set_lr=timm_lr_setter(
+            optimizer, config.optim, epochs=link.epochs, per_epoch=length.per_epoch
+        ),
         clip=config.optim.clip,
         meta={**facts(link, data), "recipe": run.recipe},
         step=step,

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from kdfast.chain.evaluate import Evaluator
+from kdfast.chain.evaluate import ClassEvaluator
 from kdfast.chain.link_run import BEST, LinkRun
 from kdfast.chain.links import LinkModel
 from kdfast.chain.metrics import Meter
@@ -47,7 +47,7 @@ class LinkWatch(Watch):
         student: LinkModel,
         step: LinkStep,
         val: Feed[LabelledImages],
-        evaluate: Evaluator,
+        evaluate: ClassEvaluator,
     ) -> None:
         """Set up.
 

@@ -214,7 +214,7 @@ class Loop:
         """What changes during a step besides weights and optimiser, of this process."""
         return {
             "rng": rng_state(),
-            "corrupt": self.job.feed.state_dict(),
+            "feed": self.job.feed.state_dict(),
             "window": dict(self.window),
             "window_steps": self.window_steps,
         }
@@ -266,7 +266,7 @@ class Loop:
         self.job.watch.load_state_dict(state)
         mine = state["ranks"][self.rank]
         set_rng_state(mine["rng"])
-        self.job.feed.load_state_dict(mine["corrupt"])
+        self.job.feed.load_state_dict(mine["feed"])
         self.window, self.window_steps = mine["window"], mine["window_steps"]
         LOG.info(
             "%s continues after step %d of %d from %s", self.job.title, self.step, self.total, path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint files that are always whole, what they hold of a process, and what must agree."""
+"""Checkpoint files that are always whole, the random state in them, and what a resume compares."""
 
 from __future__ import annotations
 

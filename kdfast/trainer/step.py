@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -50,9 +50,17 @@ class StepResult:
     outputs: Any = None
 
 
-# Takes as many batches as it needs, leaves the gradient of their mean loss in the parameters; its
-# last argument is the epoch, counted from 0.
-Step = Callable[[Prepared, Iterator[Batch], int], StepResult]
+class Step(Protocol):
+    """What a job does in a step before its optimiser: forward, loss and backward."""
+
+    def __call__(self, prepared: Prepared, batches: Iterator[Batch], epoch: int) -> StepResult:
+        """Leave the gradient of the step's mean loss in the parameters.
+
+        Args:
+            prepared: Module, optimiser and processes.
+            batches: The rest of the epoch; a step takes ``prepared.accumulate`` of them.
+            epoch: Counted from 0.
+        """
 
 
 def mean_of_batches(prepared: Prepared, batches: Iterator[Batch], epoch: int) -> StepResult:
