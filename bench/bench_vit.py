@@ -105,7 +105,7 @@ def ours(
 
     def loss() -> Tensor:
         kept = None if cache is None else cache.logits(range(len(images)), 0).to(images)
-        total: Tensor = objective(images, target, 0, kept)["total"]
+        total: Tensor = objective(images, target, 0, kept)[0]["total"]
         return total
 
     return stepper(student, loss)

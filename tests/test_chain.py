@@ -15,16 +15,23 @@ import torch.nn.functional as F
 from sklearn import metrics as sk
 from torch import Tensor
 
-from kdfast.chain.capture import Capture, attention_layers, head_groups, paired, relation_heads
+from kdfast.chain.capture import (
+    Capture,
+    attention_layers,
+    head_groups,
+    paired_layers,
+    relation_heads,
+)
 from kdfast.chain.compare import compare, gain
-from kdfast.chain.feed import ClassFeed, even_part
+from kdfast.chain.feed import class_feed, even_part
 from kdfast.chain.links import Link, LinkModel, build_link, facts, links_of, load_teacher
 from kdfast.chain.metrics import Meter
-from kdfast.chain.objective import Objective, alpha_at, distill_loss, task_loss
+from kdfast.chain.objective import Objective, distill_loss, scheduled_alpha, task_loss
 from kdfast.configs import ConfigError, load
 from kdfast.configs.chain import ChainConfig, ChainDistillConfig
 from kdfast.configs.chain_check import roles
 from kdfast.machine.memory import is_out_of_memory, peak_mib, reset_peak
+from kdfast.trainer.feed import Feed
 from kdfast.trainer.state import save_checkpoint
 
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -106,7 +113,7 @@ def test_rejects(changes: list[str], text: str) -> None:
 def test_alpha_schedules() -> None:
     def values(schedule: Any, epochs: int) -> list[float]:
         config = ChainDistillConfig(alpha=0.9, alpha_end=0.5, schedule=schedule)
-        return [alpha_at(epoch, epochs, config) for epoch in range(epochs)]
+        return [scheduled_alpha(epoch, epochs, config) for epoch in range(epochs)]
 
     assert values("constant", 3) == [0.9, 0.9, 0.9]
     assert values("linear", 5) == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5])
@@ -140,9 +147,9 @@ def test_maps() -> None:
     assert head_groups(3, 6) == [0, 2, 4]
     assert head_groups(4, 4) == [0, 1, 2, 3]
     assert head_groups(4, 6) == [0, 1, 3, 4]
-    assert paired(3, 6, "all") == [(0, 1), (1, 3), (2, 5)]
-    assert paired(4, 6, "all") == [(0, 1), (1, 2), (2, 4), (3, 5)]
-    assert paired(3, 6, "last") == [(2, 5)]
+    assert paired_layers(3, 6, "all") == [(0, 1), (1, 3), (2, 5)]
+    assert paired_layers(4, 6, "all") == [(0, 1), (1, 2), (2, 4), (3, 5)]
+    assert paired_layers(3, 6, "last") == [(2, 5)]
     x = torch.arange(2 * 3 * 5 * 4.0).view(2, 3, 5, 4)
     y = relation_heads(x, 2, "student")
     assert y.shape == (2, 2, 5, 6)
@@ -180,7 +187,7 @@ def test_attention_term(how: Any) -> None:
     )
     objective = Objective(student, teacher, "multiclass", config, epochs=1, distilled=True)
     images, target = torch.rand(3, 3, 16, 16), torch.tensor([0, 1, 2])
-    losses = objective(images, target, 0)
+    losses, _ = objective(images, target, 0)
     expected = []
     for mine, theirs in ((0, 1), (1, 3)):
         count = (2, 4) if how == "groups" else (3, 3)
@@ -203,7 +210,7 @@ def test_feature_term_projects_and_checkpoints() -> None:
     objective = Objective(student, teacher, "multiclass", config, epochs=1, distilled=True)
     assert [(p.in_features, p.out_features) for p in objective.projections] == [(24, 48)] * 2  # type: ignore[union-attr]
     images, target = torch.rand(3, 3, 16, 16), torch.tensor([0, 1, 2])
-    losses = objective(images, target, 0)
+    losses, _ = objective(images, target, 0)
     names = ["blocks.0", "blocks.1"]
     with Capture(student.net, [], names) as mine, Capture(teacher.net, [], names) as theirs:
         student(images), teacher(images)
@@ -216,7 +223,7 @@ def test_feature_term_projects_and_checkpoints() -> None:
     plain_grad = student.net.blocks[0].mlp.fc1.weight.grad.clone()  # type: ignore[union-attr,index]
     student.zero_grad()
     student.net.set_grad_checkpointing(True)  # type: ignore[operator]
-    objective(images, target, 0)["total"].backward()
+    objective(images, target, 0)[0]["total"].backward()
     again = student.net.blocks[0].mlp.fc1.weight.grad  # type: ignore[union-attr,index]
     assert torch.equal(plain_grad, again)
 
@@ -387,9 +394,9 @@ class Numbers(torch.utils.data.Dataset[Any]):
 
 
 def test_feed_resumes_and_shares() -> None:
-    def feed(**options: Any) -> ClassFeed:
+    def feed(**options: Any) -> Feed[Any]:
         dataset: Any = Numbers(20)
-        return ClassFeed(dataset, batch_size=3, device=torch.device("cpu"), seed=4, **options)
+        return class_feed(dataset, batch_size=3, device=torch.device("cpu"), seed=4, **options)
 
     whole = [batch.index for batch in feed().batches(1)]
     assert len(whole) == len(feed()) == 6 and len({i for b in whole for i in b}) == 18

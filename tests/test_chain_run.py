@@ -16,10 +16,10 @@ from torch import Tensor
 
 from kdfast.chain import run as chain_run
 from kdfast.chain.links import LinkModel, weights_of
-from kdfast.chain.loop import ChainLoop
 from kdfast.chain.objective import Objective
 from kdfast.data.labelled import Classification, build_classification
 from kdfast.train import main, make_accelerator
+from kdfast.trainer.loop import Loop
 from kdfast.trainer.state import load_checkpoint
 
 DOCUMENTED = (
@@ -65,8 +65,8 @@ def quick(
     monkeypatch.setattr(chain_run, "read_data", lambda config, seed: small)
     monkeypatch.setattr("kdfast.trainer.loop.draw_curves", lambda folder: None)
     if "files" not in request.node.name:
-        stage = ("draw_curves", "draw_confusion", "draw_attention")
-        for name in (*(f"stage.{n}" for n in stage), "compare.draw_comparison"):
+        drawn = ("draw_curves", "draw_confusion", "draw_attention")
+        for name in (*(f"summary.{n}" for n in drawn), "compare.draw_comparison"):
             monkeypatch.setattr(f"kdfast.chain.{name}", lambda *_: None)
 
 
@@ -155,15 +155,15 @@ def test_resume_in_mid_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ro
     changes.append(f"model_args=[{args(16, 2)[:-1]}, drop_path_rate: 0.2}}, {drop}]")
     changes.append("chain=[vit_base_patch16_224, vit_tiny_patch16_224]")
     assert main(words(tmp_path / "whole", *changes)) == 0
-    step = ChainLoop._train_step
+    step = Loop._train_step
 
-    def dies(self: ChainLoop, batches: Any, epoch: int) -> None:
+    def dies(self: Loop, batches: Any, epoch: int) -> float:
         if self.job.title == role and self.step == 9:
             raise KeyboardInterrupt
-        step(self, batches, epoch)
+        return step(self, batches, epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ChainLoop, "_train_step", dies)
+        patch.setattr(Loop, "_train_step", dies)
         assert main(words(tmp_path / "cut", *changes)) == 130
     (last,) = (tmp_path / "cut").glob(f"**/{role}/checkpoints/last.pt")
     assert load_checkpoint(last)["step"] == 8, "must have died in mid-epoch, after a checkpoint"
@@ -221,7 +221,7 @@ def test_out_of_memory_halves_the_batch(
     forward = Objective.forward
     seen: list[int] = []
 
-    def limited(self: Objective, images: Tensor, *rest: Any) -> dict[str, Tensor]:
+    def limited(self: Objective, images: Tensor, *rest: Any) -> Any:
         seen.append(len(images))
         if len(images) > 3:
             raise torch.OutOfMemoryError("simulated")
@@ -240,7 +240,7 @@ def test_out_of_memory_halves_the_batch(
     (path,) = (tmp_path / "small").glob("**/*_teacher_log.csv")
     assert [row["parts"] for row in rows(path)] == ["4", "4"]
 
-    def always(self: Objective, images: Tensor, *rest: Any) -> dict[str, Tensor]:
+    def always(self: Objective, images: Tensor, *rest: Any) -> Any:
         raise torch.OutOfMemoryError("simulated")
 
     monkeypatch.setattr(Objective, "forward", always)
@@ -307,7 +307,7 @@ def test_processes_stop_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def receive(values: list[dict[str, float]]) -> None:
         values[0] = {**values[0], "accuracy": next(first)}
 
-    monkeypatch.setattr("kdfast.chain.loop.broadcast_object_list", receive)
+    monkeypatch.setattr("kdfast.chain.watch.broadcast_object_list", receive)
     folder = tmp_path / "run"
     assert main(words(folder, "stage=teacher", "epochs=4", "patience=1")) == 0
     (log,) = folder.glob("**/teacher/logs/*_log.csv")

@@ -24,9 +24,9 @@ from kdfast.models.checkpoint import load_backbone
 from kdfast.models.eva import EVAViT
 from kdfast.recovery import report
 from kdfast.recovery.evaluate import confusion, mean_iou, similarity
+from kdfast.recovery.optim import block_depth, param_groups, schedule
 from kdfast.train import main
 from kdfast.trainer import loop
-from kdfast.trainer.optim import block_depth, param_groups, schedule
 from kdfast.trainer.state import load_checkpoint
 
 
@@ -171,7 +171,7 @@ def test_non_finite_loss(
     bad = list(EpochSampler(48, seed=0))[13]
     monkeypatch.setattr(Scenes, "load", poisoned)
     monkeypatch.setattr(
-        "kdfast.train.score_heads", lambda *_: pytest.fail("heads come from the run")
+        "kdfast.recovery.run.score_heads", lambda *_, **__: pytest.fail("heads come from the run")
     )
     words = smoke(folder, teachers, "run.max_steps=6") + ["--resume"]
     assert main(words) == 1
@@ -256,7 +256,7 @@ def test_orion_file_on_a_picture_folder(
     assert Image.open(folder / "predictions.png").size[0] > 300
     out = capsys.readouterr().out
     # Under DropPath 0 and bf16 the recipe's GridMask and photometric distortion still run.
-    assert "05.jpg" in out or load_checkpoint(folder / "last.pt")["ranks"][0]["corrupt"]["bad"] == 0
+    assert "05.jpg" in out or load_checkpoint(folder / "last.pt")["ranks"][0]["feed"]["bad"] == 0
 
     words = [w if "max_steps" not in w else "run.max_steps=5" for w in words]
     assert main(["--config", "orion50", *words, "--resume"]) == 0

@@ -10,7 +10,7 @@ import torch
 
 from kdfast.configs import ConfigError, load
 from kdfast.machine import memory
-from kdfast.recovery import parts
+from kdfast.recovery import heads
 from kdfast.train import make_accelerator
 from kdfast.trainer import state
 from kdfast.trainer.loop import Loop
@@ -63,15 +63,17 @@ def test_heads_are_never_scored_in_fp16(
     def scores(*_: Any, **__: Any) -> None:
         seen.append(torch.is_autocast_enabled("cpu"))
 
-    monkeypatch.setattr(parts, "head_scores", scores)
+    monkeypatch.setattr(heads, "head_scores", scores)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     accelerator: Any = SimpleNamespace(
         mixed_precision=precision,
         is_main_process=False,
         autocast=lambda: torch.autocast("cpu", dtype),
     )
-    data: Any = None
-    parts.score_heads(load("smoke"), accelerator, torch.nn.Linear(1, 1), None, data)
+    images: Any = None
+    teacher: Any = torch.nn.Linear(1, 1)
+    config = load("smoke").prune
+    heads.score_heads(teacher, None, images, config, accelerator, seed=0)
     assert seen == [expected]
 
 

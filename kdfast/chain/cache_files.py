@@ -36,12 +36,12 @@ class Layout:
     """Shape and format of a cache.
 
     Attributes:
-        dtype: Of the logits, one of ``DTYPES``.
+        dtype: Number format of the logits, one of ``DTYPES``.
         top_k: Classes kept of each row; None for all.
-        temperature: At which the mass of the others is exact.
-        length: N.
-        variants: V.
-        classes: C; 0 until the teacher was called.
+        temperature: Temperature at which the mass of the other classes is exact.
+        length: Number of pictures, N.
+        variants: Variants of each, V.
+        classes: Number of classes, C; 0 until the teacher was called.
     """
 
     dtype: str

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a teacher cache follows from, and how two of these are compared."""
+"""The key of a teacher cache: a description of everything that decides the kept logits.
+
+A cache is used again only where the key of today equals the one that is saved with it.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ _HOW = {"training", "grad_checkpointing"}
 
 
 def teacher_key(teacher: nn.Module, facts: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Key of a cache: everything its logits follow from.
+    """Key of a cache: everything that decides its logits.
 
     Args:
         teacher: Its architecture, weights and buffers are hashed.
-        facts: Of the data, as ``Classification.facts``.
+        facts: What identifies the data, as ``Classification.facts``.
         more: Anything else that changes the logits: normalisation, autocast.
     """
     return {

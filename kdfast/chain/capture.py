@@ -31,7 +31,7 @@ def attention_layers(net: nn.Module, name: str) -> list[str]:
     return found
 
 
-def feature_layers(net: nn.Module, name: str) -> tuple[list[str], list[int]]:
+def timm_features(net: nn.Module, name: str) -> tuple[list[str], list[int]]:
     """Names and widths of the layers that timm lists as features.
 
     Raises:
@@ -48,7 +48,7 @@ def feature_layers(net: nn.Module, name: str) -> tuple[list[str], list[int]]:
     return [row["module"] for row in rows], [row["num_chs"] for row in rows]
 
 
-def paired(students: int, teachers: int, layers: str) -> list[tuple[int, int]]:
+def paired_layers(students: int, teachers: int, layers: str) -> list[tuple[int, int]]:
     """Which layer of the student is compared with which one of the teacher.
 
     Args:

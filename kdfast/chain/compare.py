@@ -78,9 +78,9 @@ def write_comparison(
     """Write ``comparison.{csv,json,png,txt}`` of the links that are done.
 
     Args:
-        root: Output of the chain.
+        root: Folder of the chain's run.
         results: As in ``compare``.
-        name: Of the data.
+        name: Name of the data.
         facts: Further content of the JSON file.
 
     Returns:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,11 @@ class LinkModel(nn.Module):
             getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", True) else None
         )
         self.size = None if fixed is None else (int(fixed[0]), int(fixed[1]))
+
+    @property
+    def count(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters())
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of images (B, 3, H, W) in [0, 1], not normalised."""
@@ -251,8 +256,6 @@ def load_teacher(path: Path, link: Link, data: Classification) -> LinkModel:
     if found:
         raise ConfigError(found)
     # The weights come from the file, wherever the link itself started.
-    model = build_link(
-        Link(**{**link.__dict__, "init": "scratch"}), len(data.class_names), checkpointing=False
-    )
+    model = build_link(replace(link, init="scratch"), len(data.class_names), checkpointing=False)
     model.net.load_state_dict(weights_of(state))
     return model.requires_grad_(False).eval()

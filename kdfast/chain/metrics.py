@@ -26,8 +26,8 @@ class Meter:
         """Start empty.
 
         Args:
-            task: Of ``Classification``.
-            classes: C.
+            task: Kind of classification, as in ``Classification.task``.
+            classes: Number of classes, C.
             scores: Keep the logits too, for the AUC and plots; otherwise predictions only.
         """
         self.task, self.classes, self.scores = task, classes, scores

@@ -15,25 +15,26 @@ from torch import Tensor, nn
 from kdfast.chain.capture import (
     Capture,
     attention_layers,
-    feature_layers,
     head_groups,
-    paired,
+    paired_layers,
     relation_heads,
+    timm_features,
 )
 from kdfast.chain.links import LinkModel
 from kdfast.configs.chain import ChainDistillConfig
+from kdfast.nn.frozen import Frozen
 from kdfast.ops.attention_distill import attention_distill
 from kdfast.ops.feature_loss import feature_loss
 from kdfast.ops.kd_loss import kd_loss
 
 
-def alpha_at(epoch: int, epochs: int, config: ChainDistillConfig) -> float:
+def scheduled_alpha(epoch: int, epochs: int, config: ChainDistillConfig) -> float:
     """Weight of distillation in an epoch, counted from 0; ``alpha_end`` in the last one.
 
     Args:
         epoch: In [0, epochs).
-        epochs: Of the whole link.
-        config: ``alpha``, ``alpha_end`` and ``schedule``.
+        epochs: Number of epochs of the whole link.
+        config: Says ``alpha``, ``alpha_end`` and ``schedule``.
     """
     if config.schedule == "constant" or epochs == 1:
         return config.alpha
@@ -49,8 +50,8 @@ def task_loss(logits: Tensor, target: Tensor, task: str, smoothing: float = 0.0)
     Args:
         logits: (B, C).
         target: (B,) int64, or (B, C): class probabilities, or ones and zeros of "multilabel".
-        task: Of ``Classification``.
-        smoothing: Label smoothing of the former.
+        task: Kind of classification, as in ``Classification.task``.
+        smoothing: Label smoothing of the cross-entropy; unused by the binary one.
     """
     if task == "multilabel":
         return F.binary_cross_entropy_with_logits(logits.float(), target.float())
@@ -74,13 +75,13 @@ def distill_loss(
     cross-entropy of these is the binary one.
 
     Args:
-        logits: (B, C) of the student.
-        teacher: (B, C).
+        logits: (B, C) logits of the student.
+        teacher: (B, C) logits of the teacher.
         target: As in ``task_loss``.
-        task: Of ``Classification``.
-        temperature: T.
+        task: Kind of classification, as in ``Classification.task``.
+        temperature: T, by which both logits are divided.
         alpha: Weight of ``kd``.
-        smoothing: Label smoothing; not of "multilabel".
+        smoothing: Label smoothing; unused by "multilabel".
     """
     if task == "multilabel":
         logits, teacher = (torch.stack([x, torch.zeros_like(x)], -1) for x in (logits, teacher))
@@ -119,9 +120,9 @@ class Objective(nn.Module):
         Args:
             student: The model to train.
             teacher: Frozen; None: there is none, or its logits come from a cache.
-            task: Of ``Classification``.
-            config: Weights and kinds.
-            epochs: Of the link, for the schedule of alpha.
+            task: Kind of classification, as in ``Classification.task``.
+            config: Weights and kinds of the terms.
+            epochs: Number of epochs of the link, for the schedule of alpha.
             distilled: False: plain training on the targets.
 
         Raises:
@@ -130,8 +131,7 @@ class Objective(nn.Module):
         super().__init__()
         self.student, self.task, self.config = student, task, config
         self.epochs, self.distilled = epochs, distilled
-        # A tuple hides it from nn.Module.
-        self._frozen = (teacher,)
+        self._teacher = None if teacher is None else Frozen(teacher)
         self.attention: list[tuple[str, str]] = []
         self.features: list[tuple[str, str]] = []
         self.projections = nn.ModuleList()
@@ -140,11 +140,11 @@ class Objective(nn.Module):
         nets = (student.net, teacher.net)
         if config.attention:
             mine, other = (attention_layers(n, type(n).__name__) for n in nets)
-            pairs = paired(len(mine), len(other), config.layers)
+            pairs = paired_layers(len(mine), len(other), config.layers)
             self.attention = [(mine[i], other[j]) for i, j in pairs]
         if config.feature:
-            (mine, widths), (other, wide) = (feature_layers(n, type(n).__name__) for n in nets)
-            pairs = paired(len(mine), len(other), config.layers)
+            (mine, widths), (other, wide) = (timm_features(n, type(n).__name__) for n in nets)
+            pairs = paired_layers(len(mine), len(other), config.layers)
             self.features = [(mine[i], other[j]) for i, j in pairs]
             self.projections.extend(
                 nn.Linear(widths[i], wide[j]) if widths[i] != wide[j] else nn.Identity()
@@ -154,12 +154,12 @@ class Objective(nn.Module):
     @property
     def teacher(self) -> LinkModel | None:
         """The frozen teacher."""
-        return self._frozen[0]
+        return None if self._teacher is None else self._teacher.module
 
     def forward(
         self, images: Tensor, target: Tensor, epoch: int, teacher_logits: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Losses of one batch, and the student's logits.
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses of one batch, and the student's logits (B, C), detached.
 
         Args:
             images: (B, 3, H, W) in [0, 1]; teacher and student see the same ones.
@@ -169,13 +169,13 @@ class Objective(nn.Module):
 
         Returns:
             Scalars ``total``, the only one with a gradient, ``task`` and, with a teacher, ``kd``,
-            ``attention`` and ``feature`` where they have a weight, and ``alpha``; and ``logits``.
+            ``attention`` and ``feature`` where they have a weight, and ``alpha``; the logits.
         """
         config = self.config
         if not self.distilled:
             logits = self.student(images)
             total = task_loss(logits, target, self.task, config.label_smoothing)
-            return {"total": total, "task": total.detach(), "logits": logits.detach()}
+            return {"total": total, "task": total.detach()}, logits.detach()
         theirs = self._run_teacher(images) if teacher_logits is None else None
         names = ([s for s, _ in self.attention], [s for s, _ in self.features])
         with Capture(self.student.net, *names) as mine:
@@ -183,7 +183,7 @@ class Objective(nn.Module):
         if theirs is not None:
             teacher_logits = theirs[0]
         assert teacher_logits is not None  # one of the two is there
-        alpha = alpha_at(epoch, self.epochs, config)
+        alpha = scheduled_alpha(epoch, self.epochs, config)
         total, kd, task = distill_loss(
             logits,
             teacher_logits.to(logits.dtype),
@@ -201,12 +201,7 @@ class Objective(nn.Module):
             losses["feature"] = self._feature(mine, theirs[1])
             total = total + config.feature * losses["feature"]
         logged = {name: value.detach() for name, value in losses.items()}
-        return {
-            "total": total,
-            **logged,
-            "alpha": total.new_tensor(alpha),
-            "logits": logits.detach(),
-        }
+        return {"total": total, **logged, "alpha": total.new_tensor(alpha)}, logits.detach()
 
     @torch.no_grad()
     def _run_teacher(self, images: Tensor) -> tuple[Tensor, Capture]:

@@ -5,24 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
+from kdfast.chain.link_run import LinkRun
 from kdfast.chain.links import Link, LinkModel, build_link, switch_checkpointing
 from kdfast.configs.chain_check import per_link
 from kdfast.configs.fields import ConfigError
 from kdfast.memory import BatchPlan, plan_batch
 from kdfast.trainer.logs import LOG
 
-if TYPE_CHECKING:
-    from kdfast.chain.stage import Stage
-
 # Batches that the planner may choose.
 PLANNED = tuple(2**i for i in range(11))
 
 
-def batch_size(stage: Stage, student: LinkModel, device: torch.device) -> int:
+def batch_size(stage: LinkRun, student: LinkModel, device: torch.device) -> int:
     """Images per step of a link: the config's, or what ``kdfast.plan`` finds to fit."""
     value = per_link(stage.config.batch, stage.link.index)
     if value != "auto":
@@ -35,7 +32,7 @@ def batch_size(stage: Stage, student: LinkModel, device: torch.device) -> int:
     return plan.batch
 
 
-def planned_batch(stage: Stage, device: torch.device) -> BatchPlan:
+def planned_batch(stage: LinkRun, device: torch.device) -> BatchPlan:
     """The largest power of two that fits into ``vram_gib``, or into the GPU.
 
     Raises:

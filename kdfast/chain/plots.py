@@ -72,7 +72,7 @@ def draw_confusion(counts: Tensor, names: Sequence[str], path: Path, title: str)
 
     Args:
         counts: (C, C); or (C, 2, 2) of several labels per image, shown as one row a label.
-        names: Of the classes.
+        names: Names of the classes.
         path: PNG file.
         title: Above the picture.
     """
@@ -105,7 +105,7 @@ def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -
     """Test accuracy and macro F1 of every link: mean as a bar, seeds as dots, spread as a line.
 
     Args:
-        rows: Of ``compare``, with ``values`` of each seed.
+        rows: Rows as ``compare`` makes them, with ``values`` of each seed.
         path: PNG file.
         title: Above the picture.
     """
@@ -149,7 +149,7 @@ def draw_attention(
         data: Its images.
         folder: Where the pictures go.
         title: Above each of them.
-        device: Of the model.
+        device: Where the model is.
 
     Returns:
         The pictures; none for a model whose attention cannot be read, which the log says.

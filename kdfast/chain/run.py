@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from kdfast.chain.compare import write_comparison
+from kdfast.chain.link_run import LinkRun
 from kdfast.chain.links import Link, links_of
-from kdfast.chain.stage import Stage, train_link
+from kdfast.chain.train_link import train_link
 from kdfast.configs import ChainConfig, ConfigError, plain, save
 from kdfast.configs.chain_check import stages
 from kdfast.data.base import CorruptDataError
@@ -25,8 +27,8 @@ TWIN = "student_ce"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the files of a run are.
+class RunFolders:
+    """Where the files of a chain's links are.
 
     Attributes:
         root: Output of the chain.
@@ -58,14 +60,22 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
     chosen = stages(config)
     missing = f"stage: {config.stage} needs an earlier run, " if resume or chosen[0] > 0 else None
     root = run_folder(Path(config.output).expanduser().absolute(), accelerator, missing)
-    place = Place(root, len(config.seeds) > 1)
+    folders = RunFolders(root, len(config.seeds) > 1)
     words = [" -> ".join(config.chain), f"stage {config.stage}", f"seeds {list(config.seeds)}"]
     words += [f"data {config.data.kind} {config.data.root or ''}".strip()]
     words += [
         f"{accelerator.num_processes} x {accelerator.device}",
         f"precision {config.precision}",
     ]
-    show_start(config, accelerator, root, resume, ", ".join(words))
+    show_start(
+        root,
+        accelerator,
+        name=config.name,
+        note=config.note,
+        what=", ".join(words),
+        save=partial(save, config),
+        resume=resume,
+    )
     sets: dict[int, Classification] = {}
     results: list[dict[str, Any]] = []
     for seed in config.seeds:
@@ -73,26 +83,15 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
         if data_seed not in sets:
             sets.clear()
             sets[data_seed] = read_data(config, data_seed)
-        for link, teacher in plan(config, chosen, seed):
-            known = sets[data_seed]
-            before = None if teacher is None else (teacher, _seed_of(config, teacher, seed))
-            stage = Stage(
-                config=config,
-                link=link,
-                seed=seed,
-                folder=place.of(link, seed, known.name),
-                teacher=None if before is None else before[0],
-                teacher_folder=None if before is None else place.of(*before, known.name),
-                data=known,
-            )
-            finished = train_link(stage, accelerator, resume=resume)
+        for run in links_to_train(config, seed, folders, sets[data_seed]):
+            finished = train_link(run, accelerator, resume=resume)
             if accelerator.is_main_process:
                 save(config, root / "config.yaml")
             # Everything of the link was local to the call: now its memory can go.
             accelerator.free_memory()
             release(accelerator.device)
             if finished is None:
-                LOG.info("max_steps reached in %s; go on with --resume", link.role)
+                LOG.info("max_steps reached in %s; go on with --resume", run.link.role)
                 return 0
             results.append(finished)
     if accelerator.is_main_process:
@@ -101,22 +100,33 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
     return 0
 
 
-def plan(config: ChainConfig, chosen: list[int], seed: int) -> list[tuple[Link, Link | None]]:
-    """The links to train for a seed, each with the one that teaches it."""
-    links = links_of(config)
-    jobs: list[tuple[Link, Link | None]] = []
+def links_to_train(
+    config: ChainConfig, seed: int, folders: RunFolders, data: Classification
+) -> list[LinkRun]:
+    """The links of a seed that ``config.stage`` names, in the order of their training."""
+    links, chosen = links_of(config), stages(config)
+    pairs: list[tuple[Link, Link | None]] = []
     for i in chosen:
         if config.vary == "student" and i < len(links) - 1 and seed != config.seeds[0]:
             continue
-        jobs.append((links[i], links[i - 1] if i else None))
+        pairs.append((links[i], links[i - 1] if i else None))
     if config.twin and len(links) - 1 in chosen:
-        jobs.append((replace(links[-1], role=TWIN, distilled=False), None))
-    return jobs
-
-
-def _seed_of(config: ChainConfig, link: Link, seed: int) -> int:
-    """Seed that a teacher was trained with."""
-    return config.seeds[0] if config.vary == "student" else seed
+        pairs.append((replace(links[-1], role=TWIN, distilled=False), None))
+    teacher_seed = config.seeds[0] if config.vary == "student" else seed
+    return [
+        LinkRun(
+            config=config,
+            link=link,
+            seed=seed,
+            folder=folders.of(link, seed, data.name),
+            teacher=teacher,
+            teacher_folder=None
+            if teacher is None
+            else folders.of(teacher, teacher_seed, data.name),
+            data=data,
+        )
+        for link, teacher in pairs
+    ]
 
 
 def _data_seed(config: ChainConfig, seed: int) -> int:

@@ -96,7 +96,7 @@ class TeacherCache:
             dtype: "float16" or "float32"; docs/use/teacher_cache.md has the rounding.
             batch_size: Pictures a call of the teacher.
             workers: Processes that make the pictures.
-            device: Of the images for the teacher; that of a module's parameters if None.
+            device: Where the teacher gets its images; where its parameters are if None.
             rebuild: Replace a finished cache of another key or options instead of raising.
             progress: Called with pictures done and their total.
 

@@ -7,7 +7,8 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -25,6 +26,17 @@ class ConfigError(ValueError):
         self.problems = problems
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         super().__init__("\n".join([f"config: {count}", *(f"  - {line}" for line in problems)]))
+
+
+@contextmanager
+def as_config_error() -> Iterator[None]:
+    """Turns the complaints about files and values that a config names into a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError([str(error)]) from error
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from kdfast.models.eva import EVAViT, eva_vit_l_orion
 from kdfast.nn import accelerate
 from kdfast.pruning.select import kept_counts
 from kdfast.recovery.objective import Distiller
-from kdfast.trainer.optim import adamw, param_groups
+from kdfast.recovery.optim import adamw, param_groups
 
 PRECISION = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -143,7 +143,7 @@ def _link_job(config: ChainConfig, index: int, classes: int) -> Job:
             kept = None
             if above is not None and teacher is None:
                 kept = torch.zeros(len(images), classes)
-            total: Tensor = objective(images, labels, 0, kept)["total"]
+            total: Tensor = objective(images, labels, 0, kept)[0]["total"]
             return total
 
         frozen: list[nn.Module] = [] if teacher is None else [teacher]

@@ -6,16 +6,14 @@ B batch, C channels, L classes, (H, W) pixels, (h, w) grid of patches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from kdfast.trainer.feed import Feed
-
-Metric = Callable[[nn.Module], float]
+from kdfast.recovery.data import Views
+from kdfast.trainer.logs import LOG
+from kdfast.trainer.watch import Row, Watch
 
 
 def confusion(logits: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -65,7 +63,7 @@ class Evaluator:
     def __init__(
         self,
         accelerator: Accelerator,
-        feed: Feed,
+        feed: Views,
         head: nn.Module | None,
         teacher: nn.Module | None,
         limit: int | None,
@@ -117,3 +115,23 @@ class Evaluator:
         if sums[1] == 0:
             raise ValueError("similarity: held-out images must be readable, got none")
         return float(sums[0] / sums[1])
+
+
+class EvaluateEpochs(Watch):
+    """Measures a backbone after every epoch of a training."""
+
+    def __init__(self, title: str, evaluate: Evaluator, backbone: nn.Module) -> None:
+        """Set up.
+
+        Args:
+            title: Title of the training, for the log.
+            evaluate: What measures.
+            backbone: What is trained.
+        """
+        self.title, self.evaluate, self.backbone = title, evaluate, backbone
+
+    def on_epoch(self, epoch: int, step: int, lr: float) -> Row:
+        """See ``Watch``; the row holds the metric."""
+        name, value = self.evaluate.name, self.evaluate(self.backbone)
+        LOG.info("%s epoch %d  %s %.4f", self.title, epoch + 1, name, value)
+        return {"step": step, "epoch": epoch + 1, name: value}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kdfast.configs.recovery import DistillConfig
 from kdfast.models.eva import EVAViT
 from kdfast.models.trace import AttentionTarget, Trace
+from kdfast.nn.frozen import Frozen
 from kdfast.ops.feature_loss import feature_loss
 from kdfast.ops.kd_loss import kd_loss
 
@@ -93,11 +94,8 @@ class Distiller(nn.Module):
                 f"got {len(student.blocks)}"
             )
         self.student = student
-        for frozen in (teacher, head):
-            if frozen is not None:
-                frozen.requires_grad_(False).eval()
-        # A tuple hides them from nn.Module.
-        self._frozen = (teacher, head)
+        self._teacher = Frozen(teacher)
+        self._head = None if head is None else Frozen(head)
         self.config = config
         self.layers = feature_layers(teacher, config.feature_layers) if config.feature else []
         self.teacher_heads = paired_heads(student, teacher)
@@ -105,12 +103,12 @@ class Distiller(nn.Module):
     @property
     def teacher(self) -> EVAViT:
         """The frozen teacher."""
-        return self._frozen[0]
+        return self._teacher.module
 
     @property
     def head(self) -> nn.Module | None:
         """The frozen head."""
-        return self._frozen[1]
+        return None if self._head is None else self._head.module
 
     def forward(self, images: Tensor, labels: Tensor | None, epoch: int) -> dict[str, Tensor]:
         """Losses of one batch; teacher and student see the same tensor.

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,12 @@ from kdfast.machine.files import replacing
 from kdfast.models.checkpoint import load_orion_backbone, save_backbone
 from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT
-from kdfast.recovery.evaluate import Evaluator
-from kdfast.recovery.parts import Data
-from kdfast.trainer.feed import Feed
+from kdfast.recovery.data import Data, view_feed
+from kdfast.recovery.evaluate import EvaluateEpochs, Evaluator
+from kdfast.recovery.optim import adamw, lr_setter, param_groups
+from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
-from kdfast.trainer.loop import Job, Loop
+from kdfast.trainer.loop import Loop
 
 # Part of the key of a cached teacher: to be raised when the same config trains another one.
 VERSION = 1
@@ -64,9 +65,11 @@ def get_teacher(
     if config.teacher.checkpoint is not None:
         path = Path(config.teacher.checkpoint).expanduser()
     elif spec is not None:
-        path = _trained(config, spec, accelerator, data, folder, resume=resume)
-        head = _new_head(spec, len(data.train.dataset.classes))
-        head.load_state_dict(load_file(_head_path(path)))
+        training = TeacherTraining(config, spec, accelerator, data, folder)
+        path = training.path
+        training.run(resume=resume)
+        head = training.new_head()
+        head.load_state_dict(load_file(training.head_path))
     else:
         raise ValueError("teacher.checkpoint: must name a file where teacher.fit is null")
     LOG.info("teacher: %s", path)
@@ -77,81 +80,106 @@ def get_teacher(
     return teacher, head
 
 
-def cache_path(config: Config, data: Data) -> Path:
-    """File of the trained teacher; its name hashes everything that the training depends on."""
-    key = {
-        "version": VERSION,
-        "fit": plain(config.teacher.fit),
-        "data": plain(config.data) | {"items": data.fingerprint(), "val_frames": None},
-        "seed": config.seed,
-        "precision": config.run.precision,
-    }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(config.teacher.cache) / f"teacher-{digest}.safetensors"
+@dataclass(frozen=True)
+class TeacherTraining:
+    """The training of a teacher on labels; later runs with the same settings use its files.
+
+    Attributes:
+        config: The whole run.
+        spec: How the teacher is trained.
+        accelerator: Device, precision and processes.
+        data: The images.
+        folder: Where checkpoints and logs go.
+    """
+
+    config: Config
+    spec: FitTeacherConfig
+    accelerator: Accelerator
+    data: Data
+    folder: Path
+
+    @cached_property
+    def path(self) -> Path:
+        """File of the trained teacher; its name hashes everything that the training depends on."""
+        config = self.config
+        key = {
+            "version": VERSION,
+            "fit": plain(self.spec),
+            "data": plain(config.data) | {"items": self.data.fingerprint(), "val_frames": None},
+            "seed": config.seed,
+            "precision": config.run.precision,
+        }
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        return Path(config.teacher.cache) / f"teacher-{digest}.safetensors"
+
+    @property
+    def head_path(self) -> Path:
+        """File of its head."""
+        return self.path.with_suffix(".head.safetensors")
+
+    def new_head(self) -> DenseHead:
+        """The head as it starts."""
+        spec, classes = self.spec, len(self.data.train.dataset.classes)
+        return DenseHead(spec.model.embed_dim, spec.head_dim, classes, spec.model.patch_size)
+
+    def run(self, *, resume: bool) -> None:
+        """Train and write both files, unless they are there."""
+        if self.path.is_file() and self.head_path.is_file():
+            LOG.info("teacher of an earlier run with the same settings is used again")
+            return
+        torch.manual_seed(self.config.seed)
+        backbone = EVAViT(**plain(self.spec.model), with_cp=False)
+        head = self.new_head()
+        module = Supervised(backbone, head).to(self.accelerator.device)
+        count = sum(p.numel() for p in backbone.parameters())
+        LOG.info("training a teacher of %s parameters, kept in %s", f"{count:,}", self.path)
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        Loop(self._job(module), self.accelerator).fit(resume=resume)
+        self.accelerator.free_memory()
+        if self.accelerator.is_main_process:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.head_path) as partial:
+                save_head(head, partial)
+            save_backbone(backbone, self.path)
+        self.accelerator.wait_for_everyone()
+
+    def _job(self, module: Supervised) -> Job:
+        config, spec, accelerator = self.config, self.spec, self.accelerator
+        feed = view_feed(
+            self.data.train.dataset,
+            batch_size=spec.batch_size,
+            device=accelerator.device,
+            workers=config.data.workers,
+            seed=config.seed,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            gridmask=config.data.gridmask,
+        )
+        length = Length(
+            epochs=spec.epochs,
+            batches=len(feed),
+            save_every=config.run.save_every,
+            log_every=config.run.log_every,
+        )
+        held_out, limit = self.data.held_out, config.run.eval_images
+        evaluate = Evaluator(accelerator, held_out, module.head, None, limit)
+        optimizer = adamw(param_groups(module, spec.optim, spec.model.depth), spec.optim)
+        return Job(
+            title="teacher",
+            folder=self.folder,
+            logs=self.folder,
+            module=module,
+            feed=feed,
+            length=length,
+            optimizer=optimizer,
+            set_lr=lr_setter(optimizer, spec.optim, length.total),
+            clip=spec.optim.clip,
+            meta={"stage": "teacher", "key": self.path.name},
+            watch=EvaluateEpochs("teacher", evaluate, module.backbone),
+        )
 
 
-def _head_path(path: Path) -> Path:
-    return path.with_suffix(".head.safetensors")
-
-
-def _new_head(spec: FitTeacherConfig, classes: int) -> DenseHead:
-    return DenseHead(spec.model.embed_dim, spec.head_dim, classes, spec.model.patch_size)
-
-
-def _trained(
-    config: Config,
-    spec: FitTeacherConfig,
-    accelerator: Accelerator,
-    data: Data,
-    folder: Path,
-    *,
-    resume: bool,
-) -> Path:
-    """Path of the trained teacher, trained now unless the cache has it."""
-    path = cache_path(config, data)
-    if path.is_file() and _head_path(path).is_file():
-        LOG.info("teacher of an earlier run with the same settings is used again")
-        return path
-    torch.manual_seed(config.seed)
-    backbone = EVAViT(**plain(spec.model), with_cp=False)
-    head = _new_head(spec, len(data.train.dataset.classes))
-    module = Supervised(backbone, head).to(accelerator.device)
-    count = sum(p.numel() for p in backbone.parameters())
-    LOG.info("training a teacher of %s parameters, kept in %s", f"{count:,}", path)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-    feed = Feed(
-        data.train.dataset,
-        batch_size=spec.batch_size,
-        device=accelerator.device,
-        workers=config.data.workers,
-        seed=config.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        gridmask=config.data.gridmask,
-    )
-    evaluator = Evaluator(accelerator, data.held_out, head, None, config.run.eval_images)
-    run = dataclasses.replace(
-        config.run, epochs=spec.epochs, batch_size=spec.batch_size, accumulate=1, max_steps=None
-    )
-    meta: dict[str, Any] = {"stage": "teacher", "key": path.name}
-    job = Job(
-        "teacher",
-        folder,
-        module,
-        spec.model.depth,
-        feed,
-        spec.optim,
-        run,
-        meta,
-        lambda: {evaluator.name: evaluator(backbone)},
-    )
-    Loop(job, accelerator).fit(resume=resume)
-    accelerator.free_memory()
-    if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(_head_path(path)) as partial:
-            save_file({k: v.cpu().contiguous() for k, v in head.state_dict().items()}, partial)
-        save_backbone(backbone, path)
-    accelerator.wait_for_everyone()
-    return path
+def save_head(head: DenseHead, path: Path) -> None:
+    """Write the weights of a head as safetensors."""
+    save_file({k: v.cpu().contiguous() for k, v in head.state_dict().items()}, path)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop and what a run needs around it; ``kdfast.train`` is the entry point."""
+"""The engine that trains any job and knows none of the runs that build one.
+
+Its parts are ``loop``, ``job``, ``step``, ``watch`` and ``feed``; ``runs``, ``state``, ``logs`` and
+``signals`` look after folders, checkpoints, records and interruptions.
+"""
 
 import importlib.util
 

@@ -7,13 +7,14 @@ import errno
 import fcntl
 import glob
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from kdfast.configs import ChainConfig, Config, ConfigError, save
+from kdfast.configs.fields import ConfigError
 from kdfast.trainer.logs import LOG, open_log
 
 # Files that a run has before it computes anything: one that never began leaves only these.
@@ -110,29 +111,35 @@ def _take(path: Path) -> bool:
 
 
 def show_start(
-    config: Config | ChainConfig,
-    accelerator: Accelerator,
     folder: Path,
-    resume: bool,
+    accelerator: Accelerator,
+    *,
+    name: str,
+    note: str,
     what: str,
+    save: Callable[[Path], None],
+    resume: bool,
 ) -> None:
     """Opens the log, saves the config of a new run, and says what is going to happen.
 
     Args:
-        config: Of the run; its note stands out.
+        folder: Folder of the run.
         accelerator: The main process writes, the others are silent.
-        folder: Of the run.
-        resume: Whether it goes on.
+        name: Name of the run's config.
+        note: Stands out in the log; may be empty.
         what: One line about data and machine.
+        save: Writes the config to a file; not called where the run goes on, because its config
+            may still be refused.
+        resume: Whether the run goes on.
     """
     if not accelerator.is_main_process:
         open_log(None)
         return
     open_log(folder)
-    if not resume:  # the config of a run that goes on may still be refused
-        save(config, folder / "config.yaml")
-    if config.note:
-        width = max(map(len, config.note.split(": ")))
-        LOG.warning("\n%s\n%s\n%s", "=" * width, config.note.replace(": ", "\n"), "=" * width)
-    LOG.info("%s %s in %s", "resuming" if resume else "starting", config.name, folder)
+    if not resume:
+        save(folder / "config.yaml")
+    if note:
+        width = max(map(len, note.split(": ")))
+        LOG.warning("\n%s\n%s\n%s", "=" * width, note.replace(": ", "\n"), "=" * width)
+    LOG.info("%s %s in %s", "resuming" if resume else "starting", name, folder)
     LOG.info("%s", what)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint files that are always whole, and the random state that belongs into them."""
+"""Checkpoint files that are always whole, the random state in them, and what a resume compares."""
 
 from __future__ import annotations
 
+import copy
 import os
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,36 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if found != FORMAT:
         raise ValueError(f"checkpoint: {path} must have format {FORMAT}, got {found!r}")
     return state
+
+
+def identity(tree: dict[str, Any], free: Iterable[str]) -> dict[str, Any]:
+    """The part of a config that a resumed run must have in common with its beginning.
+
+    Args:
+        tree: The config as dicts, lists and scalars.
+        free: Dotted names of the values that may change: they move files, or stop the run
+            elsewhere, but what is computed stays the same.
+    """
+    kept = copy.deepcopy(tree)
+    for name in free:
+        *sections, leaf = name.split(".")
+        part = kept
+        for section in sections:
+            part = part[section]
+        del part[leaf]
+    return kept
+
+
+def differences(saved: Any, mine: Any, key: str = "") -> list[str]:
+    """One line for every value of two trees of plain values that is not the same."""
+    if isinstance(saved, dict) and isinstance(mine, dict):
+        names = [*saved, *(name for name in mine if name not in saved)]
+        return [
+            line
+            for name in names
+            for line in differences(saved.get(name), mine.get(name), f"{key}.{name}".strip("."))
+        ]
+    return [] if saved == mine else [f"{key} {saved!r}, got {mine!r}"]
 
 
 def _sync_folder(folder: Path) -> None:

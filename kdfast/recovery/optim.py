@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameter groups and the learning rate over a run."""
+"""AdamW with layer decay, and the learning rate over a run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kdfast.configs.recovery import OptimConfig
+from kdfast.trainer.logs import LOG
 
 # Longest warm-up as a part of the run: the recipe's 500 steps belong to a run of 5,500.
 WARMUP_SHARE = 0.1
@@ -86,3 +87,26 @@ def schedule(config: OptimConfig, total: int) -> Callable[[int], float]:
         return value
 
     return factor
+
+
+def lr_setter(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, total: int
+) -> Callable[[int], float]:
+    """Sets the learning rates of an optimiser of ``adamw`` for a step, and returns the largest.
+
+    Args:
+        optimizer: Its groups have a ``factor``.
+        config: Shape of the schedule.
+        total: Optimiser steps of the whole run.
+    """
+    factor, cut = schedule(config, total), int(total * WARMUP_SHARE)
+    if config.warmup > total * WARMUP_SHARE:
+        LOG.info("warm-up of %d steps cut to %d of %d", config.warmup, cut, total)
+
+    def set_lr(step: int) -> float:
+        lr = config.lr * factor(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["factor"]
+        return lr
+
+    return set_lr

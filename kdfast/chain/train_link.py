@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains one link of a chain: its models, the teacher's outputs, and the job for the loop."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from kdfast.chain.evaluate import ClassEvaluator, held_out_feed
+from kdfast.chain.feed import class_feed, even_part
+from kdfast.chain.kept_logits import kept_logits
+from kdfast.chain.link_run import BEST, LinkRun, checkpoints_of
+from kdfast.chain.links import LinkModel, build_link, facts, load_teacher
+from kdfast.chain.objective import Objective
+from kdfast.chain.optim import timm_lr_setter, timm_optimizer
+from kdfast.chain.planning import batch_size
+from kdfast.chain.step import LinkStep, mixup_of
+from kdfast.chain.summary import finish_link, summary_of
+from kdfast.chain.watch import LinkWatch
+from kdfast.configs.fields import as_config_error
+from kdfast.data.labelled import Classification
+from kdfast.machine.memory import release
+from kdfast.nn import accelerate
+from kdfast.trainer.job import Job, Length
+from kdfast.trainer.logs import LOG
+from kdfast.trainer.loop import Loop
+
+
+def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[str, Any] | None:
+    """Train, test and describe a link.
+
+    Args:
+        run: What is trained.
+        accelerator: Device, precision and processes.
+        resume: Keep a finished link, go on with an interrupted one.
+
+    Returns:
+        Its summary; None if ``max_steps`` ended it early.
+
+    Raises:
+        ConfigError: A model or a checkpoint does not fit, or a resumed link had another recipe.
+    """
+    known = summary_of(run) if resume else None
+    if known is not None:
+        return known
+    if not resume and accelerator.is_main_process:
+        _move_aside(run.folder)
+    accelerator.wait_for_everyone()
+    began = time.monotonic()
+    config, link, device = run.config, run.link, accelerator.device
+    student, teacher = _models(run, accelerator)
+    batch = batch_size(run, student, device)
+    kept = None
+    if teacher is not None:
+        teacher.to(device)
+        if config.cache:
+            kept, teacher = kept_logits(run, teacher, accelerator), None
+            release(device)
+    with as_config_error():
+        objective = Objective(
+            student,
+            teacher,
+            run.data.task,
+            config.distill,
+            epochs=link.epochs,
+            distilled=run.teacher is not None,
+        ).to(device)
+        classes = len(run.data.class_names)
+        step = LinkStep(link.role, mixup_of(config.optim, run.data.task, classes), kept)
+        evaluate = ClassEvaluator(accelerator, run.data.task, classes)
+        val = held_out_feed(run, run.data.val, device)
+        watch = LinkWatch(run, student, step, val, evaluate)
+        loop = Loop(_job(run, objective, batch, step, watch), accelerator)
+    LOG.info(
+        "%s (seed %d): %s, %s parameters, batch %d, %d epochs, %d training images, in %s",
+        *(link.role, run.seed, link.model, f"{student.count:,}", batch, link.epochs),
+        *(loop.per_epoch * batch, run.folder),
+    )
+    loop.fit(resume=resume)
+    if not loop.done:
+        return None
+    seconds = time.monotonic() - began
+    summary = finish_link(run, watch, batch=batch, seconds=seconds)
+    accelerator.wait_for_everyone()
+    return summary
+
+
+def _models(run: LinkRun, accelerator: Accelerator) -> tuple[LinkModel, LinkModel | None]:
+    """The student as it starts, and the finished teacher; the generators start here."""
+    config, data, link = run.config, run.data, run.link
+    _seed(run.seed)
+    student = build_link(link, len(data.class_names), checkpointing=config.checkpointing)
+    teacher = None
+    if run.teacher is not None and run.teacher_folder is not None:
+        path = checkpoints_of(run.teacher_folder) / BEST
+        teacher = load_teacher(path, run.teacher, data)
+    if config.accelerate:
+        for model in (student, teacher):
+            if model is not None:
+                LOG.info("%s: %s", link.role, accelerate(model.net))
+    if accelerator.process_index:
+        # The weights are those of the first process; drop path and Mixup differ on the others.
+        _seed(run.seed + accelerator.process_index)
+    return student, teacher
+
+
+def _job(run: LinkRun, objective: Objective, batch: int, step: LinkStep, watch: LinkWatch) -> Job:
+    """The link as the loop takes it.
+
+    Raises:
+        ValueError: The images do not fill a batch, or timm has no optimiser of that name.
+    """
+    config, link, data, accelerator = run.config, run.link, run.data, watch.accelerator
+    feed = class_feed(
+        data.train,
+        batch_size=batch,
+        device=accelerator.device,
+        workers=config.data.workers,
+        seed=run.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        chosen=even_part(data.train.targets, config.data.limit, _data_seed(data)),
+    )
+    length = Length(
+        epochs=link.epochs,
+        batches=len(feed),
+        max_steps=config.max_steps,
+        save_every=config.save_every,
+        log_every=config.log_every,
+    )
+    optimizer = timm_optimizer(objective, config.optim)
+    for folder in (run.checkpoints, run.logs):
+        folder.mkdir(parents=True, exist_ok=True)
+    return Job(
+        title=link.role,
+        folder=run.checkpoints,
+        logs=run.logs,
+        module=objective,
+        feed=feed,
+        length=length,
+        optimizer=optimizer,
+        set_lr=timm_lr_setter(
+            optimizer, config.optim, epochs=link.epochs, per_epoch=length.per_epoch
+        ),
+        clip=config.optim.clip,
+        meta={**facts(link, data), "recipe": run.recipe},
+        step=step,
+        watch=watch,
+        epochs_file=f"{run.name}_log.csv",
+    )
+
+
+def _data_seed(data: Classification) -> int:
+    """A seed that follows from the images alone."""
+    return int(hashlib.sha256(str(data.facts["content"]).encode()).hexdigest()[:8], 16)
+
+
+def _move_aside(folder: Path) -> None:
+    """Keep what an earlier training of a link left, under another name."""
+    if folder.exists():
+        number = 1
+        while (old := folder.with_name(f"{folder.name}.old{number}")).exists():
+            number += 1
+        os.replace(folder, old)
+        LOG.info("the earlier %s is kept as %s", folder.name, old)
+
+
+def _seed(seed: int) -> None:
+    """The one place where a link's global generators start: weights, drop path and Mixup."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)

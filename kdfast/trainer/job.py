@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a loop trains, for how long, and with which parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdfast.trainer.feed import Feed
+from kdfast.trainer.step import Step, mean_of_batches
+from kdfast.trainer.watch import Watch
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a training is, and how often it writes something.
+
+    Attributes:
+        epochs: Passes over the training data.
+        batches: Batches of this process in an epoch.
+        accumulate: Batches per optimiser step.
+        max_steps: Stop and save after so many optimiser steps; None: at the end.
+        save_every: Optimiser steps between checkpoints; one is also saved after each epoch.
+        log_every: Optimiser steps between rows of the log.
+    """
+
+    epochs: int
+    batches: int
+    accumulate: int = 1
+    max_steps: int | None = None
+    save_every: int = 500
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.per_epoch == 0:
+            raise ValueError(
+                f"run.accumulate: an epoch has {self.batches} batches per process, which must be "
+                f"at least one step, got steps of {self.accumulate}"
+            )
+
+    @property
+    def per_epoch(self) -> int:
+        """Optimiser steps of an epoch."""
+        return self.batches // self.accumulate
+
+    @property
+    def total(self) -> int:
+        """Optimiser steps of the whole training; schedules are made for it."""
+        return self.per_epoch * self.epochs
+
+    @property
+    def stop(self) -> int:
+        """Optimiser steps after which this part of the training ends."""
+        return min(self.total, self.max_steps or self.total)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a loop is given, ready to use.
+
+    Attributes:
+        title: Shown on the terminal.
+        folder: Checkpoints go here.
+        logs: CSV files, curves and TensorBoard go here.
+        module: What is trained and saved; its forward is called by ``step``.
+        feed: Training data.
+        length: Epochs, steps and intervals.
+        optimizer: Over the parameters of ``module`` that are trained.
+        set_lr: Sets the learning rates of a step, counted from 0; returns the largest one.
+        clip: Largest L2 norm of the gradient; None: no clipping.
+        meta: Plain values to keep in the checkpoint: what is needed to build ``module`` again.
+            A run is resumed only with the same ones.
+        step: Turns batches into losses and gradients.
+        watch: Is told about steps, epochs and checkpoints.
+        epochs_file: Name of the CSV with a row per epoch.
+    """
+
+    title: str
+    folder: Path
+    logs: Path
+    module: nn.Module
+    feed: Feed[Any]
+    length: Length
+    optimizer: torch.optim.Optimizer
+    set_lr: Callable[[int], float]
+    clip: float | None
+    meta: dict[str, Any]
+    step: Step = mean_of_batches
+    watch: Watch = field(default_factory=Watch)
+    epochs_file: str = "epochs.csv"
