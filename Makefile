@@ -8,7 +8,7 @@ CONFIG ?= orion50
 ARGS ?=
 NATIVE := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: install train test test-all sanitize bench gpu lint format info clean
+.PHONY: install train test test-all sanitize bench gpu gpu-static lint format info clean
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(NATIVE)
@@ -42,6 +42,10 @@ sanitize: $(INSTALLED)
 
 gpu: $(INSTALLED)  # on a CUDA machine; ARGS=--dry-run anywhere
 	$(BIN)/python -m bench.gpu $(ARGS)
+
+gpu-static: $(INSTALLED)  # after an edit of kernels/; ARGS=--core compiles the least that tests ask for
+	$(BIN)/python -m bench.gpu_static $(ARGS)
+	$(BIN)/python -m bench.gpu_tables
 
 bench: $(INSTALLED)  # waiting threads sleep: spinning ones time the scheduler of a small machine
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest bench -m "not slow" $(ARGS)

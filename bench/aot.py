@@ -7,6 +7,7 @@ its own: it replaces Triton's driver.
 
 import argparse
 import functools
+import hashlib
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ir, make_backend
 from triton.runtime.jit import JITFunction
 
 from kdfast.ops import attention_distill, feature_loss, kd_loss, pruned_attention, swiglu_norm
@@ -38,6 +40,8 @@ SM_SHARED = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 22
 # Bytes of local memory that a thread may have: a few registers outside the loop cost nothing that
 # shows.
 SPILL_BUDGET = 64
+# Options of a launch that a binary depends on beside its IR.
+LAUNCH = ("num_warps", "num_ctas", "num_stages", "maxnreg", "enable_fp_fusion")
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 
 
@@ -97,8 +101,6 @@ def compile_only(arch: int) -> Iterator[list[Compiled]]:
     Raises:
         RuntimeError: Triton is in interpreter mode.
     """
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("bench.aot: cannot compile with TRITON_INTERPRET set")
     made: list[Compiled] = []
     run = JITFunction.run
 
@@ -108,11 +110,88 @@ def compile_only(arch: int) -> Iterator[list[Compiled]]:
         made.append(inspect(kernel, arch, constants))
         return kernel
 
+    with _driver(arch), mock.patch.object(JITFunction, "run", compile_instead):
+        yield made
+
+
+@contextmanager
+def trace_only(arch: int) -> Iterator[list[str]]:
+    """Makes launches on CPU tensors stop at Triton's IR for ``arch``; collects a hash of each.
+
+    The hash covers all that the instructions of the binary depend on but the architecture and the
+    compiler itself: the IR after inlining, see ``canonical``, and the options of the launch.
+    Neither names nor comments nor the way in which the text is divided into functions count, nor
+    in which order or groups the arguments come. A trace takes a tenth of a second, a binary
+    seconds.
+
+    Raises:
+        RuntimeError: Triton is in interpreter mode.
+    """
+    made: list[str] = []
+    run = JITFunction.run
+
+    def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    def trace(
+        self: Any,
+        key: Any,
+        signature: Any,
+        device: int,
+        constants: Any,
+        options: Any,
+        attributes: Any,
+        warmup: bool,
+    ) -> None:
+        target = _Driver(arch).get_current_target()
+        backend = make_backend(target)
+        source = self.ASTSource(self, signature, constants, attributes)
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+        stages: dict[str, Any] = {}
+        backend.add_stages(stages, options, source.language)
+        module = stages["ttir"](source.make_ir(target, options, functions, modules, context), {})
+        launch = {name: getattr(options, name) for name in LAUNCH if hasattr(options, name)}
+        text = f"{launch}\n{canonical(module.str_nodebug())}"
+        made.append(hashlib.sha256(text.encode()).hexdigest())
+
+    with (
+        _driver(arch),
+        mock.patch.object(JITFunction, "run", warm_up),
+        mock.patch.object(JITFunction, "_do_compile", trace),
+    ):
+        yield made
+
+
+def canonical(module: str) -> str:
+    """A module of Triton's IR with its arguments numbered by their first use.
+
+    Those that are not used are left out; values of loops are numbered with them. What remains
+    decides about the instructions: where an argument lies in the parameters of a kernel does not.
+
+    Args:
+        module: Text with one function, as ``str_nodebug`` gives it.
+    """
+    head, opening, rest = module.partition("(")
+    arguments, body = rest.split(") attributes ", 1)
+    typed = dict(re.findall(r"(%arg\d+): ((?:[^,{]|\{[^}]*\})+)", arguments))
+    used = dict.fromkeys(re.findall(r"%arg\d+", body))
+    names = {name: f"%arg{place}" for place, name in enumerate(used)}
+    signature = ", ".join(f"{names[name]}: {typed[name]}" for name in used if name in typed)
+    body = re.sub(r"%arg\d+", lambda found: names[found[0]], body)
+    return f"{head}{opening}{signature}) attributes {body}"
+
+
+@contextmanager
+def _driver(arch: int) -> Iterator[None]:
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("bench.aot: cannot compile with TRITON_INTERPRET set")
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(_Driver(arch))
     try:
-        with mock.patch.object(JITFunction, "run", compile_instead):
-            yield made
+        yield
     finally:
         triton.runtime.driver._active = before
 

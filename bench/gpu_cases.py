@@ -4,15 +4,17 @@
 A case is a call of an op (bench.aot) in one dtype, size and set of options on one architecture.
 """
 
+import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from bench import aot
-from bench.gpu_source import fingerprints
 from bench.gpu_tables import arch_name
-from kdfast.kernels._common import BLOCKS, TWO, chunks
 
 # In the order of what they say. Ampere's tensor cores and Hopper's first, then Blackwell's; sm_86
 # and sm_89 run the instructions of sm_80 on less shared memory.
@@ -135,28 +137,24 @@ def losses(half: bool, every: bool) -> Iterator[tuple[str, int, Options]]:
                     yield "feature_loss", 1024, {"kind": kind, "normalize": normalize}
 
 
-def sizes(case: Case) -> list[Any]:
-    """The tiles of its head dims, and the entries of the table of blocks that it may take."""
-    values = case.values()
-    names = ["fwd", "distance", "dq_rider", "dkdv_rider"]
-    if case.op == "pruned_attention":
-        names = ["fwd", "dq", "dkdv"]
-        if "bias" in values:
-            names = [*(f"{name}_bias" for name in names), "dbias"]
-    elif case.op != "attention_distill":
-        return []
-    itemsize = 4 if case.dtype == "float32" else 2
-    dims = sorted({case.dim, values.get("teacher_dim", case.dim)})
-    widths = {64 if dim <= 64 else 128 for dim in dims}
-    keys = [(name, width, itemsize) for name in names for width in (*widths, TWO)]
-    table = sorted((key, BLOCKS[key]) for key in keys if key in BLOCKS)
-    return [*table, *((dim, chunks(dim, itemsize)) for dim in dims)]
+def core(case: Case) -> bool:
+    """Whether the case has to be current for ``make test`` to pass: bf16 on Hopper."""
+    return case.arch == 90 and case.dtype == "bfloat16"
 
 
-def source(case: Case) -> str:
-    """A fingerprint of the code and the sizes that the binaries of the case depend on."""
-    text = repr((fingerprints()[case.op], sizes(case)))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def traced_as(case: Case) -> Case:
+    """The case with the same trace: Triton's IR is the same for all of NVIDIA's architectures."""
+    return case if case.arch == aot.AMD else dataclasses.replace(case, arch=90)
+
+
+@functools.cache
+def trace(case: Case) -> str:
+    """A hash of what the compiler sees of the case: as long as it stays, so does the binary."""
+    if case != traced_as(case):
+        return trace(traced_as(case))
+    with aot.trace_only(case.arch) as made:
+        aot.OPS[case.op](getattr(torch, case.dtype), case.dim, **case.values())
+    return hashlib.sha256("".join(sorted(set(made))).encode()).hexdigest()[:16]
 
 
 def violations(case: Case, row: dict[str, Any]) -> list[str]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fingerprints of the code that a kernel's binary depends on.
+"""Fingerprints of the code that an op's kernels come from.
 
-Whether a stored figure still holds is decided by the definitions that the launch of an op reaches
-in kernels/, not by files, comments or formatting.
+They say at once whether the kernels may have changed: they cover the definitions that a launch of
+the op reaches in kernels/, not files, comments or formatting. Whether a change reaches a binary is
+then decided by what the compiler makes of the code, see ``bench.gpu_cases.trace``.
 """
 
 import ast
@@ -17,13 +18,11 @@ from bench import aot
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "kdfast.kernels"
 Place = tuple[str, str]  # a module of kernels/ and a name in it; "" is the whole module
-# Sizes of tiles: what a case takes of them is in its own fingerprint, see bench/gpu_cases.py.
-SIZES = {("_common", "BLOCKS"), ("_common", "chunks")}
 
 
 @functools.cache
 def fingerprints() -> dict[str, str]:
-    """For each op of bench.aot, but for the sizes of tiles."""
+    """For each op of bench.aot."""
     return {op: fingerprint(op) for op in aot.OPS}
 
 
@@ -35,7 +34,7 @@ def fingerprint(op: str) -> str:
     found: dict[Place, Any] = {}
     while wanted:
         place = wanted.pop()
-        if place in found or place in SIZES:
+        if place in found:
             continue
         module, name = place
         if module not in modules:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles cases in worker processes: starting one takes seconds, so that each takes many.
+"""Traces or compiles cases in worker processes: starting one takes seconds, so each takes many.
 
 ``python -m bench.gpu_sweep`` is such a process: a JSON line for a case comes in, one with its
-kernels or the error goes out.
+trace, its kernels or the error goes out.
 """
 
 import json
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from bench import aot
-from bench.gpu_cases import Case, source
-from bench.gpu_source import ROOT, fingerprints
+from bench.gpu_cases import Case, trace
+from bench.gpu_source import ROOT
 
 # Seconds of CPU time for one case, and for the compiler of one kernel: a stopped process uses none.
 LIMIT = 300
@@ -63,8 +63,8 @@ class Worker:
             self.process.communicate()
         self.process, self.taken = None, 0
 
-    def ask(self, case: Case) -> dict[str, Any]:
-        """``source``, ``kernels`` and ``seconds``; or ``error`` alone."""
+    def ask(self, case: Case, *, binaries: bool = True) -> dict[str, Any]:
+        """``trace``, with ``binaries`` also ``kernels``, and ``seconds``; or ``error`` alone."""
         if self.taken == CASES_EACH:
             self.close()
         if self.process is None:
@@ -74,7 +74,8 @@ class Worker:
         self.taken += 1
         assert self.process.stdin is not None and self.process.stdout is not None
         with suppress(BrokenPipeError):  # it has ended, as the missing answer shows
-            print(json.dumps(asdict(case)), file=self.process.stdin, flush=True)
+            question = {"case": asdict(case), "binaries": binaries}
+            print(json.dumps(question), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if answer:
             return dict(json.loads(answer))
@@ -86,7 +87,13 @@ class Worker:
 Answer = tuple[Case, dict[str, Any]]
 
 
-def sweep(cases: Iterable[Case], jobs: int = 1, seconds: float | None = None) -> Iterator[Answer]:
+def sweep(
+    cases: Iterable[Case],
+    jobs: int = 1,
+    seconds: float | None = None,
+    *,
+    binaries: bool = True,
+) -> Iterator[Answer]:
     """The answers of ``jobs`` workers, as they come; after ``seconds`` no other case begins."""
     waiting, lock = iter(cases), threading.Lock()
     answers: queue.SimpleQueue[Answer | BaseException | None] = queue.SimpleQueue()
@@ -100,7 +107,7 @@ def sweep(cases: Iterable[Case], jobs: int = 1, seconds: float | None = None) ->
                         case = next(waiting, None)
                     if case is None:
                         break
-                    answers.put((case, worker.ask(case)))
+                    answers.put((case, worker.ask(case, binaries=binaries)))
             answers.put(None)
         except BaseException as error:
             answers.put(error)
@@ -122,17 +129,19 @@ def sweep(cases: Iterable[Case], jobs: int = 1, seconds: float | None = None) ->
 
 def main() -> None:
     """Answers until the input ends."""
-    fingerprints()  # of the code that was just imported
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # compilers may print
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     for line in sys.stdin:
-        case = Case(**json.loads(line))
+        question = json.loads(line)
+        case = Case(**question["case"])
         start = cpu_seconds()
         # Compilers inherit the limit, which ends a process that reaches it.
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + LIMIT, hard))
         try:
-            answer: dict[str, Any] = {"source": source(case), "kernels": compiled(case)}
+            answer: dict[str, Any] = {"trace": trace(case)}
+            if question["binaries"]:
+                answer["kernels"] = compiled(case)
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answer["seconds"] = round(cpu_seconds() - start, 1)

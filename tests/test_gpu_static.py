@@ -3,8 +3,6 @@
 
 import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,8 @@ RESULT = ROOT / "bench" / "results" / "gpu_static.json"
 
 
 @pytest.fixture(scope="module")
-def static() -> Iterator[Any]:
-    sys.path.insert(0, str(ROOT))
-    yield importlib.import_module("bench.gpu_static")
-    sys.path.remove(str(ROOT))
+def static() -> Any:
+    return importlib.import_module("bench.gpu_static")
 
 
 def test_limits_by_hand(static: Any) -> None:
