@@ -138,8 +138,8 @@ def losses(half: bool, every: bool) -> Iterator[tuple[str, int, Options]]:
 
 
 def core(case: Case) -> bool:
-    """Whether the case has to be current for ``make test`` to pass: bf16 on Hopper."""
-    return case.arch == 90 and case.dtype == "bfloat16"
+    """Whether the case has to be current for ``make test``: bf16 on Ampere and Hopper."""
+    return case.arch in (80, 90) and case.dtype == "bfloat16"
 
 
 def traced_as(case: Case) -> Case:

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from bench.gpu_cases import Case, cases, core, describe, traced_as, violations
 from bench.gpu_source import ROOT, fingerprints
-from bench.gpu_sweep import KERNEL, sweep
+from bench.gpu_sweep import KERNEL, Answer, sweep
 from kdfast.kernels._common import choose_tiles, useful_share, window_lengths
 from kdfast.machine.files import replacing
 
@@ -258,14 +258,20 @@ def current(facts: Mapping[str, Any], jobs: int) -> dict[Case, dict[str, Any]]:
         if case in known and case.op in doubtful:
             asked.setdefault(traced_as(case), []).append(case)
     done = {case: row for case, row in before.items() if case in known and case.op not in doubtful}
-    answers = sweep(asked, jobs, binaries=False)
-    for one, answer in tqdm(answers, "tracing", len(asked), disable=not asked):
+    answers = progress(sweep(asked, jobs, binaries=False), "tracing", len(asked))
+    for one, answer in answers:
         if "error" in answer:
             raise RuntimeError(f"gpu_static: {one}: {answer['error']}")
         for case in asked[one]:
             if before[case]["trace"] == answer["trace"]:
                 done[case] = before[case]
     return done
+
+
+def progress(answers: Iterator[Answer], what: str, count: int) -> "tqdm[Answer]":
+    """The answers, with a bar; in a log a line now and then."""
+    pause = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(answers, what, count, disable=count == 0, mininterval=pause)
 
 
 def main() -> int:
@@ -295,7 +301,7 @@ def main() -> int:
     failed: dict[Case, str] = {}
     saved = time.monotonic()
     seconds = None if args.minutes is None else 60 * args.minutes
-    answers = tqdm(sweep(todo, args.jobs, seconds), "compiling", len(todo), disable=not todo)
+    answers = progress(sweep(todo, args.jobs, seconds), "compiling", len(todo))
     for case, answer in answers:
         if "error" in answer:
             failed[case] = answer["error"]
