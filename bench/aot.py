@@ -42,6 +42,8 @@ SM_SHARED = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 22
 SPILL_BUDGET = 64
 # Options of a launch that a binary depends on beside its IR.
 LAUNCH = ("num_warps", "num_ctas", "num_stages", "maxnreg", "enable_fp_fusion")
+# A line of Triton's IR that defines a constant: its name and its value.
+CONSTANT = re.compile(r"^ *(%[a-z]\w*) = arith\.constant (.*)\n", re.MULTILINE)
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 
 
@@ -168,8 +170,9 @@ def trace_only(arch: int) -> Iterator[list[str]]:
 def canonical(module: str) -> str:
     """A module of Triton's IR with its arguments numbered by their first use.
 
-    Those that are not used are left out; values of loops are numbered with them. What remains
-    decides about the instructions: where an argument lies in the parameters of a kernel does not.
+    Those that are not used are left out; values of loops are numbered with them. Constants stand
+    where they are used. What remains decides about the instructions: where an argument lies in the
+    parameters of a kernel, and which constant was met first, does not.
 
     Args:
         module: Text with one function, as ``str_nodebug`` gives it.
@@ -177,6 +180,9 @@ def canonical(module: str) -> str:
     head, opening, rest = module.partition("(")
     arguments, body = rest.split(") attributes ", 1)
     typed = dict(re.findall(r"(%arg\d+): ((?:[^,{]|\{[^}]*\})+)", arguments))
+    constants = dict(CONSTANT.findall(body))
+    body = CONSTANT.sub("", body)
+    body = re.sub(r"%[a-z]\w*", lambda found: constants.get(found[0], found[0]), body)
     used = dict.fromkeys(re.findall(r"%arg\d+", body))
     names = {name: f"%arg{place}" for place, name in enumerate(used)}
     signature = ", ".join(f"{names[name]}: {typed[name]}" for name in used if name in typed)
