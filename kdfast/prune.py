@@ -268,7 +268,7 @@ def folder(root: Path, size: tuple[int, int], count: int) -> Iterator[Tensor]:
     import numpy
     from PIL import Image, ImageOps
 
-    from kdfast.data.folder import SUFFIXES, list_images
+    from kdfast.data.files import SUFFIXES, list_images
 
     names = list_images(root)
     if not names:

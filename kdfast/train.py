@@ -33,8 +33,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdfast.configs import CONFIGS, ChainConfig, Config, ConfigError, load, plain, save
-from kdfast.data.base import Corrupt, CorruptDataError, ViewDataset
+from kdfast.data.files import CorruptDataError
 from kdfast.data.scenes import CLASSES, PALETTE
+from kdfast.data.views.base import Corrupt, ViewDataset
 from kdfast.models.checkpoint import save_backbone
 from kdfast.models.eva import EVAViT
 from kdfast.recovery.evaluate import Evaluator

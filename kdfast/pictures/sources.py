@@ -18,7 +18,7 @@ from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
-from kdfast.data.preprocess import preprocess
+from kdfast.data.views.preprocess import preprocess
 from kdfast.machine.files import load_torch
 from kdfast.models.checkpoint import load_orion_backbone
 from kdfast.models.eva import EVAViT

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdfast.configs.recovery import Config
 from kdfast.data import build
-from kdfast.data.base import Corrupt, Item, ViewDataset
+from kdfast.data.views.base import Corrupt, Item, ViewDataset
 from kdfast.models.eva import EVAViT
 from kdfast.pruning import HeadScores, head_scores, prune_heads, select_heads
 from kdfast.trainer.feed import Feed

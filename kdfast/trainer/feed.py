@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kdfast.data.base import CorruptCounter, Item, ViewDataset, collate
-from kdfast.data.gridmask import GridMask
 from kdfast.data.sampler import EpochSampler
+from kdfast.data.views.base import CorruptCounter, Item, ViewDataset, collate
+from kdfast.data.views.gridmask import GridMask
 
 
 @dataclass

@@ -34,7 +34,7 @@ class Reader:
     """Reads one set.
 
     Attributes:
-        name: Of the set.
+        name: Name of the set.
     """
 
     name: str

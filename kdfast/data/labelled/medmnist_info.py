@@ -18,7 +18,7 @@ class Info:
         channels: 1 or 3.
         counts: Pictures in train, val and test.
         classes: Names, in the order of the numbers.
-        md5: Of the files, in the order of ``SIZES``.
+        md5: Checksums of the files, in the order of ``SIZES``.
     """
 
     task: str

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import functional as F
 
-from kdfast.data.base import CorruptDataError, decode_bgr
+from kdfast.data.files import CorruptDataError, decode_bgr
 
 
 class Source(Protocol):
@@ -67,7 +67,7 @@ class EncodedSource(ABC):
     """Pictures of image files, wherever their bytes are.
 
     Attributes:
-        names: Of the files, for messages.
+        names: Names of the files, for messages.
     """
 
     def __init__(self, names: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ class Raw:
     """A set as it was read.
 
     Attributes:
-        name: Of the set.
+        name: Name of the set.
         train: The pictures to train on; what is missing below is cut off it.
         val: None if the set has none.
         test: None if the set has none.
@@ -59,7 +59,7 @@ def split(raw: Raw, *, seed: int, val: float, test: float) -> tuple[Part, Part, 
 
     Args:
         raw: The set.
-        seed: Of the cut; a set with all three splits does not depend on it.
+        seed: Seed of the cut; a set that has all three splits does not depend on it.
         val: Part of train that becomes val.
         test: Part of train that becomes test.
 
