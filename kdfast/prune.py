@@ -30,7 +30,8 @@ from kdfast.pruning import (
     pruning_report,
     select_heads,
 )
-from kdfast.pruning.adapter import Adapter, adapter_of
+from kdfast.pruning.adapter import Anatomy
+from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.heat_map import draw_heads
 from kdfast.pruning.report import PruningReport
 from kdfast.pruning.saving import CONFIG, load_pretrained, save_pretrained
@@ -109,16 +110,16 @@ def run(options: argparse.Namespace) -> None:
     with asked(OSError, ValueError, ImportError):
         model = load(options.model, options.pretrained)
     with asked(TypeError, ValueError):
-        adapter = adapter_of("kdfast.prune", model)
-        size = adapter.image_size(model)
-        check_model(adapter, model, options)
+        anatomy = anatomy_of("kdfast.prune", model)
+        size = anatomy.adapter.image_size(model)
+        check_model(anatomy, options)
     with asked(OSError, ValueError, ImportError):
         batches = list(pictures(model, size, options))
     print(f"{options.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"scoring heads by {options.method}, on {source(options)}")
     data = None if options.method == "magnitude" else batches
     if options.method == "leave_one_out":
-        print(effort(model, sum(len(site.held) for site in adapter.attentions(model)), batches))
+        print(effort(model, sum(len(site.held) for site in anatomy.attentions), batches))
     scores = head_scores(model, options.method, data, seed=options.seed)
     with asked(ValueError):
         kept = select_heads(scores, options.keep, options.scope)
@@ -162,12 +163,12 @@ def check(options: argparse.Namespace) -> None:
     check_writable(options.out)
 
 
-def check_model(adapter: Adapter, model: nn.Module, options: argparse.Namespace) -> None:
+def check_model(anatomy: Anatomy, options: argparse.Namespace) -> None:
     """Raises UsageError for what this model does not have."""
-    mlps = adapter.mlps(model)
+    mlps = anatomy.mlps
     if options.mlp_keep is not None and not mlps:
         raise UsageError(f"--mlp-keep: no MLP of {options.model} can be pruned")
-    sites = [*adapter.attentions(model), *(mlps if options.mlp_keep is not None else [])]
+    sites = [*anatomy.attentions, *(mlps if options.mlp_keep is not None else [])]
     bare = [site.name for site in sites if getattr(site.projection, "bias", None) is None]
     if options.mean_context and bare:
         raise UsageError(f"--mean-context: needs a bias in the projections of {', '.join(bare)}")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast.nn.heads import AttentionCall, HeadAxis
+from kdfast.nn.heads import AttentionCall, HeadAxis, find_tensor, resize
 from kdfast.ops._checks import head_list
 from kdfast.ops._library import FallbackWarning
 from kdfast.ops.pruned_attention import rotated
@@ -83,7 +83,7 @@ class FusedAttention(nn.Module):
         """A module that computes what ``original`` does, on the same tensors.
 
         Args:
-            original: Of the class that this one stands in for.
+            original: A module of the class that this one stands in for.
             backend: "auto", "fused" or "reference"; ``KDFAST_BACKEND`` if None.
 
         Raises:
@@ -222,32 +222,20 @@ class FusedAttention(nn.Module):
         self.heads = sorted(kept)
         self.num_heads = len(kept)
         self._original = ()
-        self._resize()
+        self._recount()
 
     def _cut(self, name: str, axis: HeadAxis, blocks: int, positions: Sequence[int]) -> None:
         """Keeps the blocks at ``positions``, if there is such a tensor."""
-        path, _, leaf = name.rpartition(".")
-        owner: nn.Module | None = self
-        for step in path.split(".") if path else ():
-            owner = None if owner is None else owner._modules.get(step)
-        old = None if owner is None else getattr(owner, leaf, None)
-        if owner is None or old is None:
+        held = find_tensor(self, name)
+        if held is None:
             return
+        old = held.tensor.detach()
         index = torch.tensor(positions, dtype=torch.long, device=old.device)
         size = old.shape[axis.dim] // (axis.parts * blocks)
-        tall = old.detach().unflatten(axis.dim, (axis.parts, blocks, size))
-        new = tall.index_select(axis.dim + 1, index).flatten(axis.dim, axis.dim + 2)
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
-        setattr(owner, leaf, new)
-        if isinstance(owner, nn.Linear) and leaf == "weight":
-            owner.out_features, owner.in_features = new.shape
-        elif isinstance(owner, nn.Conv2d) and leaf == "weight":
-            owner.out_channels, owner.in_channels = new.shape[:2]
-        elif hasattr(owner, "normalized_shape"):
-            setattr(owner, "normalized_shape", tuple(new.shape))  # noqa: B010
+        tall = old.unflatten(axis.dim, (axis.parts, blocks, size))
+        resize(held, tall.index_select(axis.dim + 1, index).flatten(axis.dim, axis.dim + 2))
 
-    def _resize(self) -> None:
+    def _recount(self) -> None:
         """Brings attributes of the original that follow from the number of heads up to date."""
         width = self.num_heads * self.head_dim
         for attribute, value in (("attn_dim", width), ("all_head_dim", width)):

@@ -269,7 +269,7 @@ class TimmTinyAttention(TimmBiasAttention):
             original.__dict__["attention_bias_cache"] = {}
         return original
 
-    def _resize(self) -> None:
+    def _recount(self) -> None:
         self.out_dim = self.num_heads * self.head_dim
 
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:

@@ -16,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from kdfast.ops._checks import head_list
-from kdfast.pruning.adapter import Adapter, Site, adapter_of
+from kdfast.pruning.adapter import Anatomy, Site
+from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.observe import main_output, observe
 
 Metric = Callable[[Any, Any], Tensor | float]
@@ -53,13 +54,13 @@ def evaluate_selections(
         ValueError: A selection does not fit the model, there is no batch, or a metric is not
             finite.
     """
-    adapter = adapter_of("evaluate_selections", model)
-    sites = adapter.attentions(model)
+    anatomy = anatomy_of("evaluate_selections", model)
+    sites = anatomy.attentions
     kept = [_checked(index, selection, sites) for index, selection in enumerate(selections)]
     if not kept:
         raise ValueError("evaluate_selections: selections must name at least one, got none")
-    observer = SelectionObserver(adapter, model, kept, metric, progress)
-    (values,), _ = observe("evaluate_selections", adapter, model, observer, data, batches, progress)
+    observer = SelectionObserver(anatomy, kept, metric, progress)
+    (values,), _ = observe("evaluate_selections", anatomy, observer, data, batches, progress)
     return values[1:].tolist()
 
 
@@ -95,15 +96,14 @@ class SelectionObserver:
 
     def __init__(
         self,
-        adapter: Adapter,
-        model: nn.Module,
+        anatomy: Anatomy,
         selections: Sequence[dict[int, list[int]]],
         metric: Metric | None,
         progress: bool,
     ) -> None:
-        self.model, self.selections, self.metric = model, selections, metric
+        self.model, self.selections, self.metric = anatomy.model, selections, metric
         self.progress = progress
-        self.sites, self.blocks = adapter.attentions(model), adapter.blocks(model)
+        self.sites, self.blocks = anatomy.attentions, anatomy.blocks
         self.totals: list[Tensor] = []
         self._kept: dict[int, list[int]] = {}
         self._outputs: dict[int, Any] = {}

@@ -23,7 +23,8 @@ from kdfast._version import __version__
 from kdfast.machine.files import replacing
 from kdfast.models.eva import EVAViT
 from kdfast.nn.attention import FusedAttention, qualified_name
-from kdfast.pruning.adapter import adapter_of
+from kdfast.pruning.adapter import Anatomy
+from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.hf_adapter import HfAdapter, NoHeads
 from kdfast.pruning.vit_adapter import VitAdapter
 
@@ -129,7 +130,7 @@ def load_pretrained(path: str | os.PathLike[str]) -> Any:
 
 def _section(model: nn.Module) -> dict[str, Any]:
     """What the libraries' own configurations cannot say."""
-    adapter = adapter_of("save_pretrained", model)
+    anatomy = anatomy_of("save_pretrained", model)
     module = type(model).__module__
     family = next(
         (known for known in ("timm", "torchvision", "transformers") if module.startswith(known)),
@@ -152,8 +153,8 @@ def _section(model: nn.Module) -> dict[str, Any]:
         "family": family,
         "class": type(model).__name__,
         "fused": any(isinstance(module, FusedAttention) for module in model.modules()),
-        "heads": [site.held for site in adapter.attentions(model)],
-        "mlp_hidden": [len(site.held) for site in adapter.mlps(model)],
+        "heads": [site.held for site in anatomy.attentions],
+        "mlp_hidden": [len(site.held) for site in anatomy.mlps],
         "tables": {name: dtype for name, dtype in tables.items() if dtype != "float32"},
     }
 
@@ -291,8 +292,9 @@ def _shrunk(
 ) -> nn.Module:
     if "heads" not in section:
         return model
-    held = [site.held for site in adapter.attentions(model)]
-    widths = [len(site.held) for site in adapter.mlps(model)]
+    anatomy = Anatomy.of(adapter, model)
+    held = [site.held for site in anatomy.attentions]
+    widths = [len(site.held) for site in anatomy.mlps]
     heads, mlp = section["heads"], section["mlp_hidden"]
     if section.get("fused") or heads != held or mlp != widths:
         if len(heads) != len(held) or len(mlp) != len(widths):
@@ -300,7 +302,7 @@ def _shrunk(
                 f"load_pretrained: config.json must describe {len(held)} attentions and "
                 f"{len(widths)} MLPs, got {len(heads)} and {len(mlp)}"
             )
-        adapter.shrink(model, heads, mlp)
+        adapter.shrink(anatomy, heads, mlp)
     return model
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdfast.nn.attention import qualified_name
 from kdfast.nn.heads import AttentionCall
-from kdfast.pruning.adapter import BlockFlops, HeadWeights, Site
+from kdfast.pruning.adapter import Anatomy, BlockFlops, HeadWeights, Site
 from kdfast.pruning.skeleton import counted_flops, meta_copy, mlp_sites, narrow
 
 
@@ -39,19 +39,17 @@ class SiteAdapter:
     def fits(self, model: nn.Module) -> bool:
         return bool(self.attentions(model))
 
-    def why_not(self, model: nn.Module) -> str | None:
-        for site in self.attentions(model):
+    def why_not(self, model: nn.Module, attentions: Sequence[Site]) -> str | None:
+        for site in attentions:
             if site.norm is not None and not hasattr(site.norm, "normalized_shape"):
                 return f"{site.name} has a {qualified_name(site.norm)}, which cannot be cut"
         return None
 
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
-        return [
-            model.get_submodule(site.name.rpartition(".")[0]) for site in self.attentions(model)
-        ]
+    def blocks(self, model: nn.Module, attentions: Sequence[Site]) -> list[nn.Module]:
+        return [model.get_submodule(site.name.rpartition(".")[0]) for site in attentions]
 
-    def mlps(self, model: nn.Module) -> list[Site]:
-        return mlp_sites(model, self.attentions(model))
+    def mlps(self, model: nn.Module, attentions: Sequence[Site]) -> list[Site]:
+        return mlp_sites(model, attentions)
 
     def weights(self, site: Site) -> HeadWeights:
         named = {name: tensor.detach() for name, (_, tensor) in site.tensors().items()}
@@ -103,23 +101,26 @@ class SiteAdapter:
             f"{self.family}: the entropy of attention needs the adapter's method 'call'"
         )
 
-    def running(self, model: nn.Module) -> AbstractContextManager[None]:
+    def running(self, model: nn.Module, attentions: Sequence[Site]) -> AbstractContextManager[None]:
         return nullcontext()
 
     def empty(
         self, model: nn.Module, heads: Sequence[Sequence[int]], widths: Sequence[int]
     ) -> nn.Module:
         skeleton: nn.Module = meta_copy(model)
-        self.shrink(skeleton, heads, widths)
+        self.shrink(Anatomy.of(self, skeleton), heads, widths)
         return skeleton
 
     def shrink(
-        self, model: nn.Module, heads: Sequence[Sequence[int]], widths: Sequence[int]
+        self, anatomy: Anatomy, heads: Sequence[Sequence[int]], widths: Sequence[int]
     ) -> None:
-        """In place: room for these original heads, and MLPs of these widths."""
-        sites, mlps = self.attentions(model), self.mlps(model)
-        for site, kept in zip(sites, heads, strict=True):
-            self.set_heads(model, site, list(kept))
+        """Resizes a model of this family, in place, to these original heads and MLP widths.
+
+        The values of the resized tensors are undefined.
+        """
+        mlps = anatomy.mlps
+        for site, kept in zip(anatomy.attentions, heads, strict=True):
+            self.set_heads(anatomy.model, site, list(kept))
         for site, width in zip(mlps, widths, strict=True):
             narrow(site, width)
 
@@ -148,5 +149,6 @@ class SiteAdapter:
 
     def flops(self, model: nn.Module, image_size: tuple[int, int]) -> tuple[list[BlockFlops], int]:
         skeleton: nn.Module = meta_copy(model).eval()
-        with self.running(skeleton):
-            return counted_flops(self.family, skeleton, self.attentions(skeleton), image_size)
+        sites = self.attentions(skeleton)
+        with self.running(skeleton, sites):
+            return counted_flops(self.family, skeleton, sites, image_size)

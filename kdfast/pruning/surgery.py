@@ -14,7 +14,8 @@ from kdfast.nn.heads import HeadAxis
 from kdfast.ops._checks import head_list
 from kdfast.ops.head_gather import MAX_HEADS
 from kdfast.ops.head_gather_block import head_gather_block
-from kdfast.pruning.adapter import Site, adapter_of
+from kdfast.pruning.adapter import Anatomy, Site
+from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.observe import MeanObserver, observe
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,7 +38,7 @@ def prune_heads(
     whole. A norm between them, over all heads or hidden units, is taken over the kept ones.
 
     Args:
-        model: Of a family in docs/use/pruning.md, already pruned or not.
+        model: A model of a family in docs/use/pruning.md, already pruned or not.
         selection: For every block the positions of the heads to keep among those that the model
             holds, so 0 is its first head, whatever its original index; a block may keep none.
             Order has no meaning: heads stay in ascending order. None keeps every head.
@@ -59,10 +60,10 @@ def prune_heads(
         ValueError: Not one list per block, or a position is out of range or repeated, a group of
             heads that share keys is split, or ``data`` and ``mean_context`` do not go together.
     """
-    adapter = adapter_of("prune_heads", model)
+    anatomy = anatomy_of("prune_heads", model)
     if mean_context != (data is not None):
         raise ValueError("prune_heads: data must be given with mean_context=True, and only then")
-    attentions, mlps = adapter.attentions(model), adapter.mlps(model)
+    adapter, attentions, mlps = anatomy.adapter, anatomy.attentions, anatomy.mlps
     kept = _positions("selection", selection, attentions)
     if mlp is not None and not mlps:
         raise ValueError(f"prune_heads: mlp must be None, no MLP of {_name(model)} can be pruned")
@@ -78,8 +79,9 @@ def prune_heads(
     _copy_flags(model, student)
     if data is not None:
         observer = MeanObserver([site for site, _ in cuts], model)
-        means, _ = observe("prune_heads", adapter, model, observer, data, batches, progress)
-        targets = (*adapter.attentions(student), *adapter.mlps(student))
+        means, _ = observe("prune_heads", anatomy, observer, data, batches, progress)
+        pruned = Anatomy.of(adapter, student)
+        targets = (*pruned.attentions, *pruned.mlps)
         for (site, row), mean, target in zip(cuts, means, targets, strict=True):
             _fold(site, row, mean, target)
     return student  # type: ignore[return-value]

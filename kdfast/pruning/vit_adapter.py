@@ -5,7 +5,7 @@ A pruned model holds those stand-ins (``kdfast.nn.FusedAttention``), which take 
 H heads, D head dim, C channels.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +57,10 @@ class VitAdapter(SiteAdapter):
 
     family = "timm or torchvision ViT"
 
+    def fits(self, model: nn.Module) -> bool:
+        # The first will do: each is adopted to find out.
+        return any(isinstance(found, FusedAttention) for _, found in stand_ins(model))
+
     def attentions(self, model: nn.Module) -> list[Site]:
         sites = []
         for name, fused in stand_ins(model):
@@ -87,11 +91,11 @@ class VitAdapter(SiteAdapter):
         return call
 
     @contextmanager
-    def running(self, model: nn.Module) -> Iterator[None]:
+    def running(self, model: nn.Module, attentions: Sequence[Site]) -> Iterator[None]:
         """Runs the stand-ins inside: not every original calls the modules that are watched."""
         replaced: list[tuple[nn.Module, str, Any]] = []
         try:
-            for site in self.attentions(model):
+            for site in attentions:
                 path, _, leaf = site.name.rpartition(".")
                 parent = model.get_submodule(path)
                 replaced.append((parent, leaf, parent._modules[leaf]))
