@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from kdfast.chain.checkpoint import weights_of
 from kdfast.chain.feed import ClassBatch, ClassFeed, even_part
 from kdfast.chain.links import (
     Link,
@@ -25,7 +26,6 @@ from kdfast.chain.links import (
     build_link,
     facts,
     load_teacher,
-    weights_of,
 )
 from kdfast.chain.loop import BEST, ChainJob, ChainLoop
 from kdfast.chain.metrics import Meter
