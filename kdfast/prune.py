@@ -41,14 +41,14 @@ Selection = list[list[int]]  # positions that are kept, per block
 
 
 class UsageError(Exception):
-    """Something in the request that the user has to change; the message is one line."""
+    """The request cannot be met; the message, one line, says what the user has to change."""
 
 
 @contextmanager
 def asked(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds inside mean a request that cannot be met.
+    """Turns errors of these kinds into UsageError.
 
-    Only around what runs no code of the model: an error of that keeps its traceback.
+    Only for code that does not run the model: the model's own errors keep their traceback.
     """
     try:
         yield
@@ -156,7 +156,7 @@ def selected(
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises UsageError for what is wrong whatever the model is."""
+    """Raises UsageError for a request that no model could meet."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise UsageError(f"missing packages: {', '.join(missing)}; pip install 'kdfast[train]'")
     if (options.out / CONFIG).exists() and not options.overwrite:
@@ -174,7 +174,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def check_model(anatomy: Anatomy, options: argparse.Namespace) -> None:
-    """Raises UsageError for what this model does not have."""
+    """Raises UsageError for a request that this model cannot meet."""
     mlps = anatomy.mlps
     if options.mlp_keep is not None and not mlps:
         raise UsageError(f"--mlp-keep: no MLP of {options.model} can be pruned")
@@ -185,7 +185,7 @@ def check_model(anatomy: Anatomy, options: argparse.Namespace) -> None:
 
 
 def check_writable(out: Path) -> None:
-    """Raises UsageError now, instead of after the scoring, where the folder cannot be made."""
+    """Raises UsageError before the scoring if the folder could not be made after it."""
     parent = out.absolute()
     while not parent.exists():
         parent = parent.parent
@@ -197,7 +197,7 @@ def check_writable(out: Path) -> None:
 
 
 def reads_pictures(options: argparse.Namespace) -> bool:
-    """Whether anything but a time depends on pictures."""
+    """Whether the request needs pictures; times can be measured on noise."""
     return options.method != "magnitude" or options.mean_context
 
 

@@ -117,7 +117,7 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> AccelerateRep
 
 
 def _innermost(left: list[Replacement], replaced: list[Replacement]) -> list[Replacement]:
-    """Without blocks that only have attention in their name because they hold one."""
+    """The entries of ``left`` without blocks that are only named after the attention they hold."""
     names = [row.name for row in (*left, *replaced)]
     return [
         row
@@ -162,7 +162,7 @@ def check_backend(backend: str | None) -> None:
 
 
 def _reason(name: str, module: nn.Module) -> str | None:
-    """Why a module that is an attention has to stay; None if it can go, or is none."""
+    """Why an attention has to stay as it is; None if it can be replaced, or is no attention."""
     source = qualified_name(module)
     if source not in FUSED:
         return unfused_reason(module)

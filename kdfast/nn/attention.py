@@ -38,12 +38,11 @@ class FusedAttention(nn.Module):
     a tensor through one of the two (``to``, ``load_state_dict``) is done to the other, and the
     original can be put back at any time.
 
-    A subclass states ``axes``, ``why_not`` and ``project``, and where they differ from the usual
-    ``finish`` and ``forward``.
+    A subclass defines ``axes``, ``why_not``, ``project``, and a ``forward`` that calls ``attend``.
 
     Attributes:
-        axes: For each tensor that holds heads, by its name in the state dict, where they lie.
-            Tensors that an instance lacks are to be skipped. Empty: heads cannot be removed.
+        axes: Names, as in the state dict, of the tensors that hold heads, and where in each the
+            heads lie. Names that an instance lacks are skipped. Empty: heads cannot be removed.
         num_heads: H, the heads that the instance holds; 0 leaves the output projection's bias.
         head_dim: D; does not change when heads are removed. H * D need not be C.
         heads: Original index of each of the H heads, ascending.
@@ -51,7 +50,8 @@ class FusedAttention(nn.Module):
         scale: Factor of the logits.
         source: Qualified class name of the original.
         backend: As in ``kdfast.pruned_attention``, or None.
-        cosine: Whether queries and keys are scaled to a length, which hides the size of weights.
+        cosine: Whether queries and keys are scaled to length 1; the size of their weights then says
+            nothing about a head.
         unprunable: Why ``kdfast.prune_heads`` leaves such attentions whole; None where it does not.
     """
 
@@ -134,11 +134,11 @@ class FusedAttention(nn.Module):
     ) -> Tensor:
         """The heads' outputs, (B, N, H * D).
 
-        By the fused kernel; with a mask, in causal calls and while attention weights are dropped
-        by torch's function, as the original does, which a FallbackWarning says once.
+        The fused kernel computes them. With a mask, in causal calls and while attention weights are
+        dropped, torch's function does, as in the original, and a FallbackWarning says so once.
 
         Args:
-            call: From ``project``.
+            call: Result of ``project``.
             attn_mask: Boolean or additive mask that broadcasts to (B, H, N, N); not with a bias.
             is_causal: Whether a token sees only itself and the tokens before it.
         """

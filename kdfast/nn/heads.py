@@ -62,7 +62,7 @@ def resize(held: Held, tensor: Tensor) -> None:
 
 
 class AttentionCall(NamedTuple):
-    """What one attention computes its probabilities and its context from.
+    """The inputs of one attention, from which probabilities and outputs of its heads follow.
 
     Attributes:
         q: (B, H, N, D) before the rotation, after a query norm.

@@ -28,8 +28,8 @@ class Attentions:
     """Every self-attention of one forward pass.
 
     Attributes:
-        images: (B, 3, H, W) what the model saw.
-        layers: In the order of execution.
+        images: (B, 3, H, W), the input of the model.
+        layers: The attentions, in the order of execution.
         prefix: Number of tokens before the patches: CLS, registers.
         grid: (h, w) of the patches, row-major after the prefix; prefix + h * w = N.
         cls: Whether the first token is a CLS token.

@@ -192,7 +192,7 @@ def draw_rollout_change(
         path: PNG to write; its folder is made.
         image: Index of the image.
         token: As in ``head_row``.
-        names: What the two models are called.
+        names: Names of the two models, for the titles of their panels.
         title: First line of the title.
 
     Returns:

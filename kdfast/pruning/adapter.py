@@ -40,8 +40,8 @@ class Site:
     Attributes:
         name: Name of the module, as in the state dict.
         module: The attention or the MLP.
-        axes: For each of its tensors that holds slices, by its name there, where they lie. Tensors
-            that the module lacks are skipped.
+        axes: Names of the module's tensors that hold slices, and where in each the slices lie.
+            Names that the module lacks are skipped.
         size: Channels of one slice in the input of ``projection``: D, or 1 for a hidden unit.
         held: Original indices of the slices that the module holds, ascending.
         projection: The linear layer whose input (B, N, len(held) * size) is the slices' outputs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is worth with some of its heads, on the unpruned weights. See docs/use/pruning.md.
+"""Evaluates a model as if it had lost some heads, on its own weights. See docs/use/pruning.md.
 
 B batch, H heads, N tokens, D head dim.
 """
@@ -92,7 +92,7 @@ def leave_one_out(sites: Sequence[Site]) -> list[dict[int, list[int]]]:
 
 
 class SelectionObserver:
-    """Metric of the whole model, then of every selection, (1 + S,)."""
+    """Metric of the whole model, then of each of S selections; its row is (1 + S,)."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class SelectionObserver:
 
 @contextmanager
 def replayed(pairs: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
-    """Inside, each of these modules gives its stored output instead of computing it again."""
+    """Context in which each of these modules returns its stored output without computing it."""
     before = [module.__dict__.get("forward") for module, _ in pairs]
     try:
         for module, output in pairs:

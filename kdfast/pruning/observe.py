@@ -237,7 +237,7 @@ class RandomProjection:
 
 
 def main_output(output: Any) -> Any:
-    """The tensor that an output of Hugging Face is about: logits or features, channels second."""
+    """The main tensor of a Hugging Face output, logits or features, with channels second."""
     if not isinstance(output, Mapping):
         return output
     for name in ("logits", "image_embeds", "last_hidden_state"):
@@ -254,7 +254,7 @@ def split(context: Tensor, site: Site) -> Tensor:
 
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter gradients inside; every flag as before afterwards."""
+    """Context in eval mode and without parameter gradients; flags are put back at the end."""
     training = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -22,7 +22,7 @@ class BlockCost:
         heads: Heads that the block holds.
         window: Side of its windows, in tokens; 0 for global attention.
         params: All parameters of the block.
-        attention_params: Those of its attention.
+        attention_params: Parameters of its attention.
         gemm: FLOPs of the q, k, v and output projections on the real tokens.
         attention: FLOPs of QK^T and PV between the real tokens of each window.
         gemm_padded: Like ``gemm`` with every pad computed as a token, as ORION does.
@@ -57,7 +57,7 @@ class ModelCost:
 
     Attributes:
         keep: The request it answers; None for the model as it was given.
-        blocks: In order.
+        blocks: Costs of the blocks, in the order of execution.
         params: All parameters of the model.
         embed: FLOPs outside the blocks.
         mlp_keep: The request for hidden units; None if they all stay.
@@ -120,7 +120,7 @@ class PruningReport:
 
     @property
     def flops_without_heads(self) -> int:
-        """What is left when every head is gone: no head pruning gets below."""
+        """FLOPs without any head: the least that head pruning can reach."""
         return self.full.embed + sum(block.mlp for block in self.full.blocks)
 
     def to_json(self) -> str:

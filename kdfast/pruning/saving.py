@@ -129,7 +129,7 @@ def load_pretrained(path: str | os.PathLike[str]) -> Any:
 
 
 def _section(model: nn.Module) -> dict[str, Any]:
-    """What the libraries' own configurations cannot say."""
+    """The section "kdfast" of config.json: facts that the libraries' configurations lack."""
     anatomy = anatomy_of("save_pretrained", model)
     module = type(model).__module__
     family = next(

@@ -37,7 +37,7 @@ class HeadScores:
     Attributes:
         scores: (H,) fp64 per block, by the head's position in the scored model; a block without
             heads has an empty row.
-        method: What they measure.
+        method: Method of ``head_scores`` or ``mlp_scores``, or "gate" for ``HeadGates``.
         metadata: JSON values: options, model, original head indices, batches and images seen;
             "groups" where heads can only go in groups, their size per block.
     """

@@ -18,13 +18,13 @@ from kdfast.pruning.skeleton import counted_flops, meta_copy, mlp_sites, narrow
 
 
 class SiteAdapter:
-    """Everything follows from ``attentions``, for models that are cut in place.
+    """An adapter that derives everything from ``attentions``, for models that are cut in place.
 
     Attributes:
         family: Name for messages.
-        packed: Names of a projection that holds queries, keys and values one after the other.
+        packed: Name of a projection that holds queries, keys and values one after the other.
         separate: Names of the projections where each is its own.
-        counts: Attributes of an attention that are its number of heads.
+        counts: Names of the attributes that state an attention's number of heads.
     """
 
     family: str = "ViT"
@@ -142,7 +142,7 @@ class SiteAdapter:
         return self.as_size(size)
 
     def as_size(self, size: Any) -> tuple[int, int]:
-        """A side, or (height, width), as the latter; ValueError if there is none."""
+        """(height, width) from a side or such a pair; ValueError if there is neither."""
         if size is None:
             raise ValueError(f"{self.family}: image_size must be given, the model names none")
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -123,13 +123,13 @@ def counted_flops(
 ) -> tuple[list[BlockFlops], int]:
     """FLOPs of every block and of the rest, from one forward pass on the meta device.
 
-    The blocks' own are computed from the shapes of their layers and the number of tokens that they
-    see; the rest is what torch counts in all without them.
+    FLOPs of a block follow from the shapes of its layers and the number of tokens that they see;
+    the rest is torch's count for the whole model minus the blocks.
 
     Args:
-        family: For messages.
-        model: On the meta device; attentions run as separate modules.
-        sites: Its attentions.
+        family: Name of the family, for messages.
+        model: A model on the meta device, in which ``sites`` run as modules of their own.
+        sites: The attentions of the model.
         image_size: (height, width).
 
     Raises:

@@ -149,7 +149,7 @@ def _fill(model: nn.Module, student: nn.Module, cuts: Sequence[tuple[Site, Seque
 def _cuts(
     tensors: Mapping[str, Tensor], cuts: Sequence[tuple[Site, Sequence[int]]]
 ) -> dict[int, Tensor]:
-    """The kept slices of every tensor that holds some, by its id."""
+    """Every tensor that holds slices, cut to the kept ones, by the id of the original."""
     results: dict[int, Tensor] = {}
     for site, row in cuts:
         # The tensors of a block with the same heads: one launch on a GPU.
@@ -172,7 +172,7 @@ def _cuts(
 def _cut(
     tensors: Sequence[tuple[Tensor, HeadAxis]], blocks: int, kept: Sequence[int], size: int
 ) -> list[Tensor]:
-    """The kept ones of ``blocks`` slices of ``size``, of each of a number of tensors."""
+    """Cuts each tensor to the ``kept`` ones of its ``blocks`` slices, each ``size`` long."""
     if not kept:
         return [x.detach().narrow(axis.dim, 0, 0).clone() for x, axis in tensors]
     dims = [axis.dim % x.dim() for x, axis in tensors]

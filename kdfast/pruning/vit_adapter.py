@@ -58,7 +58,7 @@ class VitAdapter(SiteAdapter):
     family = "timm or torchvision ViT"
 
     def fits(self, model: nn.Module) -> bool:
-        # The first will do: each is adopted to find out.
+        # Stops at the first: each attention costs a stand-in to ask.
         return any(isinstance(found, FusedAttention) for _, found in stand_ins(model))
 
     def attentions(self, model: nn.Module) -> list[Site]:
@@ -85,7 +85,7 @@ class VitAdapter(SiteAdapter):
         self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> AttentionCall:
         attention: Any = site.module
-        # A mask has no part in what the entropy is of.
+        # A mask is left out: entropy is that of attention among all tokens.
         known = {name: value for name, value in kwargs.items() if name in ("x", "rope")}
         call: AttentionCall = attention.project(*args, **known)
         return call

@@ -66,7 +66,7 @@ def load_images(paths: Sequence[str | Path], transform: Transform, flag: str = "
 
     Args:
         paths: Files.
-        transform: From ``transform_of``.
+        transform: Result of ``transform_of``.
         flag: The option that names the files, for messages.
 
     Raises:

@@ -29,7 +29,7 @@ class Entry:
 
     Attributes:
         name: Path below the root, with "/".
-        size: In bytes.
+        size: Size in bytes.
         time: Time of the last change, in nanoseconds or, from an archive, in seconds.
         offset: Position of its first byte in the archive; 0 outside of one.
     """

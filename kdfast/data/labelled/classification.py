@@ -52,7 +52,7 @@ class LabelledImages(Dataset[Item]):
     alone: not from workers, order or any global random state.
 
     Attributes:
-        size: S.
+        size: Side S of the square pictures.
         targets: (N,) int64 class numbers, or (N, C) float32 ones and zeros.
         variants: Number of different augmentations of a picture that are replayed.
     """
@@ -79,7 +79,7 @@ class LabelledImages(Dataset[Item]):
 
     @property
     def variant(self) -> int:
-        """Variant that an index alone stands for."""
+        """The variant of items that are asked for by their index alone."""
         return int(self._epoch) % self.variants
 
     def set_epoch(self, epoch: int) -> None:
@@ -123,11 +123,11 @@ class Classification:
         name: Name of the set.
         task: "multiclass" and "ordinal": one of the classes; "binary": one of two; "multilabel":
             any of the classes.
-        class_names: In the order of the numbers.
-        train: Augmented, ``variants`` times.
-        val: For choosing.
-        test: For the result.
-        facts: What the pictures of ``train`` follow from, for the key of a teacher cache.
+        class_names: Names of the classes, in the order of their numbers.
+        train: Pictures to train on, in ``variants`` augmentations.
+        val: Pictures to choose a model by.
+        test: Pictures for the final result.
+        facts: Everything that the items of ``train`` depend on, for the key of a teacher cache.
     """
 
     name: str
@@ -219,7 +219,7 @@ def describe_classification(
     """One line about a set: its splits and classes; no picture of a folder is decoded.
 
     Args:
-        kind: As for ``build_classification``, also the other arguments.
+        kind: One of ``KINDS``.
         root: Folder or file with the data.
         size: Side of the items.
         seed: Seed of the split.

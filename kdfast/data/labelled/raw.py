@@ -18,10 +18,10 @@ class Raw:
 
     Attributes:
         name: Name of the set.
-        train: The pictures to train on; what is missing below is cut off it.
-        val: None if the set has none.
-        test: None if the set has none.
-        classes: Names, in the order of the numbers.
+        train: Pictures to train on; splits that the set lacks are cut off them.
+        val: Pictures to choose a model by; None if the set has none.
+        test: Pictures for the final result; None if the set has none.
+        classes: Names of the classes, in the order of their numbers.
         task: "multiclass", "binary", "multilabel" or "ordinal".
         mirrored: Whether a mirrored picture still shows its class.
         test_fraction: Part of ``train`` that becomes the test set by default where there is none.
