@@ -498,9 +498,9 @@ def test_resize_brings_the_sizes_up_to_date() -> None:
     )
     layers["fc"].weight.requires_grad_(False)
     for name, shape in (("fc", (3, 2)), ("conv", (3, 2, 1, 1)), ("n", (2,))):
-        held = find_tensor(layers, f"{name}.weight")
-        assert held is not None and held.owner is layers[name]
-        resize(held, torch.ones(shape))
+        slot = find_tensor(layers, f"{name}.weight")
+        assert slot is not None and slot.owner is layers[name]
+        resize(slot, torch.ones(shape))
     assert (layers["fc"].in_features, layers["fc"].out_features) == (2, 3)
     assert (layers["conv"].in_channels, layers["conv"].out_channels) == (2, 3)
     assert layers["n"].normalized_shape == (2,)

@@ -226,14 +226,14 @@ class FusedAttention(nn.Module):
 
     def _cut(self, name: str, axis: HeadAxis, blocks: int, positions: Sequence[int]) -> None:
         """Keeps the blocks at ``positions``, if there is such a tensor."""
-        held = find_tensor(self, name)
-        if held is None:
+        slot = find_tensor(self, name)
+        if slot is None:
             return
-        old = held.tensor.detach()
+        old = slot.tensor.detach()
         index = torch.tensor(positions, dtype=torch.long, device=old.device)
         size = old.shape[axis.dim] // (axis.parts * blocks)
         tall = old.unflatten(axis.dim, (axis.parts, blocks, size))
-        resize(held, tall.index_select(axis.dim + 1, index).flatten(axis.dim, axis.dim + 2))
+        resize(slot, tall.index_select(axis.dim + 1, index).flatten(axis.dim, axis.dim + 2))
 
     def _recount(self) -> None:
         """Brings attributes of the original that follow from the number of heads up to date."""

@@ -26,7 +26,7 @@ class HeadAxis(NamedTuple):
     grouped: bool = False
 
 
-class Held(NamedTuple):
+class Slot(NamedTuple):
     """A tensor, with the module that holds it under the name ``leaf``."""
 
     owner: nn.Module
@@ -34,22 +34,22 @@ class Held(NamedTuple):
     tensor: Tensor
 
 
-def find_tensor(module: nn.Module, name: str) -> Held | None:
+def find_tensor(module: nn.Module, name: str) -> Slot | None:
     """The tensor with this dotted name below a module, or None if there is none."""
     *path, leaf = name.split(".")
     owner: nn.Module | None = module
     for step in path:
         owner = None if owner is None else owner._modules.get(step)
     tensor = None if owner is None else getattr(owner, leaf, None)
-    return Held(owner, leaf, tensor) if owner is not None and isinstance(tensor, Tensor) else None
+    return Slot(owner, leaf, tensor) if owner is not None and isinstance(tensor, Tensor) else None
 
 
-def resize(held: Held, tensor: Tensor) -> None:
+def resize(slot: Slot, tensor: Tensor) -> None:
     """Puts a tensor of another size in place, and corrects the sizes that its owner states.
 
     A parameter stays one, with the same ``requires_grad``; its gradient is dropped.
     """
-    owner, leaf, old = held
+    owner, leaf, old = slot
     if isinstance(old, nn.Parameter):
         tensor = nn.Parameter(tensor, old.requires_grad)
     setattr(owner, leaf, tensor)

@@ -59,8 +59,7 @@ def attention_function(
         scaling: Factor of the logits.
         is_causal: False in a fused call; the module's attribute if None.
         **kwargs: Further arguments of the interface; a call with one that is not None and might
-            change the result is left to
-            "sdpa".
+            change the result is left to "sdpa".
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     other = [name for name in _SPECIAL if kwargs.get(name) is not None]

@@ -62,7 +62,7 @@ class Site:
     def tensors(self) -> dict[str, tuple[HeadAxis, Tensor]]:
         """The axes and tensors that the module has."""
         found = {name: (axis, find_tensor(self.module, name)) for name, axis in self.axes.items()}
-        return {name: (axis, held.tensor) for name, (axis, held) in found.items() if held}
+        return {name: (axis, slot.tensor) for name, (axis, slot) in found.items() if slot}
 
 
 @dataclass(frozen=True)

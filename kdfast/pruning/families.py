@@ -3,6 +3,7 @@
 
 from torch import nn
 
+from kdfast.nn.attention import qualified_name
 from kdfast.pruning.adapter import Adapter, Anatomy
 from kdfast.pruning.eva_adapter import EvaAdapter
 from kdfast.pruning.hf_adapter import HfAdapter
@@ -30,7 +31,7 @@ def anatomy_of(function: str, model: nn.Module) -> Anatomy:
             message names its class and the reason.
     """
     known = (*_registered, *FAMILIES)
-    got = f"{type(model).__module__}.{type(model).__qualname__}"
+    got = qualified_name(model)
     for adapter in known:
         if adapter.fits(model):
             anatomy = Anatomy.of(adapter, model)

@@ -111,11 +111,11 @@ def meta_copy(model: nn.Module) -> Any:
 def narrow(site: Site, count: int) -> None:
     """Resizes the site's tensors to ``count`` slices; their values are undefined."""
     for name, axis in site.axes.items():
-        held = find_tensor(site.module, name)
-        if held is not None:
-            shape = list(held.tensor.shape)
+        slot = find_tensor(site.module, name)
+        if slot is not None:
+            shape = list(slot.tensor.shape)
             shape[axis.dim] = shape[axis.dim] // len(site.held) * count
-            resize(held, held.tensor.new_empty(shape))
+            resize(slot, slot.tensor.new_empty(shape))
 
 
 def counted_flops(

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kdfast.nn.attention import qualified_name
 from kdfast.nn.heads import HeadAxis
 from kdfast.ops._checks import head_list
 from kdfast.ops.head_gather import MAX_HEADS
@@ -66,7 +67,9 @@ def prune_heads(
     adapter, attentions, mlps = anatomy.adapter, anatomy.attentions, anatomy.mlps
     kept = _positions("selection", selection, attentions)
     if mlp is not None and not mlps:
-        raise ValueError(f"prune_heads: mlp must be None, no MLP of {_name(model)} can be pruned")
+        raise ValueError(
+            f"prune_heads: mlp must be None, no MLP of {qualified_name(model)} can be pruned"
+        )
     units = _positions("mlp", mlp, mlps)
     for block, row in enumerate(units):
         if not row:
@@ -80,15 +83,8 @@ def prune_heads(
     if data is not None:
         observer = MeanObserver([site for site, _ in cuts], model)
         means, _ = observe("prune_heads", anatomy, observer, data, batches, progress)
-        pruned = Anatomy.of(adapter, student)
-        targets = (*pruned.attentions, *pruned.mlps)
-        for (site, row), mean, target in zip(cuts, means, targets, strict=True):
-            _fold(site, row, mean, target)
+        _fold(cuts, means, Anatomy.of(adapter, student))
     return student  # type: ignore[return-value]
-
-
-def _name(model: nn.Module) -> str:
-    return f"{type(model).__module__}.{type(model).__qualname__}"
 
 
 def _positions(
@@ -203,16 +199,22 @@ def _copy_flags(source: nn.Module, target: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _fold(site: Site, row: Sequence[int], mean: Tensor, target: Site) -> None:
-    """Adds what the removed slices write on average to the bias of the student's projection."""
-    removed = [p for p in range(len(site.held)) if p not in set(row)]
-    if not removed:
-        return
-    weight, bias = site.projection.weight, target.projection.bias
-    if not isinstance(bias, Tensor):
-        raise ValueError(f"prune_heads: mean_context needs a bias in the projection of {site.name}")
-    columns = weight.detach().double()  # type: ignore[operator]
-    columns = columns.unflatten(1, (-1, site.size))[:, removed]
-    context = mean.to(columns).unflatten(0, (-1, site.size))[removed]
-    written = torch.einsum("csd,sd->c", columns, context)
-    bias.add_(written.to(bias.dtype))
+def _fold(
+    cuts: Sequence[tuple[Site, Sequence[int]]], means: Sequence[Tensor], student: Anatomy
+) -> None:
+    """Adds what the removed slices write on average to the biases of the student's projections."""
+    targets = (*student.attentions, *student.mlps)
+    for (site, row), mean, target in zip(cuts, means, targets, strict=True):
+        removed = sorted(set(range(len(site.held))) - set(row))
+        if not removed:
+            continue
+        weight, bias = site.projection.weight, target.projection.bias
+        if not isinstance(bias, Tensor):
+            raise ValueError(
+                f"prune_heads: mean_context needs a bias in the projection of {site.name}"
+            )
+        columns = weight.detach().double()  # type: ignore[operator]
+        columns = columns.unflatten(1, (-1, site.size))[:, removed]
+        context = mean.to(columns).unflatten(0, (-1, site.size))[removed]
+        written = torch.einsum("csd,sd->c", columns, context)
+        bias.add_(written.to(bias.dtype))
