@@ -62,6 +62,7 @@ def _section(model: nn.Module) -> dict[str, Any]:
             f"save_pretrained: model must be a class of timm, torchvision, transformers or kdfast, "
             f"got {qualified_name(model)}"
         )
+    # Tables that no file holds are computed anew, in fp32: another type has to be recorded.
     kept = set(model.state_dict())
     tables = {
         name: str(buffer.dtype).removeprefix("torch.")
@@ -213,6 +214,7 @@ def _shrunk(
     held = [site.held for site in anatomy.attentions]
     widths = [len(site.held) for site in anatomy.mlps]
     heads, mlp = section["heads"], section["mlp_hidden"]
+    # A model that was saved with stand-ins, perhaps with all its heads, gets them again.
     if section.get("fused") or heads != held or mlp != widths:
         if len(heads) != len(held) or len(mlp) != len(widths):
             raise ValueError(

@@ -56,9 +56,11 @@ class SiteAdapter:
         q, k, v = self._rows(named, site)
         columns: Any = site.projection.weight
         weight = columns.detach()
+        # A norm before the projection scales its columns.
         if site.norm is not None and isinstance(site.norm.weight, Tensor):
             weight = weight * site.norm.weight.detach()
         proj = weight.unflatten(1, (len(site.held), site.size)).transpose(0, 1)
+        # A norm of queries and keys, or their scaling to length 1, hides the size of the weights.
         hidden = not isinstance(site.module._modules.get("q_norm") or nn.Identity(), nn.Identity)
         hidden |= getattr(site.module, "cosine", False)
         return HeadWeights(None if hidden else q, None if hidden else k, v, proj)

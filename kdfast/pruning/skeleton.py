@@ -147,6 +147,7 @@ def counted_flops(
                 tokens[name] = module.sequences(hidden)
 
         handles.append(site.module.register_forward_pre_hook(see, with_kwargs=True))
+        # All other linear layers of the attention's block count as its MLP.
         prefix = site.name.rpartition(".")[0]
         inside = set(site.module.modules())
         for layer in model.get_submodule(prefix).modules():
@@ -156,6 +157,7 @@ def counted_flops(
                     linears[name] += 2 * out.numel() * m.in_features
 
                 handles.append(layer.register_forward_hook(add))
+    # The first convolution, which makes the patches, tells the channels of an image.
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     like = next(model.parameters())
     channels = 3 if first is None else first.in_channels
