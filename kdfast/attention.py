@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--model", help=MODEL_HELP)
-    made.add_argument("--checkpoint", metavar="FILE", help="weights; alone: it says its model")
+    made.add_argument("--checkpoint", metavar="PATH", help="weights; alone: it says its model")
     made.add_argument("--pretrained", action="store_true", help="download the weights of --model")
     made.add_argument("--after", metavar="PATH", help="file or folder of a pruned model")
     made.add_argument("--image", nargs="+", required=True, metavar="FILE")

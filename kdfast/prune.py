@@ -62,11 +62,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m kdfast.prune",
         description="Prunes the attention heads (and MLPs) of a ViT, saves it and times it.",
     )
-    p.add_argument(
-        "--model",
-        required=True,
-        help=MODEL_HELP,
-    )
+    p.add_argument("--model", required=True, help=MODEL_HELP)
     p.add_argument("--out", required=True, type=Path, help="folder to write")
     p.add_argument("--keep", type=number, default=0.5, help="0.5: fraction; 6: heads per block")
     p.add_argument("--mlp-keep", type=number, help="the same for hidden units; all if left out")
@@ -76,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batches", type=int, default=8, help="batches of pictures to look at")
     p.add_argument("--batch-size", type=int, default=4)
     p.add_argument("--mean-context", action="store_true", help="fold removed means into biases")
-    p.add_argument("--pretrained", action="store_true", help="timm's weights, from the network")
+    p.add_argument("--pretrained", action="store_true", help="download the weights of --model")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--rounds", type=int, default=11, help="timing samples of each model")
     p.add_argument("--overwrite", action="store_true", help="replace a model in --out")
@@ -115,8 +111,8 @@ def run(options: argparse.Namespace) -> None:
     if reads_pictures(options):
         count = options.batches * options.batch_size
         with asked(OSError, ValueError, ImportError):
-            batches += image_batches(
-                model, size, options.data, count=count, batch_size=options.batch_size
+            batches.extend(
+                image_batches(model, size, options.data, count=count, batch_size=options.batch_size)
             )
     print(f"{options.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"scoring heads by {options.method}, on {source(options)}")
