@@ -52,8 +52,8 @@ class Support(NamedTuple):
     """What happened to one registered model.
 
     Attributes:
-        name: In timm's registry.
-        family: File of timm that defines it.
+        name: Its name in timm's registry.
+        family: The file of timm that defines it.
         flagged: Whether a module has timm's ``fused_attn`` switch.
         fused: Qualified class names that were replaced.
         left: Qualified class names that were left, with the reason.
@@ -88,8 +88,8 @@ def survey(names: Iterable[str], known: Mapping[str, Support] | None = None) -> 
             name,
             timm.models.model_entrypoint(name).__module__.rpartition(".")[2],
             flagged,
-            frozenset(site.source for site in report.replaced),
-            frozenset((site.source, site.detail) for site in report.left),
+            frozenset(row.source for row in report.replaced),
+            frozenset((row.source, row.detail) for row in report.left),
             frozenset(s.source for _, s in stand_ins(model) if isinstance(s, FusedAttention)),
         )
 

@@ -11,19 +11,28 @@ from typing import Any
 
 from kdfast.pictures.capture import Attentions, capture
 from kdfast.pictures.draw import (
-    draw_comparison,
     draw_head,
     draw_heads,
     draw_pruned_heads,
     draw_rollout,
+    draw_rollout_change,
     tokens_of,
 )
 from kdfast.pictures.rollout import FUSIONS
-from kdfast.pictures.sources import SourceError, load_images, load_model, transform_of
+from kdfast.sources import (
+    MODEL_HELP,
+    SourceError,
+    is_random,
+    load_images,
+    load_model,
+    load_saved,
+    transform_of,
+)
 
 EXAMPLES = """examples:
   python -m kdfast.attention --model vit_base_patch16_224 --pretrained --image cat.jpg
   python -m kdfast.attention --checkpoint runs/orion50/student.safetensors --image front.jpg
+  python -m kdfast.attention --model vit_base_half --image cat.jpg
   python -m kdfast.attention --checkpoint teacher.safetensors --after student.safetensors \\
       --image front.jpg --layers 5,23 --heads 0,3
 """
@@ -37,10 +46,10 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--model", help="timm name, torchvision:NAME or hf:FOLDER")
-    made.add_argument("--checkpoint", metavar="FILE", help="weights; alone: a backbone of kdfast")
+    made.add_argument("--model", help=MODEL_HELP)
+    made.add_argument("--checkpoint", metavar="PATH", help="weights; alone: it says its model")
     made.add_argument("--pretrained", action="store_true", help="download the weights of --model")
-    made.add_argument("--after", metavar="FILE", help="a pruned backbone to compare with")
+    made.add_argument("--after", metavar="PATH", help="file or folder of a pruned model")
     made.add_argument("--image", nargs="+", required=True, metavar="FILE")
     made.add_argument("--output", default="attention", metavar="FOLDER")
     made.add_argument("--layers", type=_numbers, default=[-1], help="such as 0,5,11; default: last")
@@ -78,11 +87,11 @@ def draw(args: argparse.Namespace) -> list[Path]:
         if not Path(image).is_file():
             raise SourceError(f"--image: there is no file {image}")
     model = load_model(args.model, args.checkpoint, pretrained=args.pretrained)
-    if args.checkpoint is None and not args.pretrained and not str(args.model).startswith("hf:"):
+    if is_random(args.model, args.checkpoint, pretrained=args.pretrained):
         print("note: random weights; see --pretrained and --checkpoint", file=sys.stderr)
     images = load_images(args.image, transform_of(model))
     seen = capture(model, images)
-    after = None if args.after is None else capture(load_model(None, args.after), images)
+    after = None if args.after is None else capture(load_saved(args.after, "--after"), images)
     title = args.model or Path(args.checkpoint).stem
     paths: list[Path] = []
     for index, image in enumerate(args.image):
@@ -120,7 +129,7 @@ def _draw_image(
             target = name(f"layer{number}-pruned")
             paths.append(draw_pruned_heads(seen, after, target, layer=layer, **common))
     if after is not None:
-        paths.append(draw_comparison(seen, after, name("pruned"), **common))
+        paths.append(draw_rollout_change(seen, after, name("pruned"), **common))
     return paths
 
 

@@ -17,6 +17,7 @@ from kdfast.configs import ConfigError, load
 from kdfast.memory.jobs import PRECISION, Job, jobs_of
 from kdfast.memory.measure import GIB, MemoryPlan, Step, checkpointed, mib, supervised
 from kdfast.memory.search import DoesNotFit, largest
+from kdfast.sources import require_timm_name
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 CANDIDATES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
@@ -108,9 +109,9 @@ def _unusable(args: argparse.Namespace) -> str | None:
 
 
 def _model_job(args: argparse.Namespace) -> Job:
-    for name in (args.model, args.teacher):
-        if name is not None and not timm.is_model(name):
-            raise ValueError(f"timm has no model {name!r}")
+    for flag, name in (("--model", args.model), ("--teacher", args.teacher)):
+        if name is not None:
+            require_timm_name(name, flag)
 
     def model(name: str) -> Callable[[], nn.Module]:
         extra = {} if args.size is None else {"img_size": args.size}

@@ -5,8 +5,6 @@ See docs/use/pruning.md.
 """
 
 import argparse
-import copy
-import difflib
 import importlib.util
 import json
 import sys
@@ -15,52 +13,47 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdfast.machine.facts import cpu_name
-from kdfast.machine.timing import interleave, summarize
-from kdfast.nn import accelerate
 from kdfast.pruning import (
+    HeadScores,
     head_scores,
     mlp_scores,
     prune_heads,
     pruning_report,
     select_heads,
 )
-from kdfast.pruning.adapter import Adapter, adapter_of
-from kdfast.pruning.heat_map import draw_heads
+from kdfast.pruning.adapter import Anatomy
+from kdfast.pruning.families import anatomy_of
+from kdfast.pruning.heat_map import draw_head_scores
+from kdfast.pruning.latency import Latency, latencies, leave_one_out_seconds
 from kdfast.pruning.report import PruningReport
-from kdfast.pruning.saving import CONFIG, load_pretrained, save_pretrained
+from kdfast.pruning.saving import CONFIG, save_pretrained
 from kdfast.pruning.scores import METHODS
+from kdfast.sources import MODEL_HELP, image_batches, is_random, load_model, noise
 
 PACKAGES = ("matplotlib", "rich")  # for the heat map and the table
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+Selection = list[list[int]]  # positions that are kept, per block
 
 
 class UsageError(Exception):
-    """Something in the request that the user has to change; the message is one line."""
+    """The request cannot be met; the message, one line, says what the user has to change."""
 
 
 @contextmanager
 def asked(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds inside mean a request that cannot be met.
+    """Turns errors of these kinds into UsageError.
 
-    Only around what runs no code of the model: an error of that keeps its traceback.
+    Only for code that does not run the model: the model's own errors keep their traceback.
     """
     try:
         yield
     except kinds as error:
         raise UsageError(str(error)) from error
-
-
-class Latency(NamedTuple):
-    """Median milliseconds of one forward pass, and the quartiles' distance."""
-
-    ms: float
-    iqr: float
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m kdfast.prune",
         description="Prunes the attention heads (and MLPs) of a ViT, saves it and times it.",
     )
-    p.add_argument("--model", required=True, help="name of timm, or folder of a saved model")
+    p.add_argument("--model", required=True, help=MODEL_HELP)
     p.add_argument("--out", required=True, type=Path, help="folder to write")
     p.add_argument("--keep", type=number, default=0.5, help="0.5: fraction; 6: heads per block")
     p.add_argument("--mlp-keep", type=number, help="the same for hidden units; all if left out")
@@ -79,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batches", type=int, default=8, help="batches of pictures to look at")
     p.add_argument("--batch-size", type=int, default=4)
     p.add_argument("--mean-context", action="store_true", help="fold removed means into biases")
-    p.add_argument("--pretrained", action="store_true", help="timm's weights, from the network")
+    p.add_argument("--pretrained", action="store_true", help="download the weights of --model")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--rounds", type=int, default=11, help="timing samples of each model")
     p.add_argument("--overwrite", action="store_true", help="replace a model in --out")
@@ -107,27 +100,27 @@ def run(options: argparse.Namespace) -> None:
     check(options)
     torch.manual_seed(options.seed)
     with asked(OSError, ValueError, ImportError):
-        model = load(options.model, options.pretrained)
+        model = load_model(options.model, pretrained=options.pretrained)
+    if is_random(options.model, pretrained=options.pretrained):
+        print("note: the weights are random; --pretrained or a folder brings trained ones")
     with asked(TypeError, ValueError):
-        adapter = adapter_of("kdfast.prune", model)
-        size = adapter.image_size(model)
-        check_model(adapter, model, options)
-    with asked(OSError, ValueError, ImportError):
-        batches = list(pictures(model, size, options))
+        anatomy = anatomy_of("kdfast.prune", model)
+        size = anatomy.adapter.image_size(model)
+        check_model(anatomy, options)
+    batches: list[Tensor] = []
+    if reads_pictures(options):
+        count = options.batches * options.batch_size
+        with asked(OSError, ValueError, ImportError):
+            batches.extend(
+                image_batches(model, size, options.data, count=count, batch_size=options.batch_size)
+            )
     print(f"{options.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"scoring heads by {options.method}, on {source(options)}")
-    data = None if options.method == "magnitude" else batches
     if options.method == "leave_one_out":
-        print(effort(model, sum(len(site.held) for site in adapter.attentions(model)), batches))
+        print(effort(model, sum(len(site.held) for site in anatomy.attentions), batches))
+    data = None if options.method == "magnitude" else batches
     scores = head_scores(model, options.method, data, seed=options.seed)
-    with asked(ValueError):
-        kept = select_heads(scores, options.keep, options.scope)
-    units = None
-    if options.mlp_keep is not None:
-        method = options.method if options.method in ("magnitude", "gradient") else "taylor"
-        looked = mlp_scores(model, method, None if method == "magnitude" else batches)
-        with asked(ValueError):
-            units = select_heads(looked, options.mlp_keep, options.scope)
+    kept, units = selected(model, scores, batches, options)
     mean: dict[str, Any] = {"mean_context": True, "data": batches} if options.mean_context else {}
     pruned = prune_heads(model, kept, mlp=units, **mean).eval()
     keep = [[len(row) for row in kept]]
@@ -136,16 +129,30 @@ def run(options: argparse.Namespace) -> None:
     with asked(OSError, ValueError):
         save_pretrained(pruned, options.out)
         scores.save(options.out / "scores.json")
-        draw_heads(scores, kept, options.out / "heads.png")
+        draw_head_scores(scores, kept, options.out / "heads.png")
     image = batches[0][:1] if batches else noise(model, size)
-    latency = timed(model, pruned, image, options.rounds)
+    latency = latencies(model, pruned, image, options.rounds)
     with asked(OSError):
         write_report(options, report, kept, latency)
     show(report, latency, options)
 
 
+def selected(
+    model: nn.Module, scores: HeadScores, batches: list[Tensor], options: argparse.Namespace
+) -> tuple[Selection, Selection | None]:
+    """The heads to keep, and the hidden units where MLPs are to be pruned too."""
+    with asked(ValueError):
+        kept = select_heads(scores, options.keep, options.scope)
+    if options.mlp_keep is None:
+        return kept, None
+    method = options.method if options.method in ("magnitude", "gradient") else "taylor"
+    units = mlp_scores(model, method, None if method == "magnitude" else batches)
+    with asked(ValueError):
+        return kept, select_heads(units, options.mlp_keep, options.scope)
+
+
 def check(options: argparse.Namespace) -> None:
-    """Raises UsageError for what is wrong whatever the model is."""
+    """Raises UsageError for a request that no model could meet."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise UsageError(f"missing packages: {', '.join(missing)}; pip install 'kdfast[train]'")
     if (options.out / CONFIG).exists() and not options.overwrite:
@@ -162,19 +169,19 @@ def check(options: argparse.Namespace) -> None:
     check_writable(options.out)
 
 
-def check_model(adapter: Adapter, model: nn.Module, options: argparse.Namespace) -> None:
-    """Raises UsageError for what this model does not have."""
-    mlps = adapter.mlps(model)
+def check_model(anatomy: Anatomy, options: argparse.Namespace) -> None:
+    """Raises UsageError for a request that this model cannot meet."""
+    mlps = anatomy.mlps
     if options.mlp_keep is not None and not mlps:
         raise UsageError(f"--mlp-keep: no MLP of {options.model} can be pruned")
-    sites = [*adapter.attentions(model), *(mlps if options.mlp_keep is not None else [])]
+    sites = [*anatomy.attentions, *(mlps if options.mlp_keep is not None else [])]
     bare = [site.name for site in sites if getattr(site.projection, "bias", None) is None]
     if options.mean_context and bare:
         raise UsageError(f"--mean-context: needs a bias in the projections of {', '.join(bare)}")
 
 
 def check_writable(out: Path) -> None:
-    """Raises UsageError now, instead of after the scoring, where the folder cannot be made."""
+    """Raises UsageError before the scoring if the folder could not be made after it."""
     parent = out.absolute()
     while not parent.exists():
         parent = parent.parent
@@ -185,31 +192,8 @@ def check_writable(out: Path) -> None:
         raise UsageError(f"--out: {out} cannot be written: {error.strerror}") from error
 
 
-def load(name: str, pretrained: bool) -> nn.Module:
-    """A model of a folder or of timm, in eval mode.
-
-    Raises:
-        UsageError: There is no such folder or name.
-    """
-    if Path(name).is_dir():
-        if pretrained:
-            raise UsageError(f"--pretrained: belongs to names of timm; {name} is a folder")
-        folder_model: nn.Module = load_pretrained(name)
-        return folder_model
-    import timm
-
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise UsageError(f"--model: {name} is neither a folder nor a model of timm{hint}")
-    if not pretrained:
-        print("note: the weights are random; --pretrained or a folder brings trained ones")
-    model: nn.Module = timm.create_model(name, pretrained=pretrained).eval()
-    return model
-
-
 def reads_pictures(options: argparse.Namespace) -> bool:
-    """Whether anything but a time depends on pictures."""
+    """Whether the request needs pictures; times can be measured on noise."""
     return options.method != "magnitude" or options.mean_context
 
 
@@ -223,13 +207,9 @@ def source(options: argparse.Namespace) -> str:
     return f"{count} rendered driving scenes; --data takes pictures of your own"
 
 
-@torch.no_grad()
 def effort(model: nn.Module, heads: int, batches: Sequence[Tensor]) -> str:
-    """How long leave-one-out will take, from one pass: half of one for every head and batch."""
-    model(batches[0][:1])
-    start = time.perf_counter()
-    model(batches[0])
-    seconds = (time.perf_counter() - start) * len(batches) * (1 + heads / 2)
+    """How long leave-one-out will take, and what takes less, in words."""
+    seconds = leave_one_out_seconds(model, heads, batches)
     span = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
     images = sum(map(len, batches))
     return (
@@ -237,81 +217,6 @@ def effort(model: nn.Module, heads: int, batches: Sequence[Tensor]) -> str:
         f"picture{'s' * (images > 1)}: about {span}; "
         "fewer --batches take less; --method taylor takes one pass forth and back in all"
     )
-
-
-def pictures(
-    model: nn.Module, size: tuple[int, int], options: argparse.Namespace
-) -> Iterator[Tensor]:
-    """Batches (B, 3, H, W), normalised as the model was trained; none if there is no need."""
-    if not reads_pictures(options):
-        return
-    config = getattr(model, "pretrained_cfg", None) or {}
-    mean, std = (
-        torch.tensor(config.get(name, default)).view(3, 1, 1)
-        for name, default in zip(("mean", "std"), IMAGENET, strict=True)
-    )
-    dtype = next(model.parameters()).dtype
-    count = options.batches * options.batch_size
-    images = folder(options.data, size, count) if options.data else scenes(size, count)
-    some: list[Tensor] = []
-    for image in images:
-        some.append(((image - mean) / std).to(dtype))
-        if len(some) == options.batch_size:
-            yield torch.stack(some)
-            some = []
-    if some:
-        yield torch.stack(some)
-
-
-def folder(root: Path, size: tuple[int, int], count: int) -> Iterator[Tensor]:
-    """Pictures (3, H, W) in [0, 1], spread over the folder; resized and cropped in the middle."""
-    import numpy
-    from PIL import Image, ImageOps
-
-    from kdfast.data.folder import SUFFIXES, list_images
-
-    names = list_images(root)
-    if not names:
-        raise UsageError(f"--data: {root} must hold pictures ({', '.join(SUFFIXES)}), got none")
-    step = max(1, len(names) // count)
-    for name in names[::step][:count]:
-        try:
-            with Image.open(root / name) as file:
-                image = ImageOps.fit(file.convert("RGB"), (size[1], size[0]))
-        except OSError as error:
-            raise UsageError(f"--data: {root / name} cannot be read: {error}") from error
-        yield torch.from_numpy(numpy.array(image)).permute(2, 0, 1).float() / 255
-
-
-def scenes(size: tuple[int, int], count: int) -> Iterator[Tensor]:
-    """Rendered pictures (3, H, W) in [0, 1]."""
-    from kdfast.data import MEAN, STD, build
-
-    height, width = (side + side % 2 for side in size)
-    dataset = build(kind="scenes", size=(height, width), frames=-(-count // 6))
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
-    for index in range(count):
-        image: Any = dataset[index]
-        yield ((image["image"] * std + mean) / 255)[:, : size[0], : size[1]]
-
-
-def noise(model: nn.Module, size: tuple[int, int]) -> Tensor:
-    """One image (1, 3, H, W), as good as any for a time."""
-    return torch.randn(1, 3, *size).to(next(model.parameters()).dtype)
-
-
-@torch.no_grad()
-def timed(model: nn.Module, pruned: nn.Module, image: Tensor, rounds: int) -> dict[str, Latency]:
-    """Forward passes of one image, in alternating rounds."""
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    fused = copy.deepcopy(model, memo)  # on the same tensors
-    candidates = {"before": model, "before, fused": fused, "pruned, fused": pruned}
-    if not accelerate(fused).replaced:
-        del candidates["before, fused"]
-    accelerate(pruned)
-    calls = {name: (lambda m=m: m(image)) for name, m in candidates.items()}
-    samples = {name: summarize(rows) for name, rows in interleave(calls, rounds=rounds).items()}
-    return {name: Latency(row["ms"], row["iqr"]) for name, row in samples.items()}
 
 
 def write_report(

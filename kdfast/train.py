@@ -27,7 +27,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from kdfast.configs import CONFIGS, ChainConfig, Config, ConfigError, load
 from kdfast.configs.fields import as_config_error
-from kdfast.data.base import CorruptDataError
+from kdfast.data.files import CorruptDataError
 from kdfast.recovery.run import run_recovery
 from kdfast.trainer.logs import LOG, close_log
 from kdfast.trainer.loop import NonFiniteLoss

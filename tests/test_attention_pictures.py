@@ -22,17 +22,17 @@ from kdfast.ops.geometry import Window
 from kdfast.pictures import (
     LayerAttention,
     capture,
-    draw_comparison,
     draw_head,
     draw_heads,
     draw_pruned_heads,
     draw_rollout,
+    draw_rollout_change,
     rollout,
 )
 from kdfast.pictures.draw import head_row, tokens_of
 from kdfast.pictures.page import picture
-from kdfast.pictures.sources import SourceError, load_images, load_model, transform_of
 from kdfast.pruning import prune_heads
+from kdfast.sources import SourceError, load_images, load_model, transform_of
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
 EVA = {**TINY, "num_heads": 4, "embed_dim": 32, "pt_hw_seq_len": 4, "pretrain_img_size": 32}
@@ -337,7 +337,7 @@ def test_pictures_show_what_they_say(tmp_path: Path) -> None:
         draw_head(before, tmp_path / "new" / "head.png", head=1, title="eva"),
         draw_heads(before, tmp_path / "heads.png", layer=0, image=1),
         draw_rollout(before, tmp_path / "rollout.png", token=3, fusion="max", discard=0.5),
-        draw_comparison(before, after, tmp_path / "pair.png"),
+        draw_rollout_change(before, after, tmp_path / "pair.png"),
         draw_pruned_heads(before, after, tmp_path / "pruned.png"),
     ]
     for path in paths:
@@ -347,7 +347,7 @@ def test_pictures_show_what_they_say(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"head must be one of \[0, 2\], got 1"):
         draw_head(after, tmp_path / "no.png", head=1)
     with pytest.raises(ValueError, match="the same images in the same grid"):
-        draw_comparison(before, capture(model, images[:1]), tmp_path / "no.png")
+        draw_rollout_change(before, capture(model, images[:1]), tmp_path / "no.png")
     shown = picture(before, 0)
     assert shown.shape == (32, 32, 3)
     assert (shown.min(), shown.max()) == (0.0, 1.0)
@@ -409,13 +409,16 @@ def test_checkpoint_of_a_chain_says_its_model(tmp_path: Path, photo: str, averag
     ("argv", "match"),
     [
         ([], "give --model, --checkpoint or both"),
-        (["--model", "vit_tiny_patch16_225"], "timm has no model 'vit_tiny_patch16_225'; similar:"),
+        (
+            ["--model", "vit_tiny_patch16_225"],
+            "timm has no model 'vit_tiny_patch16_225'.*; did you",
+        ),
         (["--model", "torchvision:vit_x"], "torchvision: must be one of vit_b_16"),
         (["--model", "hf:nowhere"], "takes a folder of save_pretrained, got nowhere"),
         (["--checkpoint", "nowhere.pt"], "there is no file nowhere.pt"),
         (["--model", "test_vit", "--image", "nowhere.jpg"], "there is no file nowhere.jpg"),
         (["--model", "test_vit", "--output", f"{__file__}/x"], "Not a directory"),
-        (["--model", "test_vit", "--image", __file__], "is no picture that can be read"),
+        (["--model", "test_vit", "--image", __file__], "cannot be read as a picture"),
         (["--model", "test_vit", "--layers", "90"], r"layer must be in \[0, 6\), got 90"),
         (["--model", "test_vit", "--patch", "1"], "must be row,column, got"),
     ],

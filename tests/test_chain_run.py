@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from kdfast.chain import run as chain_run
-from kdfast.chain.links import LinkModel, weights_of
+from kdfast.chain.checkpoint import weights_of
+from kdfast.chain.links import LinkModel
 from kdfast.chain.objective import Objective
 from kdfast.data.labelled import Classification, build_classification
 from kdfast.train import main, make_accelerator

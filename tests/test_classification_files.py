@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kdfast.data.base import CorruptDataError
+from kdfast.data.files import CorruptDataError
 from kdfast.data.labelled import AugmentSpec, build_classification
 from kdfast.data.labelled.embedded import FASHION_FILES, parse_idx
 

@@ -13,9 +13,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import kdfast.data as data
-from kdfast.data.base import read_bgr
-from kdfast.data.bench2drive import CAMERAS
-from kdfast.data.folder import is_val, list_images
+from kdfast.data.files import list_images, read_bgr
+from kdfast.data.views.bench2drive import CAMERAS
+from kdfast.data.views.unlabelled import is_val
 
 SIZE = (64, 64)
 

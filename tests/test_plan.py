@@ -353,7 +353,7 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
             "config: 1 problem\n  - run.batch: unknown",
         ),
         (["--config", "nothing"], "config: 1 problem\n  - name: must be one of orion50"),
-        (["--model", "vit_nothing"], "timm has no model 'vit_nothing'"),
+        (["--model", "vit_nothing"], "--model: timm has no model 'vit_nothing'"),
     ],
 )
 def test_command_explains(argv: list[str], match: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from kdfast.data.gridmask import GridMask, grid
-from kdfast.data.preprocess import (
+from kdfast.data.rng import CROP, PHOTOMETRIC, generator
+from kdfast.data.views.gridmask import GridMask, grid
+from kdfast.data.views.preprocess import (
     MEAN,
     STD,
     CropDraw,
@@ -24,7 +25,6 @@ from kdfast.data.preprocess import (
     stretch,
     wrap_uint8,
 )
-from kdfast.data.rng import CROP, PHOTOMETRIC, generator
 
 ORION = (900, 1600)
 INPUT = (640, 640)

@@ -94,7 +94,7 @@ def test_magnitude_looks_at_no_picture(
         drawn.append(count)
         return [torch.rand(3, *size) for _ in range(count)]
 
-    monkeypatch.setattr(prune, "scenes", scenes)
+    monkeypatch.setattr("kdfast.sources.pictures.scenes", scenes)
     more = {"method": "magnitude", "mlp-keep": 0.5}
     assert main(arguments(model_folder, tmp_path / "weights", **more)) == 0
     assert not drawn
@@ -117,7 +117,7 @@ def test_errors_of_the_model_are_not_hidden(
         raise kind("the model's own fault")
 
     model.patch_embed.register_forward_pre_hook(fail)
-    monkeypatch.setattr(prune, "load_pretrained", lambda _: model)
+    monkeypatch.setattr("kdfast.sources.models.load_pretrained", lambda _: model)
     # With "magnitude" its first pass is the last step, the timing.
     monkeypatch.setattr(prune, "pruning_report", lambda *_, **__: None)
     with pytest.raises(kind, match="^the model's own fault$"):
@@ -146,7 +146,7 @@ def test_mean_context_needs_biases(
 ) -> None:
     model = load_pretrained(model_folder)
     model.blocks[1].mlp.fc2.bias = model.blocks[0].attn.proj.bias = None
-    monkeypatch.setattr(prune, "load_pretrained", lambda _: model)
+    monkeypatch.setattr("kdfast.sources.models.load_pretrained", lambda _: model)
     for more, names in (({}, "blocks.0.attn"), ({"mlp-keep": 2}, "blocks.0.attn, blocks.1.mlp")):
         assert main([*arguments(model_folder, tmp_path / "out", **more), "--mean-context"]) == 2
         error = capsys.readouterr().err
@@ -165,7 +165,10 @@ def test_leave_one_out_says_how_long_it_takes(
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        ({"model": "vit_tinny_patch16_224"}, "neither a folder nor a model of timm; did you mean"),
+        (
+            {"model": "vit_tinny_patch16_224"},
+            "--model: timm has no model 'vit_tin.*no folder .*did you",
+        ),
         ({"model": "resnet18"}, "kdfast.prune: model must be one of EVAViT.*holds no attention"),
         ({"data": "nowhere"}, "--data: must be a folder, got nowhere"),
         ({"keep": 4}, r"keep must be in \[1, 3\] for block 0, got 4"),
@@ -195,7 +198,7 @@ def test_more_bad_requests(
     assert main(arguments(model_folder, model_folder)) == 2
     assert "holds a model already; --overwrite replaces it" in capsys.readouterr().err
     assert main([*arguments(model_folder, tmp_path / "x"), "--pretrained"]) == 2
-    assert "--pretrained: belongs to names of timm" in capsys.readouterr().err
+    assert "--pretrained: belongs to names of timm and torchvision; " in capsys.readouterr().err
     assert main(arguments(model_folder, model_folder / "config.json" / "x")) == 2
     assert "--out: " in (error := capsys.readouterr().err) and "cannot be written" in error
     (tmp_path / "empty").mkdir()

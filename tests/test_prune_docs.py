@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-import kdfast.pruning.adapter
+import kdfast.pruning.families
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "use"
 
@@ -19,7 +19,7 @@ def blocks(name: str) -> list[str]:
 
 
 def test_add_a_family(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kdfast.pruning.adapter, "_registered", [])
+    monkeypatch.setattr(kdfast.pruning.families, "_registered", [])
     names: dict[str, Any] = {"__name__": "docs"}
     for code in blocks("add_a_family.md"):
         exec(code, names)

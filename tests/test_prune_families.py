@@ -16,6 +16,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 
 import kdfast
 from kdfast.nn import FusedAttention
+from kdfast.nn.heads import find_tensor, resize
 from kdfast.nn.table import FUSED
 from kdfast.pruning import (
     evaluate_selections,
@@ -25,7 +26,8 @@ from kdfast.pruning import (
     pruning_report,
     select_heads,
 )
-from kdfast.pruning.adapter import Site, adapter_of
+from kdfast.pruning.adapter import Site
+from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.vit_adapter import stand_ins
 
 STAGES = {"depths": (2, 1), "embed_dim": 32, "num_heads": (2, 4), "depth": None}
@@ -113,10 +115,10 @@ def silenced(model: nn.Module, keep: list[list[int]], units: list[list[int]] | N
 
     Where a norm comes before the projection, it is computed from the kept channels alone.
     """
-    adapter = adapter_of("oracle", model)
-    sites = list(zip(adapter.attentions(model), keep, strict=True))
+    anatomy = anatomy_of("oracle", model)
+    sites = list(zip(anatomy.attentions, keep, strict=True))
     if units is not None:
-        sites += list(zip(adapter.mlps(model), units, strict=True))
+        sites += list(zip(anatomy.mlps, units, strict=True))
     model = copy.deepcopy(model)
     for site, kept in sites:
         index = channels(site, kept)
@@ -147,8 +149,8 @@ def partial_norm(index: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:
 
 
 def check(model: nn.Module, x: Tensor) -> None:
-    adapter = adapter_of("test", model)
-    sites, mlps = adapter.attentions(model), adapter.mlps(model)
+    anatomy = anatomy_of("test", model)
+    sites, mlps = anatomy.attentions, anatomy.mlps
     rows = [torch.arange(len(site.held)).view(-1, site.group) for site in sites]
     uneven = [row[i % 2 :: 2].flatten().tolist() for i, row in enumerate(rows)]
     uneven[0] = uneven[0][: sites[0].group]
@@ -161,7 +163,7 @@ def check(model: nn.Module, x: Tensor) -> None:
             got, want = run(pruned, x), run(silenced(model, keep, some), x)
             torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5 * want.abs().max().item())
             assert (got - whole).abs().max() > 1e-3 * whole.abs().max()
-            held_now = [site.held for site in adapter_of("test", pruned).attentions(pruned)]
+            held_now = [site.held for site in anatomy_of("test", pruned).attentions]
             assert held_now == keep
         assert torch.equal(run(model, x), whole)
 
@@ -234,7 +236,7 @@ def test_registry_of_timm(module: str) -> None:
             failed[name] = f"cannot be built small: {error}"
             continue
         try:
-            adapter_of("test", model)
+            anatomy_of("test", model)
         except TypeError:
             refused += 1
             continue
@@ -313,8 +315,8 @@ def test_grouped_queries_go_in_groups() -> None:
 def test_magnitude_where_heads_are_packed_one_by_one_or_normalised() -> None:
     """TinyViT's rows are (H, 3, D); cosines hide the size of queries and keys."""
     model, _ = small("tiny_vit_5m_224")
-    attn = adapter_of("test", model).attentions(model)[0].module
-    count = len(adapter_of("test", model).attentions(model)[0].held)
+    attn = anatomy_of("test", model).attentions[0].module
+    count = len(anatomy_of("test", model).attentions[0].held)
     weight, bias = attn.qkv.weight.double(), attn.qkv.bias.double()
     rows = torch.cat((weight, bias[:, None]), 1).view(count, 3, -1, weight.shape[1] + 1)
     want = []
@@ -346,7 +348,7 @@ def test_scores_of_windows_are_means_over_images() -> None:
             assert all(0 <= share <= 1 for row in once.scores for share in row.tolist())
     with kdfast.HeadGates(model) as gates:
         loss(model(x), x).backward()
-    site = adapter_of("test", model).attentions(model)[0]
+    site = anatomy_of("test", model).attentions[0]
     grads = []
     for scale in (1 + 1e-3, 1 - 1e-3):
         twin = copy.deepcopy(model).double()
@@ -370,7 +372,7 @@ def test_scores_of_a_dead_head_are_last(build: str, method: str) -> None:
         "hf": lambda: hugging_face("DINOv3ViTModel"),
     }
     model, x = makers[build]()
-    site = adapter_of("test", model).attentions(model)[1]
+    site = anatomy_of("test", model).attentions[1]
     with torch.no_grad():
         site.projection.weight[:, channels(site, [2])] = 0
         for name, (axis, tensor) in site.tensors().items():
@@ -467,6 +469,43 @@ def test_accelerated_models_prune_the_same() -> None:
     assert got.state_dict().keys() == want.state_dict().keys()
     with torch.no_grad():
         assert torch.equal(got(x), want(x))
+
+
+def test_attentions_are_listed_once_for_the_model_and_once_for_the_pruned_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = small("vit_tiny_patch16_224")
+    adopted: list[nn.Module] = []
+    adopt = FusedAttention.adopt.__func__  # type: ignore[attr-defined]
+
+    def counted(cls: type, original: nn.Module, backend: str | None = None) -> object:
+        adopted.append(original)
+        return adopt(cls, original, backend)
+
+    monkeypatch.setattr(FusedAttention, "adopt", classmethod(counted))
+    blocks = len(model.blocks)
+    prune_heads(model, [[0]] * blocks)
+    # One more: the first attention tells the family.
+    assert len(adopted) == 2 * blocks + 1
+    adopted.clear()
+    head_scores(model, "taylor", [x], progress=False)
+    assert len(adopted) == blocks + 1
+
+
+def test_resize_brings_the_sizes_up_to_date() -> None:
+    layers = nn.ModuleDict(
+        {"fc": nn.Linear(4, 6), "conv": nn.Conv2d(4, 6, 1), "n": nn.LayerNorm(4)}
+    )
+    layers["fc"].weight.requires_grad_(False)
+    for name, shape in (("fc", (3, 2)), ("conv", (3, 2, 1, 1)), ("n", (2,))):
+        slot = find_tensor(layers, f"{name}.weight")
+        assert slot is not None and slot.owner is layers[name]
+        resize(slot, torch.ones(shape))
+    assert (layers["fc"].in_features, layers["fc"].out_features) == (2, 3)
+    assert (layers["conv"].in_channels, layers["conv"].out_channels) == (2, 3)
+    assert layers["n"].normalized_shape == (2,)
+    assert not layers["fc"].weight.requires_grad and layers["conv"].weight.requires_grad
+    assert find_tensor(layers, "fc.none") is None and find_tensor(layers, "no.weight") is None
 
 
 def test_unsupported_models_are_named() -> None:

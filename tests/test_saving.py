@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import kdfast
 from kdfast.models import EVAViT
 from kdfast.pruning import prune_heads
-from kdfast.pruning.adapter import adapter_of
+from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.saving import load_pretrained, save_pretrained
 
 KEEP = [[0, 2], []]
@@ -71,7 +71,7 @@ def first(output: Any) -> Tensor:
 def test_comes_back_bit_by_bit(tmp_path: Path, name: str, pruned: bool) -> None:
     model = MODELS[name]()
     if pruned:
-        width = len(adapter_of("test", model).mlps(model)[0].held)
+        width = len(anatomy_of("test", model).mlps[0].held)
         model = prune_heads(model, KEEP, mlp=[[1, 5, 7], list(range(width))])
     assert save_pretrained(model.train(), tmp_path / "a" / "b") == tmp_path / "a" / "b"
     again = load_pretrained(tmp_path / "a" / "b")
@@ -80,7 +80,7 @@ def test_comes_back_bit_by_bit(tmp_path: Path, name: str, pruned: bool) -> None:
     assert again.state_dict().keys() == state.keys()
     for key, tensor in again.state_dict().items():
         assert tensor.dtype == state[key].dtype and torch.equal(tensor, state[key]), key
-    sites = [adapter_of("test", m).attentions(m) for m in (again, model)]
+    sites = [anatomy_of("test", m).attentions for m in (again, model)]
     assert [site.held for site in sites[0]] == [site.held for site in sites[1]]
     x = torch.randn(2, 3, 32, 32).to(next(model.parameters()).dtype)
     with torch.no_grad():

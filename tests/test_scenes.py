@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import kdfast.data as data
-from kdfast.data.preprocess import MEAN, STD
 from kdfast.data.rng import SENSOR, WORLD, generator
 from kdfast.data.scenes import Scenes, draw_world
 from kdfast.data.scenes.camera import HORIZON, VIEWS, Camera, quads
@@ -36,6 +35,7 @@ from kdfast.data.scenes.layout import (
 )
 from kdfast.data.scenes.render import render
 from kdfast.data.scenes.world import Builder, trapezium
+from kdfast.data.views.preprocess import MEAN, STD
 
 SIZE = (96, 128)
 

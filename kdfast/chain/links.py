@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
+from kdfast.chain.checkpoint import weights_of
 from kdfast.configs.chain import ChainConfig
 from kdfast.configs.chain_check import INITS, per_link, roles
 from kdfast.configs.fields import ConfigError
@@ -199,14 +199,6 @@ def _read_weights(path: Path, link: Link) -> dict[str, Tensor]:
             ]
         )
     return weights_of(state)
-
-
-def weights_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The timm model's weights in a checkpoint: the averaged ones where there are such."""
-    module, prefix = state["module"], "student.net."
-    if state.get("ema") is not None:
-        module, prefix = state["ema"], "net."
-    return {k[len(prefix) :]: v for k, v in module.items() if k.startswith(prefix)}
 
 
 def facts(link: Link, data: Classification) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from kdfast.chain.links import Link, links_of
 from kdfast.chain.train_link import train_link
 from kdfast.configs import ChainConfig, ConfigError, plain, save
 from kdfast.configs.chain_check import stages
-from kdfast.data.base import CorruptDataError
+from kdfast.data.files import CorruptDataError
 from kdfast.data.labelled import Classification, build_classification
 from kdfast.machine.memory import release
 from kdfast.trainer.logs import LOG

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kdfast.chain.checkpoint import weights_of
 from kdfast.chain.evaluate import held_out_feed
 from kdfast.chain.link_run import BEST, LinkRun
-from kdfast.chain.links import weights_of
 from kdfast.chain.metrics import Meter
 from kdfast.chain.plots import draw_attention, draw_confusion, draw_curves
 from kdfast.chain.watch import LinkWatch

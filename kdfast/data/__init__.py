@@ -1,24 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data for training and distillation: pictures, Bench2Drive cameras, synthetic scenes."""
+"""Data for training and distillation.
 
-from __future__ import annotations
+Views for ORION's encoder (``views``, ``scenes``) come from ``build``; labelled sets for
+classification (``labelled``) from ``kdfast.data.labelled.build_classification``.
+"""
 
-from pathlib import Path
-from typing import Any
-
-from kdfast.data.base import (
-    Corrupt,
-    CorruptCounter,
-    CorruptDataError,
-    ViewDataset,
-    collate,
-)
-from kdfast.data.bench2drive import Bench2Drive
-from kdfast.data.folder import ImageFolder
-from kdfast.data.gridmask import GridMask
-from kdfast.data.preprocess import MEAN, STD
+from kdfast.data.files import CorruptDataError
+from kdfast.data.kinds import KINDS, build
 from kdfast.data.sampler import EpochSampler
-from kdfast.data.scenes import CLASSES, PALETTE, Scenes
+from kdfast.data.scenes import CLASSES, PALETTE
+from kdfast.data.views.base import Corrupt, CorruptCounter, ViewDataset, collate
+from kdfast.data.views.gridmask import GridMask
+from kdfast.data.views.preprocess import MEAN, STD
 
 __all__ = [
     "CLASSES",
@@ -35,77 +28,3 @@ __all__ = [
     "build",
     "collate",
 ]
-
-KINDS = ("images", "bench2drive", "scenes")
-_OPTIONS = {
-    "images": {"root", "photometric", "val_fraction"},
-    "bench2drive": {"root", "photometric", "split_file"},
-    "scenes": {"frames"},
-}
-
-
-def build(
-    *,
-    kind: str,
-    root: str | Path | None = None,
-    split: str = "train",
-    size: tuple[int, int] = (640, 640),
-    augment: bool = False,
-    seed: int = 0,
-    photometric: bool = False,
-    val_fraction: float | None = None,
-    split_file: str | Path | None = None,
-    frames: int | None = None,
-) -> ViewDataset:
-    """Make a dataset; docs/use/data.md describes the kinds.
-
-    Args:
-        kind: "images", "bench2drive" or "scenes".
-        root: Data folder; ``scenes`` has none.
-        split: "train" or "val".
-        size: (height, width) of the items; the height even.
-        augment: Random crop (mirroring for ``scenes``); leave it off for evaluation.
-        seed: Seed of every random draw.
-        photometric: ORION's colour distortion on top of the crop; needs ``augment``.
-        val_fraction: Part of a folder of ``images`` without splits that is "val"; 0.1 if None.
-        split_file: JSON list of the validation clips of ``bench2drive``.
-        frames: Number of frames of ``scenes``, six views each.
-
-    Returns:
-        A map-style dataset; see ``ViewDataset`` for its items.
-
-    Raises:
-        FileNotFoundError: The folder or every picture in it is missing.
-        ValueError: The kind is unknown, an option belongs to another kind or is out of range.
-    """
-    _check_options(
-        kind,
-        {
-            "root": root is not None,
-            "photometric": photometric,
-            "val_fraction": val_fraction is not None,
-            "split_file": split_file is not None,
-            "frames": frames is not None,
-        },
-    )
-    if min(size) < 2 or size[0] % 2:
-        raise ValueError(f"size: must be positive with an even height, got {size}")
-    if photometric and not augment:
-        raise ValueError("photometric: needs augment=True, got augment=False")
-    common: dict[str, Any] = {"split": split, "size": size, "augment": augment, "seed": seed}
-    if kind == "scenes":
-        return Scenes(frames=frames, **common)
-    if kind == "bench2drive":
-        return Bench2Drive(root, split_file=split_file, photometric=photometric, **common)
-    fraction = 0.1 if val_fraction is None else val_fraction
-    return ImageFolder(root, val_fraction=fraction, photometric=photometric, **common)
-
-
-def _check_options(kind: str, given: dict[str, bool]) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind: must be one of {KINDS}, got {kind!r}")
-    foreign = sorted(name for name, used in given.items() if used and name not in _OPTIONS[kind])
-    if foreign:
-        raise ValueError(
-            f"build: kind {kind!r} takes {sorted(_OPTIONS[kind])}, got {', '.join(foreign)}"
-        )

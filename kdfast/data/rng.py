@@ -49,7 +49,7 @@ def uniforms(
         count: Numbers a place.
 
     Returns:
-        (B, count) in [0, 1), the same on every platform and for any company of a row.
+        (B, count) in [0, 1); a row is the same on every platform and whatever the other rows are.
 
     Raises:
         ValueError: The seed is negative or too large.

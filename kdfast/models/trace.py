@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a traced forward of a backbone takes and gives: features, queries and keys, losses.
+"""Inputs and results of a traced forward pass: features, queries and keys, attention losses.
 
 B batch, H teacher heads, K kept heads, N tokens, D head dim, C channels.
 """
@@ -17,7 +17,7 @@ class BlockTarget(NamedTuple):
     Attributes:
         q: (B, H, N, D) teacher's queries before the rotation.
         k: (B, H, N, D) teacher's keys before the rotation.
-        heads: For each of the student's K heads, its head in ``q`` and ``k``.
+        heads: For each of the student's K heads, the position of the teacher's in ``q`` and ``k``.
         kind: Kind of ``attention_distill``.
         temperature: Temperature of ``attention_distill``.
     """

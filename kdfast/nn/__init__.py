@@ -4,7 +4,7 @@
 See docs/use/accelerate.md.
 """
 
-from kdfast.nn.accelerate import AccelerateReport, Site, accelerate, restore
+from kdfast.nn.accelerate import AccelerateReport, Replacement, accelerate, restore
 from kdfast.nn.attention import FusedAttention
 from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.nn.pool import (
@@ -27,7 +27,7 @@ __all__ = [
     "AttentionCall",
     "FusedAttention",
     "HeadAxis",
-    "Site",
+    "Replacement",
     "TimmAttention",
     "TimmClassAttention",
     "TimmCrossAttention",

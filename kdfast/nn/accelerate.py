@@ -17,8 +17,8 @@ from kdfast.nn.table import FUSED, UNKNOWN, unfused_reason
 from kdfast.ops._library import BACKENDS
 
 
-class Site(NamedTuple):
-    """One attention of a model.
+class Replacement(NamedTuple):
+    """One attention of a model, in the report of ``accelerate``.
 
     Attributes:
         name: Its name in the model; empty for the model itself.
@@ -40,8 +40,8 @@ class AccelerateReport:
         left: Attentions that were left as they were, and exactly why.
     """
 
-    replaced: tuple[Site, ...]
-    left: tuple[Site, ...]
+    replaced: tuple[Replacement, ...]
+    left: tuple[Replacement, ...]
 
     @property
     def complete(self) -> bool:
@@ -52,9 +52,10 @@ class AccelerateReport:
         total = len(self.replaced) + len(self.left)
         title = f"kdfast.accelerate: {len(self.replaced)} of {total} attention modules run fused"
         rows = [("", "modules", "class", "now, or why not", "first")]
-        for mark, sites in (("fused", self.replaced), ("left", self.left)):
-            for (source, detail), count in Counter((s.source, s.detail) for s in sites).items():
-                first = next(s.name for s in sites if (s.source, s.detail) == (source, detail))
+        for mark, found in (("fused", self.replaced), ("left", self.left)):
+            alike = Counter((r.source, r.detail) for r in found)
+            for (source, detail), count in alike.items():
+                first = next(r.name for r in found if (r.source, r.detail) == (source, detail))
                 rows.append((mark, str(count), source, detail, first or "the model itself"))
         if len(rows) == 1:
             return title
@@ -87,8 +88,8 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> AccelerateRep
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
     check_backend(backend)
-    replaced: list[Site] = []
-    left: list[Site] = []
+    replaced: list[Replacement] = []
+    left: list[Replacement] = []
     fused: dict[nn.Module, FusedAttention] = {}
     inside: set[nn.Module] = set()
     by_interface = transformers_attention.attentions(model)
@@ -98,16 +99,16 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> AccelerateRep
             continue
         if isinstance(module, FusedAttention):
             module.backend = backend
-            replaced.append(Site(name, module.source, type(module).__name__))
+            replaced.append(Replacement(name, module.source, type(module).__name__))
         elif module in by_interface and by_interface[module] is None:
             transformers_attention.switch(module, backend)
-            replaced.append(Site(name, source, 'attn_implementation="kdfast"'))
+            replaced.append(Replacement(name, source, 'attn_implementation="kdfast"'))
         elif reason := by_interface.get(module) or _reason(name, module):
-            left.append(Site(name, source, reason))
+            left.append(Replacement(name, source, reason))
             continue
         elif source in FUSED:
             fused[module] = FUSED[source].adopt(module, backend)
-            replaced.append(Site(name, source, type(fused[module]).__name__))
+            replaced.append(Replacement(name, source, type(fused[module]).__name__))
         else:
             continue
         inside.update(module.modules())
@@ -115,13 +116,13 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> AccelerateRep
     return AccelerateReport(tuple(replaced), tuple(_innermost(left, replaced)))
 
 
-def _innermost(left: list[Site], replaced: list[Site]) -> list[Site]:
-    """Without blocks that only have attention in their name because they hold one."""
-    names = [site.name for site in (*left, *replaced)]
+def _innermost(left: list[Replacement], replaced: list[Replacement]) -> list[Replacement]:
+    """The entries of ``left`` without blocks that are only named after the attention they hold."""
+    names = [row.name for row in (*left, *replaced)]
     return [
-        site
-        for site in left
-        if site.detail != UNKNOWN or not any(n.startswith(f"{site.name}.") for n in names)
+        row
+        for row in left
+        if row.detail != UNKNOWN or not any(name.startswith(f"{row.name}.") for name in names)
     ]
 
 
@@ -161,7 +162,7 @@ def check_backend(backend: str | None) -> None:
 
 
 def _reason(name: str, module: nn.Module) -> str | None:
-    """Why a module that is an attention has to stay; None if it can go, or is none."""
+    """Why an attention has to stay as it is; None if it can be replaced, or is no attention."""
     source = qualified_name(module)
     if source not in FUSED:
         return unfused_reason(module)

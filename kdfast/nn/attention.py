@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast.nn.heads import AttentionCall, HeadAxis
+from kdfast.nn.heads import AttentionCall, HeadAxis, find_tensor, resize
 from kdfast.ops._checks import head_list
 from kdfast.ops._library import FallbackWarning
 from kdfast.ops.pruned_attention import rotated
@@ -38,12 +38,11 @@ class FusedAttention(nn.Module):
     a tensor through one of the two (``to``, ``load_state_dict``) is done to the other, and the
     original can be put back at any time.
 
-    A subclass states ``axes``, ``why_not`` and ``project``, and where they differ from the usual
-    ``finish`` and ``forward``.
+    A subclass defines ``axes``, ``why_not``, ``project``, and a ``forward`` that calls ``attend``.
 
     Attributes:
-        axes: For each tensor that holds heads, by its name in the state dict, where they lie.
-            Tensors that an instance lacks are to be skipped. Empty: heads cannot be removed.
+        axes: Names, as in the state dict, of the tensors that hold heads, and where in each the
+            heads lie. Names that an instance lacks are skipped. Empty: heads cannot be removed.
         num_heads: H, the heads that the instance holds; 0 leaves the output projection's bias.
         head_dim: D; does not change when heads are removed. H * D need not be C.
         heads: Original index of each of the H heads, ascending.
@@ -51,7 +50,8 @@ class FusedAttention(nn.Module):
         scale: Factor of the logits.
         source: Qualified class name of the original.
         backend: As in ``kdfast.pruned_attention``, or None.
-        cosine: Whether queries and keys are scaled to a length, which hides the size of weights.
+        cosine: Whether queries and keys are scaled to length 1; the size of their weights then says
+            nothing about a head.
         unprunable: Why ``kdfast.prune_heads`` leaves such attentions whole; None where it does not.
     """
 
@@ -83,7 +83,7 @@ class FusedAttention(nn.Module):
         """A module that computes what ``original`` does, on the same tensors.
 
         Args:
-            original: Of the class that this one stands in for.
+            original: A module of the class that this one stands in for.
             backend: "auto", "fused" or "reference"; ``KDFAST_BACKEND`` if None.
 
         Raises:
@@ -134,11 +134,11 @@ class FusedAttention(nn.Module):
     ) -> Tensor:
         """The heads' outputs, (B, N, H * D).
 
-        By the fused kernel; with a mask, in causal calls and while attention weights are dropped
-        by torch's function, as the original does, which a FallbackWarning says once.
+        The fused kernel computes them. With a mask, in causal calls and while attention weights are
+        dropped, torch's function does, as in the original, and a FallbackWarning says so once.
 
         Args:
-            call: From ``project``.
+            call: Result of ``project``.
             attn_mask: Boolean or additive mask that broadcasts to (B, H, N, N); not with a bias.
             is_causal: Whether a token sees only itself and the tokens before it.
         """
@@ -222,32 +222,20 @@ class FusedAttention(nn.Module):
         self.heads = sorted(kept)
         self.num_heads = len(kept)
         self._original = ()
-        self._resize()
+        self._recount()
 
     def _cut(self, name: str, axis: HeadAxis, blocks: int, positions: Sequence[int]) -> None:
         """Keeps the blocks at ``positions``, if there is such a tensor."""
-        path, _, leaf = name.rpartition(".")
-        owner: nn.Module | None = self
-        for step in path.split(".") if path else ():
-            owner = None if owner is None else owner._modules.get(step)
-        old = None if owner is None else getattr(owner, leaf, None)
-        if owner is None or old is None:
+        slot = find_tensor(self, name)
+        if slot is None:
             return
+        old = slot.tensor.detach()
         index = torch.tensor(positions, dtype=torch.long, device=old.device)
         size = old.shape[axis.dim] // (axis.parts * blocks)
-        tall = old.detach().unflatten(axis.dim, (axis.parts, blocks, size))
-        new = tall.index_select(axis.dim + 1, index).flatten(axis.dim, axis.dim + 2)
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
-        setattr(owner, leaf, new)
-        if isinstance(owner, nn.Linear) and leaf == "weight":
-            owner.out_features, owner.in_features = new.shape
-        elif isinstance(owner, nn.Conv2d) and leaf == "weight":
-            owner.out_channels, owner.in_channels = new.shape[:2]
-        elif hasattr(owner, "normalized_shape"):
-            setattr(owner, "normalized_shape", tuple(new.shape))  # noqa: B010
+        tall = old.unflatten(axis.dim, (axis.parts, blocks, size))
+        resize(slot, tall.index_select(axis.dim + 1, index).flatten(axis.dim, axis.dim + 2))
 
-    def _resize(self) -> None:
+    def _recount(self) -> None:
         """Brings attributes of the original that follow from the number of heads up to date."""
         width = self.num_heads * self.head_dim
         for attribute, value in (("attn_dim", width), ("all_head_dim", width)):

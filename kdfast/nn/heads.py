@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an attention keeps its heads, and what one call of it computed.
+"""Where an attention keeps its heads, how its tensors are resized, and what a call computed.
 
 B batch, H heads, N tokens, D head dim.
 """
 
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdfast.ops.geometry import Rope, Window
 
@@ -26,8 +26,43 @@ class HeadAxis(NamedTuple):
     grouped: bool = False
 
 
+class Slot(NamedTuple):
+    """A tensor, with the module that holds it under the name ``leaf``."""
+
+    owner: nn.Module
+    leaf: str
+    tensor: Tensor
+
+
+def find_tensor(module: nn.Module, name: str) -> Slot | None:
+    """The tensor with this dotted name below a module, or None if there is none."""
+    *path, leaf = name.split(".")
+    owner: nn.Module | None = module
+    for step in path:
+        owner = None if owner is None else owner._modules.get(step)
+    tensor = None if owner is None else getattr(owner, leaf, None)
+    return Slot(owner, leaf, tensor) if owner is not None and isinstance(tensor, Tensor) else None
+
+
+def resize(slot: Slot, tensor: Tensor) -> None:
+    """Puts a tensor of another size in place, and corrects the sizes that its owner states.
+
+    A parameter stays one, with the same ``requires_grad``; its gradient is dropped.
+    """
+    owner, leaf, old = slot
+    if isinstance(old, nn.Parameter):
+        tensor = nn.Parameter(tensor, old.requires_grad)
+    setattr(owner, leaf, tensor)
+    if isinstance(owner, nn.Linear) and leaf == "weight":
+        owner.out_features, owner.in_features = tensor.shape
+    elif isinstance(owner, nn.Conv2d) and leaf == "weight":
+        owner.out_channels, owner.in_channels = tensor.shape[:2]
+    elif hasattr(owner, "normalized_shape"):
+        setattr(owner, "normalized_shape", tuple(tensor.shape))  # noqa: B010
+
+
 class AttentionCall(NamedTuple):
-    """What one attention computes its probabilities and its context from.
+    """The inputs of one attention, from which probabilities and outputs of its heads follow.
 
     Attributes:
         q: (B, H, N, D) before the rotation, after a query norm.

@@ -97,8 +97,8 @@ class TimmRopeAttention(TimmAttention):
     def _configure(self) -> None:
         self.kv_group = self.num_heads // self.num_kv_heads
 
-    def _resize(self) -> None:
-        super()._resize()
+    def _recount(self) -> None:
+        super()._recount()
         self.num_kv_heads = self.num_heads // self.kv_group
         self.kv_dim = self.num_kv_heads * self.head_dim
 

@@ -37,14 +37,14 @@ def cosines(call: AttentionCall, logit_scale: Tensor) -> AttentionCall:
 
 
 class TimmBiasAttention(TimmPlainAttention):
-    """What they share: a subclass adds its bias to the call of ``project``."""
+    """Base of attentions with a position bias, which a subclass adds to the call of ``project``."""
 
     @classmethod
     def why_not(cls, original: nn.Module) -> str | None:
         return drops_attention(original)
 
     def kept(self, bias: Tensor | None) -> Tensor | None:
-        """Of a bias (1, H, N, N) of all original heads, those that are held."""
+        """The held heads' part of a bias (1, H, N, N) of all original heads."""
         if bias is None or bias.shape[1] == self.num_heads:
             return bias
         return bias.index_select(1, torch.tensor(self.heads, device=bias.device))
@@ -67,7 +67,7 @@ class TimmBiasAttention(TimmPlainAttention):
         self._method("init_non_persistent_buffers")(self)
 
     def __getattr__(self, name: str) -> Any:
-        # What those functions call in their turn.
+        # Names that the borrowed functions look up on the module.
         if name in ("_init_buffers", "_make_pair_wise_relative_positions"):
             return self._method(name).__get__(self)
         return super().__getattr__(name)
@@ -173,7 +173,7 @@ class TimmBeitAttention(TimmBiasAttention):
 class TimmRelPosAttention(TimmBiasAttention):
     """``timm.models.vision_transformer_relpos.RelPosAttention``: a module computes the bias.
 
-    That module stays whole when heads are removed: of its result those that are held are taken.
+    That module stays whole when heads are removed; only the held heads' part of its result is used.
     """
 
     def project(self, x: Tensor, shared_rel_pos: Tensor | None = None, *args: Any) -> AttentionCall:
@@ -269,7 +269,7 @@ class TimmTinyAttention(TimmBiasAttention):
             original.__dict__["attention_bias_cache"] = {}
         return original
 
-    def _resize(self) -> None:
+    def _recount(self) -> None:
         self.out_dim = self.num_heads * self.head_dim
 
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:

@@ -90,7 +90,7 @@ class TimmMaskUnitAttention(TimmPlainAttention):
         # The original calls the number of heads ``heads``.
         self.num_heads = int(self.__dict__["heads"])
 
-    def _resize(self) -> None:
+    def _recount(self) -> None:
         self.dim_out = self.num_heads * self.head_dim
 
     def _units(self, x: Tensor) -> int:

@@ -58,8 +58,8 @@ def attention_function(
         dropout: 0 in a fused call.
         scaling: Factor of the logits.
         is_causal: False in a fused call; the module's attribute if None.
-        **kwargs: Of the interface; whatever is not None and might change the result is left to
-            "sdpa".
+        **kwargs: Further arguments of the interface; a call with one that is not None and might
+            change the result is left to "sdpa".
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     other = [name for name in _SPECIAL if kwargs.get(name) is not None]
@@ -87,7 +87,7 @@ _SPECIAL = ("softcap", "position_bias", "cache", "sliding_window", "s_aux")
 
 
 def attentions(model: nn.Module) -> dict[nn.Module, str | None]:
-    """Attentions of the transformers models inside ``model``, and why they have to stay, or None.
+    """Attentions of the transformers models in ``model``, each with why it has to stay, or None.
 
     transformers is not imported.
     """

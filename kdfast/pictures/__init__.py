@@ -3,11 +3,11 @@
 
 from kdfast.pictures.capture import Attentions, capture
 from kdfast.pictures.draw import (
-    draw_comparison,
     draw_head,
     draw_heads,
     draw_pruned_heads,
     draw_rollout,
+    draw_rollout_change,
 )
 from kdfast.pictures.layer import LayerAttention
 from kdfast.pictures.rollout import rollout
@@ -16,10 +16,10 @@ __all__ = [
     "Attentions",
     "LayerAttention",
     "capture",
-    "draw_comparison",
     "draw_head",
     "draw_heads",
     "draw_pruned_heads",
     "draw_rollout",
+    "draw_rollout_change",
     "rollout",
 ]

@@ -28,8 +28,8 @@ class Attentions:
     """Every self-attention of one forward pass.
 
     Attributes:
-        images: (B, 3, H, W) what the model saw.
-        layers: In the order of execution.
+        images: (B, 3, H, W), the input of the model.
+        layers: The attentions, in the order of execution.
         prefix: Number of tokens before the patches: CLS, registers.
         grid: (h, w) of the patches, row-major after the prefix; prefix + h * w = N.
         cls: Whether the first token is a CLS token.
@@ -255,9 +255,10 @@ class _Watcher(TorchFunctionMode):
                 f"capture: {name} must attend over all tokens of each of the {self.batch} images, "
                 f"got queries {tuple(q.shape)}: windows that only the model knows"
             )
-        heads = getattr(self._owner(name), "heads", None)
-        if not isinstance(heads, list):
-            heads = list(range(q.shape[1]))
+        # Original indices: of EVAViT and the stand-ins; of other attentions that were pruned.
+        owner = self._owner(name)
+        found = (getattr(owner, attribute, None) for attribute in ("heads", "kept_heads"))
+        heads = next((x for x in found if isinstance(x, list)), list(range(q.shape[1])))
         q, k = (rotated(x.detach(), rope, window) for x in (q, k))
         scale = q.shape[3] ** -0.5 if scale is None else scale
         self.layers.append(LayerAttention(name, q, k, scale, heads, bias, window))

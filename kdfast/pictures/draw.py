@@ -174,7 +174,7 @@ def draw_heads(
     return page.save(path)
 
 
-def draw_comparison(
+def draw_rollout_change(
     before: Attentions,
     after: Attentions,
     path: str | Path,
@@ -187,12 +187,12 @@ def draw_comparison(
     """Rollout of two models on one image, with one scale, and the difference.
 
     Args:
-        before: Of the whole model.
-        after: Of the pruned model, on the same images.
+        before: Attentions of the whole model, from ``capture``.
+        after: Attentions of the pruned model, on the same images.
         path: PNG to write; its folder is made.
         image: Index of the image.
         token: As in ``head_row``.
-        names: What the two models are called.
+        names: Names of the two models, for the titles of their panels.
         title: First line of the title.
 
     Returns:
@@ -230,8 +230,8 @@ def draw_pruned_heads(
     """Every head of one layer before pruning, and beside it after, empty where it was removed.
 
     Args:
-        before: Of the whole model.
-        after: Of the pruned model, on the same images.
+        before: Attentions of the whole model, from ``capture``.
+        after: Attentions of the pruned model, on the same images.
         path: PNG to write; its folder is made.
         layer: Index of the layer.
         image: Index of the image.

@@ -57,7 +57,7 @@ class LayerAttention:
 
     @property
     def tokens(self) -> int:
-        """N."""
+        """Number of tokens, N."""
         return self.q.shape[2]
 
     @property

@@ -33,7 +33,7 @@ def rollout(
     is multiplied from the last layer backwards, each matrix in blocks of rows.
 
     Args:
-        layers: In the order of execution; all of one number of tokens.
+        layers: Attentions in the order of execution, all with the same number of tokens.
         start: The token of the last layer, 0 for a CLS token; None: the mean of all tokens.
         fusion: "mean", "max" or "min" over a layer's heads. The last two are not in the paper.
         discard: Share in [0, 1) of F's entries, the smallest of each image and layer, that is

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Head and hidden-unit scores, selection, surgery and accounting. See docs/use/pruning.md."""
 
-from kdfast.pruning.adapter import Site, register_family
+from kdfast.pruning.adapter import Site
 from kdfast.pruning.evaluate import evaluate_selections
+from kdfast.pruning.families import register_family
 from kdfast.pruning.gates import HeadGates
 from kdfast.pruning.report import PruningReport, pruning_report
 from kdfast.pruning.scores import HeadScores, head_scores, mlp_scores

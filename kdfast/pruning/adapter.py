@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scoring, surgery and accounting have to know about a model family.
+"""The protocol by which scoring, surgery and accounting see a model of any family.
 
 See docs/use/add_a_family.md.
 
@@ -9,11 +9,12 @@ B batch, H heads, N tokens, D head dim, C channels, U hidden units.
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from kdfast.nn.heads import AttentionCall, HeadAxis
+from kdfast.nn.heads import AttentionCall, HeadAxis, find_tensor
 
 
 class HeadWeights(NamedTuple):
@@ -37,10 +38,10 @@ class Site:
     """Equal slices of a block that can be removed: an attention's heads or an MLP's hidden units.
 
     Attributes:
-        name: Of the module, as in the state dict.
+        name: Name of the module, as in the state dict.
         module: The attention or the MLP.
-        axes: For each of its tensors that holds slices, by its name there, where they lie. Tensors
-            that the module lacks are skipped.
+        axes: Names of the module's tensors that hold slices, and where in each the slices lie.
+            Names that the module lacks are skipped.
         size: Channels of one slice in the input of ``projection``: D, or 1 for a hidden unit.
         held: Original indices of the slices that the module holds, ascending.
         projection: The linear layer whose input (B, N, len(held) * size) is the slices' outputs
@@ -60,16 +61,8 @@ class Site:
 
     def tensors(self) -> dict[str, tuple[HeadAxis, Tensor]]:
         """The axes and tensors that the module has."""
-        found = {}
-        for name, axis in self.axes.items():
-            path, _, leaf = name.rpartition(".")
-            owner: Any = self.module
-            for step in path.split(".") if path else ():
-                owner = None if owner is None else owner._modules.get(step)
-            tensor = None if owner is None else getattr(owner, leaf, None)
-            if isinstance(tensor, Tensor):
-                found[name] = (axis, tensor)
-        return found
+        found = {name: (axis, find_tensor(self.module, name)) for name, axis in self.axes.items()}
+        return {name: (axis, slot.tensor) for name, (axis, slot) in found.items() if slot}
 
 
 @dataclass(frozen=True)
@@ -96,6 +89,9 @@ class BlockFlops:
 class Adapter(Protocol):
     """Everything that differs between model families.
 
+    To list the attentions of a model can mean a stand-in for each of them. So they are listed once
+    and handed to the methods that need them; ``Anatomy`` does so.
+
     Attributes:
         family: Name of the model class or of the family, for messages.
     """
@@ -106,16 +102,16 @@ class Adapter(Protocol):
     def fits(self, model: nn.Module) -> bool:
         """Whether the model is of this family; must not import a library that is not loaded."""
 
-    def why_not(self, model: nn.Module) -> str | None:
+    def attentions(self, model: nn.Module) -> list[Site]:
+        """The heads of every block, in the order of execution."""
+
+    def why_not(self, model: nn.Module, attentions: Sequence[Site]) -> str | None:
         """The reason why a model of this family cannot be pruned, or None."""
 
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
+    def blocks(self, model: nn.Module, attentions: Sequence[Site]) -> list[nn.Module]:
         """The module of every block, in the order of execution."""
 
-    def attentions(self, model: nn.Module) -> list[Site]:
-        """The heads of every block."""
-
-    def mlps(self, model: nn.Module) -> list[Site]:
+    def mlps(self, model: nn.Module, attentions: Sequence[Site]) -> list[Site]:
         """The hidden units of every block's MLP; empty where they cannot be removed."""
 
     def weights(self, site: Site) -> HeadWeights:
@@ -126,7 +122,7 @@ class Adapter(Protocol):
     ) -> AttentionCall:
         """Reads a forward call of ``site.module`` from its arguments and its output."""
 
-    def running(self, model: nn.Module) -> AbstractContextManager[None]:
+    def running(self, model: nn.Module, attentions: Sequence[Site]) -> AbstractContextManager[None]:
         """Inside, every site's projection and norm are called as modules, so hooks see them."""
 
     def empty(
@@ -147,44 +143,35 @@ class Adapter(Protocol):
         """FLOPs of every block and of all the rest; ValueError if the size does not fit."""
 
 
-_registered: list[Adapter] = []
+@dataclass(frozen=True)
+class Anatomy:
+    """A model as its family's adapter sees it. Valid until modules of the model are replaced.
 
-
-def register_family(adapter: Adapter) -> None:
-    """Adds a family for this process; it is asked before those of kdfast."""
-    _registered.insert(0, adapter)
-
-
-def adapters() -> tuple[Adapter, ...]:
-    """All families; the first that fits a model wins."""
-    from kdfast.pruning.eva_adapter import EvaAdapter
-    from kdfast.pruning.hf_adapter import HfAdapter
-    from kdfast.pruning.vit_adapter import VitAdapter
-
-    return (*_registered, EvaAdapter(), HfAdapter(), VitAdapter())
-
-
-def adapter_of(function: str, model: nn.Module) -> Adapter:
-    """The adapter of the model's family.
-
-    Args:
-        function: Name of the caller, for the message.
-        model: Any module.
-
-    Raises:
-        TypeError: No adapter knows the model, or it has something that cannot be pruned; the
-            message names its class and the reason.
+    Attributes:
+        adapter: The adapter of the model's family.
+        model: The model.
+        attentions: The heads of every block.
     """
-    from kdfast.pruning.vit_adapter import stand_ins
 
-    known = adapters()
-    got = f"{type(model).__module__}.{type(model).__qualname__}"
-    for adapter in known:
-        if adapter.fits(model):
-            if reason := adapter.why_not(model):
-                raise TypeError(f"{function}: cannot prune a {got}: {reason}")
-            return adapter
-    names = ", ".join(adapter.family for adapter in known)
-    reasons = dict.fromkeys(str(reason) for _, reason in stand_ins(model))
-    why = f" ({'; '.join(reasons)})" if reasons else ", which holds no attention"
-    raise TypeError(f"{function}: model must be one of {names}, got {got}{why}")
+    adapter: Adapter
+    model: nn.Module
+    attentions: Sequence[Site]
+
+    @classmethod
+    def of(cls, adapter: Adapter, model: nn.Module) -> "Anatomy":
+        """The anatomy of a model of the adapter's family."""
+        return cls(adapter, model, adapter.attentions(model))
+
+    @cached_property
+    def mlps(self) -> list[Site]:
+        """The hidden units of every block's MLP; empty where they cannot be removed."""
+        return self.adapter.mlps(self.model, self.attentions)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The module of every block."""
+        return self.adapter.blocks(self.model, self.attentions)
+
+    def running(self) -> AbstractContextManager[None]:
+        """As in ``Adapter``."""
+        return self.adapter.running(self.model, self.attentions)

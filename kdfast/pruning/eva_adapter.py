@@ -42,10 +42,10 @@ class EvaAdapter:
     def fits(self, model: nn.Module) -> bool:
         return isinstance(model, EVAViT)
 
-    def why_not(self, model: nn.Module) -> str | None:
+    def why_not(self, model: nn.Module, attentions: Sequence[Site]) -> str | None:
         return None
 
-    def blocks(self, model: Any) -> list[nn.Module]:
+    def blocks(self, model: Any, attentions: Sequence[Site]) -> list[nn.Module]:
         return list(model.blocks)
 
     def attentions(self, model: Any) -> list[Site]:
@@ -61,7 +61,7 @@ class EvaAdapter:
             for i, block in enumerate(model.blocks)
         ]
 
-    def mlps(self, model: Any) -> list[Site]:
+    def mlps(self, model: Any, attentions: Sequence[Site]) -> list[Site]:
         return [
             Site(
                 f"blocks.{i}.mlp",
@@ -105,7 +105,7 @@ class EvaAdapter:
             window = Window(grid, attention.window_size, pad)
         return AttentionCall(q, k, rope, window, None)
 
-    def running(self, model: nn.Module) -> AbstractContextManager[None]:
+    def running(self, model: nn.Module, attentions: Sequence[Site]) -> AbstractContextManager[None]:
         return nullcontext()
 
     def empty(self, model: Any, heads: Sequence[Sequence[int]], widths: Sequence[int]) -> nn.Module:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is worth with some of its heads, on the unpruned weights. See docs/use/pruning.md.
+"""Evaluates a model as if it had lost some heads, on its own weights. See docs/use/pruning.md.
 
 B batch, H heads, N tokens, D head dim.
 """
@@ -16,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from kdfast.ops._checks import head_list
-from kdfast.pruning.adapter import Adapter, Site, adapter_of
+from kdfast.pruning.adapter import Anatomy, Site
+from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.observe import main_output, observe
 
 Metric = Callable[[Any, Any], Tensor | float]
@@ -53,13 +54,13 @@ def evaluate_selections(
         ValueError: A selection does not fit the model, there is no batch, or a metric is not
             finite.
     """
-    adapter = adapter_of("evaluate_selections", model)
-    sites = adapter.attentions(model)
+    anatomy = anatomy_of("evaluate_selections", model)
+    sites = anatomy.attentions
     kept = [_checked(index, selection, sites) for index, selection in enumerate(selections)]
     if not kept:
         raise ValueError("evaluate_selections: selections must name at least one, got none")
-    observer = SelectionObserver(adapter, model, kept, metric, progress)
-    (values,), _ = observe("evaluate_selections", adapter, model, observer, data, batches, progress)
+    observer = SelectionObserver(anatomy, kept, metric, progress)
+    (values,), _ = observe("evaluate_selections", anatomy, observer, data, batches, progress)
     return values[1:].tolist()
 
 
@@ -91,19 +92,18 @@ def leave_one_out(sites: Sequence[Site]) -> list[dict[int, list[int]]]:
 
 
 class SelectionObserver:
-    """Metric of the whole model, then of every selection, (1 + S,)."""
+    """Metric of the whole model, then of each of S selections; its row is (1 + S,)."""
 
     def __init__(
         self,
-        adapter: Adapter,
-        model: nn.Module,
+        anatomy: Anatomy,
         selections: Sequence[dict[int, list[int]]],
         metric: Metric | None,
         progress: bool,
     ) -> None:
-        self.model, self.selections, self.metric = model, selections, metric
+        self.model, self.selections, self.metric = anatomy.model, selections, metric
         self.progress = progress
-        self.sites, self.blocks = adapter.attentions(model), adapter.blocks(model)
+        self.sites, self.blocks = anatomy.attentions, anatomy.blocks
         self.totals: list[Tensor] = []
         self._kept: dict[int, list[int]] = {}
         self._outputs: dict[int, Any] = {}
@@ -189,7 +189,7 @@ class SelectionObserver:
 
 @contextmanager
 def replayed(pairs: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
-    """Inside, each of these modules gives its stored output instead of computing it again."""
+    """Context in which each of these modules returns its stored output without computing it."""
     before = [module.__dict__.get("forward") for module, _ in pairs]
     try:
         for module, output in pairs:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kdfast.pruning.adapter import Site, adapter_of
+from kdfast.pruning.adapter import Site
+from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.observe import split
 from kdfast.pruning.scores import HeadScores
 
@@ -38,11 +39,11 @@ class HeadGates:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        adapter = adapter_of("HeadGates", model)
+        anatomy = anatomy_of("HeadGates", model)
         self._model, self._batch = model, 1
-        self._sites = adapter.attentions(model)
+        self._sites = anatomy.attentions
         self._metadata: dict[str, Any] = {
-            "model": adapter.family,
+            "model": anatomy.adapter.family,
             "heads": [site.held for site in self._sites],
         }
         if any(site.group > 1 for site in self._sites):

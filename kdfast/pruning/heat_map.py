@@ -9,11 +9,11 @@ import numpy
 from kdfast.pruning.scores import HeadScores
 
 
-def draw_heads(scores: HeadScores, kept: Sequence[Sequence[int]], path: Path) -> None:
+def draw_head_scores(scores: HeadScores, kept: Sequence[Sequence[int]], path: Path) -> None:
     """Writes a heat map; heads that are removed are crossed out.
 
     Args:
-        scores: Of the unpruned model.
+        scores: Scores of the unpruned model.
         kept: Positions per block, as from ``select_heads``.
         path: PNG file to write.
 

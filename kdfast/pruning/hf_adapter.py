@@ -5,7 +5,7 @@ Their forward takes the number of heads from the width of the projections, so no
 ``attn_implementation`` (perhaps "kdfast") stays what it was. H heads, N tokens, D head dim.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,8 +67,8 @@ class HfAdapter(SiteAdapter):
         bases = {f"{base.__module__}.{base.__name__}" for base in type(model).__mro__}
         return "transformers.modeling_utils.PreTrainedModel" in bases
 
-    def why_not(self, model: nn.Module) -> str | None:
-        if not self.attentions(model):
+    def why_not(self, model: nn.Module, attentions: Sequence[Site]) -> str | None:
+        if not attentions:
             found = {qualified_name(m) for m in model.modules() if "Attention" in type(m).__name__}
             return f"none of its attentions is of a known class, got {sorted(found) or 'none'}"
         if "text_model" in model._modules:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from kdfast.ops.attention_entropy import attention_entropy
-from kdfast.pruning.adapter import Adapter, Site
+from kdfast.pruning.adapter import Anatomy, Site
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -32,8 +32,7 @@ class Observer(Protocol):
 
 def observe(
     function: str,
-    adapter: Adapter,
-    model: nn.Module,
+    anatomy: Anatomy,
     observer: Observer,
     data: Iterable[Any],
     batches: int | None,
@@ -43,9 +42,8 @@ def observe(
 
     Args:
         function: Name of the caller, for messages.
-        adapter: Of that model.
-        model: Left as it was, also when an error is raised.
-        observer: Of that model.
+        anatomy: The model to run; it is left as it was, also when an error is raised.
+        observer: Adds up what it sees in this model.
         data: As in ``head_scores``.
         batches: Use at most so many; None: all.
         progress: Show a progress bar on a terminal.
@@ -54,7 +52,7 @@ def observe(
         TypeError: A batch is not of a known kind.
         ValueError: There is no batch, one holds no image, or a score is not finite.
     """
-    device = next(model.parameters()).device
+    device = next(anatomy.model.parameters()).device
     total = batches
     if isinstance(data, Sized):
         total = len(data) if batches is None else min(len(data), batches)
@@ -67,7 +65,7 @@ def observe(
         unit="batch",
         disable=None if progress else True,
     )
-    with bar, adapter.running(model), frozen_eval(model):
+    with bar, anatomy.running(), frozen_eval(anatomy.model):
         try:
             handles += observer.attach()
             for batch in bar:
@@ -163,9 +161,9 @@ class MeanObserver:
 class EntropyObserver:
     """Entropy of the attention rows, as a score that grows with importance."""
 
-    def __init__(self, adapter: Adapter, model: nn.Module, important: str, unit: str) -> None:
-        self.adapter, self.model, self.important, self.unit = adapter, model, important, unit
-        self.sites = adapter.attentions(model)
+    def __init__(self, anatomy: Anatomy, important: str, unit: str) -> None:
+        self.adapter, self.model, self.sites = anatomy.adapter, anatomy.model, anatomy.attentions
+        self.important, self.unit = important, unit
         self.totals: list[Tensor] = []
         self._rows: dict[int, Tensor] = {}
 
@@ -239,7 +237,7 @@ class RandomProjection:
 
 
 def main_output(output: Any) -> Any:
-    """The tensor that an output of Hugging Face is about: logits or features, channels second."""
+    """The main tensor of a Hugging Face output, logits or features, with channels second."""
     if not isinstance(output, Mapping):
         return output
     for name in ("logits", "image_embeds", "last_hidden_state"):
@@ -256,7 +254,7 @@ def split(context: Tensor, site: Site) -> Tensor:
 
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter gradients inside; every flag as before afterwards."""
+    """Context in eval mode and without parameter gradients; flags are put back at the end."""
     training = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from kdfast.pruning.adapter import Adapter, adapter_of
+from kdfast.pruning.adapter import Anatomy
+from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.select import kept_counts
 
 Keep = int | float | Sequence[int]
@@ -21,7 +22,7 @@ class BlockCost:
         heads: Heads that the block holds.
         window: Side of its windows, in tokens; 0 for global attention.
         params: All parameters of the block.
-        attention_params: Those of its attention.
+        attention_params: Parameters of its attention.
         gemm: FLOPs of the q, k, v and output projections on the real tokens.
         attention: FLOPs of QK^T and PV between the real tokens of each window.
         gemm_padded: Like ``gemm`` with every pad computed as a token, as ORION does.
@@ -56,7 +57,7 @@ class ModelCost:
 
     Attributes:
         keep: The request it answers; None for the model as it was given.
-        blocks: In order.
+        blocks: Costs of the blocks, in the order of execution.
         params: All parameters of the model.
         embed: FLOPs outside the blocks.
         mlp_keep: The request for hidden units; None if they all stay.
@@ -119,7 +120,7 @@ class PruningReport:
 
     @property
     def flops_without_heads(self) -> int:
-        """What is left when every head is gone: no head pruning gets below."""
+        """FLOPs without any head: the least that head pruning can reach."""
         return self.full.embed + sum(block.mlp for block in self.full.blocks)
 
     def to_json(self) -> str:
@@ -223,11 +224,12 @@ def pruning_report(
         TypeError: The model's family is not known, or a request is of another kind.
         ValueError: A request or the image size does not fit.
     """
-    adapter = adapter_of("pruning_report", model)
+    whole = anatomy_of("pruning_report", model)
+    adapter = whole.adapter
     size = adapter.image_size(model) if image_size is None else image_size
     size = (size, size) if isinstance(size, int) else (size[0], size[1])
-    held = [site.held for site in adapter.attentions(model)]
-    widths = [len(site.held) for site in adapter.mlps(model)]
+    held = [site.held for site in whole.attentions]
+    widths = [len(site.held) for site in whole.mlps]
     units = None
     if mlp_keep is not None:
         if not widths:
@@ -240,9 +242,9 @@ def pruning_report(
         counts = kept_counts("pruning_report", request, [len(heads) for heads in held], least)
         # Which heads stay has no influence on any cost.
         heads = [heads[:count] for heads, count in zip(held, counts, strict=True)]
-        pruned = adapter.empty(model, heads, widths)
-        costs.append(_cost(adapter, pruned, size, _stored(request), units))
-    return PruningReport(adapter.family, size, _cost(adapter, model, size, None, None), costs)
+        pruned = Anatomy.of(adapter, adapter.empty(model, heads, widths))
+        costs.append(_cost(pruned, size, _stored(request), units))
+    return PruningReport(adapter.family, size, _cost(whole, size, None, None), costs)
 
 
 def _stored(request: Keep) -> int | float | list[int]:
@@ -250,14 +252,12 @@ def _stored(request: Keep) -> int | float | list[int]:
 
 
 def _cost(
-    adapter: Adapter,
-    model: nn.Module,
+    anatomy: Anatomy,
     image_size: tuple[int, int],
     keep: int | float | list[int] | None,
     mlp_keep: int | float | list[int] | None,
 ) -> ModelCost:
-    flops, outside = adapter.flops(model, image_size)
-    attentions = adapter.attentions(model)
+    flops, outside = anatomy.adapter.flops(anatomy.model, image_size)
     blocks = [
         BlockCost(
             heads=len(site.held),
@@ -265,9 +265,9 @@ def _cost(
             attention_params=_params(site.module),
             **asdict(counts),
         )
-        for block, site, counts in zip(adapter.blocks(model), attentions, flops, strict=True)
+        for block, site, counts in zip(anatomy.blocks, anatomy.attentions, flops, strict=True)
     ]
-    return ModelCost(keep, blocks, _params(model), outside, mlp_keep)
+    return ModelCost(keep, blocks, _params(anatomy.model), outside, mlp_keep)
 
 
 def _params(module: nn.Module) -> int:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.pruning.adapter import Adapter, HeadWeights, Site, adapter_of
+from kdfast.pruning.adapter import Adapter, HeadWeights, Site
 from kdfast.pruning.evaluate import Metric, SelectionObserver, leave_one_out
+from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.observe import (
     ContextObserver,
     EntropyObserver,
@@ -36,7 +37,7 @@ class HeadScores:
     Attributes:
         scores: (H,) fp64 per block, by the head's position in the scored model; a block without
             heads has an empty row.
-        method: What they measure.
+        method: Method of ``head_scores`` or ``mlp_scores``, or "gate" for ``HeadGates``.
         metadata: JSON values: options, model, original head indices, batches and images seen;
             "groups" where heads can only go in groups, their size per block.
     """
@@ -108,7 +109,7 @@ def head_scores(
     metric drops when that head alone is silenced: one partial forward per head.
 
     Args:
-        model: Of a family in docs/use/pruning.md, already pruned or not.
+        model: A model of a family in docs/use/pruning.md, already pruned or not.
         method: "magnitude", "gradient", "taylor", "entropy" or "leave_one_out".
         data: Batches: the images (B, 3, H, W), a dict with them under "image" or "pixel_values",
             or a tuple or list that starts with them. Tensors are moved to the model's device. None
@@ -120,7 +121,7 @@ def head_scores(
         batches: Use at most so many; None: all.
         important: For "entropy", which heads score high: "low" (focused) or "high" (spread).
         unit: For "entropy": "share" of the largest possible value, or "nats".
-        seed: Of the random projection.
+        seed: Seed of the random projection.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -137,9 +138,9 @@ def head_scores(
     The model is left as it was: training modes, ``requires_grad``, ``grad`` and hooks, also when
     an error is raised.
     """
-    adapter = adapter_of("head_scores", model)
+    anatomy = anatomy_of("head_scores", model)
     _check_options(method, loss, metric, batches, important, unit)
-    sites = adapter.attentions(model)
+    adapter, sites = anatomy.adapter, anatomy.attentions
     metadata: dict[str, Any] = {"model": adapter.family, "heads": [site.held for site in sites]}
     if any(site.group > 1 for site in sites):
         metadata["groups"] = [site.group for site in sites]
@@ -149,16 +150,16 @@ def head_scores(
     observer: Observer
     if method == "leave_one_out":
         metadata["metric"] = _name(metric) if metric else "minus relative change of the output"
-        observer = SelectionObserver(adapter, model, leave_one_out(sites), metric, progress)
-        (values,), seen = observe("head_scores", adapter, model, observer, data, batches, progress)
+        observer = SelectionObserver(anatomy, leave_one_out(sites), metric, progress)
+        (values,), seen = observe("head_scores", anatomy, observer, data, batches, progress)
         return HeadScores(_drops(values, sites), method, {**metadata, **seen})
     if method == "entropy":
-        observer = EntropyObserver(adapter, model, important, unit)
+        observer = EntropyObserver(anatomy, important, unit)
         metadata.update(important=important, unit=unit)
     else:
         observer = ContextObserver(sites, model, method, loss or RandomProjection(seed))
         metadata["loss"] = _name(loss) if loss else f"random projection, seed {seed}"
-    scores, seen = observe("head_scores", adapter, model, observer, data, batches, progress)
+    scores, seen = observe("head_scores", anatomy, observer, data, batches, progress)
     return HeadScores(scores, method, {**metadata, **seen})
 
 
@@ -179,12 +180,12 @@ def mlp_scores(
     "gradient" are those of ``head_scores`` with a unit in place of a head.
 
     Args:
-        model: Of a family whose MLPs can be pruned, see docs/use/pruning.md.
+        model: A model of a family whose MLPs can be pruned, see docs/use/pruning.md.
         method: "magnitude", "gradient" or "taylor".
         data: As in ``head_scores``.
         loss: As in ``head_scores``.
         batches: As in ``head_scores``.
-        seed: Of the random projection.
+        seed: Seed of the random projection.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -194,12 +195,12 @@ def mlp_scores(
         TypeError: As ``head_scores``.
         ValueError: As ``head_scores``, or the model has no MLP that can be pruned.
     """
-    adapter = adapter_of("mlp_scores", model)
+    anatomy = anatomy_of("mlp_scores", model)
     if method not in MLP_METHODS:
         raise ValueError(f"mlp_scores: method must be one of {MLP_METHODS}, got {method!r}")
     if loss is not None and method == "magnitude":
         raise ValueError("mlp_scores: loss must be None for 'magnitude', which has no gradient")
-    sites = adapter.mlps(model)
+    adapter, sites = anatomy.adapter, anatomy.mlps
     if not sites:
         raise ValueError(f"mlp_scores: no MLP of this {adapter.family} can be pruned")
     metadata: dict[str, Any] = {"model": adapter.family, "part": "mlp"}
@@ -208,7 +209,7 @@ def mlp_scores(
         return HeadScores([_unit_magnitudes(site).cpu() for site in sites], method, metadata)
     observer = ContextObserver(sites, model, method, loss or RandomProjection(seed))
     metadata["loss"] = _name(loss) if loss else f"random projection, seed {seed}"
-    scores, seen = observe("mlp_scores", adapter, model, observer, data, batches, progress)
+    scores, seen = observe("mlp_scores", anatomy, observer, data, batches, progress)
     return HeadScores(scores, method, {**metadata, **seen})
 
 

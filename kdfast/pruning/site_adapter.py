@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from kdfast.nn.attention import qualified_name
 from kdfast.nn.heads import AttentionCall
-from kdfast.pruning.adapter import BlockFlops, HeadWeights, Site
+from kdfast.pruning.adapter import Anatomy, BlockFlops, HeadWeights, Site
 from kdfast.pruning.skeleton import counted_flops, meta_copy, mlp_sites, narrow
 
 
 class SiteAdapter:
-    """Everything follows from ``attentions``, for models that are cut in place.
+    """An adapter that derives everything from ``attentions``, for models that are cut in place.
 
     Attributes:
         family: Name for messages.
-        packed: Names of a projection that holds queries, keys and values one after the other.
+        packed: Name of a projection that holds queries, keys and values one after the other.
         separate: Names of the projections where each is its own.
-        counts: Attributes of an attention that are its number of heads.
+        counts: Names of the attributes that state an attention's number of heads.
     """
 
     family: str = "ViT"
@@ -39,28 +39,28 @@ class SiteAdapter:
     def fits(self, model: nn.Module) -> bool:
         return bool(self.attentions(model))
 
-    def why_not(self, model: nn.Module) -> str | None:
-        for site in self.attentions(model):
+    def why_not(self, model: nn.Module, attentions: Sequence[Site]) -> str | None:
+        for site in attentions:
             if site.norm is not None and not hasattr(site.norm, "normalized_shape"):
                 return f"{site.name} has a {qualified_name(site.norm)}, which cannot be cut"
         return None
 
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
-        return [
-            model.get_submodule(site.name.rpartition(".")[0]) for site in self.attentions(model)
-        ]
+    def blocks(self, model: nn.Module, attentions: Sequence[Site]) -> list[nn.Module]:
+        return [model.get_submodule(site.name.rpartition(".")[0]) for site in attentions]
 
-    def mlps(self, model: nn.Module) -> list[Site]:
-        return mlp_sites(model, self.attentions(model))
+    def mlps(self, model: nn.Module, attentions: Sequence[Site]) -> list[Site]:
+        return mlp_sites(model, attentions)
 
     def weights(self, site: Site) -> HeadWeights:
         named = {name: tensor.detach() for name, (_, tensor) in site.tensors().items()}
         q, k, v = self._rows(named, site)
         columns: Any = site.projection.weight
         weight = columns.detach()
+        # A norm before the projection scales its columns.
         if site.norm is not None and isinstance(site.norm.weight, Tensor):
             weight = weight * site.norm.weight.detach()
         proj = weight.unflatten(1, (len(site.held), site.size)).transpose(0, 1)
+        # A norm of queries and keys, or their scaling to length 1, hides the size of the weights.
         hidden = not isinstance(site.module._modules.get("q_norm") or nn.Identity(), nn.Identity)
         hidden |= getattr(site.module, "cosine", False)
         return HeadWeights(None if hidden else q, None if hidden else k, v, proj)
@@ -103,23 +103,26 @@ class SiteAdapter:
             f"{self.family}: the entropy of attention needs the adapter's method 'call'"
         )
 
-    def running(self, model: nn.Module) -> AbstractContextManager[None]:
+    def running(self, model: nn.Module, attentions: Sequence[Site]) -> AbstractContextManager[None]:
         return nullcontext()
 
     def empty(
         self, model: nn.Module, heads: Sequence[Sequence[int]], widths: Sequence[int]
     ) -> nn.Module:
         skeleton: nn.Module = meta_copy(model)
-        self.shrink(skeleton, heads, widths)
+        self.shrink(Anatomy.of(self, skeleton), heads, widths)
         return skeleton
 
     def shrink(
-        self, model: nn.Module, heads: Sequence[Sequence[int]], widths: Sequence[int]
+        self, anatomy: Anatomy, heads: Sequence[Sequence[int]], widths: Sequence[int]
     ) -> None:
-        """In place: room for these original heads, and MLPs of these widths."""
-        sites, mlps = self.attentions(model), self.mlps(model)
-        for site, kept in zip(sites, heads, strict=True):
-            self.set_heads(model, site, list(kept))
+        """Resizes a model of this family, in place, to these original heads and MLP widths.
+
+        The values of the resized tensors are undefined.
+        """
+        mlps = anatomy.mlps
+        for site, kept in zip(anatomy.attentions, heads, strict=True):
+            self.set_heads(anatomy.model, site, list(kept))
         for site, width in zip(mlps, widths, strict=True):
             narrow(site, width)
 
@@ -141,12 +144,13 @@ class SiteAdapter:
         return self.as_size(size)
 
     def as_size(self, size: Any) -> tuple[int, int]:
-        """A side, or (height, width), as the latter; ValueError if there is none."""
+        """(height, width) from a side or such a pair; ValueError if there is neither."""
         if size is None:
             raise ValueError(f"{self.family}: image_size must be given, the model names none")
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
     def flops(self, model: nn.Module, image_size: tuple[int, int]) -> tuple[list[BlockFlops], int]:
         skeleton: nn.Module = meta_copy(model).eval()
-        with self.running(skeleton):
-            return counted_flops(self.family, skeleton, self.attentions(skeleton), image_size)
+        sites = self.attentions(skeleton)
+        with self.running(skeleton, sites):
+            return counted_flops(self.family, skeleton, sites, image_size)

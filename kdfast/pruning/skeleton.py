@@ -3,7 +3,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdfast.nn.attention import FusedAttention, qualified_name
-from kdfast.nn.heads import HeadAxis
+from kdfast.nn.heads import HeadAxis, find_tensor, resize
 from kdfast.pruning.adapter import BlockFlops, Site
 
 _PLAIN = {
@@ -65,7 +65,7 @@ MLPS: dict[str, tuple[Mapping[str, HeadAxis], str]] = {
 }
 
 
-def mlp_sites(model: nn.Module, attentions: list[Site]) -> list[Site]:
+def mlp_sites(model: nn.Module, attentions: Sequence[Site]) -> list[Site]:
     """The MLP beside each attention; empty unless every attention has one that can be pruned."""
     sites = []
     for attention in attentions:
@@ -109,34 +109,27 @@ def meta_copy(model: nn.Module) -> Any:
 
 @torch.no_grad()
 def narrow(site: Site, count: int) -> None:
-    """Makes room for ``count`` slices only; which ones the tensors then hold has no meaning."""
-    for name, (axis, tensor) in site.tensors().items():
-        path, _, leaf = name.rpartition(".")
-        owner: Any = site.module.get_submodule(path)
-        shape = list(tensor.shape)
-        shape[axis.dim] = shape[axis.dim] // len(site.held) * count
-        new = tensor.new_empty(shape)
-        if isinstance(tensor, nn.Parameter):
-            new = nn.Parameter(new, tensor.requires_grad)
-        setattr(owner, leaf, new)
-        if isinstance(owner, nn.Linear) and leaf == "weight":
-            owner.out_features, owner.in_features = new.shape
-        elif hasattr(owner, "normalized_shape"):
-            owner.normalized_shape = tuple(new.shape)
+    """Resizes the site's tensors to ``count`` slices; their values are undefined."""
+    for name, axis in site.axes.items():
+        slot = find_tensor(site.module, name)
+        if slot is not None:
+            shape = list(slot.tensor.shape)
+            shape[axis.dim] = shape[axis.dim] // len(site.held) * count
+            resize(slot, slot.tensor.new_empty(shape))
 
 
 def counted_flops(
-    family: str, model: nn.Module, sites: list[Site], image_size: tuple[int, int]
+    family: str, model: nn.Module, sites: Sequence[Site], image_size: tuple[int, int]
 ) -> tuple[list[BlockFlops], int]:
     """FLOPs of every block and of the rest, from one forward pass on the meta device.
 
-    The blocks' own are computed from the shapes of their layers and the number of tokens that they
-    see; the rest is what torch counts in all without them.
+    FLOPs of a block follow from the shapes of its layers and the number of tokens that they see;
+    the rest is torch's count for the whole model minus the blocks.
 
     Args:
-        family: For messages.
-        model: On the meta device; attentions run as separate modules.
-        sites: Its attentions.
+        family: Name of the family, for messages.
+        model: A model on the meta device, in which ``sites`` run as modules of their own.
+        sites: The attentions of the model.
         image_size: (height, width).
 
     Raises:
@@ -154,6 +147,7 @@ def counted_flops(
                 tokens[name] = module.sequences(hidden)
 
         handles.append(site.module.register_forward_pre_hook(see, with_kwargs=True))
+        # All other linear layers of the attention's block count as its MLP.
         prefix = site.name.rpartition(".")[0]
         inside = set(site.module.modules())
         for layer in model.get_submodule(prefix).modules():
@@ -163,6 +157,7 @@ def counted_flops(
                     linears[name] += 2 * out.numel() * m.in_features
 
                 handles.append(layer.register_forward_hook(add))
+    # The first convolution, which makes the patches, tells the channels of an image.
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     like = next(model.parameters())
     channels = 3 if first is None else first.in_channels

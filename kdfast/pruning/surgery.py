@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kdfast.nn.attention import qualified_name
 from kdfast.nn.heads import HeadAxis
 from kdfast.ops._checks import head_list
 from kdfast.ops.head_gather import MAX_HEADS
 from kdfast.ops.head_gather_block import head_gather_block
-from kdfast.pruning.adapter import Site, adapter_of
+from kdfast.pruning.adapter import Anatomy, Site
+from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.observe import MeanObserver, observe
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,7 +39,7 @@ def prune_heads(
     whole. A norm between them, over all heads or hidden units, is taken over the kept ones.
 
     Args:
-        model: Of a family in docs/use/pruning.md, already pruned or not.
+        model: A model of a family in docs/use/pruning.md, already pruned or not.
         selection: For every block the positions of the heads to keep among those that the model
             holds, so 0 is its first head, whatever its original index; a block may keep none.
             Order has no meaning: heads stay in ascending order. None keeps every head.
@@ -59,13 +61,15 @@ def prune_heads(
         ValueError: Not one list per block, or a position is out of range or repeated, a group of
             heads that share keys is split, or ``data`` and ``mean_context`` do not go together.
     """
-    adapter = adapter_of("prune_heads", model)
+    anatomy = anatomy_of("prune_heads", model)
     if mean_context != (data is not None):
         raise ValueError("prune_heads: data must be given with mean_context=True, and only then")
-    attentions, mlps = adapter.attentions(model), adapter.mlps(model)
+    adapter, attentions, mlps = anatomy.adapter, anatomy.attentions, anatomy.mlps
     kept = _positions("selection", selection, attentions)
     if mlp is not None and not mlps:
-        raise ValueError(f"prune_heads: mlp must be None, no MLP of {_name(model)} can be pruned")
+        raise ValueError(
+            f"prune_heads: mlp must be None, no MLP of {qualified_name(model)} can be pruned"
+        )
     units = _positions("mlp", mlp, mlps)
     for block, row in enumerate(units):
         if not row:
@@ -78,15 +82,9 @@ def prune_heads(
     _copy_flags(model, student)
     if data is not None:
         observer = MeanObserver([site for site, _ in cuts], model)
-        means, _ = observe("prune_heads", adapter, model, observer, data, batches, progress)
-        targets = (*adapter.attentions(student), *adapter.mlps(student))
-        for (site, row), mean, target in zip(cuts, means, targets, strict=True):
-            _fold(site, row, mean, target)
+        means, _ = observe("prune_heads", anatomy, observer, data, batches, progress)
+        _fold(cuts, means, Anatomy.of(adapter, student))
     return student  # type: ignore[return-value]
-
-
-def _name(model: nn.Module) -> str:
-    return f"{type(model).__module__}.{type(model).__qualname__}"
 
 
 def _positions(
@@ -147,7 +145,7 @@ def _fill(model: nn.Module, student: nn.Module, cuts: Sequence[tuple[Site, Seque
 def _cuts(
     tensors: Mapping[str, Tensor], cuts: Sequence[tuple[Site, Sequence[int]]]
 ) -> dict[int, Tensor]:
-    """The kept slices of every tensor that holds some, by its id."""
+    """Every tensor that holds slices, cut to the kept ones, by the id of the original."""
     results: dict[int, Tensor] = {}
     for site, row in cuts:
         # The tensors of a block with the same heads: one launch on a GPU.
@@ -170,7 +168,7 @@ def _cuts(
 def _cut(
     tensors: Sequence[tuple[Tensor, HeadAxis]], blocks: int, kept: Sequence[int], size: int
 ) -> list[Tensor]:
-    """The kept ones of ``blocks`` slices of ``size``, of each of a number of tensors."""
+    """Cuts each tensor to the ``kept`` ones of its ``blocks`` slices, each ``size`` long."""
     if not kept:
         return [x.detach().narrow(axis.dim, 0, 0).clone() for x, axis in tensors]
     dims = [axis.dim % x.dim() for x, axis in tensors]
@@ -201,16 +199,22 @@ def _copy_flags(source: nn.Module, target: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _fold(site: Site, row: Sequence[int], mean: Tensor, target: Site) -> None:
-    """Adds what the removed slices write on average to the bias of the student's projection."""
-    removed = [p for p in range(len(site.held)) if p not in set(row)]
-    if not removed:
-        return
-    weight, bias = site.projection.weight, target.projection.bias
-    if not isinstance(bias, Tensor):
-        raise ValueError(f"prune_heads: mean_context needs a bias in the projection of {site.name}")
-    columns = weight.detach().double()  # type: ignore[operator]
-    columns = columns.unflatten(1, (-1, site.size))[:, removed]
-    context = mean.to(columns).unflatten(0, (-1, site.size))[removed]
-    written = torch.einsum("csd,sd->c", columns, context)
-    bias.add_(written.to(bias.dtype))
+def _fold(
+    cuts: Sequence[tuple[Site, Sequence[int]]], means: Sequence[Tensor], student: Anatomy
+) -> None:
+    """Adds what the removed slices write on average to the biases of the student's projections."""
+    targets = (*student.attentions, *student.mlps)
+    for (site, row), mean, target in zip(cuts, means, targets, strict=True):
+        removed = sorted(set(range(len(site.held))) - set(row))
+        if not removed:
+            continue
+        weight, bias = site.projection.weight, target.projection.bias
+        if not isinstance(bias, Tensor):
+            raise ValueError(
+                f"prune_heads: mean_context needs a bias in the projection of {site.name}"
+            )
+        columns = weight.detach().double()  # type: ignore[operator]
+        columns = columns.unflatten(1, (-1, site.size))[:, removed]
+        context = mean.to(columns).unflatten(0, (-1, site.size))[removed]
+        written = torch.einsum("csd,sd->c", columns, context)
+        bias.add_(written.to(bias.dtype))

@@ -5,7 +5,7 @@ A pruned model holds those stand-ins (``kdfast.nn.FusedAttention``), which take 
 H heads, D head dim, C channels.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +57,10 @@ class VitAdapter(SiteAdapter):
 
     family = "timm or torchvision ViT"
 
+    def fits(self, model: nn.Module) -> bool:
+        # Stops at the first: each attention costs a stand-in to ask.
+        return any(isinstance(found, FusedAttention) for _, found in stand_ins(model))
+
     def attentions(self, model: nn.Module) -> list[Site]:
         sites = []
         for name, fused in stand_ins(model):
@@ -81,17 +85,17 @@ class VitAdapter(SiteAdapter):
         self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> AttentionCall:
         attention: Any = site.module
-        # A mask has no part in what the entropy is of.
+        # A mask is left out: entropy is that of attention among all tokens.
         known = {name: value for name, value in kwargs.items() if name in ("x", "rope")}
         call: AttentionCall = attention.project(*args, **known)
         return call
 
     @contextmanager
-    def running(self, model: nn.Module) -> Iterator[None]:
+    def running(self, model: nn.Module, attentions: Sequence[Site]) -> Iterator[None]:
         """Runs the stand-ins inside: not every original calls the modules that are watched."""
         replaced: list[tuple[nn.Module, str, Any]] = []
         try:
-            for site in self.attentions(model):
+            for site in attentions:
                 path, _, leaf = site.name.rpartition(".")
                 parent = model.get_submodule(path)
                 replaced.append((parent, leaf, parent._modules[leaf]))

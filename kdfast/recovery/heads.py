@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from kdfast.configs.recovery import PruneConfig
-from kdfast.data.base import Item
+from kdfast.data.views.base import Item
 from kdfast.models.eva import EVAViT
 from kdfast.pruning import HeadScores, head_scores, prune_heads, select_heads
 from kdfast.recovery.data import Views

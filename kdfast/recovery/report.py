@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from kdfast.data.preprocess import MEAN, STD
+from kdfast.data.views.preprocess import MEAN, STD
 from kdfast.machine.memory import peak_bytes
 from kdfast.machine.timing import interleave, summarize
 from kdfast.pruning import pruning_report

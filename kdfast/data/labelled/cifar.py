@@ -26,16 +26,16 @@ class Variant:
     """Files of one of the two sets in the python version.
 
     Attributes:
-        name: Of the set.
-        folder: Of the python version, as it is unpacked.
-        binary: Of the binary version.
+        name: Name of the set.
+        folder: Folder of the python version, as it is unpacked.
+        binary: Folder of the binary version.
         archive: File name of the python version.
         train: Files to train on.
         test: Files of the test set.
         meta: File of the class names.
         names: Key of the class names in it.
         labels: Key of the labels in the others.
-        md5: Of all these files, and of the archive.
+        md5: Checksums of all these files and of the archive, by file name.
     """
 
     name: str

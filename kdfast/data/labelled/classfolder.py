@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdfast.data.folder import SUFFIXES, list_images
+from kdfast.data.files import SUFFIXES, list_images
 from kdfast.data.labelled.pictures import EncodedSource, Part
 from kdfast.data.labelled.raw import Raw, resolve
 
@@ -29,9 +29,9 @@ class Entry:
 
     Attributes:
         name: Path below the root, with "/".
-        size: In bytes.
-        time: Of the last change.
-        offset: Of its first byte in the archive; 0 outside of one.
+        size: Size in bytes.
+        time: Time of the last change, in nanoseconds or, from an archive, in seconds.
+        offset: Position of its first byte in the archive; 0 outside of one.
     """
 
     name: str
@@ -63,7 +63,7 @@ class FileSource(EncodedSource):
         return f"{entry.name}\0{entry.size}\0{entry.time}\n"
 
 
-def read_imagefolder(root: str | Path | None) -> Raw:
+def read_classfolder(root: str | Path | None) -> Raw:
     """List the pictures; class names are folder names, sorted.
 
     Raises:

@@ -20,7 +20,7 @@ SPLITS = ("train", "val", "test")
 
 
 def file_name(name: str, native: int) -> str:
-    """Of a set in one of its sizes."""
+    """Name of the file of a set in one of its sizes."""
     return f"{name}.npz" if native == 28 else f"{name}_{native}.npz"
 
 
@@ -34,7 +34,7 @@ class Reader:
     """Reads one set.
 
     Attributes:
-        name: Of the set.
+        name: Name of the set.
     """
 
     name: str
@@ -164,7 +164,7 @@ def medmnist_acc(
         target: (N,) class numbers, or (N, C) ones and zeros for "multilabel".
         score: (N, C) probabilities, or (N,) of the second class for "binary".
         task: "multiclass", "binary", "multilabel" or "ordinal".
-        threshold: For "binary" and "multilabel".
+        threshold: Probability above which a label counts, in "binary" and "multilabel".
 
     Raises:
         ValueError: The shapes do not fit the task.

@@ -17,8 +17,8 @@ class Info:
         task: "multiclass", "binary", "multilabel" or "ordinal".
         channels: 1 or 3.
         counts: Pictures in train, val and test.
-        classes: Names, in the order of the numbers.
-        md5: Of the files, in the order of ``SIZES``.
+        classes: Names of the classes, in the order of their numbers.
+        md5: Checksums of the files, in the order of ``SIZES``.
     """
 
     task: str

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import functional as F
 
-from kdfast.data.base import CorruptDataError, decode_bgr
+from kdfast.data.files import CorruptDataError, decode_bgr
 
 
 class Source(Protocol):
@@ -30,7 +30,7 @@ class Source(Protocol):
         """The picture of one row, (1 or 3, h, w) uint8."""
 
     def stamp(self, row: int) -> str:
-        """What changes when the picture of a row does, without reading it."""
+        """Text that differs when the picture of a row does; made without decoding the picture."""
 
 
 class ArraySource:
@@ -67,7 +67,7 @@ class EncodedSource(ABC):
     """Pictures of image files, wherever their bytes are.
 
     Attributes:
-        names: Of the files, for messages.
+        names: Names of the files, for messages.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -138,7 +138,7 @@ class Store:
     """The pictures of a split, short side resized, in one uint8 buffer or read every time.
 
     Attributes:
-        held: Whether they are in memory; what an item looks like does not depend on it.
+        held: Whether the pictures are in memory; items are the same either way.
         digest: Hash of the pictures and targets; of names, sizes and dates where not held.
     """
 

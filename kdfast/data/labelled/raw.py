@@ -17,11 +17,11 @@ class Raw:
     """A set as it was read.
 
     Attributes:
-        name: Of the set.
-        train: The pictures to train on; what is missing below is cut off it.
-        val: None if the set has none.
-        test: None if the set has none.
-        classes: Names, in the order of the numbers.
+        name: Name of the set.
+        train: Pictures to train on; splits that the set lacks are cut off them.
+        val: Pictures to choose a model by; None if the set has none.
+        test: Pictures for the final result; None if the set has none.
+        classes: Names of the classes, in the order of their numbers.
         task: "multiclass", "binary", "multilabel" or "ordinal".
         mirrored: Whether a mirrored picture still shows its class.
         test_fraction: Part of ``train`` that becomes the test set by default where there is none.
@@ -59,7 +59,7 @@ def split(raw: Raw, *, seed: int, val: float, test: float) -> tuple[Part, Part, 
 
     Args:
         raw: The set.
-        seed: Of the cut; a set with all three splits does not depend on it.
+        seed: Seed of the cut; a set that has all three splits does not depend on it.
         val: Part of train that becomes val.
         test: Part of train that becomes test.
 

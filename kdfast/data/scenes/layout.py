@@ -116,7 +116,7 @@ class Layout:
         verge: Strip between road and sidewalk, (left, right).
         walk: Sidewalk width, (left, right); 0 is none.
         front: Distance from the sidewalk to the house fronts, (left, right).
-        side: What stands there, (left, right): 0 houses, 1 trees, 2 little.
+        side: What stands between walk and fronts, (left, right): 0 houses, 1 trees, 2 little.
         cross: x of the crossing road; 0 is none.
         cross_half: Half its width.
         style: Centre line: 0 none, 1 dashed, 2 solid, 3 double.

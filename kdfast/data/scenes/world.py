@@ -36,8 +36,8 @@ class World:
     to the camera: outline points (across, up) from a foot point on the ground.
 
     Attributes:
-        layout: Road.
-        light: Light.
+        layout: Geometry and materials of the road.
+        light: Sun, sky and camera response.
         corners: (M, 4, 3) quads; of boards only the first corner counts, the foot point.
         board: (M,) whether the row is a board.
         figure: (M, CORNERS, 2) outlines of the boards.
@@ -58,7 +58,7 @@ class World:
 
 @dataclass(frozen=True)
 class Finish:
-    """How surfaces look beside their colour.
+    """Texture and patterns of surfaces.
 
     Attributes:
         amp: Strength of the texture.

@@ -3,40 +3,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from kdfast.data.base import FileDataset, resolve_root
+from kdfast.data.files import SUFFIXES, list_images
+from kdfast.data.views.base import FileDataset, resolve_root
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 EXPECTED = f"pictures ({', '.join(SUFFIXES)}) at any depth"
 OBTAIN = "copy any photographs there, labels are not needed"
 
 # Neighbouring files of a recording look alike: the split keeps runs of up to this many together.
 RUN = 16
-
-
-def list_images(root: Path) -> list[str]:
-    """Paths of all pictures below ``root``, relative to it, in one order on every machine.
-
-    Links to folders are followed once; names that start with a dot are ignored.
-    """
-    found: list[str] = []
-    visited: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        relative = Path(folder).relative_to(root)
-        found += [
-            (relative / name).as_posix()
-            for name in files
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
-    return sorted(found)
 
 
 def is_val(position: int, total: int, fraction: float) -> bool:
@@ -46,7 +22,7 @@ def is_val(position: int, total: int, fraction: float) -> bool:
     return position // run % period == period - 1
 
 
-class ImageFolder(FileDataset):
+class UnlabelledImages(FileDataset):
     """Pictures of a folder tree in ORION's preprocessing.
 
     With folders ``train`` and ``val`` directly below the root these are the splits; otherwise

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the datasets share: items, the epoch, batches, and pictures that cannot be read."""
+"""What all view datasets share: items, the epoch, batches, and pictures that cannot be read."""
 
 from __future__ import annotations
 
@@ -7,28 +7,21 @@ import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
-from kdfast.data.preprocess import draw_crop, draw_photometric, preprocess
+from kdfast.data.files import CorruptDataError, read_bgr
 from kdfast.data.rng import CROP, PHOTOMETRIC, generator
+from kdfast.data.views.preprocess import draw_crop, draw_photometric, preprocess
 
 LOG = logging.getLogger("kdfast.data")
 SPLITS = ("train", "val")
 
 Item = dict[str, Any]
-
-
-class CorruptDataError(RuntimeError):
-    """Too many pictures of a run could not be read."""
 
 
 @dataclass(frozen=True)
@@ -129,41 +122,6 @@ class FileDataset(ViewDataset):
                 photometric = draw_photometric(generator(PHOTOMETRIC, self.seed, self.epoch, index))
         tensor = preprocess(image, self.size, crop=crop, photometric=photometric)
         return {"image": tensor, "index": index, "path": str(path)}
-
-
-def read_bgr(path: Path) -> NDArray[np.uint8] | str:
-    """Decode a picture as (H, W, 3) BGR, EXIF rotation ignored; or say why it cannot be done."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        return f"cannot be opened: {error.strerror or error}"
-    return decode_bgr(data)
-
-
-def decode_bgr(data: bytes) -> NDArray[np.uint8] | str:
-    """As ``read_bgr`` for the bytes of a file."""
-    if not data:
-        return "the file is empty"
-    try:
-        image = cv2.imdecode(
-            np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-        )
-    except cv2.error as error:
-        return f"cannot be decoded: {error.err or error}"
-    if image is None:
-        return "cannot be decoded: broken, truncated, or not a picture"
-    return _truncated(data) or np.asarray(image, np.uint8)
-
-
-def _truncated(data: bytes) -> str | None:
-    # Some OpenCV versions fill the missing end of a JPEG with grey; PIL reports it.
-    if not data.startswith(b"\xff\xd8") or data.rstrip(b"\0").endswith(b"\xff\xd9"):
-        return None
-    try:
-        Image.open(BytesIO(data)).load()
-    except (OSError, SyntaxError) as error:
-        return f"cannot be decoded: {error}"
-    return None
 
 
 def collate(items: Sequence[Item | Corrupt]) -> Item:

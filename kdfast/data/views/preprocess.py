@@ -128,7 +128,7 @@ def distort(image: NDArray[np.float32], draw: Photometric) -> NDArray[np.float32
 
     Args:
         image: (H, W, 3) BGR in 0..255, left unchanged.
-        draw: What to do.
+        draw: The distortion.
 
     Returns:
         (H, W, 3) float32, possibly outside 0..255.
@@ -154,7 +154,7 @@ def resize_crop(image: NDArray[np.uint8], plan: CropPlan) -> NDArray[np.uint8]:
 
     Args:
         image: (H, W, 3) in any channel order.
-        plan: From ``crop_plan`` of this picture's size.
+        plan: Result of ``crop_plan`` for the size of this picture.
 
     Returns:
         (h, w, 3), the size of the plan's box.

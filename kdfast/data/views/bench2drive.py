@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from kdfast.data.base import LOG, FileDataset, resolve_root
+from kdfast.data.views.base import LOG, FileDataset, resolve_root
 
 # ORION's camera order.
 CAMERAS = (

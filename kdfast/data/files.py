@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Picture files of every kind of data: those that a folder holds, and their pixels."""
+
+from __future__ import annotations
+
+import os
+from io import BytesIO
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+class CorruptDataError(RuntimeError):
+    """Too many pictures of a run could not be read."""
+
+
+def list_images(root: Path) -> list[str]:
+    """Paths of all pictures below ``root``, relative to it, in one order on every machine.
+
+    Links to folders are followed once; names that start with a dot are ignored.
+    """
+    found: list[str] = []
+    visited: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        relative = Path(folder).relative_to(root)
+        found += [
+            (relative / name).as_posix()
+            for name in files
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        ]
+    return sorted(found)
+
+
+def read_bgr(path: Path) -> NDArray[np.uint8] | str:
+    """Decode a picture as (H, W, 3) BGR, EXIF rotation ignored; or say why it cannot be done."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return f"cannot be opened: {error.strerror or error}"
+    return decode_bgr(data)
+
+
+def decode_bgr(data: bytes) -> NDArray[np.uint8] | str:
+    """As ``read_bgr`` for the bytes of a file."""
+    if not data:
+        return "the file is empty"
+    try:
+        image = cv2.imdecode(
+            np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        )
+    except cv2.error as error:
+        return f"cannot be decoded: {error.err or error}"
+    if image is None:
+        return "cannot be decoded: broken, truncated, or not a picture"
+    return _truncated(data) or np.asarray(image, np.uint8)
+
+
+def _truncated(data: bytes) -> str | None:
+    # Some OpenCV versions fill the missing end of a JPEG with grey; PIL reports it.
+    if not data.startswith(b"\xff\xd8") or data.rstrip(b"\0").endswith(b"\xff\xd9"):
+        return None
+    try:
+        Image.open(BytesIO(data)).load()
+    except (OSError, SyntaxError) as error:
+        return f"cannot be decoded: {error}"
+    return None

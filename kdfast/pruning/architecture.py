@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The architecture of a saved model: its config.json, and the model that this builds.
+
+See docs/use/pruning.md.
+"""
+
+import importlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torchvision.models import VisionTransformer
+
+from kdfast._version import __version__
+from kdfast.models.eva import EVAViT
+from kdfast.nn.attention import FusedAttention, qualified_name
+from kdfast.pruning.adapter import Anatomy
+from kdfast.pruning.families import anatomy_of
+from kdfast.pruning.hf_adapter import HfAdapter, NoHeads
+from kdfast.pruning.vit_adapter import VitAdapter
+
+FORMAT = "kdfast.model/1"
+# Arguments of torchvision's VisionTransformer, all of which it keeps as attributes.
+TORCHVISION = (
+    "image_size",
+    "patch_size",
+    "hidden_dim",
+    "mlp_dim",
+    "dropout",
+    "attention_dropout",
+    "num_classes",
+    "representation_size",
+)
+
+
+def described(model: nn.Module, model_args: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json for a model, checked to build this very architecture.
+
+    Raises:
+        TypeError: The model's family is not known, or cannot be pruned.
+        ValueError: The model is not what its configuration builds; the message says what differs.
+    """
+    section = _section(model)
+    config = {**_config(model, section["family"], dict(model_args)), "kdfast": section}
+    _check_rebuilds(model, config)
+    return config
+
+
+def _section(model: nn.Module) -> dict[str, Any]:
+    """The section "kdfast" of config.json: facts that the libraries' configurations lack."""
+    anatomy = anatomy_of("save_pretrained", model)
+    module = type(model).__module__
+    family = next(
+        (known for known in ("timm", "torchvision", "transformers") if module.startswith(known)),
+        "EVAViT" if isinstance(model, EVAViT) else None,
+    )
+    if family is None:
+        raise TypeError(
+            f"save_pretrained: model must be a class of timm, torchvision, transformers or kdfast, "
+            f"got {qualified_name(model)}"
+        )
+    # Tables that no file holds are computed anew, in fp32: another type has to be recorded.
+    kept = set(model.state_dict())
+    tables = {
+        name: str(buffer.dtype).removeprefix("torch.")
+        for name, buffer in model.named_buffers()
+        if name not in kept and buffer.is_floating_point() and family != "EVAViT"
+    }
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "family": family,
+        "class": type(model).__name__,
+        "fused": any(isinstance(module, FusedAttention) for module in model.modules()),
+        "heads": [site.held for site in anatomy.attentions],
+        "mlp_hidden": [len(site.held) for site in anatomy.mlps],
+        "tables": {name: dtype for name, dtype in tables.items() if dtype != "float32"},
+    }
+
+
+def _config(model: Any, family: str, model_args: dict[str, Any]) -> dict[str, Any]:
+    """The library's own configuration of the model, as JSON values."""
+    if family == "EVAViT":
+        return {"architecture": "EVAViT", "model_args": {**model.config, **model_args}}
+    if family == "transformers":
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        return {**config, "architectures": [type(model).__name__]}
+    if family == "torchvision":
+        if type(model).__name__ != "VisionTransformer":
+            raise TypeError(
+                "save_pretrained: a model of torchvision must be a VisionTransformer, got "
+                f"{type(model).__name__}, which does not keep its arguments; save its state_dict"
+            )
+        arguments = {name: getattr(model, name) for name in TORCHVISION}
+        first = model.encoder.layers[0].self_attention
+        counts = {
+            "num_layers": len(model.encoder.layers),
+            "num_heads": model.hidden_dim // first.head_dim,
+        }
+        return {
+            "architecture": "VisionTransformer",
+            "model_args": {**arguments, **counts, **model_args},
+        }
+    return _timm_config(model, model_args)
+
+
+def _timm_config(model: Any, model_args: dict[str, Any]) -> dict[str, Any]:
+    pretrained = {k: v for k, v in model.pretrained_cfg.items() if v is not None}
+    pretrained = {k: v for k, v in pretrained.items() if k not in ("url", "file", "state_dict")}
+    architecture = pretrained.pop("architecture", None)
+    if not architecture:
+        raise ValueError(
+            "save_pretrained: a timm model must come from timm.create_model, which names its "
+            "architecture; got one without"
+        )
+    arguments = {**getattr(model, "_model_args", {}), "num_classes": model.num_classes}
+    arguments.update(model_args)
+    config = {
+        "architecture": architecture,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "global_pool": getattr(model, "global_pool", None),
+        "model_args": arguments,
+        "pretrained_cfg": {**pretrained, "num_classes": model.num_classes},
+    }
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(config, allow_nan=False))
+        return plain
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"save_pretrained: arguments of the architecture must be JSON values ({error}); "
+            f"pass model_args with such values instead, got {arguments}"
+        ) from error
+
+
+def build(config: Mapping[str, Any]) -> nn.Module:
+    """The architecture of a configuration, initialised at random."""
+    section = config.get("kdfast") or _foreign(config)
+    if section.get("format", FORMAT) != FORMAT:
+        raise ValueError(
+            f"load_pretrained: config.json must have format {FORMAT!r}, got "
+            f"{section['format']!r} (written by kdfast {section.get('version')})"
+        )
+    try:
+        return _BUILDERS[section["family"]](config, section)
+    except KeyError as error:
+        raise ValueError(f"load_pretrained: config.json has no usable {error}") from error
+
+
+def _foreign(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The section for a folder that kdfast did not write."""
+    if config.get("architecture"):
+        return {"family": "timm"}
+    raise ValueError(
+        "load_pretrained: config.json must be of kdfast, timm or Hugging Face, got one without "
+        "'kdfast', 'architecture' and 'architectures'"
+    )
+
+
+def _build_eva(config: Mapping[str, Any], section: Mapping[str, Any]) -> nn.Module:
+    return EVAViT(**config["model_args"])
+
+
+def _build_timm(config: Mapping[str, Any], section: Mapping[str, Any]) -> nn.Module:
+    name, arguments = config["architecture"], dict(config.get("model_args", {}))
+    arguments.setdefault("num_classes", config.get("num_classes", 1000))
+    if not timm.is_model(name):
+        raise ValueError(
+            f"load_pretrained: architecture {name!r} must be one of timm {timm.__version__}"
+        )
+    overlay = {k: v for k, v in config.get("pretrained_cfg", {}).items() if k != "architecture"}
+    model = timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay, **arguments)
+    return _shrunk(VitAdapter(), model, section)
+
+
+def _build_torchvision(config: Mapping[str, Any], section: Mapping[str, Any]) -> nn.Module:
+    return _shrunk(VitAdapter(), VisionTransformer(**config["model_args"]), section)
+
+
+def transformers_class(name: object) -> Any:
+    library = importlib.import_module("transformers")
+    kind: Any = getattr(library, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, library.PreTrainedModel)):
+        raise ValueError(
+            f"load_pretrained: architecture {name!r} must be a model class of "
+            f"transformers {library.__version__}"
+        )
+    return kind
+
+
+def _build_transformers(config: Mapping[str, Any], section: Mapping[str, Any]) -> nn.Module:
+    kind = transformers_class(section["class"])
+    own = {name: value for name, value in config.items() if name != "kdfast"}
+    return _shrunk(HfAdapter(), kind(kind.config_class.from_dict(own)), section)
+
+
+_BUILDERS = {
+    "EVAViT": _build_eva,
+    "timm": _build_timm,
+    "torchvision": _build_torchvision,
+    "transformers": _build_transformers,
+}
+
+
+def _shrunk(
+    adapter: VitAdapter | HfAdapter, model: nn.Module, section: Mapping[str, Any]
+) -> nn.Module:
+    if "heads" not in section:
+        return model
+    anatomy = Anatomy.of(adapter, model)
+    held = [site.held for site in anatomy.attentions]
+    widths = [len(site.held) for site in anatomy.mlps]
+    heads, mlp = section["heads"], section["mlp_hidden"]
+    # A model that was saved with stand-ins, perhaps with all its heads, gets them again.
+    if section.get("fused") or heads != held or mlp != widths:
+        if len(heads) != len(held) or len(mlp) != len(widths):
+            raise ValueError(
+                f"load_pretrained: config.json must describe {len(held)} attentions and "
+                f"{len(widths)} MLPs, got {len(heads)} and {len(mlp)}"
+            )
+        adapter.shrink(anatomy, heads, mlp)
+    return model
+
+
+def _check_rebuilds(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the configuration builds this very architecture."""
+    try:
+        with torch.device("meta"):
+            again = build(config)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"save_pretrained: the recorded arguments must build the model, got: {error}; pass "
+            "model_args"
+        ) from error
+    shapes = [
+        {name: tuple(t.shape) for name, t in some.state_dict().items()} for some in (model, again)
+    ]
+    problems = differences(*shapes)
+    kinds = [_kinds(some) for some in (model, again)]
+    problems += [
+        f"{name} is a {kind}, but {kinds[1][name]} is built"
+        for name, kind in kinds[0].items()
+        if kinds[1].get(name, kind) != kind
+    ]
+    if problems:
+        raise ValueError(
+            "save_pretrained: the model must be what its architecture and arguments build; pass "
+            "model_args if timm did not record them. Different here:\n  " + "\n  ".join(problems)
+        )
+
+
+def _kinds(model: nn.Module) -> dict[str, str]:
+    """Classes of the modules that matter in eval mode and are not stand-ins."""
+    skipped = ("Dropout", "DropPath", "Identity")
+    return {
+        name: qualified_name(module)
+        for name, module in model.named_modules()
+        if type(module).__name__ not in skipped and not isinstance(module, FusedAttention | NoHeads)
+    }
+
+
+def differences(
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    problems = [f"missing: {name}" for name in wanted if name not in found]
+    problems += [f"not expected: {name}" for name in found if name not in wanted]
+    return problems + [
+        f"{name} has shape {shape}, expected {wanted[name]}"
+        for name, shape in found.items()
+        if name in wanted and wanted[name] != shape
+    ]

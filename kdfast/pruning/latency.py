@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward passes of a model before and after pruning, timed; how long leave-one-out will take."""
+
+import copy
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.machine.timing import interleave, summarize
+from kdfast.nn import accelerate
+
+
+class Latency(NamedTuple):
+    """Median milliseconds of one forward pass, and the quartiles' distance."""
+
+    ms: float
+    iqr: float
+
+
+@torch.no_grad()
+def latencies(
+    model: nn.Module, pruned: nn.Module, image: Tensor, rounds: int
+) -> dict[str, Latency]:
+    """Forward passes of one image, in alternating rounds.
+
+    Args:
+        model: The whole model.
+        pruned: The pruned model; it is accelerated, in place.
+        image: (1, 3, H, W).
+        rounds: Samples of each.
+
+    Returns:
+        Times of "before", "before, fused" (missing where nothing of the model runs fused) and
+        "pruned, fused".
+    """
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    fused = copy.deepcopy(model, memo)  # on the same tensors
+    candidates = {"before": model, "before, fused": fused, "pruned, fused": pruned}
+    if not accelerate(fused).replaced:
+        del candidates["before, fused"]
+    accelerate(pruned)
+    calls = {name: (lambda m=m: m(image)) for name, m in candidates.items()}
+    samples = {name: summarize(rows) for name, rows in interleave(calls, rounds=rounds).items()}
+    return {name: Latency(row["ms"], row["iqr"]) for name, row in samples.items()}
+
+
+@torch.no_grad()
+def leave_one_out_seconds(model: nn.Module, heads: int, batches: Sequence[Tensor]) -> float:
+    """Estimate from the time of one pass: half of one for every head and batch."""
+    model(batches[0][:1])  # warms up
+    start = time.perf_counter()
+    model(batches[0])
+    return (time.perf_counter() - start) * len(batches) * (1 + heads / 2)

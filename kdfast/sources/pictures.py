@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures that a command line names, preprocessed for a model.
+
+``kdfast.data`` is imported inside of functions: it needs OpenCV, of the extra [train], which
+pictures for most models do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
+from torch import Tensor, nn
+
+from kdfast.models.eva import EVAViT
+from kdfast.sources.error import SourceError
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+Transform = Callable[[Image.Image], Tensor]
+
+
+def transform_of(model: nn.Module, size: tuple[int, int] | None = None) -> Transform:
+    """The model's own evaluation preprocessing, from a picture to (3, H, W).
+
+    Args:
+        model: EVAViT, or a model of timm, torchvision or Hugging Face.
+        size: (height, width) of the result; None: what the model was built for.
+    """
+    if isinstance(model, EVAViT):
+        side = int(model.config["img_size"])
+        return _orion((side, side) if size is None else size)
+    if hasattr(model, "default_cfg") or hasattr(model, "pretrained_cfg"):
+        config = resolve_model_data_config(model)
+        embed: Any = getattr(model, "patch_embed", None)
+        if getattr(embed, "img_size", None) is not None:
+            # The size that the model was built for, perhaps not that of its pretrained weights.
+            config = {**config, "input_size": (3, *embed.img_size), "crop_pct": 1.0}
+    else:
+        side = getattr(getattr(model, "config", model), "image_size", 224)
+        sides = (side, side) if isinstance(side, int) else tuple(side)
+        config = {"input_size": (3, *sides), **IMAGENET}
+    if size is not None:
+        config = {**config, "input_size": (3, *size)}
+    transform: Transform = create_transform(**config, is_training=False)
+    return transform
+
+
+def _orion(size: tuple[int, int]) -> Transform:
+    from kdfast.data.views.preprocess import preprocess
+
+    def transform(picture: Image.Image) -> Tensor:
+        return preprocess(np.ascontiguousarray(np.asarray(picture)[..., ::-1]), size)
+
+    return transform
+
+
+def load_images(paths: Sequence[str | Path], transform: Transform, flag: str = "--image") -> Tensor:
+    """The pictures of a list of files, (B, 3, H, W), preprocessed.
+
+    Args:
+        paths: Files.
+        transform: Result of ``transform_of``.
+        flag: The option that names the files, for messages.
+
+    Raises:
+        SourceError: A file is missing or is no picture.
+    """
+    return torch.stack(list(_read(paths, transform, flag)))
+
+
+def _read(paths: Iterable[str | Path], transform: Transform, flag: str) -> Iterator[Tensor]:
+    for path in paths:
+        try:
+            with Image.open(path) as file:
+                picture = file.convert("RGB")
+        except FileNotFoundError as error:
+            raise SourceError(f"{flag}: there is no file {path}") from error
+        except (UnidentifiedImageError, OSError) as error:
+            raise SourceError(f"{flag}: {path} cannot be read as a picture: {error}") from error
+        yield transform(picture)
+
+
+def image_batches(
+    model: nn.Module,
+    size: tuple[int, int],
+    folder: Path | None,
+    *,
+    count: int,
+    batch_size: int,
+    flag: str = "--data",
+) -> Iterator[Tensor]:
+    """Batches (B, 3, H, W) of pictures in the model's dtype, preprocessed as it needs them.
+
+    Args:
+        model: The model that will see them.
+        size: (height, width) of the batches.
+        folder: Pictures at any depth; where there are more than ``count``, they are taken from all
+            over the folder. None: rendered driving scenes.
+        count: The largest number of pictures.
+        batch_size: B; the last batch may be smaller.
+        flag: The option that names the folder, for messages.
+
+    Raises:
+        SourceError: The folder holds no pictures, or one that cannot be read.
+    """
+    if folder is None:
+        images = _normalised(model, scenes(size, count))
+    else:
+        images = _read(_spread(folder, count, flag), transform_of(model, size), flag)
+    dtype = next(model.parameters()).dtype
+    while some := list(islice(images, batch_size)):
+        yield torch.stack(some).to(dtype)
+
+
+def _spread(folder: Path, count: int, flag: str) -> list[Path]:
+    """Up to ``count`` pictures at equal distances in the sorted list of all."""
+    from kdfast.data.files import SUFFIXES, list_images
+
+    names = list_images(folder)
+    if not names:
+        raise SourceError(f"{flag}: {folder} must hold pictures ({', '.join(SUFFIXES)}), got none")
+    step = max(1, len(names) // count)
+    return [folder / name for name in names[::step][:count]]
+
+
+def scenes(size: tuple[int, int], count: int) -> Iterator[Tensor]:
+    """Rendered driving scenes, (3, H, W) in [0, 1]."""
+    from kdfast.data import MEAN, STD, build
+
+    height, width = (side + side % 2 for side in size)
+    # Six views, so six pictures, a frame.
+    dataset = build(kind="scenes", size=(height, width), frames=-(-count // 6))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    for index in range(count):
+        item: Any = dataset[index]
+        yield ((item["image"] * std + mean) / 255)[:, : size[0], : size[1]]
+
+
+def _normalised(model: nn.Module, images: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Pictures in [0, 1] with the mean and deviation that the model was trained with."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = (
+        torch.tensor(config.get(name, default)).view(3, 1, 1) for name, default in IMAGENET.items()
+    )
+    for image in images:
+        yield (image - mean) / std
+
+
+def noise(model: nn.Module, size: tuple[int, int]) -> Tensor:
+    """One image (1, 3, H, W), as good as any where only time is measured."""
+    return torch.randn(1, 3, *size).to(next(model.parameters()).dtype)
