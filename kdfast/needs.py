@@ -120,7 +120,7 @@ def _largest_link(config: "ChainConfig") -> int:
     """Parameters of the chain's largest model."""
     import timm
 
-    from kdfast.configs.chain_check import per_link
+    from kdfast.configs.chain import per_link
 
     sizes = []
     for number, name in enumerate(config.chain):

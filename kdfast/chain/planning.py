@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kdfast.chain.links import Link, LinkModel, build_link, switch_checkpointing
-from kdfast.configs.chain_check import per_link
+from kdfast.configs.chain import per_link
 from kdfast.configs.fields import ConfigError
 from kdfast.memory import BatchPlan, plan_batch
 from kdfast.trainer.logs import LOG

@@ -14,7 +14,7 @@ from kdfast.chain.compare import write_comparison
 from kdfast.chain.links import Link, links_of
 from kdfast.chain.stage import Stage, train_link
 from kdfast.configs import ChainConfig, ConfigError, plain, save
-from kdfast.configs.chain_check import stages
+from kdfast.configs.chain import stages
 from kdfast.data.base import CorruptDataError
 from kdfast.data.labelled import Classification, build_classification
 from kdfast.machine.memory import release

@@ -34,7 +34,7 @@ from kdfast.chain.planning import batch_size
 from kdfast.chain.plots import draw_attention, draw_confusion, draw_curves
 from kdfast.chain.teacher_cache import TeacherCache, teacher_key
 from kdfast.configs import ChainConfig, ConfigError, plain
-from kdfast.configs.chain_check import per_link
+from kdfast.configs.chain import per_link
 from kdfast.configs.recovery import RunConfig
 from kdfast.data.labelled import Classification
 from kdfast.machine.files import replacing

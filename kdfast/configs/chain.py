@@ -17,6 +17,9 @@ from kdfast.configs.fields import (
     Share,
 )
 
+# What a link may start from, besides a checkpoint file.
+INITS = ("scratch", "pretrained")
+
 
 @dataclass(frozen=True)
 class ChainDataConfig:
@@ -191,3 +194,28 @@ class ChainConfig:
     data: ChainDataConfig = field(default_factory=ChainDataConfig)
     distill: ChainDistillConfig = field(default_factory=ChainDistillConfig)
     optim: ChainOptimConfig = field(default_factory=ChainOptimConfig)
+
+
+def roles(count: int) -> list[str]:
+    """Names of the links of a chain: teacher, assistant (or assistant1, ...), student."""
+    middle = [f"assistant{i}" for i in range(1, count - 1)] if count > 3 else ["assistant"]
+    return ["teacher", *middle[: max(0, count - 2)], "student"][:count]
+
+
+def per_link(value: Any, index: int) -> Any:
+    """The value of link ``index`` where a key has one for all links, or a list of one or of all."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return value[0 if len(value) == 1 else index]
+
+
+def stages(config: ChainConfig) -> list[int]:
+    """Indices of the links that ``config.stage`` names; empty where it names none."""
+    names = roles(len(config.chain))
+    if config.stage == "all":
+        return list(range(len(names)))
+    return [
+        i
+        for i, name in enumerate(names)
+        if config.stage in (name, name.rstrip("0123456789") if "assistant" in name else name)
+    ]

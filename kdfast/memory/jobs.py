@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdfast.chain.links import LinkModel, build_link, links_of
 from kdfast.chain.objective import Objective
 from kdfast.configs import ChainConfig, Config, plain
-from kdfast.configs.chain_check import per_link
+from kdfast.configs.chain import per_link
 from kdfast.data.scenes import CLASSES
 from kdfast.memory.measure import MemoryPlan, Step, optimizer_of, plan_step
 from kdfast.models.dense_head import DenseHead
