@@ -14,19 +14,8 @@ import torch
 from kdfast._version import __version__
 from kdfast.machine.facts import cpu_name
 from kdfast.needs import gib, print_needs
-from kdfast.ops import _library
+from kdfast.ops import OPS, _library
 
-OPS = (
-    "pruned_attention",
-    "attention_distill",
-    "attention_entropy",
-    "kd_loss",
-    "linear_kd_loss",
-    "feature_loss",
-    "head_gather",
-    "head_gather_block",
-    "swiglu_norm",
-)
 PACKAGES = (
     "torch",
     "timm",
