@@ -57,7 +57,7 @@ class ChainDistillConfig:
         alpha: Weight of distillation in the first epoch; the task has 1 - alpha.
         schedule: How alpha moves to ``alpha_end`` over the epochs.
         alpha_end: Alpha in the last epoch, unless the schedule is constant.
-        label_smoothing: Of the task's cross-entropy.
+        label_smoothing: Label smoothing of the task's cross-entropy.
         attention: Weight of the attention term.
         attention_kind: Kind of ``kdfast.attention_distill``.
         attention_map: ``groups``: student head i imitates teacher head floor(i Ht / Hs);
@@ -93,7 +93,7 @@ class ChainOptimConfig:
         opt: Name of ``timm.optim.create_optimizer_v2``; norms and biases get no weight decay.
         lr: Peak learning rate.
         weight_decay: Weight decay.
-        momentum: Of the optimisers that have one.
+        momentum: Momentum, for the optimisers that have one.
         layer_decay: Factor of the learning rate from one block to the one before it; null: none.
         sched: Name of ``timm.scheduler.create_scheduler_v2``, or ``none``.
         warmup_epochs: Epochs of linear warm-up.

@@ -137,7 +137,7 @@ def plan_step(
         checkpointing: Only said in the result; ``build`` turns it on.
         device: "cuda": autocast rules, op kernels and allocator sizes of CUDA, and its overhead;
             "cpu": tensors of this CPU as they are.
-        channels: Of the images.
+        channels: Number of channels of the images.
 
     Raises:
         ValueError: ``batch`` or ``device`` is not possible.
@@ -267,8 +267,8 @@ def supervised(
         student: Trained.
         teacher: Frozen here.
         optimizer: "adamw" is the fused one; otherwise a name of timm.
-        temperature: Of ``kd_loss``.
-        alpha: Of ``kd_loss``.
+        temperature: Temperature of ``kd_loss``.
+        alpha: Weight of distillation in ``kd_loss``.
     """
     if teacher is not None:
         teacher.requires_grad_(False).eval()
