@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The batch of a link: the config's, or the largest one that fits into a given memory."""
+"""The training steps of a chain for the memory planner, and the batch that it chooses for one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
-from kdfast.chain.links import Link, LinkModel, build_link, switch_checkpointing
-from kdfast.configs.chain import per_link
+from kdfast.chain.links import Link, LinkModel, build_link, links_of, switch_checkpointing
+from kdfast.chain.objective import Objective
+from kdfast.configs.chain import ChainConfig, per_link
 from kdfast.configs.fields import ConfigError
-from kdfast.memory import BatchPlan, plan_batch
+from kdfast.memory.measure import Step, optimizer_of
+from kdfast.memory.search import BatchPlan, largest
+from kdfast.memory.steps import PRECISION, PlannedStep
+from kdfast.nn import accelerate
 from kdfast.trainer.logs import LOG
 
 if TYPE_CHECKING:
@@ -22,8 +27,73 @@ if TYPE_CHECKING:
 PLANNED = tuple(2**i for i in range(11))
 
 
+def chain_steps(config: ChainConfig, classes: int) -> list[PlannedStep]:
+    """The steps of all links in their order; the files that the config names need not exist."""
+    links = links_of(config)
+    teachers: list[Link | None] = [None, *links]
+    return [
+        link_step(config, link, teacher, classes)
+        for link, teacher in zip(links, teachers, strict=False)
+    ]
+
+
+def link_step(config: ChainConfig, link: Link, teacher: Link | None, classes: int) -> PlannedStep:
+    """The step that trains a link.
+
+    Args:
+        config: The whole chain.
+        link: The model that is trained.
+        teacher: The link that teaches it; None: none does.
+        classes: Number of classes, which only the data knows.
+    """
+
+    def model(of: Link, recompute: bool) -> LinkModel:
+        # Where the weights come from has no influence on memory, and they need not be there.
+        made = build_link(replace(of, init="scratch"), classes, checkpointing=recompute)
+        if config.accelerate:
+            accelerate(made.net)
+        return made
+
+    def build(recompute: bool) -> Step:
+        student, above = model(link, recompute), None
+        if teacher is not None and not config.cache:
+            above = model(teacher, False).requires_grad_(False).eval()
+        objective = Objective(
+            student,
+            above,
+            "multiclass",
+            config.distill,
+            epochs=link.epochs,
+            distilled=teacher is not None,
+        )
+
+        def loss(images: Tensor, labels: Tensor) -> Tensor:
+            kept = None
+            if teacher is not None and above is None:
+                kept = torch.zeros(len(images), classes)
+            total: Tensor = objective(images, labels, 0, kept)["total"]
+            return total
+
+        frozen: list[nn.Module] = [] if above is None else [above]
+        if config.optim.ema is not None:
+            frozen.append(copy.deepcopy(student).requires_grad_(False))
+        # Not fused: the chain makes its optimiser by timm, also AdamW.
+        return Step(objective, loss, frozen, optimizer_of(config.optim.opt, fused=False))
+
+    batch = per_link(config.batch, link.index)
+    taught = "" if teacher is None else f" taught by {teacher.model}"
+    return PlannedStep(
+        f"{config.name}, {link.role}: {link.model}{taught}",
+        build,
+        None if batch == "auto" else int(batch),
+        (config.data.size, config.data.size),
+        PRECISION[config.precision],
+        config.checkpointing,
+    )
+
+
 def batch_size(stage: Stage, student: LinkModel, device: torch.device) -> int:
-    """Images per step of a link: the config's, or what ``kdfast.plan`` finds to fit."""
+    """Images per step of a link: the config's, or what the planner finds to fit."""
     value = per_link(stage.config.batch, stage.link.index)
     if value != "auto":
         return int(value)
@@ -41,7 +111,7 @@ def planned_batch(stage: Stage, device: torch.device) -> BatchPlan:
     Raises:
         ConfigError: Nothing fits, or there is neither a limit nor a GPU.
     """
-    config, classes = stage.config, len(stage.data.class_names)
+    config = stage.config
     if config.vram_gib is not None:
         vram = int(config.vram_gib * 2**30)
     elif device.type == "cuda":
@@ -49,22 +119,9 @@ def planned_batch(stage: Stage, device: torch.device) -> BatchPlan:
     else:
         raise ConfigError(["vram_gib: batch auto needs it where there is no GPU"])
     images = min(config.data.limit or len(stage.data.train), len(stage.data.train))
-
-    def maker(link: Link) -> Callable[[], LinkModel]:
-        # What the weights are makes no difference to the plan.
-        return lambda: build_link(replace(link, init="scratch"), classes)
-
-    teacher = None if stage.teacher is None or config.cache else maker(stage.teacher)
+    step = link_step(config, stage.link, stage.teacher, len(stage.data.class_names))
+    candidates = [size for size in PLANNED if size <= images] or [1]
     try:
-        return plan_batch(
-            maker(stage.link),
-            teacher,
-            image_size=config.data.size,
-            vram=vram,
-            optimizer=config.optim.opt,
-            amp={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision),
-            candidates=[size for size in PLANNED if size <= images] or [1],
-            checkpointing=config.checkpointing,
-        )
+        return largest(step.plan, vram, candidates, checkpointing=config.checkpointing)
     except ValueError as error:
         raise ConfigError([f"batch: {stage.link.role}: {error}"]) from error

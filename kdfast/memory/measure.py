@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdfast.memory.cuda_rules import as_on_cuda
-from kdfast.memory.ledger import CATEGORIES, INPUTS, OPTIMIZER, Books, Ledger
+from kdfast.memory.ledger import CATEGORIES, INPUTS, OPTIMIZER, PARAMETERS, Books, Ledger
 from kdfast.models.eva import EVAViT
 from kdfast.ops.kd_loss import kd_loss
 
@@ -76,6 +76,11 @@ class MemoryPlan:
     def peak_bytes(self) -> int:
         """What the device must have."""
         return self.tensors + self.overhead
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of what a checkpoint holds: the trained model and the optimiser's states."""
+        return self.categories[PARAMETERS] + self.categories[OPTIMIZER]
 
     def __str__(self) -> str:
         recompute = ", checkpointing" if self.checkpointing else ""
