@@ -180,7 +180,7 @@ def compare(
     options = request.config.option
 
     def seconds() -> float:
-        """Of samples: short calls get all rounds, unless the session is late."""
+        """Time for samples: short calls get all rounds, unless the session is late."""
         left = request.session.items[request.session.items.index(request.node) :]
         share = (options.budget - (time.monotonic() - STARTED)) / len(left)
         return min(CASE_SECONDS, SAMPLES_SHARE * share)

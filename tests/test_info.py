@@ -38,6 +38,18 @@ def test_embedded_default_needs_nothing(capsys: pytest.CaptureFixture[str]) -> N
     assert "MISSING" not in out
 
 
+def test_without_the_train_extra_info_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = needs.importlib.util.find_spec
+    monkeypatch.setattr(
+        needs.importlib.util, "find_spec", lambda name: None if name == "yaml" else find(name)
+    )
+    assert info.main(["--config", "smoke"]) == 1
+    out = capsys.readouterr().out
+    assert "MISSING packages            missing: yaml" in out and '".[train]"' in out
+
+
 def test_missing_inputs_say_what_to_do(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     argv = ["--config", "orion50", "--set", "teacher.checkpoint=gone.pth"]
     assert info.main([*argv, "--set", f"data.root={tmp_path / 'gone'}"]) == 1

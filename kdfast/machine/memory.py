@@ -54,7 +54,7 @@ def resident_bytes() -> tuple[int, int]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a GPU, or on the host."""
+    """Memory that is free now, on the GPU or on the host."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
