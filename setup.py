@@ -12,6 +12,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+COMPILERS = ("c++", "g++", "clang++")
+PATH = os.environ.get("PATH", "")
 
 
 def cxx_compiler() -> str | None:
@@ -67,9 +69,6 @@ class CMakeBuild(build_ext):
         subprocess.check_call([cmake, "-S", ROOT, "-B", build_dir, "-G", "Ninja", *definitions])
         subprocess.check_call([cmake, "--build", build_dir])
 
-
-COMPILERS = ("c++", "g++", "clang++")
-PATH = os.environ.get("PATH", "")
 
 setup(
     packages=[*find_packages(include=["kdfast", "kdfast.*"]), "kdfast.kernels"],

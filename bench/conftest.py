@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from kdfast.testing import DRY_RUN, launch_on_cpu
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from bench import session  # noqa: E402
+from bench.report import best_other  # noqa: E402
 
 Compare = Callable[..., dict[str, session.Row]]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -178,7 +180,7 @@ def compare(
     options = request.config.option
 
     def seconds() -> float:
-        """Of samples: short calls get all rounds, unless the session is late."""
+        """Time for samples: short calls get all rounds, unless the session is late."""
         left = request.session.items[request.session.items.index(request.node) :]
         share = (options.budget - (time.monotonic() - STARTED)) / len(left)
         return min(CASE_SECONDS, SAMPLES_SHARE * share)
@@ -254,13 +256,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if (row.op, row.case) != group:
             group = (row.op, row.case)
             write(f"\n{row.op}: {row.case}")
-            others = [
-                r.ms
-                for r in results.rows
-                if (r.op, r.case) == group and not r.candidate.startswith("kdfast")
-            ]
-            best = min(others, default=None)
-        ratio = f"{best / row.ms:5.2f}x the best other" if best else ""
+            best = best_other(asdict(r) for r in results.rows if (r.op, r.case) == group)
+        ratio = f"{best['ms'] / row.ms:5.2f}x the best other" if best else ""
         share = f"{100 * row.limit_share:4.0f} % of limit" if row.limit_share else ""
         few = ", too few for a median" if row.fast < timing.FEW else ""
         write(

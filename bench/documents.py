@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.gpu_tables import ROOT, arch_name, kernels
 from bench.gpu_tables import table as markdown
-from bench.report import OURS, RIVALS, headline
+from bench.report import OURS, best_other, headline
 from bench.report import table as all_rows
 
 RESULTS = ROOT / "bench" / "results" / "cpu_zen4.json"
@@ -48,14 +48,9 @@ def grouped(results: dict[str, Any]) -> dict[tuple[str, str], Group]:
     return groups
 
 
-def best_other(group: Group) -> dict[str, Any] | None:
-    """The fastest rival of a comparison, if it has one."""
-    return min((group[n] for n in RIVALS if n in group), key=lambda row: row["ms"], default=None)
-
-
 def ratio(group: Group) -> float | None:
     """Time of the fastest rival over ours."""
-    rival = best_other(group)
+    rival = best_other(group.values())
     return rival["ms"] / group[OURS]["ms"] if rival and OURS in group else None
 
 
@@ -85,7 +80,7 @@ def weighted(results: dict[str, Any]) -> str:
     """Losses with an upstream gradient other than 1."""
     rows = []
     for (op, case), group in grouped(results).items():
-        ours, rival = group.get("kdfast, weight"), best_other(group)
+        ours, rival = group.get("kdfast, weight"), best_other(group.values())
         if ours and rival:
             times = f"{ours['ms']:.2f}", f"{rival['ms']:.2f}"
             rows.append([op, case, *times, f"{rival['ms'] / ours['ms']:.2f}"])

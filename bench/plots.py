@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a result file: time and memory of attention over the number of tokens."""
+"""``python -m bench.plots FILE PNG``: time and memory of attention over the number of tokens."""
 
+import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench.report import headline
+from bench.report import headline, read
 
 COLOURS = {"kdfast": "tab:red", "eager": "tab:gray", "sdpa": "tab:blue"}
 
@@ -47,3 +50,21 @@ def lengths(results: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"{title}\n{headline(results)}", fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draws the rows of bench_lengths in the file named on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.plots", description=__doc__)
+    parser.add_argument("file", type=Path, help="what `pytest bench --save FILE` wrote")
+    parser.add_argument("picture", type=Path, help="where to draw, a PNG")
+    options = parser.parse_args(argv)
+    try:
+        lengths(read(parser, options.file), options.picture)
+    except ValueError as error:
+        parser.error(f"{options.file}: {error}")
+    print(options.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

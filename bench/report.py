@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m bench.report FILE``: a Markdown table of a result file, slower rows included.
-
-``--plot FILE.png`` draws time and memory against the number of tokens.
-"""
+"""``python -m bench.report FILE``: a Markdown table of a result file, slower rows included."""
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kdfast.machine.timing import FEW
 
 OURS = "kdfast"
+RIVALS = (
+    *("eager", "sdpa", "compile", "flex", "flash-attn", "index_select"),
+    *("eager fp32", "sdpa fp32", "compile fp32"),  # beside the same in a lower precision
+)
+
+
+def best_other(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The fastest rival among the rows of a comparison, or None if it has no rival."""
+    rivals = (row for row in rows if row["candidate"] in RIVALS)
+    return min(rivals, key=lambda row: row["ms"], default=None)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -31,12 +38,11 @@ def table(results: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (op, case), rows in groups.items():
-        rivals = [r for r in rows if r["candidate"] in RIVALS]
         ours = next((r for r in rows if r["candidate"] == OURS), None)
-        if ours is None or not rivals:
+        best = best_other(rows)
+        if ours is None or best is None:
             continue
-        best = min(rivals, key=lambda r: r["ms"])
-        best_all = min(r["ms_all"] for r in rivals)
+        best_all = min(r["ms_all"] for r in rows if r["candidate"] in RIVALS)
         share = "" if ours["limit_share"] is None else f"{100 * ours['limit_share']:.0f} %"
         lines.append(
             f"| {op} | {case.replace('torch.', '')} | {both(ours)} | {best['candidate']} | "
@@ -69,28 +75,21 @@ def headline(results: dict[str, Any]) -> str:
     )
 
 
-RIVALS = (
-    *("eager", "sdpa", "compile", "flex", "flash-attn", "index_select"),
-    *("eager fp32", "sdpa fp32", "compile fp32"),  # beside the same in a lower precision
-)
+def read(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
+    """A result file; ends the command ``parser`` belongs to where there is none."""
+    try:
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        parser.error(f"{path}: must be a result file: {error}")
+    return results
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints the table of the file named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("file", type=Path, help="what `pytest bench --save FILE` wrote")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="where to draw bench_lengths")
-    options = parser.parse_args(argv)
-    try:
-        results = json.loads(options.file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        parser.error(f"{options.file}: must be a result file: {error}")
+    results = read(parser, parser.parse_args(argv).file)
     print(headline(results), table(results), sep="\n\n")
-    if options.plot:
-        from bench.plots import lengths  # matplotlib is not needed for the table
-
-        lengths(results, options.plot)
-        print(f"\n{options.plot}")
     return 0
 
 

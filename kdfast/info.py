@@ -13,20 +13,10 @@ import torch
 
 from kdfast._version import __version__
 from kdfast.machine.facts import cpu_name
-from kdfast.needs import gib, print_needs
-from kdfast.ops import _library
+from kdfast.machine.memory import resident_bytes
+from kdfast.machine.needs import Need, gib, package_need
+from kdfast.ops import OPS, _library
 
-OPS = (
-    "pruned_attention",
-    "attention_distill",
-    "attention_entropy",
-    "kd_loss",
-    "linear_kd_loss",
-    "feature_loss",
-    "head_gather",
-    "head_gather_block",
-    "swiglu_norm",
-)
 PACKAGES = (
     "torch",
     "timm",
@@ -36,6 +26,15 @@ PACKAGES = (
     "numpy",
     "opencv-python-headless",
 )
+# What every training run imports beyond kdfast's own dependencies, and what a chain does besides.
+TRAIN_MODULES = ("accelerate", "tensorboard", "matplotlib", "cv2", "PIL", "yaml", "rich")
+CHAIN_MODULES = ("sklearn", "torchmetrics")
+FIXES = {
+    "teacher.checkpoint": "ORION's is Orion.pth of huggingface.co/poleyzdk/Orion; "
+    "or --set teacher.checkpoint=FILE",
+    "data.root": "Bench2Drive's base set (docs/use/data.md); or --set data.kind=images "
+    "--set data.root=FOLDER for any pictures",
+}
 Rows = list[tuple[str, str]]
 
 
@@ -71,15 +70,8 @@ def memory() -> Rows:
     """RAM, what this process took of it, and for every GPU what is allocated, reserved, in all."""
     ram = psutil.virtual_memory()
     rows = [("RAM", f"{gib(ram.available)} free of {gib(ram.total)}")]
-    process = psutil.Process().memory_info()
-    # Linux counts the high-water mark in KiB, macOS in bytes; Windows has it in psutil.
-    peak = getattr(process, "peak_wset", None)
-    if peak is None:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    rows.append(("this process", f"{gib(process.rss)} now, {gib(peak)} at its peak"))
+    now, peak = resident_bytes()
+    rows.append(("this process", f"{gib(now)} now, {gib(peak)} at its peak"))
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
         peak = torch.cuda.max_memory_allocated(i)
@@ -125,6 +117,49 @@ def ops() -> Rows:
             states.append(f"{device} {'fused' if reason is None else f'reference ({reason})'}")
         rows.append((op, ", ".join(states)))
     return rows
+
+
+def print_needs(source: str, changes: Sequence[str] = ()) -> int:
+    """Prints what a run of a config needs, one line each; 1 if something is missing.
+
+    Args:
+        source: Name of a config or path of a YAML file.
+        changes: ``a.b=value``, as after ``--set``.
+    """
+    print(f"\nA run of {source}")
+    needs = _needs(source, changes)
+    for need in needs:
+        print(f"  {'MISSING' if need.fix else 'ok     '} {need.name:<20}{need.found}")
+        if need.fix:
+            print(f"{'':30}to do: {need.fix}")
+    return int(any(need.fix for need in needs))
+
+
+def _needs(source: str, changes: Sequence[str]) -> list[Need]:
+    """The needs of a run; the runs are imported here, where their packages are known to be."""
+    if missing := package_need(TRAIN_MODULES):
+        return [missing]
+    from kdfast.configs import ChainConfig, ConfigError, load
+
+    try:
+        config = load(source, changes)
+    except ConfigError as error:
+        pairs = (problem.partition(": ")[::2] for problem in error.problems)
+        other = "see docs/use/training.md for the keys"
+        return [Need(key, text, FIXES.get(key, other)) for key, text in pairs]
+    if config.note:
+        print(f"  note    {config.note}")
+    if isinstance(config, ChainConfig):
+        if missing := package_need(CHAIN_MODULES):
+            return [missing]
+        from kdfast.chain.needs import chain_needs
+
+        return chain_needs(config)
+    if config.note:
+        print("          to run on your own: --set teacher.checkpoint=FILE --set data.root=FOLDER")
+    from kdfast.recovery.needs import recovery_needs
+
+    return recovery_needs(config)
 
 
 def _print(title: str, rows: Rows) -> None:

@@ -13,10 +13,12 @@ import timm
 import torch
 from torch import nn
 
-from kdfast.configs import ConfigError, load
-from kdfast.memory.jobs import PRECISION, Job, jobs_of
+from kdfast.chain.planning import chain_steps
+from kdfast.configs import ChainConfig, Config, ConfigError, load
 from kdfast.memory.measure import GIB, MemoryPlan, Step, checkpointed, mib, supervised
 from kdfast.memory.search import DoesNotFit, largest
+from kdfast.memory.steps import PRECISION, PlannedStep
+from kdfast.recovery.planning import recovery_step
 from kdfast.sources import require_timm_name
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -84,10 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(args, name, value)
     try:
         if args.config is None:
-            jobs = [_model_job(args)]
+            steps = [_model_step(args)]
         else:
-            jobs = jobs_of(load(args.config, args.changes, files=False), args.classes)
-        fits = [_report(job, args.vram, args.modules) for job in jobs]
+            steps = steps_of(load(args.config, args.changes, files=False), args.classes)
+        fits = [_report(step, args.vram, args.modules) for step in steps]
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -108,7 +110,19 @@ def _unusable(args: argparse.Namespace) -> str | None:
     return None
 
 
-def _model_job(args: argparse.Namespace) -> Job:
+def steps_of(config: Config | ChainConfig, classes: int = 10) -> list[PlannedStep]:
+    """The training steps of a config in their order.
+
+    Args:
+        config: Its files need not exist: an ORION checkpoint is taken to be EVA-L.
+        classes: Number of classes of a chain's data, which only the data knows.
+    """
+    if isinstance(config, ChainConfig):
+        return chain_steps(config, classes)
+    return [recovery_step(config)]
+
+
+def _model_step(args: argparse.Namespace) -> PlannedStep:
     for flag, name in (("--model", args.model), ("--teacher", args.teacher)):
         if name is not None:
             require_timm_name(name, flag)
@@ -126,7 +140,7 @@ def _model_job(args: argparse.Namespace) -> Job:
     with torch.device("meta"):
         config: Any = model(args.model)().default_cfg
     size = config["input_size"][1:] if args.size is None else (args.size, args.size)
-    return Job(
+    return PlannedStep(
         args.model + (f" taught by {args.teacher}" if args.teacher else ""),
         build,
         args.batch,
@@ -136,12 +150,12 @@ def _model_job(args: argparse.Namespace) -> Job:
     )
 
 
-def _report(job: Job, vram: int | None, modules: bool) -> bool:
-    """Print a stage; whether it fits."""
-    print(f"\n{job.title}")
+def _report(step: PlannedStep, vram: int | None, modules: bool) -> bool:
+    """Print the plan of a step; whether it fits."""
+    print(f"\n{step.title}")
     plan = None
-    if job.batch is not None:
-        plan = job.plan(job.batch, job.checkpointing)
+    if step.batch is not None:
+        plan = step.plan(step.batch, step.checkpointing)
         print(_text(plan, modules))
     if vram is None:
         return True
@@ -153,7 +167,7 @@ def _report(job: Job, vram: int | None, modules: bool) -> bool:
             f"{mib(abs(rest))} {'to spare' if fits else 'too much'}"
         )
     try:
-        best = largest(job.plan, vram, CANDIDATES, checkpointing=job.checkpointing)
+        best = largest(step.plan, vram, CANDIDATES, checkpointing=step.checkpointing)
     except DoesNotFit as error:
         print(f"  {error}")
         return False
@@ -163,7 +177,7 @@ def _report(job: Job, vram: int | None, modules: bool) -> bool:
         f"  largest batch in {vram / GIB:.1f} GiB: {best.batch}{more}{recompute}, "
         f"{mib(best.peak_bytes)}"
     )
-    return fits or job.batch is None
+    return fits or step.batch is None
 
 
 def _text(plan: MemoryPlan, modules: bool) -> str:

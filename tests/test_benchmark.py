@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import session
+from bench import report, session
 from kdfast.machine import facts, memory, timing
 
 
@@ -127,6 +127,34 @@ def test_results_survive_the_file() -> None:
     results = session.Results({"cpu": "x"}, [row], ["y"], {"node": 1.5})
     again = session.Results.from_json(json.loads(json.dumps(results.to_json())))
     assert again == results
+
+
+def test_the_best_other_is_the_fastest_rival_and_no_yardstick() -> None:
+    times = {"kdfast": 1.0, "kdfast, weight": 0.5, "native half": 0.7, "sdpa": 3.0, "eager": 2.0}
+    rows = [{"candidate": name, "ms": ms} for name, ms in times.items()]
+    assert report.best_other(rows) == {"candidate": "eager", "ms": 2.0}
+    assert report.best_other(rows[:3]) is None
+
+
+def test_plots_is_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    from bench import plots
+
+    results = session.Results(facts.machine_facts())
+    for name in plots.COLOURS:
+        for tokens in (64, 128):
+            case = f"fwd+bwd 1x8x{tokens} torch.bfloat16"
+            row = session.Row("lengths", case, name, 1.0, 1.0, 0.1, 9, 9, peak_bytes=1 << 20)
+            results.rows.append(row)
+    file, picture = tmp_path / "rows.json", tmp_path / "lengths.png"
+    file.write_text(json.dumps(results.to_json()))
+    assert plots.main([str(file), str(picture)]) == 0
+    assert picture.read_bytes()[1:4] == b"PNG"
+    results.rows.clear()
+    file.write_text(json.dumps(results.to_json()))
+    with pytest.raises(SystemExit, match="2"):
+        plots.main([str(file), str(picture)])
+    assert "must have rows of bench_lengths.py, got none" in capsys.readouterr().err
 
 
 def test_saved_and_peak_bytes() -> None:

@@ -28,8 +28,7 @@ from kdfast.chain.links import Link, LinkModel, build_link, facts, links_of, loa
 from kdfast.chain.metrics import Meter
 from kdfast.chain.objective import Objective, distill_loss, scheduled_alpha, task_loss
 from kdfast.configs import ConfigError, load
-from kdfast.configs.chain import ChainConfig, ChainDistillConfig
-from kdfast.configs.chain_check import roles
+from kdfast.configs.chain import ChainConfig, ChainDistillConfig, roles
 from kdfast.machine.memory import is_out_of_memory, peak_mib, reset_peak
 from kdfast.trainer.feed import Feed
 from kdfast.trainer.state import save_checkpoint

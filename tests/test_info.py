@@ -4,10 +4,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdfast import info, needs
+import kdfast
+from kdfast import info
+from kdfast.chain.needs import chain_needs
 from kdfast.configs import load
-from kdfast.models import EVAViT
+from kdfast.machine import memory, needs
+from kdfast.machine.needs import gib
+from kdfast.ops import OPS, TRITON_OPS
 from kdfast.ops._library import EXTENSION
+from kdfast.plan import steps_of
+from kdfast.recovery.needs import recovery_needs
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +24,7 @@ def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_report_names_every_op_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert info.main([]) == 0
     out = capsys.readouterr().out
-    for op in info.OPS:
+    for op in OPS:
         assert op in out
     assert f"torch                   {torch.__version__.split('+')[0]}" in out
     assert ("kdfast._C               built by" in out) == (EXTENSION is not None)
@@ -30,6 +36,18 @@ def test_embedded_default_needs_nothing(capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     assert "EMBEDDED DEFAULT" in out and "scenes" in out
     assert "MISSING" not in out
+
+
+def test_without_the_train_extra_info_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = needs.importlib.util.find_spec
+    monkeypatch.setattr(
+        needs.importlib.util, "find_spec", lambda name: None if name == "yaml" else find(name)
+    )
+    assert info.main(["--config", "smoke"]) == 1
+    out = capsys.readouterr().out
+    assert "MISSING packages            missing: yaml" in out and '".[train]"' in out
 
 
 def test_missing_inputs_say_what_to_do(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -54,30 +72,43 @@ def test_unusable_inputs_are_reported_together(
     assert "MISSING checkpoint" in out and "MISSING data" in out
 
 
-def test_too_little_memory_and_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needs.torch.cuda, "is_available", lambda: False)
-    config = load("orion50")
-    memory = type("Memory", (), {"available": 1 << 20})
+def test_the_list_of_ops_is_that_of_the_files() -> None:
+    package = Path(kdfast.__file__).parent
+    files = {
+        path.stem
+        for path in (package / "ops").glob("[!_]*.py")
+        if "\nFUSED_ON = " in path.read_text(encoding="utf-8")
+    }
+    assert set(OPS) == files
+    sources = [file for file in OPS.values() if file is not None]
+    assert all((package.parent / file).is_file() for file in sources)
+    kernels = {path.stem for path in (package.parent / "kernels").glob("[!_]*.py")}
+    assert set(TRITON_OPS) == kernels
+
+
+@pytest.mark.parametrize("name", ["orion50", "vit_chain_digits"])
+def test_too_little_memory_and_disk(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = load(name)
+    ram = type("Memory", (), {"available": 1 << 20})
     disk = type("Disk", (), {"free": 1 << 20})
-    monkeypatch.setattr(needs.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: ram)
     monkeypatch.setattr(needs.shutil, "disk_usage", lambda _: disk)
-    fixes = {need.name: need.fix for need in needs.run_needs(config)}
-    assert "run.batch_size=1" in fixes["memory"] and "output=FOLDER" in fixes["disk"]
-    assert not fixes["checkpoint"] and not fixes["data"]
+    found = chain_needs(config) if name == "vit_chain_digits" else recovery_needs(config)
+    fixes = {need.name: need.fix for need in found}
+    assert "checkpointing=true" in fixes.pop("memory")
+    assert "output=FOLDER" in fixes.pop("disk")
+    assert not any(fixes.values())
 
 
-def test_memory_counts_weights_once_and_grows_with_the_batch() -> None:
-    with torch.device("meta"):
-        model = EVAViT(
-            img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, window_size=0
-        )
-    tree = ["data.size=[64, 64]"]
-    one, two = (
-        needs.needed_memory(load("orion50", [*tree, f"run.batch_size={b}"]), model, 1000, 500)
-        for b in (1, 2)
-    )
-    weights = 4 * 1000 + 16 * 500
-    assert two - weights == 2 * (one - weights) > 0
+@pytest.mark.parametrize("name", ["orion50_scenes", "vit_chain_digits"])
+def test_memory_is_what_the_planner_predicts(name: str) -> None:
+    config = load(name)
+    plans = [step.plan(step.batch, step.checkpointing, "cpu") for step in steps_of(config)]
+    peak = max(plan.peak_bytes for plan in plans)
+    found = chain_needs(config) if name == "vit_chain_digits" else recovery_needs(config)
+    (need,) = [need for need in found if need.name == "memory"]
+    assert f"predicted to need {gib(peak)} of tensors" in need.found
 
 
 def test_chain_names_its_images_and_what_is_missing(

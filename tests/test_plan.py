@@ -2,6 +2,7 @@
 """The memory planner against sums by hand, real allocations and torch's own MemTracker."""
 
 import gc
+import importlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -19,11 +20,11 @@ from kdfast import info
 from kdfast.configs import CONFIGS, ConfigError, load
 from kdfast.memory import DoesNotFit, Step, plan_batch, plan_memory, plan_step
 from kdfast.memory.cuda_rules import as_on_cuda
-from kdfast.memory.jobs import jobs_of
 from kdfast.memory.measure import _optimizer, checkpointed, supervised
 from kdfast.models import EVAViT
+from kdfast.ops import OPS
 from kdfast.ops import kd_loss as kd_loss_file
-from kdfast.plan import main, size_of
+from kdfast.plan import main, size_of, steps_of
 
 MIB, GIB = 2**20, 2**30
 
@@ -38,9 +39,9 @@ def distilled() -> Step:
 
 
 def eva_step(recompute: bool = False) -> Step:
-    """The job of the config "smoke", with enough pixels for its activations to count."""
-    (job,) = jobs_of(load("smoke", ["data.size=[96,96]"], files=False))
-    return job.build(recompute)
+    """The step of the config "smoke", with enough pixels for its activations to count."""
+    (step,) = steps_of(load("smoke", ["data.size=[96,96]"], files=False))
+    return step.build(recompute)
 
 
 def real_peak(step: Step, shape: tuple[int, ...], amp: torch.dtype | None) -> int:
@@ -205,6 +206,14 @@ def test_cuda_takes_the_kernels_and_puts_everything_back(monkeypatch: pytest.Mon
     assert kd_loss_file.use_fused is use_fused
 
 
+def test_every_op_is_planned_as_it_runs_on_a_gpu() -> None:
+    with as_on_cuda(()):
+        for op, source in OPS.items():
+            use_fused = importlib.import_module(f"kdfast.ops.{op}").use_fused
+            assert use_fused(op, None, "no kernel here") == (source is not None)
+            assert not use_fused(op, "reference", None)
+
+
 def test_checkpointing_is_planned_under_cudas_autocast() -> None:
     plans = [
         plan_memory(vit, 32, image_size=64, amp=torch.bfloat16, checkpointing=on, teacher_fn=vit)
@@ -283,10 +292,10 @@ def test_rejects(match: str, call: Callable[[], object]) -> None:
         call()
 
 
-def test_jobs_of_a_chain_are_its_links() -> None:
+def test_steps_of_a_chain_are_its_links() -> None:
     config = load("vit_chain_digits", ["optim.ema=0.99", "batch=auto"], files=False)
-    first, second, third = jobs_of(config)
-    assert [job.batch for job in (first, second, third)] == [None] * 3
+    first, second, third = steps_of(config)
+    assert [step.batch for step in (first, second, third)] == [None] * 3
     assert third.title == (
         "vit_chain_digits, student: vit_tiny_patch16_224 taught by vit_small_patch16_224"
     )
@@ -297,7 +306,7 @@ def test_jobs_of_a_chain_are_its_links() -> None:
         for name, args in zip(config.chain[:2], config.model_args[:2], strict=True)
     )
     assert plan.categories["frozen models"] == pytest.approx(4 * both, rel=0.05)
-    cached = jobs_of(load("vit_chain_digits", ["cache=true"], files=False))[1].plan(32, False)
+    cached = steps_of(load("vit_chain_digits", ["cache=true"], files=False))[1].plan(32, False)
     assert cached.categories["frozen models"] == 0
 
 
@@ -309,8 +318,8 @@ def test_a_config_is_planned_without_its_files() -> None:
 
 @pytest.mark.slow
 def test_eva_l_distils_in_24_gib() -> None:
-    (job,) = jobs_of(load("orion50", files=False))
-    plan = job.plan(4, True)
+    (step,) = steps_of(load("orion50", files=False))
+    plan = step.plan(4, True)
     assert plan.peak_bytes < 7 * GIB
     assert plan.categories["parameters"] == pytest.approx(4 * 253e6, rel=0.01)
 

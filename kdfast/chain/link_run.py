@@ -9,8 +9,7 @@ from typing import Any
 
 from kdfast.chain.links import Link
 from kdfast.configs import plain
-from kdfast.configs.chain import ChainConfig
-from kdfast.configs.chain_check import per_link
+from kdfast.configs.chain import ChainConfig, per_link
 from kdfast.data.labelled import Classification
 from kdfast.trainer.state import identity
 

@@ -15,8 +15,7 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from kdfast.chain.checkpoint import weights_of
-from kdfast.configs.chain import ChainConfig
-from kdfast.configs.chain_check import INITS, per_link, roles
+from kdfast.configs.chain import INITS, ChainConfig, per_link, roles
 from kdfast.configs.fields import ConfigError
 from kdfast.data.labelled import Classification
 from kdfast.machine.files import load_torch

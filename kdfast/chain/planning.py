@@ -1,67 +1,124 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The batch of a link: the config's, or the largest one that fits into a given memory."""
+"""The training steps of a chain for the memory planner, and the batch that it chooses for one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 from dataclasses import replace
 
 import torch
+from torch import Tensor, nn
 
 from kdfast.chain.link_run import LinkRun
-from kdfast.chain.links import Link, LinkModel, build_link, switch_checkpointing
-from kdfast.configs.chain_check import per_link
+from kdfast.chain.links import Link, LinkModel, build_link, links_of, switch_checkpointing
+from kdfast.chain.objective import Objective
+from kdfast.configs.chain import ChainConfig, per_link
 from kdfast.configs.fields import ConfigError
-from kdfast.memory import BatchPlan, plan_batch
+from kdfast.memory.measure import Step, optimizer_of
+from kdfast.memory.search import BatchPlan, largest
+from kdfast.memory.steps import PRECISION, PlannedStep
+from kdfast.nn import accelerate
 from kdfast.trainer.logs import LOG
 
 # Batches that the planner may choose.
 PLANNED = tuple(2**i for i in range(11))
 
 
-def batch_size(stage: LinkRun, student: LinkModel, device: torch.device) -> int:
-    """Images per step of a link: the config's, or what ``kdfast.plan`` finds to fit."""
-    value = per_link(stage.config.batch, stage.link.index)
+def chain_steps(config: ChainConfig, classes: int) -> list[PlannedStep]:
+    """The steps of all links in their order; the files that the config names need not exist."""
+    links = links_of(config)
+    teachers: list[Link | None] = [None, *links]
+    return [
+        link_step(config, link, teacher, classes)
+        for link, teacher in zip(links, teachers, strict=False)
+    ]
+
+
+def link_step(config: ChainConfig, link: Link, teacher: Link | None, classes: int) -> PlannedStep:
+    """The step that trains a link.
+
+    Args:
+        config: The whole chain.
+        link: The model that is trained.
+        teacher: The link that teaches it; None: none does.
+        classes: Number of classes, which only the data knows.
+    """
+
+    def model(of: Link, recompute: bool) -> LinkModel:
+        # Where the weights come from has no influence on memory, and they need not be there.
+        made = build_link(replace(of, init="scratch"), classes, checkpointing=recompute)
+        if config.accelerate:
+            accelerate(made.net)
+        return made
+
+    def build(recompute: bool) -> Step:
+        student, above = model(link, recompute), None
+        if teacher is not None and not config.cache:
+            above = model(teacher, False).requires_grad_(False).eval()
+        objective = Objective(
+            student,
+            above,
+            "multiclass",
+            config.distill,
+            epochs=link.epochs,
+            distilled=teacher is not None,
+        )
+
+        def loss(images: Tensor, labels: Tensor) -> Tensor:
+            kept = None
+            if teacher is not None and above is None:
+                kept = torch.zeros(len(images), classes)
+            total: Tensor = objective(images, labels, 0, kept)[0]["total"]
+            return total
+
+        frozen: list[nn.Module] = [] if above is None else [above]
+        if config.optim.ema is not None:
+            frozen.append(copy.deepcopy(student).requires_grad_(False))
+        # Not fused: the chain makes its optimiser by timm, also AdamW.
+        return Step(objective, loss, frozen, optimizer_of(config.optim.opt, fused=False))
+
+    batch = per_link(config.batch, link.index)
+    taught = "" if teacher is None else f" taught by {teacher.model}"
+    return PlannedStep(
+        f"{config.name}, {link.role}: {link.model}{taught}",
+        build,
+        None if batch == "auto" else int(batch),
+        (config.data.size, config.data.size),
+        PRECISION[config.precision],
+        config.checkpointing,
+    )
+
+
+def batch_size(run: LinkRun, student: LinkModel, device: torch.device) -> int:
+    """Images per step of a link: the config's, or what the planner finds to fit."""
+    value = per_link(run.config.batch, run.link.index)
     if value != "auto":
         return int(value)
-    plan = planned_batch(stage, device)
-    if plan.checkpointing and not stage.config.checkpointing:
-        LOG.info("%s: fits with checkpointing only, which is switched on", stage.link.role)
-        switch_checkpointing(student.net, stage.link.model)
-    LOG.info("%s: batch %d planned\n%s", stage.link.role, plan.batch, plan.table)
+    plan = planned_batch(run, device)
+    if plan.checkpointing and not run.config.checkpointing:
+        LOG.info("%s: fits with checkpointing only, which is switched on", run.link.role)
+        switch_checkpointing(student.net, run.link.model)
+    LOG.info("%s: batch %d planned\n%s", run.link.role, plan.batch, plan.table)
     return plan.batch
 
 
-def planned_batch(stage: LinkRun, device: torch.device) -> BatchPlan:
+def planned_batch(run: LinkRun, device: torch.device) -> BatchPlan:
     """The largest power of two that fits into ``vram_gib``, or into the GPU.
 
     Raises:
         ConfigError: Nothing fits, or there is neither a limit nor a GPU.
     """
-    config, classes = stage.config, len(stage.data.class_names)
+    config = run.config
     if config.vram_gib is not None:
         vram = int(config.vram_gib * 2**30)
     elif device.type == "cuda":
         vram = torch.cuda.get_device_properties(device).total_memory
     else:
         raise ConfigError(["vram_gib: batch auto needs it where there is no GPU"])
-    images = min(config.data.limit or len(stage.data.train), len(stage.data.train))
-
-    def maker(link: Link) -> Callable[[], LinkModel]:
-        # What the weights are makes no difference to the plan.
-        return lambda: build_link(replace(link, init="scratch"), classes)
-
-    teacher = None if stage.teacher is None or config.cache else maker(stage.teacher)
+    images = min(config.data.limit or len(run.data.train), len(run.data.train))
+    step = link_step(config, run.link, run.teacher, len(run.data.class_names))
+    candidates = [size for size in PLANNED if size <= images] or [1]
     try:
-        return plan_batch(
-            maker(stage.link),
-            teacher,
-            image_size=config.data.size,
-            vram=vram,
-            optimizer=config.optim.opt,
-            amp={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision),
-            candidates=[size for size in PLANNED if size <= images] or [1],
-            checkpointing=config.checkpointing,
-        )
+        return largest(step.plan, vram, candidates, checkpointing=config.checkpointing)
     except ValueError as error:
-        raise ConfigError([f"batch: {stage.link.role}: {error}"]) from error
+        raise ConfigError([f"batch: {run.link.role}: {error}"]) from error

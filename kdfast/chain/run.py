@@ -16,7 +16,7 @@ from kdfast.chain.link_run import LinkRun
 from kdfast.chain.links import Link, links_of
 from kdfast.chain.train_link import train_link
 from kdfast.configs import ChainConfig, ConfigError, plain, save
-from kdfast.configs.chain_check import stages
+from kdfast.configs.chain import stages
 from kdfast.data.files import CorruptDataError
 from kdfast.data.labelled import Classification, build_classification
 from kdfast.machine.memory import release

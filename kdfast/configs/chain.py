@@ -17,6 +17,9 @@ from kdfast.configs.fields import (
     Share,
 )
 
+# What a link may start from, besides a checkpoint file.
+INITS = ("scratch", "pretrained")
+
 
 @dataclass(frozen=True)
 class ChainDataConfig:
@@ -54,7 +57,7 @@ class ChainDistillConfig:
         alpha: Weight of distillation in the first epoch; the task has 1 - alpha.
         schedule: How alpha moves to ``alpha_end`` over the epochs.
         alpha_end: Alpha in the last epoch, unless the schedule is constant.
-        label_smoothing: Of the task's cross-entropy.
+        label_smoothing: Label smoothing of the task's cross-entropy.
         attention: Weight of the attention term.
         attention_kind: Kind of ``kdfast.attention_distill``.
         attention_map: ``groups``: student head i imitates teacher head floor(i Ht / Hs);
@@ -90,7 +93,7 @@ class ChainOptimConfig:
         opt: Name of ``timm.optim.create_optimizer_v2``; norms and biases get no weight decay.
         lr: Peak learning rate.
         weight_decay: Weight decay.
-        momentum: Of the optimisers that have one.
+        momentum: Momentum, for the optimisers that have one.
         layer_decay: Factor of the learning rate from one block to the one before it; null: none.
         sched: Name of ``timm.scheduler.create_scheduler_v2``, or ``none``.
         warmup_epochs: Epochs of linear warm-up.
@@ -191,3 +194,28 @@ class ChainConfig:
     data: ChainDataConfig = field(default_factory=ChainDataConfig)
     distill: ChainDistillConfig = field(default_factory=ChainDistillConfig)
     optim: ChainOptimConfig = field(default_factory=ChainOptimConfig)
+
+
+def roles(count: int) -> list[str]:
+    """Names of the links of a chain: teacher, assistant (or assistant1, ...), student."""
+    middle = [f"assistant{i}" for i in range(1, count - 1)] if count > 3 else ["assistant"]
+    return ["teacher", *middle[: max(0, count - 2)], "student"][:count]
+
+
+def per_link(value: Any, index: int) -> Any:
+    """The value of link ``index`` where a key has one for all links, or a list of one or of all."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return value[0 if len(value) == 1 else index]
+
+
+def stages(config: ChainConfig) -> list[int]:
+    """Indices of the links that ``config.stage`` names; empty where it names none."""
+    names = roles(len(config.chain))
+    if config.stage == "all":
+        return list(range(len(names)))
+    return [
+        i
+        for i, name in enumerate(names)
+        if config.stage in (name, name.rstrip("0123456789") if "assistant" in name else name)
+    ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What machine and which code a measurement is of."""
+"""Facts that are kept beside a measurement: the machine, the versions and the commit."""
 
 import platform
 import subprocess

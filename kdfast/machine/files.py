@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there, and files of ``torch.save`` of which no code is run."""
+"""Writes files so that a crash leaves no half of one, and loads ``torch.save`` files safely."""
 
 from __future__ import annotations
 

@@ -37,15 +37,27 @@ def peak_mib(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         gpu = torch.cuda.max_memory_allocated(device) / MIB
         reserved = torch.cuda.max_memory_reserved(device) / MIB
-    return {"gpu": gpu, "gpu_reserved": reserved, "host": _resident_peak()}
+    return {"gpu": gpu, "gpu_reserved": reserved, "host": resident_bytes()[1] / MIB}
 
 
-def _resident_peak() -> float:
+def resident_bytes() -> tuple[int, int]:
+    """Resident memory of the process now, and its peak since ``reset_peak``.
+
+    Where the system keeps no high-water mark, both are the memory now.
+    """
+    now = int(psutil.Process().memory_info().rss)
     if _STATUS.exists():
         for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return float(psutil.Process().memory_info().rss) / MIB
+                return now, max(now, int(line.split()[1]) * 1024)
+    return now, now
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free now, on the GPU or on the host."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -68,8 +80,8 @@ def release(device: torch.device) -> None:
 def memory_mib(device: torch.device) -> float:
     """Peak of allocated GPU memory, or the process's resident memory now, in MiB."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return float(psutil.Process().memory_info().rss) / 2**20
+        return torch.cuda.max_memory_allocated(device) / MIB
+    return resident_bytes()[0] / MIB
 
 
 def saved_bytes(call: Callable[[], object]) -> int:

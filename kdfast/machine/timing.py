@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved timing of candidates."""
+"""Times candidates in turns, and tells samples on a quiet machine from others."""
 
 import bisect
 import statistics
@@ -104,7 +104,7 @@ class Calibration:
         return _timed(lambda: self._a @ self._b, self._repeats)
 
     def seconds(self) -> float:
-        """Of one loop, now: the faster of two, as a thread that wakes up late is no slow window."""
+        """Seconds of a loop now: the faster of two, since a late thread is no slow window."""
         found = min(self._loop(), self._loop())
         bisect.insort(self._found, found)
         return found

@@ -17,14 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-OPS = (
-    "pruned_attention",
-    "attention_distill",
-    "kd_loss",
-    "feature_loss",
-    "head_gather",
-    "swiglu_norm",
-)
+from kdfast.ops import OPS
+
 HALF = (torch.float16, torch.bfloat16)
 # What autocast runs in fp32 on CUDA, and leaves alone on CPUs; copies are saved for the backward.
 WIDE = frozenset(
@@ -81,7 +75,7 @@ class _Recompute:
 
 @contextmanager
 def as_on_cuda(roots: Sequence[nn.Module]) -> Iterator[None]:
-    """CUDA's autocast, and every op by its compiled kernel, whatever this machine has.
+    """CUDA's autocast, and every op as it runs on a GPU, whatever this machine has.
 
     Args:
         roots: Modules whose parts a backward may run again.
@@ -90,7 +84,7 @@ def as_on_cuda(roots: Sequence[nn.Module]) -> Iterator[None]:
     before = [module.use_fused for module in modules]
 
     def fused(op: str, backend: str | None, reason: str | None, **rest: Any) -> bool:
-        return backend != "reference"
+        return backend != "reference" and OPS[op] is not None
 
     recompute, handles = _Recompute(), []
     try:

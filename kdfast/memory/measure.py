@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdfast.memory.cuda_rules import as_on_cuda
-from kdfast.memory.ledger import CATEGORIES, INPUTS, OPTIMIZER, Books, Ledger
+from kdfast.memory.ledger import CATEGORIES, INPUTS, OPTIMIZER, PARAMETERS, Books, Ledger
 from kdfast.models.eva import EVAViT
 from kdfast.ops.kd_loss import kd_loss
 
@@ -77,6 +77,11 @@ class MemoryPlan:
         """What the device must have."""
         return self.tensors + self.overhead
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of what a checkpoint holds: the trained model and the optimiser's states."""
+        return self.categories[PARAMETERS] + self.categories[OPTIMIZER]
+
     def __str__(self) -> str:
         recompute = ", checkpointing" if self.checkpointing else ""
         size = " x ".join(map(str, self.image_size))
@@ -137,7 +142,7 @@ def plan_step(
         checkpointing: Only said in the result; ``build`` turns it on.
         device: "cuda": autocast rules, op kernels and allocator sizes of CUDA, and its overhead;
             "cpu": tensors of this CPU as they are.
-        channels: Of the images.
+        channels: Number of channels of the images.
 
     Raises:
         ValueError: ``batch`` or ``device`` is not possible.
@@ -267,8 +272,8 @@ def supervised(
         student: Trained.
         teacher: Frozen here.
         optimizer: "adamw" is the fused one; otherwise a name of timm.
-        temperature: Of ``kd_loss``.
-        alpha: Of ``kd_loss``.
+        temperature: Temperature of ``kd_loss``.
+        alpha: Weight of distillation in ``kd_loss``.
     """
     if teacher is not None:
         teacher.requires_grad_(False).eval()

@@ -121,7 +121,7 @@ def plan_batch(
 def largest(
     planner: Planner, vram: int, candidates: Sequence[int], *, checkpointing: bool = False
 ) -> BatchPlan:
-    """As ``plan_batch``, for any function of (batch, checkpointing)."""
+    """``plan_batch`` where ``planner`` makes the plan of a batch, with checkpointing or not."""
     sizes = sorted(set(candidates))
     if not sizes or sizes[0] < 1:
         raise ValueError(f"plan: candidates must be batches of at least 1, got {list(candidates)}")

@@ -1,45 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems of a chain's config that involve more than one key, or the machine."""
+"""Problems of a config that involve more than one key, the file system or the machine."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from kdfast.configs.chain import ChainConfig
-
-INITS = ("scratch", "pretrained")
-
-
-def roles(count: int) -> list[str]:
-    """Names of the links of a chain: teacher, assistant (or assistant1, ...), student."""
-    middle = [f"assistant{i}" for i in range(1, count - 1)] if count > 3 else ["assistant"]
-    return ["teacher", *middle[: max(0, count - 2)], "student"][:count]
+from kdfast.configs.chain import INITS, ChainConfig, roles, stages
+from kdfast.configs.recovery import Config
 
 
-def per_link(value: Any, index: int) -> Any:
-    """Entry of a link in a value that is given once, as a list of one, or as a list of all."""
-    if not isinstance(value, (list, tuple)):
-        return value
-    return value[0 if len(value) == 1 else index]
-
-
-def stages(config: ChainConfig) -> list[int]:
-    """Indices of the links that ``stage`` names; empty for a name that there is not."""
-    names = roles(len(config.chain))
-    if config.stage == "all":
-        return list(range(len(names)))
-    return [
-        i
-        for i, name in enumerate(names)
-        if config.stage in (name, name.rstrip("0123456789") if "assistant" in name else name)
-    ]
-
-
-def check_chain(config: ChainConfig) -> list[str]:
+def check(config: Config | ChainConfig) -> list[str]:
     """One line for everything that is wrong."""
+    return _check_chain(config) if isinstance(config, ChainConfig) else _check_recovery(config)
+
+
+def _check_recovery(config: Config) -> list[str]:
+    found: list[str] = []
+    teacher, data, run = config.teacher, config.data, config.run
+    if teacher.checkpoint is None and teacher.fit is None:
+        found.append("teacher.checkpoint: must name a file, or teacher.fit say how to train one")
+    if teacher.checkpoint is None and data.kind != "scenes":
+        found.append(f"teacher.checkpoint: {data.kind} has no labels to train one, must be a file")
+    if teacher.checkpoint is not None and not Path(teacher.checkpoint).expanduser().is_file():
+        found.append(f"teacher.checkpoint: no such file: {teacher.checkpoint}")
+    if data.kind != "scenes" and data.root is None:
+        found.append(f"data.root: {data.kind} needs a folder")
+    elif data.kind != "scenes" and not Path(str(data.root)).expanduser().is_dir():
+        found.append(f"data.root: no such folder: {data.root}")
+    if data.cache and data.augment:
+        found.append("data.cache: needs data.augment false, got true")
+    if config.distill.feature + config.distill.attention + config.distill.output == 0:
+        found.append("distill: feature, attention and output must not all be 0")
+    return found + _check_device(run.device, run.precision, "run.")
+
+
+def _check_chain(config: ChainConfig) -> list[str]:
     found: list[str] = []
     count = len(config.chain)
     if not count:
@@ -64,7 +61,7 @@ def check_chain(config: ChainConfig) -> list[str]:
     if config.twin and count < 2:
         found.append("twin: needs a chain of two or more links")
     found += _check_training(config)
-    return found + check_device(config.device, config.precision)
+    return found + _check_device(config.device, config.precision)
 
 
 def _check_training(config: ChainConfig) -> list[str]:
@@ -93,7 +90,7 @@ def _check_training(config: ChainConfig) -> list[str]:
     return found
 
 
-def check_device(device: str, precision: str, prefix: str = "") -> list[str]:
+def _check_device(device: str, precision: str, prefix: str = "") -> list[str]:
     """Problems of a device and a precision on this machine."""
     found: list[str] = []
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds a config by name or file, applies the user's changes, checks it; and writes one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdfast.configs.chain import ChainConfig
+from kdfast.configs.check import check
+from kdfast.configs.cnn_chain import cnn_chain, cnn_chain_digits
+from kdfast.configs.fields import ConfigError, build, keys, plain, unknown
+from kdfast.configs.orion50 import orion50, orion50_scenes
+from kdfast.configs.recovery import Config
+from kdfast.configs.smoke import smoke
+from kdfast.configs.stand_ins import stand_in
+from kdfast.configs.vit_chain import cifar10, vit_chain, vit_chain_digits
+
+CONFIGS: dict[str, Callable[[], Config | ChainConfig]] = {
+    f.__name__: f
+    for f in (
+        *(orion50, orion50_scenes, smoke),
+        *(vit_chain, vit_chain_digits, cnn_chain, cnn_chain_digits, cifar10),
+    )
+}
+
+
+def load(source: str, changes: Sequence[str] = (), *, files: bool = True) -> Config | ChainConfig:
+    """The resolved config of a name or a YAML file.
+
+    Args:
+        source: Name of a config, or path of a YAML file: ``name:`` says what it starts from,
+            every other key replaces a value. A saved config is such a file.
+        changes: ``a.b=value`` with a YAML value; later ones win.
+        files: False: the files that it names need not exist, and nothing stands in for them.
+
+    Raises:
+        ConfigError: Lists everything that is wrong: unknown keys, bad values, missing files.
+    """
+    problems: list[str] = []
+    tree = _read(source, problems) if _is_file(source) else {"name": source}
+    name = tree.get("name")
+    if not isinstance(name, str) or name not in CONFIGS:
+        complaint = f"name: must be one of {', '.join(CONFIGS)}, got {name!r}"
+        raise ConfigError([*problems, f"{complaint} (a file ends in .yaml)"])
+    kind = type(CONFIGS[name]())
+    known = keys(kind)
+    user = _flatten(tree, problems, known) | _parse(changes, problems, known)
+    user.pop("name", None)
+    name, note = stand_in(CONFIGS[name](), user) if files else (name, "")
+    values = plain(CONFIGS[name]()) | ({"note": note} if note else {})
+    for key, value in user.items():
+        _put(values, key, value)
+    config = build(kind, values, problems)
+    if config is not None and files:
+        problems += check(config)
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
+
+
+def save(config: Config | ChainConfig, path: Path) -> None:
+    """Write a config as YAML that ``load`` reads."""
+    page = "docs/use/vit_chain.md" if isinstance(config, ChainConfig) else "docs/use/training.md"
+    head = f"# Resolved config of a run; use it with --config. {page} explains the keys.\n"
+    note = f"# {config.note}\n" if config.note else ""
+    path.write_text(head + note + yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
+
+
+def _is_file(source: str) -> bool:
+    return Path(source).suffix in (".yaml", ".yml")
+
+
+def _read(source: str, problems: list[str]) -> dict[str, Any]:
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise ConfigError([f"--config: no such file: {source}"])
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError([f"--config: {source} is not YAML: {error}"]) from error
+    if not isinstance(tree, dict):
+        raise ConfigError([f"--config: {source} must hold keys and values"])
+    return tree
+
+
+def _parse(changes: Sequence[str], problems: list[str], known: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            problems.append(f"--set {change}: must be key=value")
+            continue
+        if key not in known or key == "name":
+            problems.append(unknown(key, known))
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            problems.append(f"{key}: not a YAML value: {text}")
+            continue
+        if isinstance(value, Mapping):
+            found |= _flatten(value, problems, known, f"{key}.")
+        else:
+            found[key] = value
+    return found
+
+
+def _flatten(
+    tree: Mapping[Any, Any], problems: list[str], known: list[str], prefix: str = ""
+) -> dict[str, Any]:
+    """Dotted keys and values; unknown keys are reported and left out."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key not in known:
+            problems.append(unknown(key, known))
+        elif isinstance(value, Mapping):
+            found |= _flatten(value, problems, known, f"{key}.")
+        else:
+            found[key] = value
+    return found
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    for name in sections:
+        if values[name] is None:
+            values[name] = {}
+        if not isinstance(values[name], dict):
+            return  # the section itself was set to a scalar, which ``build`` reports
+        values = values[name]
+    values[leaf] = value

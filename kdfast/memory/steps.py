@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step that can be planned, and what it needs of this machine's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kdfast.machine.memory import free_bytes
+from kdfast.machine.needs import Need, gib
+from kdfast.memory.measure import MemoryPlan, Step, plan_step
+
+PRECISION = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """The training step of one part of a run, built as the run builds it, without data and files.
+
+    Attributes:
+        title: What is trained.
+        build: Makes the step, with checkpointing or not.
+        batch: Images per step that the config says; None: the planner chooses.
+        image_size: (height, width).
+        amp: Dtype of autocast; None: fp32.
+        checkpointing: Whether the config says to recompute activations.
+    """
+
+    title: str
+    build: Callable[[bool], Step]
+    batch: int | None
+    image_size: tuple[int, int]
+    amp: torch.dtype | None
+    checkpointing: bool
+
+    def plan(self, batch: int, checkpointing: bool, device: str = "cuda") -> MemoryPlan:
+        """Predicted peak with this batch; ``device`` as in ``plan_step``."""
+        return plan_step(
+            lambda: self.build(checkpointing),
+            batch,
+            image_size=self.image_size,
+            amp=self.amp,
+            checkpointing=checkpointing,
+            device=device,
+        )
+
+    def configured_plan(self, device: str) -> MemoryPlan:
+        """Predicted peak as the config says; with one image where it leaves the batch open."""
+        return self.plan(self.batch or 1, self.checkpointing, device)
+
+
+def device_of(choice: str) -> str:
+    """The device type that ``auto``, ``cpu`` or ``cuda`` of a config means on this machine."""
+    if choice == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return choice
+
+
+def memory_need(plans: Sequence[MemoryPlan], fix: str) -> Need:
+    """Memory of the largest of some training steps, against what this machine has free.
+
+    On the CPU only tensors are predicted: what Python, libraries and data take comes on top.
+
+    Args:
+        plans: The steps, planned for the device of the run.
+        fix: What to do if that is too much.
+    """
+    largest = max(plans, key=lambda plan: plan.peak_bytes)
+    device = torch.device(largest.device)
+    need, free = largest.peak_bytes, free_bytes(device)
+    what, where = ("", "on the GPU") if device.type == "cuda" else (" of tensors", "of memory")
+    found = (
+        f"a step of {largest.batch} is predicted to need {gib(need)}{what}, "
+        f"{gib(free)} {where} free"
+    )
+    return Need("memory", found, "" if need < free else fix)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recovery run needs: checkpoint, data, memory and disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from kdfast import data
+from kdfast.configs import Config, plain
+from kdfast.machine.needs import Need, disk_need
+from kdfast.memory.steps import device_of, memory_need
+from kdfast.models.checkpoint import load_orion_backbone
+from kdfast.models.eva import EVAViT
+from kdfast.recovery.planning import recovery_step
+
+
+def recovery_needs(config: Config) -> list[Need]:
+    """Checkpoint, data, memory of a training step, and disk of a run of ``config``."""
+    try:
+        model, checkpoint = _teacher(config)
+    except (OSError, ValueError) as error:
+        found = f"{config.teacher.checkpoint}: {error}"
+        return [Need("checkpoint", found, "--set teacher.checkpoint=FILE"), _data(config)]
+    plan = recovery_step(config, model.config).configured_plan(device_of(config.run.device))
+    fix = "--set run.batch_size=1 --set run.checkpointing=true"
+    return [
+        checkpoint,
+        _data(config),
+        memory_need([plan], fix),
+        disk_need(config.output, plan.checkpoint_bytes),
+    ]
+
+
+def _teacher(config: Config) -> tuple[EVAViT, Need]:
+    path = config.teacher.checkpoint
+    if path is not None:
+        model = load_orion_backbone(Path(path).expanduser())
+        heads = max(len(h) for h in model.heads)
+        return model, Need("checkpoint", f"{path}: {len(model.heads)} blocks of {heads} heads")
+    if config.teacher.fit is None:
+        raise ValueError("neither teacher.checkpoint nor teacher.fit is set")
+    with torch.device("meta"):
+        model = EVAViT(**plain(config.teacher.fit.model))
+    return model, Need("checkpoint", "none: a small teacher is trained first, and kept")
+
+
+def _data(config: Config) -> Need:
+    spec = config.data
+    if spec.kind == "scenes":
+        return Need("data", f"scenes, rendered here: {spec.frames} frames of six views")
+    try:
+        images = data.build(kind=spec.kind, root=spec.root, split="train", size=spec.size)
+    except (OSError, ValueError) as error:
+        return Need("data", str(error), "--set data.root=FOLDER")
+    return Need("data", f"{spec.kind} in {spec.root}: {len(images):,} items to train on")

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The distillation step of a recovery run, for the memory planner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.configs import Config, plain
+from kdfast.data.scenes import CLASSES
+from kdfast.memory.measure import Step
+from kdfast.memory.steps import PRECISION, PlannedStep
+from kdfast.models.dense_head import DenseHead
+from kdfast.models.eva import EVAViT, eva_vit_l_orion
+from kdfast.pruning.select import kept_counts
+from kdfast.recovery.objective import Distiller
+from kdfast.recovery.optim import adamw, param_groups
+
+
+def recovery_step(config: Config, teacher: Mapping[str, Any] | None = None) -> PlannedStep:
+    """The step that distils the teacher into the pruned student.
+
+    Args:
+        config: Its files need not exist.
+        teacher: Arguments of the teacher's ``EVAViT``; None: those of ``teacher.fit``, or of EVA-L
+            where the config names a checkpoint.
+    """
+
+    def build(recompute: bool) -> Step:
+        original = _teacher(config, teacher)
+        student = _student(config, original, recompute)
+        head = _head(config)
+        distiller = Distiller(student, original, head, config.distill)
+
+        def loss(images: Tensor, _: Tensor) -> Tensor:
+            labels = None
+            if head is not None:
+                labels = torch.zeros((len(images), *images.shape[2:]), dtype=torch.int64)
+            total: Tensor = distiller(images, labels, 0)["total"]
+            return total
+
+        def optimizer(module: nn.Module) -> torch.optim.Optimizer:
+            return adamw(param_groups(module, config.optim, len(student.blocks)), config.optim)
+
+        frozen: list[nn.Module] = [original] if head is None else [original, head]
+        return Step(distiller, loss, frozen, optimizer)
+
+    keep = f"{config.prune.keep:.0%}" if isinstance(config.prune.keep, float) else config.prune.keep
+    return PlannedStep(
+        f"{config.name}: distil into {keep} of the heads",
+        build,
+        config.run.batch_size,
+        config.data.size,
+        PRECISION[config.run.precision],
+        config.run.checkpointing,
+    )
+
+
+def _teacher(config: Config, shape: Mapping[str, Any] | None) -> EVAViT:
+    fit = config.teacher.fit
+    if shape is not None:
+        return EVAViT(**{**shape, "with_cp": False})
+    if config.teacher.checkpoint is not None or fit is None:
+        return eva_vit_l_orion(with_cp=False)
+    return EVAViT(**plain(fit.model), with_cp=False)
+
+
+def _student(config: Config, teacher: EVAViT, recompute: bool) -> EVAViT:
+    counts = kept_counts("plan", config.prune.keep, [len(heads) for heads in teacher.heads])
+    # Which heads stay has no influence on memory.
+    heads = [held[:count] for held, count in zip(teacher.heads, counts, strict=True)]
+    changes = {"heads": heads, "drop_path_rate": config.distill.drop_path}
+    return EVAViT(**{**teacher.config, **changes, "with_cp": recompute})
+
+
+def _head(config: Config) -> DenseHead | None:
+    """The dense head, which exists only where the teacher is trained here."""
+    fit = config.teacher.fit
+    if fit is None or config.teacher.checkpoint is not None:
+        return None
+    return DenseHead(fit.model.embed_dim, fit.head_dim, len(CLASSES), fit.model.patch_size)
