@@ -37,7 +37,7 @@ inline void check_heads(at::IntArrayRef heads, int64_t num_heads) {
                       "), got ", h);
 }
 
-// Of a gradient that goes back to num_heads heads.
+// Checks the arguments of the backward: grad holds the gathered heads of num_heads.
 inline void check_scatter(const at::Tensor& grad, at::IntArrayRef heads, int64_t head_dim,
                           int64_t dim, int64_t num_heads) {
   const int64_t held = count_heads(grad, head_dim, dim);

@@ -5,7 +5,7 @@
 
 #include <map>
 
-#include "dispatch.h"
+#include "cpu/dispatch.h"
 
 namespace {
 
@@ -32,10 +32,10 @@ PYBIND11_MODULE(_C, m) {
       "testable_isas", [] { return names(kdfast::cpu::testable_isas()); },
       "The same, and those that are emulated for tests.");
   m.def(
-      "cpu_isa", [] { return std::string(kdfast::cpu::isa_name(kdfast::cpu::isa())); },
+      "cpu_isa", [] { return std::string(kdfast::cpu::isa_name(kdfast::cpu::kernels().isa)); },
       "The instruction set that the CPU kernels use.");
   m.def("set_cpu_isa", &kdfast::cpu::set_isa, pybind11::arg("name"),
         "Forces an instruction set; ValueError if unknown or not supported here.");
   m.def("build_info", &build_info, "Compiler, torch and CUDA that this extension was built with.");
-  kdfast::cpu::isa();  // a bad KDFAST_CPU_ISA fails at import, not in the first kernel
+  kdfast::cpu::choose_isa();  // a bad KDFAST_CPU_ISA fails at import, not in the first kernel
 }

@@ -12,12 +12,44 @@
 #include <vector>
 
 #include "cpu/attention_geometry.h"
+#include "cpu/isa/pruned_attention.h"
 
 namespace kdfast::cpu {
+
+// What the ops say of the student's attention after its tensors, in the schema's order.
+struct AttentionOptions {
+  at::OptionalIntArrayRef heads;
+  const std::optional<at::Tensor>&cos, &sin;
+  int64_t prefix;
+  bool interleaved;
+  double scale;
+  at::OptionalIntArrayRef grid;
+  int64_t window;
+  const std::optional<at::Tensor>& pad_value;  // (H, D)
+};
 
 // A tensor (B, H, N, D) whose rows of D elements are contiguous; copies only if they are not.
 inline at::Tensor with_contiguous_rows(const at::Tensor& x) {
   return x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous();
+}
+
+// The same of x, which must be like another tensor (B, H, N, D).
+inline at::Tensor checked(const char* op, const at::Tensor& x, const at::Tensor& like) {
+  TORCH_CHECK_VALUE(
+      like.dim() == 4 && x.sizes() == like.sizes() && x.scalar_type() == like.scalar_type(), op,
+      ": tensors must be (B, H, N, D) of one shape and dtype, got ", x.sizes(), " and ",
+      like.sizes());
+  return with_contiguous_rows(x);
+}
+
+// The rows of head h of image b, to be read or to be written.
+inline Rows rows_of(const at::Tensor& x, int64_t b, int64_t h) {
+  const int64_t offset = (b * x.stride(0) + h * x.stride(1)) * x.element_size();
+  return {static_cast<const char*>(x.const_data_ptr()) + offset, x.stride(2)};
+}
+inline MutableRows rows_to(const at::Tensor& x, int64_t b, int64_t h) {
+  const int64_t offset = (b * x.stride(0) + h * x.stride(1)) * x.element_size();
+  return {static_cast<char*>(x.mutable_data_ptr()) + offset, x.stride(2)};
 }
 
 inline at::Tensor empty_heads(const at::Tensor& x, int64_t heads, bool zero) {
@@ -48,6 +80,11 @@ inline TokenGrid token_grid(const char* op, at::OptionalIntArrayRef grid, int64_
   return {(*grid)[0], (*grid)[1], size};
 }
 
+// Tokens that a rotary table counts: those of q, or the places in a window.
+inline int64_t table_rows(at::OptionalIntArrayRef grid, int64_t window, const at::Tensor& q) {
+  return grid.has_value() ? window * window : q.size(2);
+}
+
 // Tokens of the first window, which is the largest; none in an empty grid, which has no windows.
 inline int64_t largest_window(const TokenGrid& grid) {
   return std::min(grid.rows, grid.size) * std::min(grid.cols, grid.size);
@@ -74,6 +111,64 @@ struct Tables {
                       cos.sizes(), " and ", sin.sizes());
     view = {cos.template const_data_ptr<A>(), sin.template const_data_ptr<A>(), prefix,
             rows - cos.size(0), interleaved};
+  }
+};
+
+// The student's side of one call, with everything resolved that an item (image, kept head, window)
+// needs. Windows are the slowest index of an item: the largest come first.
+template <class A>
+struct StudentCall {
+  static constexpr at::ScalarType kDtype = c10::CppTypeToScalarType<A>::value;
+
+  at::Tensor q, k, v, pad;
+  std::vector<int64_t> heads;
+  TokenGrid grid;
+  Tables<A> tables;
+  A scale;
+  int64_t batch, kept, tokens, dim, windows, largest;
+
+  StudentCall(const char* op, const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_,
+              const AttentionOptions& o)
+      : q(checked(op, q_, q_)),
+        k(checked(op, k_, q_)),
+        v(checked(op, v_, q_)),
+        heads(kept_heads(op, o.heads, q.size(1))),
+        grid(token_grid(op, o.grid, o.window, q.size(2))),
+        tables(op, o.cos, o.sin, o.prefix, o.interleaved, table_rows(o.grid, o.window, q),
+               q.size(3)),
+        scale(static_cast<A>(o.scale)),
+        batch(q.size(0)),
+        kept(static_cast<int64_t>(heads.size())),
+        tokens(q.size(2)),
+        dim(q.size(3)),
+        windows(window_count(grid)),
+        largest(largest_window(grid)) {
+    if (!o.pad_value.has_value()) return;
+    pad = o.pad_value->to(kDtype).contiguous();
+    TORCH_CHECK_VALUE(pad.dim() == 2 && pad.size(0) == q.size(1) && pad.size(1) == dim, op,
+                      ": pad_value must be (", q.size(1), ", ", dim, "), got ", pad.sizes());
+  }
+
+  int64_t items() const { return batch * kept * windows; }
+  int64_t image_of(int64_t item) const { return item / kept % batch; }
+  int64_t kept_of(int64_t item) const { return item % kept; }
+  WindowSpan span_of(int64_t item) const {
+    return window_span(grid, item / (batch * kept), pad.defined());
+  }
+  const A* pad_of(int64_t head) const {
+    return pad.defined() ? pad.const_data_ptr<A>() + head * dim : nullptr;
+  }
+
+  // The gradient of the padded keys' value from `chunks` parts (D,) of each item: their sum over
+  // images and windows in a fixed order, and zero for heads that are not kept.
+  at::Tensor sum_pads(const std::vector<A>& parts, int64_t chunks, at::ScalarType dtype) const {
+    at::Tensor total = at::zeros(pad.sizes(), pad.options());
+    A* to = total.mutable_data_ptr<A>();
+    for (int64_t item = 0; item < items(); ++item)
+      for (int64_t c = 0; c < chunks; ++c)
+        for (int64_t d = 0; d < dim; ++d)
+          to[heads[kept_of(item)] * dim + d] += parts[(item * chunks + c) * dim + d];
+    return total.to(dtype);
   }
 };
 

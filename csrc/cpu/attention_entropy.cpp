@@ -5,35 +5,19 @@
 #include <torch/library.h>
 
 #include "cpu/attention_boundary.h"
+#include "cpu/attention_products.h"
 #include "cpu/element_of.h"
-#include "dispatch.h"
 
 namespace kdfast::cpu {
 namespace {
 
 constexpr const char* kOp = "attention_entropy";
 
+// Precision settings of fp32 do not reach it: only bf16 is multiplied as bf16.
 template <class A>
-EntropyKernel<A> choose_kernel([[maybe_unused]] Element element) {
-  if constexpr (sizeof(A) == 8) {
-    return entropy_generic_f64();
-  } else {
-#if KDFAST_X86
-    if (element == Element::bf16) {
-      if (isa() == Isa::amx) return entropy_amx();
-      if (isa() == Isa::amx_emulated) return entropy_amx_emulated();
-      if (isa() == Isa::avx512_bf16) return entropy_avx512_bf16();
-    }
-    if (isa() >= Isa::avx512) return entropy_avx512();
-    if (isa() >= Isa::avx2) return entropy_avx2();
-#endif
-    return entropy_generic();
-  }
-}
-
-Rows rows_of(const at::Tensor& x, int64_t b, int64_t h) {
-  const int64_t offset = (b * x.stride(0) + h * x.stride(1)) * x.element_size();
-  return {static_cast<const char*>(x.const_data_ptr()) + offset, x.stride(2)};
+const EntropyKernel<A>& kernel_of(Element element) {
+  const Products products = element == Element::bf16 ? Products::bf16 : Products::fp32;
+  return attention_kernels<A>(products).entropy;
 }
 
 template <class A>
@@ -44,7 +28,7 @@ at::Tensor entropy(const at::Tensor& q, const at::Tensor& k, const Tables<A>& ta
       at::empty({batch, heads, tokens}, q.options().dtype(c10::CppTypeToScalarType<A>::value));
   if (out.numel() == 0) return out;
   A* data = out.mutable_data_ptr<A>();
-  const EntropyKernel<A> kernel = choose_kernel<A>(element_of(kOp, q));
+  const EntropyKernel<A>& kernel = kernel_of<A>(element_of(kOp, q));
   const int64_t largest = largest_window(grid);
   share_items(batch * heads * window_count(grid), kernel.scratch_bytes(largest, dim),
               [&](int64_t item, char* scratch) {
@@ -63,13 +47,9 @@ at::Tensor attention_entropy(const at::Tensor& q_, const at::Tensor& k_,
                              const std::optional<at::Tensor>& sin, int64_t prefix, bool interleaved,
                              double scale, at::OptionalIntArrayRef grid, int64_t window,
                              bool pads) {
-  TORCH_CHECK_VALUE(
-      q_.dim() == 4 && q_.sizes() == k_.sizes() && q_.scalar_type() == k_.scalar_type(), kOp,
-      ": q and k must be (B, H, N, D) of one shape and dtype, got ", q_.sizes(), " and ",
-      k_.sizes());
-  const at::Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_);
+  const at::Tensor q = checked(kOp, q_, q_), k = checked(kOp, k_, q_);
   const TokenGrid tokens = token_grid(kOp, grid, window, q.size(2));
-  const int64_t rows = grid.has_value() ? window * window : q.size(2);
+  const int64_t rows = table_rows(grid, window, q);
   const auto run = [&]<class A>(A) {
     const Tables<A> tables(kOp, cos, sin, prefix, interleaved, rows, q.size(3));
     return entropy<A>(q, k, tables, scale, tokens, pads);

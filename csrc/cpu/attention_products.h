@@ -2,14 +2,11 @@
 #pragma once
 #include <ATen/Context.h>
 
-#include "isa/elements.h"
+#include "cpu/kernels.h"
 
 namespace kdfast::cpu {
 
-// What the products of an attention call with fp32 sums may be made of: fp32, two bf16 for every
-// value (three products of bf16 in place of one), or one.
-enum class Products { fp32, split, bf16 };
-
+// What the products of an attention call are made of, by the element type of what is multiplied.
 // fp32 follows the setting that torch's own matrix product on the CPU reads, when it is called:
 // torch.backends.mkldnn.matmul.fp32_precision, which torch.set_float32_matmul_precision sets too.
 inline Products products_of(Element element) {
@@ -23,6 +20,15 @@ inline Products products_of(Element element) {
     case at::Float32Precision::TF32: return Products::split;
     default: return Products::fp32;
   }
+}
+
+// The kernels with sums of type A over such products; of double there is one kind.
+template <class A>
+const AttentionKernels<A>& attention_kernels([[maybe_unused]] Products products) {
+  if constexpr (sizeof(A) == sizeof(double))
+    return attention_f64;
+  else
+    return *kernels().attention[static_cast<int>(products)];
 }
 
 }  // namespace kdfast::cpu

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "dispatch.h"
+#include "cpu/dispatch.h"
 
-#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -75,16 +74,6 @@ Isa parse(const std::string& name) {
   throw std::invalid_argument("KDFAST_CPU_ISA: must be one of " + known + ", got " + name);
 }
 
-Isa initial() {
-  const char* forced = std::getenv("KDFAST_CPU_ISA");
-  return forced && *forced ? parse(forced) : available_isas().back();
-}
-
-std::atomic<Isa>& current() {
-  static std::atomic<Isa> isa{initial()};
-  return isa;
-}
-
 }  // namespace
 
 std::vector<Isa> testable_isas() {
@@ -100,9 +89,12 @@ std::vector<Isa> available_isas() {
   return out;
 }
 
-Isa isa() { return current().load(std::memory_order_relaxed); }
+void choose_isa() {
+  const char* forced = std::getenv("KDFAST_CPU_ISA");
+  use_kernels(forced && *forced ? parse(forced) : available_isas().back());
+}
 
-void set_isa(const std::string& name) { current().store(parse(name), std::memory_order_relaxed); }
+void set_isa(const std::string& name) { use_kernels(parse(name)); }
 
 const char* isa_name(Isa isa) {
   switch (isa) {

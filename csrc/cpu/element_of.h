@@ -2,7 +2,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
-#include "isa/elements.h"
+#include "cpu/isa/elements.h"
 
 namespace kdfast::cpu {
 

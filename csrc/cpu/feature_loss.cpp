@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "isa/feature_loss.h"
+#include "cpu/isa/feature_loss.h"
 
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
@@ -9,8 +9,8 @@
 #include <string_view>
 #include <tuple>
 
-#include "dispatch.h"
-#include "row_loss.h"
+#include "cpu/kernels.h"
+#include "cpu/row_loss.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -21,19 +21,6 @@ constexpr double kEps = 1e-6, kZeroNorm = 1e-8;
 constexpr int64_t kChunk = 4096;
 // Rows whose channel sums are fp32 before they go to fp64.
 constexpr int64_t kBlock = 256;
-
-struct Kernels {
-  decltype(&feature_loss_rows_generic) rows;
-  decltype(&channel_sums_generic) sums;
-};
-
-Kernels kernels() {
-#if KDFAST_X86
-  if (isa() == Isa::avx2) return {feature_loss_rows_avx2, channel_sums_avx2};
-  if (isa() != Isa::generic) return {feature_loss_rows_avx512, channel_sums_avx512};
-#endif
-  return {feature_loss_rows_generic, channel_sums_generic};
-}
 
 FeatureKind parse_kind(std::string_view kind) {
   if (kind == "mse") return FeatureKind::mse;
@@ -54,7 +41,7 @@ template <class A>
 void channel_moments(const FeatureLossArgs& args, int64_t rows, const at::Tensor& mean,
                      const at::Tensor& scale) {
   const int64_t n = args.features, blocks = (rows + kBlock - 1) / kBlock;
-  const auto fn = kernels().sums;
+  const auto fn = kernels().rows->channel_sums;
   // Sums around a value near the mean lose no digits in the variance.
   const int64_t few = std::min<int64_t>(rows, 32);
   const at::Tensor shift = at::empty({2, n}, mean.options());
@@ -84,7 +71,7 @@ double add_rows(const FeatureLossArgs& given, int64_t rows) {
   const at::Tensor losses = at::empty({rows}, at::kDouble);
   FeatureLossArgs args = given;
   args.loss = losses.mutable_data_ptr<double>();
-  const auto fn = kernels().rows;
+  const auto fn = kernels().rows->feature_loss;
   const int64_t grain = std::max<int64_t>(1, kGrainElements / args.features);
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { fn(args, begin, end); });
   return sum_rows(losses);

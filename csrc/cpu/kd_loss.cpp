@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "isa/kd_loss.h"
+#include "cpu/isa/kd_loss.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/full.h>
@@ -8,8 +8,8 @@
 #include <string>
 #include <tuple>
 
-#include "dispatch.h"
-#include "row_loss.h"
+#include "cpu/kernels.h"
+#include "cpu/row_loss.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -96,13 +96,7 @@ Results run(const at::Tensor& student, const at::Tensor& teacher,
   args.kd_weight = alpha / kd_count;
   args.ce_weight = (1 - alpha) / ce_count;
 
-  const auto fn = isa() == Isa::generic ? kd_loss_rows_generic
-#if KDFAST_X86
-                  : isa() == Isa::avx2 ? kd_loss_rows_avx2
-                                       : kd_loss_rows_avx512;
-#else
-                                        : kd_loss_rows_generic;
-#endif
+  const auto fn = kernels().rows->kd_loss;
   for_rows(rows, classes, kd_loss_scratch(classes), accumulator(student),
            [&](int64_t begin, int64_t end, void* scratch) { fn(args, begin, end, scratch); });
   return reduce(std::string(reduction), student, kd, ce, kd_count, ce_count, alpha, grad);

@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "element_of.h"
+#include "cpu/element_of.h"
 
 namespace kdfast::cpu {
 

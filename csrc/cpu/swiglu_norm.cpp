@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "isa/swiglu_norm.h"
+#include "cpu/isa/swiglu_norm.h"
 
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -7,24 +7,11 @@
 #include <tuple>
 #include <vector>
 
-#include "dispatch.h"
-#include "row_loss.h"
+#include "cpu/kernels.h"
+#include "cpu/row_loss.h"
 
 namespace kdfast::cpu {
 namespace {
-
-struct Kernels {
-  decltype(&swiglu_norm_rows_generic) forward;
-  decltype(&swiglu_norm_bwd_rows_generic) backward;
-};
-
-Kernels kernels() {
-#if KDFAST_X86
-  if (isa() == Isa::avx2) return {swiglu_norm_rows_avx2, swiglu_norm_bwd_rows_avx2};
-  if (isa() != Isa::generic) return {swiglu_norm_rows_avx512, swiglu_norm_bwd_rows_avx512};
-#endif
-  return {swiglu_norm_rows_generic, swiglu_norm_bwd_rows_generic};
-}
 
 // Rows whose gradients by weight and bias are added up together: a matter of the shape alone, so
 // that the sums do not depend on the number of threads.
@@ -82,7 +69,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> swiglu_norm(const at::Tensor& gat
   args.mean = mean.mutable_data_ptr();
   args.rstd = rstd.mutable_data_ptr();
   args.eps = eps;
-  const auto fn = kernels().forward;
+  const auto fn = kernels().rows->swiglu_norm;
   for_rows(g.size(0), args.channels, args.channels, wide,
            [&](int64_t begin, int64_t end, void* scratch) { fn(args, begin, end, scratch); });
   return {out, mean, rstd};
@@ -128,7 +115,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swiglu_norm_bwd(
   const at::Tensor sums = at::empty({blocks, 2, args.channels}, w.options());
   char* p = static_cast<char*>(sums.mutable_data_ptr());
   const size_t block_bytes = 2 * args.channels * sums.element_size();
-  const auto fn = kernels().backward;
+  const auto fn = kernels().rows->swiglu_norm_bwd;
   for_rows(blocks, together * args.channels, args.channels, wide,
            [&](int64_t begin, int64_t end, void* scratch) {
              for (int64_t b = begin; b < end; ++b) {

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CPU kernels of attention_distill compute, and who has one. See
-// docs/ops/attention_distill.md.
+// What the CPU kernels of attention_distill compute. See docs/ops/attention_distill.md.
 #pragma once
 #include <cstdint>
 
@@ -54,18 +53,5 @@ struct DistillKernel {
   double (*forward)(const DistillHead<A>& head, MutableRows out, char* scratch);
   void (*backward)(const DistillHead<A>& head, const DistillGrad<A>& grad, char* scratch);
 };
-
-DistillKernel<double> distill_generic_f64();
-// For students of any element type but f64, and such teachers.
-DistillKernel<float> distill_generic(Element student);
-DistillKernel<float> distill_avx2(Element student);
-DistillKernel<float> distill_avx512(Element student);
-// bf16 on both sides, or f32 that is rounded: products in bf16.
-DistillKernel<float> distill_avx512_bf16(Element student);
-DistillKernel<float> distill_amx(Element student);
-DistillKernel<float> distill_amx_emulated(Element student);
-// f32 or f16 on both sides, products of their upper and lower bf16; see split_math.h.
-DistillKernel<float> distill_amx_split(Element student);
-DistillKernel<float> distill_amx_split_emulated(Element student);
 
 }  // namespace kdfast::cpu

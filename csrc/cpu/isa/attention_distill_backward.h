@@ -285,7 +285,7 @@ struct DistillTiles {
 
 // Student of element type T; the teacher of any but f64, or bf16 where M has products in bf16.
 template <class T, class M>
-DistillKernel<float> distill_tiles() {
+constexpr DistillKernel<float> distill_tiles() {
   using D = DistillTiles<T, M>;
   return {&D::scratch_bytes, &D::forward, &D::backward};
 }

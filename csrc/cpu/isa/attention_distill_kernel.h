@@ -242,7 +242,7 @@ void backward(const DistillHead<A>& head, const DistillGrad<A>& grad, char* scra
 }
 
 template <class A>
-DistillKernel<A> distill_kernel() {
+constexpr DistillKernel<A> distill_kernel() {
   return {&scratch_bytes<A>, &forward<A>, &backward<A>};
 }
 

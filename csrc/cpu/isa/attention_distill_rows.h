@@ -63,7 +63,7 @@ inline Vec<T> share_of(Vec<T> log_sum) {
   return splat(T(__builtin_exp(-double(log_sum[0]))));
 }
 
-// Of all rows of a head; statistic k of a row is at stats[k * step].
+// What all rows of a head have in common; statistic k of a row is at stats[k * step].
 template <class T>
 struct RowTask {
   int64_t n, step, pads;

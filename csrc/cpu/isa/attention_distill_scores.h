@@ -28,7 +28,7 @@ struct TileMath {
   static V splat(double x) { return splat16(static_cast<float>(x)); }
   static V exp(V x) { return exponential<6>(x); }
   static V larger(V a, V b) { return max16(a, b); }
-  // Twice artanh of z = x / (2 + x) <= 1/3, whose series ends early.
+  // log(1 + x): twice artanh of z = x / (2 + x) <= 1/3, whose series ends early.
   static V log1p(V x) {
     const V z = x / (x + splat16(2.0f)), w = z * z;
     V y = fma16(w, splat16(1 / 15.0f), splat16(1 / 13.0f));
@@ -98,7 +98,7 @@ struct ScoreStrip {
     }
   }
 
-  // Of the next `count` queries.
+  // Scores of the next `count` queries.
   void score(Walk& query, int64_t count) {
     pack_side<M>(side, true, query, count, M::kRows, buffer, block);
     for (int64_t first = 0; first < vectors; first += kWide) {

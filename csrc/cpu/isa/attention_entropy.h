@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CPU kernels of attention_entropy compute, and who has one.
+// What the CPU kernels of attention_entropy compute.
 #pragma once
 #include "cpu/isa/attention_distill.h"
 
@@ -11,14 +11,5 @@ struct EntropyKernel {
   // Writes the entropy of the attention of every query of a head's window to out[token].
   void (*rows)(const ScoreSide<A>& side, const WindowSpan& span, A* out, char* scratch);
 };
-
-EntropyKernel<double> entropy_generic_f64();
-EntropyKernel<float> entropy_generic();
-EntropyKernel<float> entropy_avx2();
-EntropyKernel<float> entropy_avx512();
-// bf16, products in bf16.
-EntropyKernel<float> entropy_avx512_bf16();
-EntropyKernel<float> entropy_amx();
-EntropyKernel<float> entropy_amx_emulated();
 
 }  // namespace kdfast::cpu

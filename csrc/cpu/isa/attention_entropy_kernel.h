@@ -54,7 +54,7 @@ void entropy_rows(const ScoreSide<A>& side, const WindowSpan& span, A* out, char
 }
 
 template <class A>
-EntropyKernel<A> entropy_kernel() {
+constexpr EntropyKernel<A> entropy_kernel() {
   return {&entropy_bytes<A>, &entropy_rows<A>};
 }
 

@@ -43,9 +43,9 @@ void tile_entropies(const ScoreSide<float>& side, const WindowSpan& span, float*
   }
 }
 
-// Of sides of any element type but f64, or bf16 where M has products in bf16.
+// For q and k of any element type but f64; of bf16 only, where M has products in bf16.
 template <class M>
-EntropyKernel<float> entropy_tiles() {
+constexpr EntropyKernel<float> entropy_tiles() {
   return {&ScoreStrip<M>::bytes, &tile_entropies<M>};
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "elements.h"
+#include "cpu/isa/elements.h"
 
 namespace kdfast::cpu {
 
@@ -25,18 +25,5 @@ struct FeatureLossArgs {
   double weight;  // what a row's loss counts in the result, for the gradient
   bool streamed;  // whether the gradient is too large to be kept in cache
 };
-
-void feature_loss_rows_generic(const FeatureLossArgs& args, int64_t begin, int64_t end);
-void feature_loss_rows_avx2(const FeatureLossArgs& args, int64_t begin, int64_t end);
-void feature_loss_rows_avx512(const FeatureLossArgs& args, int64_t begin, int64_t end);
-
-// Sums of x - shift and of its square over rows [begin, end) of the teacher, for each feature.
-// `sums` (2, features) of the accumulator's type is overwritten; shift (features), or null for 0.
-void channel_sums_generic(const FeatureLossArgs& args, int64_t begin, int64_t end,
-                          const void* shift, void* sums);
-void channel_sums_avx2(const FeatureLossArgs& args, int64_t begin, int64_t end, const void* shift,
-                       void* sums);
-void channel_sums_avx512(const FeatureLossArgs& args, int64_t begin, int64_t end, const void* shift,
-                         void* sums);
 
 }  // namespace kdfast::cpu

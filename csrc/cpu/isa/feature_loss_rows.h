@@ -3,8 +3,8 @@
 // A row is swept once for each number that the next sweep needs. Formulas:
 // docs/ops/feature_loss.md.
 #pragma once
-#include "feature_loss.h"
-#include "lanes.h"
+#include "cpu/isa/feature_loss.h"
+#include "cpu/isa/lanes.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -261,7 +261,7 @@ void channel_sums_of(const FeatureLossArgs& a, int64_t begin, int64_t end, const
   for (; r < end; ++r) add_channels<1, In>(a, r, shift, sums);
 }
 
-KDFAST_INLINE void feature_loss_rows(const FeatureLossArgs& a, int64_t begin, int64_t end) {
+void feature_loss_rows(const FeatureLossArgs& a, int64_t begin, int64_t end) {
   switch (a.elem) {
     case Element::f16: return rows_of<Half, float, float>(a, begin, end);
     case Element::bf16: return rows_of<Bf16, Bf16, float>(a, begin, end);
@@ -270,8 +270,8 @@ KDFAST_INLINE void feature_loss_rows(const FeatureLossArgs& a, int64_t begin, in
   }
 }
 
-KDFAST_INLINE void channel_sums(const FeatureLossArgs& a, int64_t begin, int64_t end,
-                                const void* shift, void* sums) {
+void channel_sums(const FeatureLossArgs& a, int64_t begin, int64_t end, const void* shift,
+                  void* sums) {
   const float* shift_f = static_cast<const float*>(shift);
   float* sums_f = static_cast<float*>(sums);
   switch (a.elem) {

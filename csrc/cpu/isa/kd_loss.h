@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "elements.h"
+#include "cpu/isa/elements.h"
 
 namespace kdfast::cpu {
 
@@ -25,9 +25,5 @@ struct KdLossArgs {
 
 // Numbers of the accumulator type that a thread needs as scratch, for rows of `classes`.
 constexpr int64_t kd_loss_scratch(int64_t classes) { return 3 * (classes + 16); }
-
-void kd_loss_rows_generic(const KdLossArgs& args, int64_t begin, int64_t end, void* scratch);
-void kd_loss_rows_avx2(const KdLossArgs& args, int64_t begin, int64_t end, void* scratch);
-void kd_loss_rows_avx512(const KdLossArgs& args, int64_t begin, int64_t end, void* scratch);
 
 }  // namespace kdfast::cpu

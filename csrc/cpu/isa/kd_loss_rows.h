@@ -2,8 +2,8 @@
 // The rows of kd_loss, for whatever instruction set the including file is compiled for.
 // Three sweeps over a row: maxima, sums of exponentials, gradient. Formulas: docs/ops/kd_loss.md.
 #pragma once
-#include "kd_loss.h"
-#include "lanes.h"
+#include "cpu/isa/kd_loss.h"
+#include "cpu/isa/lanes.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -213,7 +213,7 @@ void rows_of(const KdLossArgs& a, int64_t begin, int64_t end, A* scratch) {
   if (a.streamed) end_stream();
 }
 
-KDFAST_INLINE void kd_loss_rows(const KdLossArgs& a, int64_t begin, int64_t end, void* scratch) {
+void kd_loss_rows(const KdLossArgs& a, int64_t begin, int64_t end, void* scratch) {
   switch (a.elem) {
     case Element::f16: return rows_of<Half, float>(a, begin, end, static_cast<float*>(scratch));
     case Element::bf16: return rows_of<Bf16, Bf16>(a, begin, end, static_cast<float*>(scratch));

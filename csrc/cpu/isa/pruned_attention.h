@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CPU kernels of pruned_attention compute, and who has one. See
-// docs/ops/pruned_attention.md.
+// What the CPU kernels of pruned_attention compute. See docs/ops/pruned_attention.md.
 #pragma once
 #include <cstdint>
 
@@ -88,24 +87,12 @@ static inline int64_t query_chunk(int64_t tokens) {
   return round_up((tokens + chunks - 1) / chunks, 2 * kLanes);
 }
 
-// With a bias, lse is that of the scores above the row's largest bias, which keeps its digits
-// beside masks of any size; it is infinite in a row without a finite score, so that P is zero
-// there.
+// What a row's lse is counted from in a call with a bias: the row's largest bias, or 0 if that is
+// -inf. lse is the logarithm of the sum of exp(score - base), so masks of any size cost it no
+// digits. It is infinite in a row without a finite score, which makes P zero there.
 template <class A>
 static inline A row_base(A largest) {
   return largest == -__builtin_huge_val() ? A(0) : largest;
 }
-
-AttentionKernel<double> attention_generic_f64();
-AttentionKernel<float> attention_generic(Element element);  // all but f64
-AttentionKernel<float> attention_avx2(Element element);     // all but f64, products in fp32
-AttentionKernel<float> attention_avx512(Element element);   // the same
-// Products of bf16: of bf16 elements, or of f32 ones that are rounded.
-AttentionKernel<float> attention_avx512_bf16(Element element);
-AttentionKernel<float> attention_amx(Element element);
-AttentionKernel<float> attention_amx_emulated(Element element);
-// f32 and f16, products of their upper and lower bf16; see split_math.h.
-AttentionKernel<float> attention_amx_split(Element element);
-AttentionKernel<float> attention_amx_split_emulated(Element element);
 
 }  // namespace kdfast::cpu

@@ -28,6 +28,17 @@ inline void store_row(float* x, float scale, const RotaryTable<float>* table, in
   store_row<T>(x, scale, table, dim, walk, out);
 }
 
+// Backward of one head, run_as() to the end. Its phases:
+//   1. pack_keys: k and v, once for all queries
+//   2. pack_queries: q and the upstream gradient g of a chunk of queries, and per query lse and
+//      delta = <g, out>; find_bases with a bias
+//   3. per block of keys, probabilities: P = exp(c * score - lse) and dS = P (dP - delta);
+//      turn_bias before it, with a bias
+//   4. per block of keys: dk += dS^T q and dv += P^T g, into the sums of the head
+//   5. add_dq: dq += dS k, then store_row rotates it back and rounds it
+// backward_keys makes dk and dv of the sums, when all chunks have added to them.
+//
+// Packed forms are dwords; see attention_packing.h for rows, lanes and pairs.
 template <class T, class M>
 struct Backward {
   const AttentionHead<float>& head;
@@ -38,9 +49,19 @@ struct Backward {
   const int64_t key_stride = Sizes<M>::row(round_up(n, M::kKeys)), dq_stride = chunk + kVector;
   const int64_t bias_stride = chunk + kVector;
   const float c = fabsf(head.scale);
-  int32_t *k_rows, *v_rows, *k_pairs, *k_columns, *q_lanes, *g_lanes, *q_pairs, *g_pairs, *block,
-      *p, *ds, *ds_pairs;
-  float *buffer, *lse, *center, *delta, *dq, *turned, *scores, *dp, *bias, *base;
+  // All keys: packed k and v. k_columns is k_pairs transposed, where dq is summed transposed.
+  int32_t *k_rows, *v_rows, *k_pairs, *k_columns;
+  // The queries of a chunk: packed q and g.
+  int32_t *q_lanes, *g_lanes, *q_pairs, *g_pairs;
+  int32_t* block;  // rows that are packed at the moment
+  // P and dS of a block of keys, keys as rows; ds_pairs is dS as `pairs`.
+  int32_t *p, *ds, *ds_pairs;
+  float* buffer;  // one row while it is rotated
+  // Per query of the chunk. center: see kFarTop; 0 where lse is small.
+  float *lse, *center, *delta;
+  float *dq, *turned;       // sums of the chunk; 16 rows of them, where they are transposed
+  float *scores, *dp;       // kRows keys by a panel of queries
+  float *bias, *base;       // a block of keys by the chunk; per query, see row_base
   int64_t first_query = 0;  // of the chunk at hand
   bool centered = false;    // whether a query of it has a large lse
 
@@ -85,6 +106,8 @@ struct Backward {
     base = take<float>(scratch, bias_stride);
   }
 
+  // --- 1. keys ---
+
   __attribute__((noinline)) void pack_keys() {
     const Reading rotated{head.dim, &head.table, 1.0f}, plain{head.dim, nullptr, 1.0f};
     const int64_t rows = round_up(n, M::kKeys);
@@ -102,6 +125,8 @@ struct Backward {
           transpose16(k_pairs + j * size.columns + d, size.columns, k_columns + d * key_stride + j,
                       key_stride, kVector);
   }
+
+  // --- 2. queries of a chunk ---
 
   // Rows of the queries [begin, begin + count), in the two forms, and lse and delta of each.
   __attribute__((noinline)) void pack_queries(int64_t begin, int64_t count) {
@@ -190,6 +215,8 @@ struct Backward {
       base[i] = row_base(top16(largest));
     }
   }
+
+  // --- 3. P and dS of a block of keys ---
 
   // Scores of `keys` keys become (c * score - center) / c where a query has a center. Two
   // functions, for a compiler would make an FMA of one: a row with one key that counts must find
@@ -299,6 +326,8 @@ struct Backward {
       }
     }
   }
+
+  // --- a chunk of queries: phases 2 to 5 ---
 
   template <class Self>
   void run_chunk(Self& self, int64_t begin, int64_t count, bool first, float* sums) {

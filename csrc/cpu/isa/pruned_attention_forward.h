@@ -35,9 +35,13 @@ struct Sizes {
   static int64_t row(int64_t n) { return round_up(n, 2 * kVector) / M::kPair + kVector; }
 };
 
-// A row's largest c * score above which that is taken from the scores before c multiplies them: an
-// FMA and a rounded maximum differ by an exponent of its own where the maximum is large.
+// Weights are exp(c * score - top), with top = c * (largest score). The exponent is one FMA, which
+// does not round c * score, but top is rounded. So at the largest score the exponent is not 0, it
+// is the rounding error of top, which grows with top and would overflow exp for tops near 2^31.
+// Beyond this size of top, the largest score is subtracted first, which is exact where scores are
+// close, and c multiplies the difference.
 constexpr float kFarTop = 1 << 12;
+// x -= center for n scores.
 inline void center_scores(float* x, int64_t n, float center) {
   if (center == 0) return;
   for (int64_t j = 0; j < n; ++j) x[j] -= center;
@@ -89,7 +93,7 @@ struct Forward {
     }
   }
 
-  // scores of the first `count` queries in `block` against all keys
+  // Scores of the first `count` queries in `block` against all keys.
   void score(int64_t count) {
     for (int64_t first = 0; first < vectors; first += kWide) {
       const int64_t wide = vectors - first < kWide ? vectors - first : kWide;
@@ -126,7 +130,8 @@ struct Forward {
     return (head.span.pads && m < 0) || (kBiased && m == -INFINITY) ? 0.0f : m;
   }
 
-  // scores to weights exp(c * score - m), unnormalised; kBiased: c is 1, scores may be -inf
+  // Scores of row r become weights exp(c * score - m), not yet normalised. kBiased: c is 1, and
+  // scores may be -inf.
   template <bool kBiased>
   void weigh(int r, float c, float m) {
     const bool far = !kBiased && fabsf(m) > kFarTop;

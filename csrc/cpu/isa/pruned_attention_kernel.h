@@ -8,7 +8,7 @@ namespace kdfast::cpu {
 namespace {
 
 template <class T, class M>
-AttentionKernel<float> attention_kernel() {
+constexpr AttentionKernel<float> attention_kernel() {
   return {&Forward<T, M>::bytes,
           [](const AttentionHead<float>& head, int64_t begin, int64_t end, MutableRows out,
              float* lse, char* scratch) { Forward<T, M>(head, scratch).run(begin, end, out, lse); },

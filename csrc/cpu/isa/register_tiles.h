@@ -73,8 +73,8 @@ struct RegisterTiles : Math {
   static constexpr int64_t kRows = kTile;      // rows of a left operand that are taken at a time
   static constexpr int64_t kUnit = 1;          // dwords of a sum come in multiples of it
   static constexpr int64_t kTokens = kVector;  // rows of `pairs` come in multiples of it
-  static constexpr int64_t kKeys =
-      48;  // keys of a block of the backward: a multiple of kRows and 2
+  // Keys of a block of the backward: a multiple of kRows and 2.
+  static constexpr int64_t kKeys = 48;
   static constexpr int64_t kKeysOfDq = kKeys;   // keys after which dq is added to
   static constexpr bool kDqTransposed = false;  // dq is summed as (D, queries)
   struct Session {};

@@ -2,13 +2,13 @@
 #pragma once
 #include <cstdint>
 
-#include "elements.h"
+#include "cpu/isa/elements.h"
 
 namespace kdfast::cpu {
 
-// Everything but the rows to do. Strides are in elements; a row is contiguous. What has no type is
-// of elem's; A is the accumulator: float, or double for f64. Of a row of `width` elements the first
-// `channels` count; the others are not read, and 0 in the results.
+// Everything but the rows to do. Strides are in elements; a row is contiguous. Pointers without a
+// type named are to elements of `elem`; A is the accumulator: float, or double for f64. The first
+// `channels` of the `width` elements of a row count; the others are not read, and 0 in the results.
 struct SwigluNormArgs {
   Element elem;
   const void* gate;    // (rows, width)
@@ -25,20 +25,5 @@ struct SwigluNormArgs {
   double eps;
   bool streamed;  // whether the results are too large to be kept in cache
 };
-
-// scratch: (channels) of A.
-void swiglu_norm_rows_generic(const SwigluNormArgs& args, int64_t begin, int64_t end,
-                              void* scratch);
-void swiglu_norm_rows_avx2(const SwigluNormArgs& args, int64_t begin, int64_t end, void* scratch);
-void swiglu_norm_rows_avx512(const SwigluNormArgs& args, int64_t begin, int64_t end, void* scratch);
-
-// scratch: (channels) of A. `sums` (2, channels) of A, the gradients by weight and bias of these
-// rows, is overwritten.
-void swiglu_norm_bwd_rows_generic(const SwigluNormArgs& args, int64_t begin, int64_t end,
-                                  void* scratch, void* sums);
-void swiglu_norm_bwd_rows_avx2(const SwigluNormArgs& args, int64_t begin, int64_t end,
-                               void* scratch, void* sums);
-void swiglu_norm_bwd_rows_avx512(const SwigluNormArgs& args, int64_t begin, int64_t end,
-                                 void* scratch, void* sums);
 
 }  // namespace kdfast::cpu

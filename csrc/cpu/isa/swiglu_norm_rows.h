@@ -3,8 +3,8 @@
 // A row comes from memory once; what the next sweep over it needs stays in cache.
 // Formulas: docs/ops/swiglu_norm.md.
 #pragma once
-#include "lanes.h"
-#include "swiglu_norm.h"
+#include "cpu/isa/lanes.h"
+#include "cpu/isa/swiglu_norm.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -160,8 +160,7 @@ void backward_rows(const SwigluNormArgs& a, int64_t begin, int64_t end, void* sc
   if (a.streamed) end_stream();
 }
 
-KDFAST_INLINE void swiglu_norm_rows(const SwigluNormArgs& a, int64_t begin, int64_t end,
-                                    void* scratch) {
+void swiglu_norm_rows(const SwigluNormArgs& a, int64_t begin, int64_t end, void* scratch) {
   switch (a.elem) {
     case Element::f16: return forward_rows<Half, float>(a, begin, end, scratch);
     case Element::bf16: return forward_rows<Bf16, float>(a, begin, end, scratch);
@@ -170,8 +169,8 @@ KDFAST_INLINE void swiglu_norm_rows(const SwigluNormArgs& a, int64_t begin, int6
   }
 }
 
-KDFAST_INLINE void swiglu_norm_bwd_rows(const SwigluNormArgs& a, int64_t begin, int64_t end,
-                                        void* scratch, void* sums) {
+void swiglu_norm_bwd_rows(const SwigluNormArgs& a, int64_t begin, int64_t end, void* scratch,
+                          void* sums) {
   switch (a.elem) {
     case Element::f16: return backward_rows<Half, float>(a, begin, end, scratch, sums);
     case Element::bf16: return backward_rows<Bf16, float>(a, begin, end, scratch, sums);

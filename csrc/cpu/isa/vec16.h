@@ -3,10 +3,21 @@
 //
 // What the attention kernels are written in. Vec16 has + - * /; Dwords16 are 16 dwords of a packed
 // form, and a Mask16 selects some of the first lanes, all or none:
-//   splat16, zero16, fma16 (a b + c), fms16 (a b - c), max16, round16, scale16 (a 2^b), sum16,
-//   top16 load16 and store16 of floats, and of any element type under a mask tail_mask,
-//   all_or_none, both; keep16 puts zero where the mask is not, max16 leaves a as it is rounded: to
-//   the precision of an element type transpose16 of 16 x 16 dwords
+//
+// clang-format off
+//   splat16, zero16        all lanes x, or 0
+//   fma16, fms16           a b + c, a b - c
+//   max16, round16         largest of two; nearest integer
+//   scale16                a 2^b
+//   sum16, top16           sum and largest of the lanes
+//   load16, store16        of floats, and of any element type under a mask
+//   tail_mask              the first lanes, up to a count
+//   all_or_none, both      all lanes or none; lanes of two masks
+//   keep16, max16 (mask)   zero, or a as it is, in lanes that the mask leaves out
+//   rounded                to the precision of an element type
+//   rotate16               neighbours as pairs, by a rotary table
+//   transpose16            16 x 16 dwords
+// clang-format on
 #pragma once
 #include <cstdint>
 
@@ -38,7 +49,7 @@ inline Vec16 exp2_poly(Vec16 f) {
   return exp2_series<Vec16Ops, kDegree>(f);
 }
 
-// Of a finite x; a large negative one gives zero.
+// e^x of a finite x; a large negative one gives zero.
 template <int kDegree>
 inline Vec16 exponential(Vec16 x) {
   const Vec16 y = x * splat16(kLog2e), r = round16(y);

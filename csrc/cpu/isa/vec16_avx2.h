@@ -22,8 +22,8 @@ struct Mask16 {
 
 constexpr int64_t kVector = 16;
 constexpr int kTile = 6;  // rows of a register tile
-constexpr int kTileWide =
-    1;                    // vectors of a register tile: 6 x 2 registers of sums, 2 of B, one of A
+// Vectors of a register tile: 6 x 2 registers of sums, 2 of B, one of A.
+constexpr int kTileWide = 1;
 constexpr int kWide = 2;  // vectors of a panel: those of two operands fit into half of L1
 
 inline Vec16 operator+(Vec16 a, Vec16 b) {

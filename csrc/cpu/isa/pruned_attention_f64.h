@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// fp64 on any CPU: plain loops, one query row at a time.
+// pruned_attention of fp64 on any CPU: plain loops, one query row at a time.
+#pragma once
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -197,9 +198,4 @@ void backward_keys(const AttentionHead<double>& head, const AttentionGrad<double
 }
 
 }  // namespace
-
-AttentionKernel<double> attention_generic_f64() {
-  return {&forward_bytes, &forward, &backward_bytes, &backward, &backward_keys};
-}
-
 }  // namespace kdfast::cpu

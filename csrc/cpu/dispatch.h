@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which instruction set the CPU kernels use: chosen once, forced by KDFAST_CPU_ISA or set_isa().
+// Which instruction set the CPU kernels use: chosen at import, forced by KDFAST_CPU_ISA or
+// set_isa().
 #pragma once
 #include <string>
 #include <vector>
 
-namespace kdfast::cpu {
+#include "cpu/kernels.h"
 
-enum class Isa { generic, avx2, avx512, avx512_bf16, amx, amx_emulated };
+namespace kdfast::cpu {
 
 // What this CPU can run, in rising order of preference; `generic` is always first.
 std::vector<Isa> available_isas();
 // The same and amx_emulated, which is for tests and never chosen by itself.
 std::vector<Isa> testable_isas();
-Isa isa();
+// Takes KDFAST_CPU_ISA, or the best set if it is not set. Throws as set_isa does.
+void choose_isa();
 // Throws std::invalid_argument for a name that is unknown or that this CPU cannot run.
 void set_isa(const std::string& name);
 const char* isa_name(Isa isa);

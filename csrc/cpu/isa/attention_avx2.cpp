@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of all element types but fp64 with products in fp32: AVX2, FMA and F16C.
+#include "cpu/isa/attention_table.h"
+#include "cpu/isa/register_tiles.h"
+#include "cpu/isa/short_chains.h"
+
+namespace kdfast::cpu {
+constinit const AttentionKernels<float> attention_avx2 =
+    fp32_table<RegisterTiles<Fp32Math>, ShortChains>();
+}  // namespace kdfast::cpu
