@@ -5,7 +5,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,8 +19,7 @@ USEFUL_SHARE = 0.75
 SMALLEST = 16  # side of the smallest tile that tensor cores take
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
     """Blocks of one launch: resident rows, and the columns that stream past them.
 
     A last block of rows (columns) that is not full is computed with ``row_tail`` (``col_tail``)
