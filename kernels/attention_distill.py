@@ -44,6 +44,7 @@ from kdfast.kernels._attention_maps import (
     KL,
     LOGIT_MSE,
     MSE,
+    PLANES,
     load_stats,
     map_terms,
     row_results,
@@ -54,7 +55,6 @@ from kdfast.kernels._common import (
     total_kernel,
     unit_stride,
 )
-from kdfast.ops.attention_distill import STATS
 
 
 @triton.jit
@@ -282,7 +282,7 @@ def forward(
         own = replace(call, width=call.head_dim, itemsize=q.dtype.itemsize)
         out, lse = pruned_attention.attend(q, k, v, own)
         # Here the planes are lse, a_lse, b_lse, x, y: fewer than the CPU kernel uses.
-        stats = torch.empty((STATS[kind], *lse.shape), dtype=torch.float32, device=q.device)
+        stats = torch.empty((PLANES[kind], *lse.shape), dtype=torch.float32, device=q.device)
         loss = torch.zeros((), dtype=torch.float32, device=q.device)
         if out.numel() == 0:
             return out, loss, stats

@@ -343,7 +343,7 @@ def gradients(
         return dq, dk, dv, dpad, dbias
     # The first launch leaves the row sums of grad_out * out and the rotated q for the next ones.
     delta, k, turned = torch.empty_like(lse), rotated(k, call), turning(q, call)
-    suffix = "_rider" if maps else "_bias" if bias else ""
+    suffix = "_maps" if maps else "_bias" if bias else ""
     # Sums over the queries of a program; those without a query leave zeros.
     programs = call.programs(call.tiles(f"dq{suffix}")) // call.kept if call.has_pad else 0
     part = lse.new_zeros((programs, call.kept, call.head_dim))
