@@ -106,6 +106,8 @@ def variants(half: bool) -> Iterator[tuple[str, int, Options]]:
     yield "attention_distill", 64, {"kind": "kl", "temperature": 2}
     if half:
         yield "attention_distill", 64, {"window": 16}
+        # The padded tokens of a window are terms of the distance, of another kind for "kl".
+        yield "attention_distill", 64, {"window": 16, "kind": "cosine", "temperature": 2}
         yield "attention_distill", 64, {"teacher_dim": 88}
         for kind in ("reverse_kl", "jsd", "mse", "logit_mse"):
             yield "attention_distill", 64, {"kind": kind, "temperature": 2}

@@ -115,9 +115,9 @@ def distill(s: Shape, rope: bool) -> list[Work]:
         # Of the teacher: k in both passes; the launch of dq writes the copy of q.
         *(s.rotations(2) if rope else []),
         s.stream("distance", 4, 2, 1),
-        # The rider's share of the two backward launches: q, k, scores and map of the teacher.
-        s.stream("rider of dq", 3 if rope else 2, 1, 1, "dq_rider"),
-        s.stream("rider of dkdv", 2, 1, 1, "dkdv_rider"),
+        # What the maps add to the two backward launches: q, k, scores and map of the teacher.
+        s.stream("maps of dq", 3 if rope else 2, 1, 1, "dq_maps"),
+        s.stream("maps of dkdv", 2, 1, 1, "dkdv_maps"),
     ]
 
 
@@ -175,7 +175,7 @@ def shares() -> list[dict[str, Any]]:
     """Useful share of the tile area (G3)."""
     sizes = [(str(n), Shape(1, 1, n)) for n in (197, 256, 257, 577, 1600)]
     sizes.append(("40 x 40 in windows of 16", Shape(1, 1, 1600, grid=(40, 40), size=16)))
-    names = ("fwd", "dq", "dkdv", "distance", "dq_rider", "dkdv_rider")
+    names = ("fwd", "dq", "dkdv", "distance", "dq_maps", "dkdv_maps")
     return [{"tokens": name} | {k: round(s.share(k), 3) for k in names} for name, s in sizes]
 
 

@@ -45,7 +45,7 @@ CASES: dict[str, Callable[..., Any]] = {
     "windows": partial(bench_pruned_attention.bench_orion_windows, dtype=BF16, phase="fwd+bwd"),
     "swin": partial(bias, name="swin stage 1", dtype=BF16, phase="fwd+bwd"),
     "beit": partial(bias, name="beit", dtype=BF16, phase="fwd+bwd"),
-    "rider": partial(bench_attention_distill.bench_kl, shape=(8, 8, 257), dtype=BF16),
+    "distill": partial(bench_attention_distill.bench_kl, shape=(8, 8, 257), dtype=BF16),
     "kd": partial(bench_kd_loss.bench_forward_backward, shape=(4096, 1000), dtype=BF16),
     "feature": partial(
         bench_feature_loss.bench_forward_backward, kind="mse", normalize="channel", dtype=BF16
@@ -61,7 +61,7 @@ KINDS = {
     "products": r"\btile<|::block<|gemm|JIT|\[anon\]|//anon|perf-\d+|sgemv|mkl_blas",
     "softmax": r"weigh|probabilities|columns|StripRow|ColumnKernel|DistillTiles|expf|logf|entropy",
     "packing": r"pack|to_lanes|to_pairs|transpose16|turn_bias",
-    "stores": r"store_row|backward_keys|apply|attention_kernel|rider",
+    "stores": r"store_row|backward_keys|apply|attention_kernel",
     "rows": r"one_row|rows_of|forward_rows|backward_rows|add_up|write_gradient|channel_sums",
     "torch": r"libtorch|libc10",
     "allocation": r"kernel|libc\.|memset|memcpy",

@@ -7,19 +7,33 @@ turn: image b has bias b % G.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdfast.kernels._attention import LOG2_E, head_base, load_tile, row_offsets, scores
-from kdfast.kernels._attention_call import Call
-from kdfast.kernels._common import alignment, chunks, dot_precision
+from kdfast.kernels._attention import LOG2_E, head_base, load_rows, row_offsets, scores
+from kdfast.kernels._attention_call import Call, rows_of
 
 # Of the gradient's launch: enough programs for any GPU, and bytes that its sums may take for them.
 PROGRAMS, SUM_BYTES = 1024, 64 << 20
+
+
+class BiasRows(NamedTuple):
+    """A bias in the arguments of a kernel."""
+
+    ptr: Any  # (G, H, N, N)
+    top_ptr: Any  # (G, H, N), the largest entry of each row
+    count: Any  # G
+    stride_g: Any
+    stride_h: Any
+    stride_r: Any  # of the rows of a tile of scores, and of its columns
+    stride_c: Any
+    top_stride_g: Any
+    top_stride_h: Any
+    top_stride_n: Any
 
 
 @dataclass(frozen=True)
@@ -29,22 +43,15 @@ class Bias:
     values: Tensor  # (G, H, N, N), any strides
     top: Tensor  # (G, H, N) fp32; 0 where a row has nothing but -inf
 
-    def options(self, keys: bool = False) -> dict[str, Any]:
-        """What a kernel has to know of it; with ``keys``, the rows of its tiles are keys."""
+    def rows(self, keys: bool = False) -> BiasRows:
+        """The bias as kernels take it; with ``keys``, the rows of its tiles are keys."""
         group, head, *sides = self.values.stride()
         row, col = sides[::-1] if keys else sides
-        return {
-            "bias_ptr": self.values,
-            "top_ptr": self.top,
-            "biases": self.values.shape[0],
-            "stride_ig": group,
-            "stride_ih": head,
-            "stride_ir": row,
-            "stride_ic": col,
-            "stride_tg": self.top.stride(0),
-            "stride_th": self.top.stride(1),
-            "stride_tn": self.top.stride(2),
-        }
+        return BiasRows(
+            *(self.values, self.top, self.values.shape[0]),
+            *(group, head, row, col),
+            *self.top.stride(),
+        )
 
 
 def make_bias(bias: Tensor | None, q: Tensor, call: Call) -> Bias | None:
@@ -76,9 +83,11 @@ def make_bias(bias: Tensor | None, q: Tensor, call: Call) -> Bias | None:
 
 
 @triton.jit
-def bias_head(ptr, b, head, biases, stride_g, stride_h):
-    """Where the rows of image b and a head start, in the bias or in its tops."""
-    return ptr + (b % biases).to(tl.int64) * stride_g + head.to(tl.int64) * stride_h
+def bias_bases(bias, b, head):
+    """Where the rows of image b and a head start, in the bias and in its tops."""
+    group, head = (b % bias.count).to(tl.int64), head.to(tl.int64)
+    here = bias.ptr + group * bias.stride_g + head * bias.stride_h
+    return here, bias.top_ptr + group * bias.top_stride_g + head * bias.top_stride_h
 
 
 @triton.jit
@@ -90,26 +99,14 @@ def bias_tile(ptr, rows, cols, stride_r, stride_c):
 
 @triton.jit
 def _bias_grad_kernel(
-    q_ptr,  # (B, H, N, D); with ROPE (B, K, N, D), rotated and in pair order
-    k_ptr,  # as q
-    v_ptr,  # (B, H, N, D)
-    grad_ptr,  # (B, K, N, D)
+    q,  # Rows (B, H, N, D); with rotation (B, K, N, D), rotated and in pair order
+    k,  # Rows, as q
+    v,  # Rows (B, H, N, D)
+    grad,  # Rows (B, K, N, D)
     lse_ptr,  # (B, K, N)
     delta_ptr,  # (B, K, N)
     sums_ptr,  # (slices, G, K, N, N) fp32
     heads_ptr,  # (K,)
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_gb,
-    stride_gh,
-    stride_gn,
     kept,
     tokens,
     row_blocks,
@@ -117,65 +114,49 @@ def _bias_grad_kernel(
     turns,  # images of each bias
     slices,
     scale,
-    bias_ptr,  # (G, H, N, N)
-    top_ptr,  # (G, H, N)
-    biases,
-    stride_ig,
-    stride_ih,
-    stride_ir,
-    stride_ic,
-    stride_tg,
-    stride_th,
-    stride_tn,
-    D: tl.constexpr,
-    LO: tl.constexpr,
-    HI: tl.constexpr,
-    ROPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    STAGES: tl.constexpr,
-    UNIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    bias,  # BiasRows
+    CHANNELS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Sums dS of one block of a bias and a head over the images of one slice, in their order."""
+    UNIT: tl.constexpr = CHANNELS.unit
+    # Which entries of which bias, which head and which images are this program's.
     pid = tl.program_id(0)
-    n, pid = pid % col_blocks * COLS + tl.arange(0, COLS), pid // col_blocks
-    i, pid = pid % row_blocks * ROWS + tl.arange(0, ROWS), pid // row_blocks
+    n, pid = pid % col_blocks * TILES.cols + tl.arange(0, TILES.cols), pid // col_blocks
+    i, pid = pid % row_blocks * TILES.rows + tl.arange(0, TILES.rows), pid // row_blocks
     j, pid = pid % kept, pid // kept
-    group, part = pid % biases, pid // biases
+    group, part = pid % bias.count, pid // bias.count
     head = tl.load(heads_ptr + j)
-    own = j if ROPE else head
+    own = j if CHANNELS.rope else head
     ok, there = i < tokens, n < tokens
     query, key = tl.minimum(i, tokens - 1), tl.minimum(n, tokens - 1)
-    bias_ptr = bias_head(bias_ptr, group, head, biases, stride_ig, stride_ih)
-    top_ptr = bias_head(top_ptr, group, head, biases, stride_tg, stride_th)
-    bias = bias_tile(bias_ptr, query, key, stride_ir, stride_ic)
-    bias = (bias - tl.load(top_ptr + query * stride_tn)[:, None]) * LOG2_E
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    for turn in tl.range(turns * part // slices, turns * (part + 1) // slices, num_stages=STAGES):
-        b = turn * biases + group
-        here = head_base(q_ptr, b, own, stride_qb, stride_qh, UNIT)
-        at = row_offsets(query, stride_qn, UNIT)
-        q_lo = load_tile(here, at, ok, D, 0, LO)
-        q_hi = load_tile(here, at, ok, D, LO, HI) if HI else q_lo
-        here = head_base(k_ptr, b, own, stride_kb, stride_kh, UNIT)
-        at = row_offsets(key, stride_kn, UNIT)
-        k_lo = load_tile(here, at, there, D, 0, LO)
-        k_hi = load_tile(here, at, there, D, LO, HI) if HI else k_lo
+    bias_ptr, top_ptr = bias_bases(bias, group, head)
+    added = bias_tile(bias_ptr, query, key, bias.stride_r, bias.stride_c)
+    added = (added - tl.load(top_ptr + query * bias.top_stride_n)[:, None]) * LOG2_E
+    # The weights and their gradient again, image by image.
+    total = tl.zeros((TILES.rows, TILES.cols), tl.float32)
+    for turn in tl.range(
+        turns * part // slices, turns * (part + 1) // slices, num_stages=TILES.stages
+    ):
+        b = turn * bias.count + group
+        here = head_base(q.ptr, q, b, own, UNIT)
+        at = row_offsets(query, q.stride_n, UNIT)
+        q_lo, q_hi = load_rows(here, at, ok, CHANNELS)
+        here = head_base(k.ptr, k, b, own, UNIT)
+        at = row_offsets(key, k.stride_n, UNIT)
+        k_lo, k_hi = load_rows(here, at, there, CHANNELS)
         row = (b.to(tl.int64) * kept + j) * tokens + query
         lse, delta = tl.load(lse_ptr + row), tl.load(delta_ptr + row)
-        s = scores(q_lo, q_hi, k_lo, k_hi, HI, PRECISION) * (scale * LOG2_E) + bias
+        s = scores(q_lo, q_hi, k_lo, k_hi, CHANNELS) * (scale * LOG2_E) + added
         p = tl.exp2(s - lse[:, None] * LOG2_E)
-        here = head_base(grad_ptr, b, j, stride_gb, stride_gh, UNIT)
-        at = row_offsets(query, stride_gn, UNIT)
-        g_lo = load_tile(here, at, ok, D, 0, LO)
-        g_hi = load_tile(here, at, ok, D, LO, HI) if HI else g_lo
-        here = head_base(v_ptr, b, head, stride_vb, stride_vh, UNIT)
-        at = row_offsets(key, stride_vn, UNIT)
-        v_lo = load_tile(here, at, there, D, 0, LO)
-        v_hi = load_tile(here, at, there, D, LO, HI) if HI else v_lo
-        total += p * (scores(g_lo, g_hi, v_lo, v_hi, HI, PRECISION) - delta[:, None])
-    sums_ptr += ((part.to(tl.int64) * biases + group) * kept + j) * tokens * tokens
+        here = head_base(grad.ptr, grad, b, j, UNIT)
+        at = row_offsets(query, grad.stride_n, UNIT)
+        g_lo, g_hi = load_rows(here, at, ok, CHANNELS)
+        here = head_base(v.ptr, v, b, head, UNIT)
+        at = row_offsets(key, v.stride_n, UNIT)
+        v_lo, v_hi = load_rows(here, at, there, CHANNELS)
+        total += p * (scores(g_lo, g_hi, v_lo, v_hi, CHANNELS) - delta[:, None])
+    sums_ptr += ((part.to(tl.int64) * bias.count + group) * kept + j) * tokens * tokens
     place = sums_ptr + query.to(tl.int64)[:, None] * tokens + n[None, :]
     tl.store(place, total, mask=ok[:, None] & there[None, :])
 
@@ -207,14 +188,12 @@ def add_bias_gradient(
     wanted = -(-PROGRAMS // (matrices * row_blocks * col_blocks))
     slices = max(1, min(turns, wanted, SUM_BYTES // (4 * matrices * tokens**2)))
     sums = lse.new_empty((slices, groups, call.kept, tokens, tokens))
-    low, high = chunks(call.head_dim, pairs[0].dtype.itemsize)
     _bias_grad_kernel[(slices * matrices * row_blocks * col_blocks,)](
-        *pairs,
+        *(rows_of(x) for x in pairs),
         lse,
         delta,
         sums,
         call.heads,
-        *(stride for x in pairs for stride in x.stride()[:3]),
         call.kept,
         tokens,
         row_blocks,
@@ -222,16 +201,9 @@ def add_bias_gradient(
         turns,
         slices,
         call.scale,
-        **bias.options(),
-        D=call.head_dim,
-        LO=low,
-        HI=high,
-        ROPE=call.rope,
-        ROWS=tiles.rows,
-        COLS=tiles.cols,
-        STAGES=tiles.stages,
-        UNIT=alignment(*pairs),
-        PRECISION=dot_precision(pairs[0].dtype),
+        bias.rows(),
+        CHANNELS=call.channels(*pairs),
+        TILES=tiles,
         num_warps=tiles.warps,
     )
     # The slices in their order, then the heads to their places.

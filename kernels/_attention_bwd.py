@@ -5,6 +5,8 @@ B batch, H heads, K kept heads, N tokens, D head dim. Each launch recomputes the
 and owns its results, so nothing is added atomically and every sum has a fixed order.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -12,19 +14,24 @@ from kdfast.kernels._attention import (
     LN_2,
     LOG2_E,
     NONE,
+    Channels,
+    Rotary,
+    Rows,
     head_base,
     load_rotated,
+    load_rows,
     load_tile,
     program,
     row_offsets,
     scores,
     store_grad,
+    store_rows,
     store_tile,
     table_offsets,
     window_span,
     window_tokens,
 )
-from kdfast.kernels._attention_bias import bias_head, bias_tile
+from kdfast.kernels._attention_bias import bias_bases, bias_tile
 from kdfast.kernels._attention_maps import load_stats, map_gradient
 
 
@@ -35,27 +42,16 @@ def across(x, KEYS: tl.constexpr):
 
 
 @triton.jit
-def take_queries(
-    ptr,
-    rows,
-    ok,
-    cos_ptr,
-    sin_ptr,
-    turn,
-    copy_ptr,
-    token,
-    D: tl.constexpr,
-    LO: tl.constexpr,
-    HI: tl.constexpr,
-    ROPE: tl.constexpr,
-):
+def take_queries(ptr, rows, ok, rotary, turn, copy_ptr, token, CHANNELS: tl.constexpr):
     """Both tiles of a program's rows, rotated, in pair order; copied to (N, D) at ``copy_ptr``."""
-    lo = load_rotated(ptr, rows, ok, cos_ptr, sin_ptr, turn, D, 0, LO, ROPE)
+    D: tl.constexpr = CHANNELS.D
+    LO: tl.constexpr = CHANNELS.LO
+    lo = load_rotated(ptr, rows, ok, rotary, turn, 0, LO, CHANNELS)
     hi = lo
     store_tile(copy_ptr, token * D, ok, lo, D, 0, LO, NONE)
-    if HI:
-        hi = load_rotated(ptr, rows, ok, cos_ptr, sin_ptr, turn, D, LO, HI, ROPE)
-        store_tile(copy_ptr, token * D, ok, hi, D, LO, HI, NONE)
+    if CHANNELS.HI:
+        hi = load_rotated(ptr, rows, ok, rotary, turn, LO, CHANNELS.HI, CHANNELS)
+        store_tile(copy_ptr, token * D, ok, hi, D, LO, CHANNELS.HI, NONE)
     return lo, hi
 
 
@@ -76,230 +72,196 @@ def store_pad_part(
     tl.store(part_ptr + cols, tl.sum(grad.to(tl.float32) * weight[:, None], 0), mask=cols < D)
 
 
+class Teacher(NamedTuple):
+    """What a launch with the distance to a teacher's maps reads of it; see _attention_maps.py."""
+
+    own: Rows  # its q (B, Ht, N, TD); with KEYS its k, as ``other`` else
+    other: Rows  # its k; with KEYS its q; with rotation (B, K, N, TD), rotated
+    turned_ptr: Any  # (B, K, N, TD), as ``turned_ptr`` of the kernel
+    rotary: Rotary
+    heads_ptr: Any  # (K,)
+    stats_ptr: Any  # (planes, B, K, N)
+    grad_loss_ptr: Any  # ()
+    plane: Any  # B * K * N
+    scale: Any  # over the temperature
+    temperature: Any
+    weight: Any  # of a row in the loss, over the temperature
+
+
+class Maps(NamedTuple):
+    """What the compiler knows of the distance of two maps."""
+
+    kind: int  # one of KINDS
+    plain: bool  # the temperature is 1: the maps of the loss are those of the output
+    channels: Channels  # of the teacher
+
+
+# The options of a launch without a teacher.
+NO_MAPS: dict[str, None] = {"teacher": None, "MAPS": None}
+
+
 @triton.jit
 def bwd_kernel(
-    a_ptr,  # q (B, H, N, D), with KEYS k, which is as c
-    b_ptr,  # grad (B, K, N, D), with KEYS v (B, H, N, D)
-    c_ptr,  # k, with KEYS q: (B, H, N, D); with ROPE (B, K, N, D), rotated and in pair order
-    d_ptr,  # v, with KEYS grad
+    # A launch owns rows of queries and their gradients, and the keys and values stream past; or
+    # with KEYS the other way round. The rows of `own` and `other` make the scores; those of
+    # `own_v` and `other_v` the gradient of the weights.
+    own,  # Rows of q (B, H, N, D); with KEYS k, as `other` else
+    own_v,  # Rows of grad (B, K, N, D); with KEYS v
+    other,  # Rows of k (B, H, N, D); with KEYS q; with rotation (B, K, N, D), in pair order
+    other_v,  # Rows of v (B, H, N, D); with KEYS grad
+    d_own,  # Rows (B, H, N, D)
+    out,  # Rows (B, K, N, D)
+    d_own_v_ptr,  # with the strides of d_own: dv; without KEYS not used
     lse_ptr,  # (B, K, N)
     # Without KEYS these three are results, and the launch with KEYS follows:
     delta_ptr,  # (B, K, N), rowsum(grad * out)
-    turned_ptr,  # (B, K, N, D), contiguous: q, rotated and in pair order; only with ROPE
+    turned_ptr,  # (B, K, N, D), contiguous: q, rotated and in pair order; only with rotation
     part_ptr,  # (B * windows * blocks, K, D), zeros: parts of dpad; only with HAS_PAD
-    out_ptr,  # (B, K, N, D)
-    da_ptr,  # (B, H, N, D)
-    db_ptr,  # (B, H, N, D), dv; without KEYS not used
-    heads_ptr,
-    cos_ptr,
-    sin_ptr,
-    stride_ab,
-    stride_ah,
-    stride_an,
-    stride_bb,
-    stride_bh,
-    stride_bn,
-    stride_cb,
-    stride_ch,
-    stride_cn,
-    stride_db,
-    stride_dh,
-    stride_dn,
-    stride_gb,  # of both gradients
-    stride_gh,
-    stride_gn,
-    stride_ob,
-    stride_oh,
-    stride_on,
-    kept,
-    tokens,
-    blocks,
-    windows,
-    grid_h,
-    grid_w,
-    size,
-    prefix,
-    skipped,
+    heads_ptr,  # (K,)
+    rotary,
+    shape,
     scale,
-    D: tl.constexpr,
-    LO: tl.constexpr,
-    HI: tl.constexpr,
-    ROPE: tl.constexpr,
+    bias,  # BiasRows or None
+    teacher,  # Teacher or None
+    CHANNELS: tl.constexpr,
+    TILES: tl.constexpr,
     WINDOWED: tl.constexpr,
-    ROWS: tl.constexpr,
-    ROW_TAIL: tl.constexpr,
-    COLS: tl.constexpr,
-    COL_TAIL: tl.constexpr,
-    STAGES: tl.constexpr,
-    UNIT: tl.constexpr,
-    PRECISION: tl.constexpr,
     HAS_PAD: tl.constexpr,
     KEYS: tl.constexpr,
-    # The rider: the gradient of the distance to a teacher's maps, see _attention_maps.py.
-    ta_ptr=None,  # the teacher's q (B, Ht, N, TD), with KEYS k, which is as tc
-    tc_ptr=None,  # its k, with KEYS q: (B, Ht, N, TD); with TROPE (B, K, N, TD), rotated
-    teacher_turned_ptr=None,  # (B, K, N, TD), as turned
-    teacher_cos_ptr=None,  # (rows, TD)
-    teacher_sin_ptr=None,
-    teacher_heads_ptr=None,  # (K,)
-    stats_ptr=None,  # (planes, B, K, N)
-    grad_loss_ptr=None,  # ()
-    stride_tab=0,
-    stride_tah=0,
-    stride_tan=0,
-    stride_tcb=0,
-    stride_tch=0,
-    stride_tcn=0,
-    teacher_prefix=0,
-    teacher_skipped=0,
-    plane=0,
-    teacher_scale=0.0,  # over the temperature
-    temperature=1.0,
-    weight=0.0,  # of a row in the loss, over the temperature
-    KIND: tl.constexpr = -1,
-    TROPE: tl.constexpr = 0,
-    TD: tl.constexpr = 0,
-    TLO: tl.constexpr = 0,
-    THI: tl.constexpr = 0,
-    TUNIT: tl.constexpr = 1,
-    TPRECISION: tl.constexpr = "ieee",
-    PLAIN: tl.constexpr = False,  # the temperature is 1: the maps of the loss are those of out
-    # An additive bias, see _attention_bias.py.
-    bias_ptr=None,  # (G, H, N, N)
-    top_ptr=None,  # (G, H, N), the largest entry of each row
-    biases=1,
-    stride_ig=0,
-    stride_ih=0,
-    stride_ir=0,  # of the rows of a tile of scores, and of its columns
-    stride_ic=0,
-    stride_tg=0,
-    stride_th=0,
-    stride_tn=0,
-    HAS_BIAS: tl.constexpr = False,
+    MAPS: tl.constexpr,  # with a teacher
 ):
     """Gradient of one block of queries, while keys stream past.
 
     With KEYS, gradients of one block of keys and values, while queries stream past.
     """
-    block, window, j, b = program(blocks, windows, kept)
-    first, length, count = window_span(window, tokens, grid_h, grid_w, size, WINDOWED)
+    D: tl.constexpr = CHANNELS.D
+    LO: tl.constexpr = CHANNELS.LO
+    HI: tl.constexpr = CHANNELS.HI
+    UNIT: tl.constexpr = CHANNELS.unit
+    ROPE: tl.constexpr = CHANNELS.rope
+    # Which rows of which tensors are this program's.
+    block, window, j, b = program(shape)
+    first, length, count = window_span(window, shape, WINDOWED)
     head = tl.load(heads_ptr + j)
-    a_ptr = head_base(a_ptr, b, j if KEYS and ROPE else head, stride_ab, stride_ah, UNIT)
-    b_ptr = head_base(b_ptr, b, head if KEYS else j, stride_bb, stride_bh, UNIT)
-    c_ptr = head_base(c_ptr, b, j if ROPE else head, stride_cb, stride_ch, UNIT)
-    d_ptr = head_base(d_ptr, b, j if KEYS else head, stride_db, stride_dh, UNIT)
-    da_ptr = head_base(da_ptr, b, head, stride_gb, stride_gh, UNIT)
-    db_ptr = head_base(db_ptr, b, head, stride_gb, stride_gh, UNIT)
-    out_ptr = head_base(out_ptr, b, j, stride_ob, stride_oh, UNIT)
-    stats = (b.to(tl.int64) * kept + j) * tokens
-    if KIND >= 0:
-        teacher = tl.load(teacher_heads_ptr + j)
-        own = j if KEYS and TROPE else teacher
-        ta_ptr = head_base(ta_ptr, b, own, stride_tab, stride_tah, TUNIT)
-        tc_ptr = head_base(tc_ptr, b, j if TROPE else teacher, stride_tcb, stride_tch, TUNIT)
-        weight *= tl.load(grad_loss_ptr).to(tl.float32)
-    if HAS_BIAS:
-        bias_ptr = bias_head(bias_ptr, b, head, biases, stride_ig, stride_ih)
-        top_ptr = bias_head(top_ptr, b, head, biases, stride_tg, stride_th)
-    left = count - block * ROWS
-    for PART in tl.static_range(2 if ROW_TAIL else 1):
-        if (left > 0 and left < ROWS) if PART else left >= ROWS:
-            i = block * ROWS + tl.arange(0, ROW_TAIL if PART else ROWS)
+    own_ptr = head_base(own.ptr, own, b, j if KEYS and ROPE else head, UNIT)
+    own_v_ptr = head_base(own_v.ptr, own_v, b, head if KEYS else j, UNIT)
+    other_ptr = head_base(other.ptr, other, b, j if ROPE else head, UNIT)
+    other_v_ptr = head_base(other_v.ptr, other_v, b, j if KEYS else head, UNIT)
+    d_own_ptr = head_base(d_own.ptr, d_own, b, head, UNIT)
+    d_own_v_ptr = head_base(d_own_v_ptr, d_own, b, head, UNIT)
+    out_ptr = head_base(out.ptr, out, b, j, UNIT)
+    stats = (b.to(tl.int64) * shape.kept + j) * shape.tokens
+    if teacher is not None:
+        TD: tl.constexpr = MAPS.channels.D
+        TUNIT: tl.constexpr = MAPS.channels.unit
+        TROPE: tl.constexpr = MAPS.channels.rope
+        their_head = tl.load(teacher.heads_ptr + j)
+        own_head = j if KEYS and TROPE else their_head
+        t_own_ptr = head_base(teacher.own.ptr, teacher.own, b, own_head, TUNIT)
+        other_head = j if TROPE else their_head
+        t_other_ptr = head_base(teacher.other.ptr, teacher.other, b, other_head, TUNIT)
+        weight = teacher.weight * tl.load(teacher.grad_loss_ptr).to(tl.float32)
+    if bias is not None:
+        bias_ptr, top_ptr = bias_bases(bias, b, head)
+    left = count - block * TILES.rows
+    # A block is full, or it is the window's last one and takes the smaller tile.
+    for PART in tl.static_range(2 if TILES.row_tail else 1):
+        if (left > 0 and left < TILES.rows) if PART else left >= TILES.rows:
+            i = block * TILES.rows + tl.arange(0, TILES.row_tail if PART else TILES.rows)
             ok = i < count
-            token = window_tokens(tl.minimum(i, count - 1), first, length, grid_w, WINDOWED)
-            turn = table_offsets(token, grid_w, size, prefix, skipped, D, WINDOWED)
-            rows = row_offsets(token, stride_an, UNIT)
+            token = window_tokens(tl.minimum(i, count - 1), first, length, shape, WINDOWED)
+            turn = table_offsets(token, shape, rotary, D, WINDOWED)
+            rows = row_offsets(token, own.stride_n, UNIT)
             # Keys have been rotated before.
             if KEYS or ROPE == NONE:
-                a_lo = load_tile(a_ptr, rows, ok, D, 0, LO)
-                a_hi = load_tile(a_ptr, rows, ok, D, LO, HI) if HI else a_lo
+                own_lo, own_hi = load_rows(own_ptr, rows, ok, CHANNELS)
             else:
                 copy = turned_ptr + stats * D
-                a_lo, a_hi = take_queries(
-                    a_ptr, rows, ok, cos_ptr, sin_ptr, turn, copy, token, D, LO, HI, ROPE
+                own_lo, own_hi = take_queries(
+                    own_ptr, rows, ok, rotary, turn, copy, token, CHANNELS
                 )
-            rows = row_offsets(token, stride_bn, UNIT)
-            b_lo = load_tile(b_ptr, rows, ok, D, 0, LO)
-            b_hi = load_tile(b_ptr, rows, ok, D, LO, HI) if HI else b_lo
+            rows = row_offsets(token, own_v.stride_n, UNIT)
+            own_v_lo, own_v_hi = load_rows(own_v_ptr, rows, ok, CHANNELS)
+            # Row sums of grad * out, which both launches need.
             if not KEYS:
                 lse = tl.load(lse_ptr + stats + token, mask=ok, other=float("inf"))
-                rows = row_offsets(token, stride_on, UNIT)
-                delta = row_products(b_lo, load_tile(out_ptr, rows, ok, D, 0, LO))
+                rows = row_offsets(token, out.stride_n, UNIT)
+                delta = row_products(own_v_lo, load_tile(out_ptr, rows, ok, D, 0, LO))
                 if HI:
-                    delta += row_products(b_hi, load_tile(out_ptr, rows, ok, D, LO, HI))
+                    delta += row_products(own_v_hi, load_tile(out_ptr, rows, ok, D, LO, HI))
                 tl.store(delta_ptr + stats + token, delta, mask=ok)
-                if HAS_BIAS:
-                    top = tl.load(top_ptr + token * stride_tn)
+                if bias is not None:
+                    top = tl.load(top_ptr + token * bias.top_stride_n)
                 if HAS_PAD:
-                    pads = size * size - count
-                    part = (b.to(tl.int64) * windows + window) * blocks + block
-                    here = part_ptr + (part * kept + j) * D
-                    store_pad_part(here, lse, b_lo, pads, D, 0, LO)
+                    pads = shape.size * shape.size - count
+                    part = (b.to(tl.int64) * shape.windows + window) * shape.blocks + block
+                    here = part_ptr + (part * shape.kept + j) * D
+                    store_pad_part(here, lse, own_v_lo, pads, D, 0, LO)
                     if HI:
-                        store_pad_part(here, lse, b_hi, pads, D, LO, HI)
-            if KIND >= 0:
-                rows = row_offsets(token, stride_tan, TUNIT)
+                        store_pad_part(here, lse, own_v_hi, pads, D, LO, HI)
+            if teacher is not None:
+                rows = row_offsets(token, teacher.own.stride_n, TUNIT)
                 if KEYS or TROPE == NONE:
-                    ta_lo = load_tile(ta_ptr, rows, ok, TD, 0, TLO)
-                    ta_hi = load_tile(ta_ptr, rows, ok, TD, TLO, THI) if THI else ta_lo
+                    t_own_lo, t_own_hi = load_rows(t_own_ptr, rows, ok, MAPS.channels)
                 else:
-                    cos, sin, skip = teacher_cos_ptr, teacher_sin_ptr, teacher_skipped
-                    turned = table_offsets(token, grid_w, size, teacher_prefix, skip, TD, WINDOWED)
-                    copy = teacher_turned_ptr + stats * TD
-                    ta_lo, ta_hi = take_queries(
-                        ta_ptr, rows, ok, cos, sin, turned, copy, token, TD, TLO, THI, TROPE
+                    turned = table_offsets(token, shape, teacher.rotary, TD, WINDOWED)
+                    copy = teacher.turned_ptr + stats * TD
+                    t_own_lo, t_own_hi = take_queries(
+                        *(t_own_ptr, rows, ok, teacher.rotary, turned, copy, token),
+                        MAPS.channels,
                     )
                 if not KEYS:
-                    a_lse, b_lse, x, y = load_stats(stats_ptr + stats, plane, token, ok, KIND)
-            da_lo = tl.zeros((token.shape[0], LO), tl.float32)
-            da_hi = tl.zeros((token.shape[0], HI if HI else 16), tl.float32)
-            db_lo, db_hi = tl.zeros_like(da_lo), tl.zeros_like(da_hi)
-            full = count // COLS * COLS
-            for REST in tl.static_range(2 if COL_TAIL else 1):
+                    here = teacher.stats_ptr + stats
+                    a_lse, b_lse, x, y = load_stats(here, teacher.plane, token, ok, MAPS.kind)
+            d_lo = tl.zeros((token.shape[0], LO), tl.float32)
+            d_hi = tl.zeros((token.shape[0], HI if HI else 16), tl.float32)
+            d_v_lo, d_v_hi = tl.zeros_like(d_lo), tl.zeros_like(d_hi)
+            # The other side streams past: whole tiles, then a smaller one with a mask.
+            full = count // TILES.cols * TILES.cols
+            for REST in tl.static_range(2 if TILES.col_tail else 1):
                 for n in tl.range(
                     full if REST else 0,
                     count if REST else full,
-                    COL_TAIL if REST else COLS,
-                    num_stages=1 if REST else STAGES,
+                    TILES.col_tail if REST else TILES.cols,
+                    num_stages=1 if REST else TILES.stages,
                 ):
-                    col = n + tl.arange(0, COL_TAIL if REST else COLS)
+                    col = n + tl.arange(0, TILES.col_tail if REST else TILES.cols)
                     there = col < count
                     if REST:
                         col = tl.minimum(col, count - 1)
-                    col = window_tokens(col, first, length, grid_w, WINDOWED)
-                    at = row_offsets(col, stride_cn, UNIT)
-                    c_lo = load_tile(c_ptr, at, there, D, 0, LO, REST)
-                    c_hi = load_tile(c_ptr, at, there, D, LO, HI, REST) if HI else c_lo
-                    at = row_offsets(col, stride_dn, UNIT)
-                    d_lo = load_tile(d_ptr, at, there, D, 0, LO, REST)
-                    d_hi = load_tile(d_ptr, at, there, D, LO, HI, REST) if HI else d_lo
+                    col = window_tokens(col, first, length, shape, WINDOWED)
+                    at = row_offsets(col, other.stride_n, UNIT)
+                    c_lo, c_hi = load_rows(other_ptr, at, there, CHANNELS, REST)
+                    at = row_offsets(col, other_v.stride_n, UNIT)
+                    c_v_lo, c_v_hi = load_rows(other_v_ptr, at, there, CHANNELS, REST)
                     if KEYS:
                         # An absent query has the weight exp(-inf) for every key.
                         lse = tl.load(lse_ptr + stats + col, mask=there, other=float("inf"))
                         delta = tl.load(delta_ptr + stats + col, mask=there, other=0.0)
-                    s = scores(a_lo, a_hi, c_lo, c_hi, HI, PRECISION) * (scale * LOG2_E)
-                    if HAS_BIAS:
+                    # The weights p again, and the gradient ds of the scores.
+                    s = scores(own_lo, own_hi, c_lo, c_hi, CHANNELS) * (scale * LOG2_E)
+                    if bias is not None:
                         if KEYS:
-                            top = tl.load(top_ptr + col * stride_tn)
-                        bias = bias_tile(bias_ptr, token, col, stride_ir, stride_ic)
-                        s += (bias - across(top, KEYS)) * LOG2_E
+                            top = tl.load(top_ptr + col * bias.top_stride_n)
+                        added = bias_tile(bias_ptr, token, col, bias.stride_r, bias.stride_c)
+                        s += (added - across(top, KEYS)) * LOG2_E
                     p = tl.exp2(s - across(lse * LOG2_E, KEYS))
                     if REST and not KEYS:
                         p = tl.where(there[None, :], p, 0.0)
-                    ds = scores(b_lo, b_hi, d_lo, d_hi, HI, PRECISION)
+                    ds = scores(own_v_lo, own_v_hi, c_v_lo, c_v_hi, CHANNELS)
                     ds = p * (ds - across(delta, KEYS))
-                    if KIND >= 0:
-                        at = row_offsets(col, stride_tcn, TUNIT)
-                        tc_lo = load_tile(tc_ptr, at, there, TD, 0, TLO, REST)
-                        tc_hi = tc_lo
-                        if THI:
-                            tc_hi = load_tile(tc_ptr, at, there, TD, TLO, THI, REST)
-                        t = scores(ta_lo, ta_hi, tc_lo, tc_hi, THI, TPRECISION) * teacher_scale
+                    # What the distance to the teacher's maps adds to it.
+                    if teacher is not None:
+                        at = row_offsets(col, teacher.other.stride_n, TUNIT)
+                        tc_lo, tc_hi = load_rows(t_other_ptr, at, there, MAPS.channels, REST)
+                        t = scores(t_own_lo, t_own_hi, tc_lo, tc_hi, MAPS.channels) * teacher.scale
                         if KEYS:
-                            here = stats_ptr + stats
-                            a_lse, b_lse, x, y = load_stats(here, plane, col, there, KIND)
+                            here = teacher.stats_ptr + stats
+                            a_lse, b_lse, x, y = load_stats(
+                                here, teacher.plane, col, there, MAPS.kind
+                            )
                         dm = map_gradient(
-                            s * (LN_2 / temperature),
+                            s * (LN_2 / teacher.temperature),
                             t,
                             p,
                             across(a_lse, KEYS),
@@ -307,26 +269,25 @@ def bwd_kernel(
                             across(x, KEYS),
                             across(y, KEYS),
                             count,
-                            KIND,
-                            PLAIN,
+                            MAPS.kind,
+                            MAPS.plain,
                         )
                         if REST:
                             dm = tl.where(there[None, :], dm, 0.0)
                         ds += weight * dm
                     ds = ds.to(c_lo.dtype)
-                    da_lo = tl.dot(ds, c_lo, da_lo, input_precision=PRECISION)
+                    d_lo = tl.dot(ds, c_lo, d_lo, input_precision=CHANNELS.precision)
                     if HI:
-                        da_hi = tl.dot(ds, c_hi, da_hi, input_precision=PRECISION)
+                        d_hi = tl.dot(ds, c_hi, d_hi, input_precision=CHANNELS.precision)
                     if KEYS:
-                        p = p.to(d_lo.dtype)
-                        db_lo = tl.dot(p, d_lo, db_lo, input_precision=PRECISION)
+                        p = p.to(c_v_lo.dtype)
+                        d_v_lo = tl.dot(p, c_v_lo, d_v_lo, input_precision=CHANNELS.precision)
                         if HI:
-                            db_hi = tl.dot(p, d_hi, db_hi, input_precision=PRECISION)
-            rows = row_offsets(token, stride_gn, UNIT)
-            store_grad(da_ptr, rows, ok, da_lo * scale, cos_ptr, sin_ptr, turn, D, 0, LO, ROPE)
+                            d_v_hi = tl.dot(p, c_v_hi, d_v_hi, input_precision=CHANNELS.precision)
+            # Gradients of rotated rows are rotated back.
+            rows = row_offsets(token, d_own.stride_n, UNIT)
+            store_grad(d_own_ptr, rows, ok, d_lo * scale, rotary, turn, 0, LO, CHANNELS)
             if HI:
-                store_grad(da_ptr, rows, ok, da_hi * scale, cos_ptr, sin_ptr, turn, D, LO, HI, ROPE)
+                store_grad(d_own_ptr, rows, ok, d_hi * scale, rotary, turn, LO, HI, CHANNELS)
             if KEYS:
-                store_tile(db_ptr, rows, ok, db_lo, D, 0, LO, NONE)
-                if HI:
-                    store_tile(db_ptr, rows, ok, db_hi, D, LO, HI, NONE)
+                store_rows(d_own_v_ptr, rows, ok, d_v_lo, d_v_hi, CHANNELS)

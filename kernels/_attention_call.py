@@ -13,6 +13,10 @@ from kdfast.kernels._attention import (
     HALF,
     INTERLEAVED,
     NONE,
+    Channels,
+    Rotary,
+    Rows,
+    Shape,
     head_base,
     load_rotated,
     program,
@@ -35,37 +39,26 @@ from kdfast.kernels._common import (
 
 @triton.jit
 def rotate_kernel(
-    x_ptr,  # (B, H, N, D)
+    x,  # Rows (B, H, N, D)
     y_ptr,  # (B, K, N, D), contiguous: rotated, in pair order
     heads_ptr,
-    cos_ptr,
-    sin_ptr,
-    stride_xb,
-    stride_xh,
-    stride_xn,
-    kept,
-    tokens,
-    blocks,
-    grid_w,
-    size,
-    prefix,
-    skipped,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROPE: tl.constexpr,
+    rotary,
+    shape,
+    CHANNELS: tl.constexpr,  # with one tile
     WINDOWED: tl.constexpr,
     ROWS: tl.constexpr,
-    UNIT: tl.constexpr,
 ):
     """Rotates the keys once, where every block of queries would rotate them again."""
-    block, _, j, b = program(blocks, 1, kept)
+    D: tl.constexpr = CHANNELS.D
+    WIDTH: tl.constexpr = CHANNELS.LO
+    block, _, j, b = program(shape)
     token = block * ROWS + tl.arange(0, ROWS)
-    ok = token < tokens
-    x_ptr = head_base(x_ptr, b, tl.load(heads_ptr + j), stride_xb, stride_xh, UNIT)
-    turn = table_offsets(token, grid_w, size, prefix, skipped, D, WINDOWED)
-    rows = row_offsets(token, stride_xn, UNIT)
-    y = load_rotated(x_ptr, rows, ok, cos_ptr, sin_ptr, turn, D, 0, WIDTH, ROPE)
-    y_ptr += (b.to(tl.int64) * kept + j) * tokens * D
+    ok = token < shape.tokens
+    x_ptr = head_base(x.ptr, x, b, tl.load(heads_ptr + j), CHANNELS.unit)
+    turn = table_offsets(token, shape, rotary, D, WINDOWED)
+    rows = row_offsets(token, x.stride_n, CHANNELS.unit)
+    y = load_rotated(x_ptr, rows, ok, rotary, turn, 0, WIDTH, CHANNELS)
+    y_ptr += (b.to(tl.int64) * shape.kept + j) * shape.tokens * D
     store_tile(y_ptr, token * D, ok, y, D, 0, WIDTH, NONE)
 
 
@@ -124,48 +117,40 @@ class Call:
         blocks = -(-max(self.lengths) // tiles.rows)
         return blocks * len(self.lengths) * self.kept * self.batch
 
+    def rotary(self) -> Rotary:
+        """The tables as the kernels take them."""
+        return Rotary(self.cos, self.sin, self.prefix, self.skipped)
+
+    def channels(self, *rows: Tensor) -> Channels:
+        """What the compiler knows of tensors of one dtype with the head dim of the call."""
+        low, high = chunks(self.head_dim, rows[0].dtype.itemsize)
+        precision = dot_precision(rows[0].dtype)
+        return Channels(self.head_dim, low, high, self.rope, alignment(*rows), precision)
+
     def launch(
-        self,
-        kernel: Any,
-        tiles: Tiles,
-        pointers: Sequence[Tensor],
-        strided: Sequence[Tensor],
-        **options: Any,
+        self, kernel: Any, tiles: Tiles, rows: Sequence[Tensor], *others: Any, **options: Any
     ) -> None:
         """Runs an attention kernel.
 
         Args:
-            kernel: The kernel.
+            kernel: Its parameters are those that follow, then the head table, the rotary tables and
+                the shape; and by name what every attention kernel takes, with ``options``.
             tiles: Its blocks, from ``tiles``.
-            pointers: Its tensors, in the order of its parameters.
-            strided: Those whose first three strides follow, in that order.
-            **options: Its other parameters by name.
+            rows: Tensors with rows of the call's channels.
+            *others: What follows them.
+            **options: By name.
         """
         blocks = -(-max(self.lengths) // tiles.rows)
-        low, high = chunks(self.head_dim, pointers[0].dtype.itemsize)
         kernel[(self.programs(tiles),)](
-            *pointers,
-            *(stride for x in strided for stride in x.stride()[:3]),
-            self.kept,
-            self.tokens,
-            blocks,
-            len(self.lengths),
-            *self.grid,
-            self.prefix,
-            self.skipped,
-            self.scale,
-            D=self.head_dim,
-            LO=low,
-            HI=high,
-            ROPE=self.rope,
+            *(rows_of(x) for x in rows),
+            *others,
+            self.heads,
+            self.rotary(),
+            Shape(self.kept, self.tokens, blocks, len(self.lengths), *self.grid),
+            CHANNELS=self.channels(*rows),
+            TILES=tiles,
             WINDOWED=self.windowed,
-            ROWS=tiles.rows,
-            ROW_TAIL=tiles.row_tail,
-            COLS=tiles.cols,
-            COL_TAIL=tiles.col_tail,
-            STAGES=tiles.stages,
-            UNIT=alignment(*strided),
-            PRECISION=dot_precision(pointers[0].dtype),
+            HAS_PAD=self.has_pad,
             num_warps=tiles.warps,
             **options,
         )
@@ -201,6 +186,11 @@ def make_call(q: Tensor, heads: list[int] | None, scores: Scores, windows: Windo
     )
 
 
+def rows_of(x: Tensor) -> Rows:
+    """x (B, heads, N, D) as the kernels take it."""
+    return Rows(x, *x.stride()[:3])
+
+
 def rows_first(x: Tensor, heads: int, *, zero: bool = False) -> Tensor:
     """(B, heads, N, D) like x, in the memory order (B, N, heads, D)."""
     batch, _, tokens, head_dim = x.shape
@@ -220,24 +210,17 @@ def rotated(x: Tensor, call: Call) -> Tensor:
     y = turning(x, call)
     if y is x:
         return x
+    # Of the windows only the tables' order matters here.
+    shape = Shape(call.kept, call.tokens, call.rows, 1, *call.grid)
+    channels = call.channels(x)._replace(LO=power_of_two(call.head_dim), HI=0)
     rotate_kernel[(call.rows * call.kept * call.batch,)](
-        x,
+        rows_of(x),
         y,
         call.heads,
-        call.cos,
-        call.sin,
-        *x.stride()[:3],
-        call.kept,
-        call.tokens,
-        call.rows,
-        *call.grid[1:],
-        call.prefix,
-        call.skipped,
-        D=call.head_dim,
-        WIDTH=power_of_two(call.head_dim),
-        ROPE=call.rope,
+        call.rotary(),
+        shape,
+        CHANNELS=channels,
         WINDOWED=call.windowed,
         ROWS=PLAIN_ROWS,
-        UNIT=alignment(x),
     )
     return y

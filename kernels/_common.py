@@ -5,7 +5,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,8 +19,7 @@ USEFUL_SHARE = 0.75
 SMALLEST = 16  # side of the smallest tile that tensor cores take
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
     """Blocks of one launch: resident rows, and the columns that stream past them.
 
     A last block of rows (columns) that is not full is computed with ``row_tail`` (``col_tail``)
@@ -66,16 +64,16 @@ BLOCKS: dict[tuple[str, int, int], Blocks] = {
     ("dkdv", 128, 4): Blocks(((16, 4),), 16, 1),
     ("dkdv", TWO, 4): Blocks(((16, 4),), 16, 1),
     # With the distance to a teacher's maps, and the kernel of its row sums.
-    ("dq_rider", 64, 2): Blocks(((64, 4), (32, 4)), 32, 2),
-    ("dq_rider", 128, 2): Blocks(((64, 8), (32, 8)), 16, 1),
-    ("dq_rider", 64, 4): Blocks(((32, 8),), 32, 1),
-    ("dq_rider", 128, 4): Blocks(((16, 8),), 16, 1),
-    ("dq_rider", TWO, 4): Blocks(((16, 8),), 16, 1),
-    ("dkdv_rider", 64, 2): Blocks(((64, 8), (32, 4)), 32, 2),
-    ("dkdv_rider", 128, 2): Blocks(((32, 8),), 16, 1),
-    ("dkdv_rider", 64, 4): Blocks(((32, 8),), 16, 1),
-    ("dkdv_rider", 128, 4): Blocks(((16, 8),), 16, 1),
-    ("dkdv_rider", TWO, 4): Blocks(((16, 8),), 16, 1),
+    ("dq_maps", 64, 2): Blocks(((64, 4), (32, 4)), 32, 2),
+    ("dq_maps", 128, 2): Blocks(((64, 8), (32, 8)), 16, 1),
+    ("dq_maps", 64, 4): Blocks(((32, 8),), 32, 1),
+    ("dq_maps", 128, 4): Blocks(((16, 8),), 16, 1),
+    ("dq_maps", TWO, 4): Blocks(((16, 8),), 16, 1),
+    ("dkdv_maps", 64, 2): Blocks(((64, 8), (32, 4)), 32, 2),
+    ("dkdv_maps", 128, 2): Blocks(((32, 8),), 16, 1),
+    ("dkdv_maps", 64, 4): Blocks(((32, 8),), 16, 1),
+    ("dkdv_maps", 128, 4): Blocks(((16, 8),), 16, 1),
+    ("dkdv_maps", TWO, 4): Blocks(((16, 8),), 16, 1),
     ("distance", 64, 2): Blocks(((64, 4), (32, 4)), 64, 2),
     ("distance", 128, 2): Blocks(((64, 8), (32, 4)), 32, 2),
     ("distance", 64, 4): Blocks(((64, 8), (16, 4)), 32, 1),

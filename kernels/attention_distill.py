@@ -6,7 +6,6 @@ of pruned_attention, a log-sum-exp of the teacher's scores, and row sums over bo
 gradient rides on the kernels of pruned_attention's backward pass.
 """
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +18,8 @@ from kdfast.kernels import pruned_attention
 from kdfast.kernels._attention import (
     NONE,
     head_base,
-    load_query,
-    load_tile,
+    load_queries,
+    load_rows,
     program,
     row_offsets,
     scores,
@@ -28,7 +27,16 @@ from kdfast.kernels._attention import (
     window_span,
     window_tokens,
 )
-from kdfast.kernels._attention_call import Call, Scores, Windows, make_call, rotated, turning
+from kdfast.kernels._attention_bwd import Maps, Teacher
+from kdfast.kernels._attention_call import (
+    Call,
+    Scores,
+    Windows,
+    make_call,
+    rotated,
+    rows_of,
+    turning,
+)
 from kdfast.kernels._attention_maps import (
     COSINE,
     JSD,
@@ -36,155 +44,101 @@ from kdfast.kernels._attention_maps import (
     KL,
     LOGIT_MSE,
     MSE,
+    PLANES,
     load_stats,
     map_terms,
     row_results,
 )
 from kdfast.kernels._common import (
     SUM_BLOCK,
-    alignment,
     chunks,
-    dot_precision,
     total_kernel,
     unit_stride,
 )
-from kdfast.ops.attention_distill import STATS
 
 
 @triton.jit
 def _distance_kernel(
-    q_ptr,  # (B, H, N, D)
-    k_ptr,  # (B, H, N, D); with ROPE (B, K, N, D), rotated and in pair order
+    q,  # Rows (B, H, N, D)
+    k,  # Rows (B, H, N, D); with rotation (B, K, N, D), rotated and in pair order
     distance_ptr,  # (B, K, N)
     heads_ptr,  # (K,)
-    cos_ptr,  # (rows, D)
-    sin_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    kept,
-    tokens,
-    blocks,
-    windows,
-    grid_h,
-    grid_w,
-    size,
-    prefix,
-    skipped,
+    rotary,
+    shape,
     scale,
-    D: tl.constexpr,
-    LO: tl.constexpr,
-    HI: tl.constexpr,
-    ROPE: tl.constexpr,
+    teacher,  # Teacher
+    CHANNELS: tl.constexpr,
+    TILES: tl.constexpr,
     WINDOWED: tl.constexpr,
-    ROWS: tl.constexpr,
-    ROW_TAIL: tl.constexpr,
-    COLS: tl.constexpr,
-    COL_TAIL: tl.constexpr,
-    STAGES: tl.constexpr,
-    UNIT: tl.constexpr,
-    PRECISION: tl.constexpr,
     HAS_PAD: tl.constexpr,
-    # The teacher, as in the kernel of the backward pass.
-    ta_ptr,
-    tc_ptr,
-    teacher_turned_ptr,
-    teacher_cos_ptr,
-    teacher_sin_ptr,
-    teacher_heads_ptr,
-    stats_ptr,
-    grad_loss_ptr,
-    stride_tab,
-    stride_tah,
-    stride_tan,
-    stride_tcb,
-    stride_tch,
-    stride_tcn,
-    teacher_prefix,
-    teacher_skipped,
-    plane,
-    teacher_scale,
-    temperature,
-    weight,
-    KIND: tl.constexpr,
-    TROPE: tl.constexpr,
-    TD: tl.constexpr,
-    TLO: tl.constexpr,
-    THI: tl.constexpr,
-    TUNIT: tl.constexpr,
-    TPRECISION: tl.constexpr,
-    PLAIN: tl.constexpr,
+    MAPS: tl.constexpr,
 ):
     """Distances of one block of queries; fills the planes of stats that the gradient needs."""
-    block, window, j, b = program(blocks, windows, kept)
-    first, length, count = window_span(window, tokens, grid_h, grid_w, size, WINDOWED)
-    head, teacher = tl.load(heads_ptr + j), tl.load(teacher_heads_ptr + j)
-    q_ptr = head_base(q_ptr, b, head, stride_qb, stride_qh, UNIT)
-    k_ptr = head_base(k_ptr, b, head if ROPE == NONE else j, stride_kb, stride_kh, UNIT)
-    ta_ptr = head_base(ta_ptr, b, teacher, stride_tab, stride_tah, TUNIT)
-    tc_ptr = head_base(tc_ptr, b, j if TROPE else teacher, stride_tcb, stride_tch, TUNIT)
-    stats = (b.to(tl.int64) * kept + j) * tokens
-    left = count - block * ROWS
-    for PART in tl.static_range(2 if ROW_TAIL else 1):
-        if (left > 0 and left < ROWS) if PART else left >= ROWS:
-            i = block * ROWS + tl.arange(0, ROW_TAIL if PART else ROWS)
+    UNIT: tl.constexpr = CHANNELS.unit
+    TUNIT: tl.constexpr = MAPS.channels.unit
+    KIND: tl.constexpr = MAPS.kind
+    # Which rows of which tensors are this program's.
+    block, window, j, b = program(shape)
+    first, length, count = window_span(window, shape, WINDOWED)
+    head, their_head = tl.load(heads_ptr + j), tl.load(teacher.heads_ptr + j)
+    q_ptr = head_base(q.ptr, q, b, head, UNIT)
+    k_ptr = head_base(k.ptr, k, b, head if CHANNELS.rope == NONE else j, UNIT)
+    tq_ptr = head_base(teacher.own.ptr, teacher.own, b, their_head, TUNIT)
+    other_head = j if MAPS.channels.rope else their_head
+    tk_ptr = head_base(teacher.other.ptr, teacher.other, b, other_head, TUNIT)
+    stats = (b.to(tl.int64) * shape.kept + j) * shape.tokens
+    left = count - block * TILES.rows
+    # A block is full, or it is the window's last one and takes the smaller tile.
+    for PART in tl.static_range(2 if TILES.row_tail else 1):
+        if (left > 0 and left < TILES.rows) if PART else left >= TILES.rows:
+            i = block * TILES.rows + tl.arange(0, TILES.row_tail if PART else TILES.rows)
             ok = i < count
-            token = window_tokens(tl.minimum(i, count - 1), first, length, grid_w, WINDOWED)
-            turn = table_offsets(token, grid_w, size, prefix, skipped, D, WINDOWED)
-            rows = row_offsets(token, stride_qn, UNIT)
-            q_lo = load_query(q_ptr, rows, ok, cos_ptr, sin_ptr, turn, D, 0, LO, ROPE)
-            q_hi = q_lo
-            if HI:
-                q_hi = load_query(q_ptr, rows, ok, cos_ptr, sin_ptr, turn, D, LO, HI, ROPE)
-            cos, sin = teacher_cos_ptr, teacher_sin_ptr
-            turn = table_offsets(token, grid_w, size, teacher_prefix, teacher_skipped, TD, WINDOWED)
-            rows = row_offsets(token, stride_tan, TUNIT)
-            tq_lo = load_query(ta_ptr, rows, ok, cos, sin, turn, TD, 0, TLO, TROPE)
-            tq_hi = tq_lo
-            if THI:
-                tq_hi = load_query(ta_ptr, rows, ok, cos, sin, turn, TD, TLO, THI, TROPE)
+            token = window_tokens(tl.minimum(i, count - 1), first, length, shape, WINDOWED)
+            turn = table_offsets(token, shape, rotary, CHANNELS.D, WINDOWED)
+            rows = row_offsets(token, q.stride_n, UNIT)
+            q_lo, q_hi = load_queries(q_ptr, rows, ok, rotary, turn, CHANNELS)
+            turn = table_offsets(token, shape, teacher.rotary, MAPS.channels.D, WINDOWED)
+            rows = row_offsets(token, teacher.own.stride_n, TUNIT)
+            tq_lo, tq_hi = load_queries(tq_ptr, rows, ok, teacher.rotary, turn, MAPS.channels)
+            # The sums over a row that its distance is made of, see map_terms.
             a_lse, b_lse, x, y = load_stats(
-                stats_ptr + stats, plane, token, ok, LOGIT_MSE if KIND == LOGIT_MSE else KL
+                *(teacher.stats_ptr + stats, teacher.plane, token, ok),
+                LOGIT_MSE if KIND == LOGIT_MSE else KL,
             )
             one = tl.zeros(token.shape, tl.float32)
             two, three = one, one
             top = tl.full(token.shape, float("-inf"), tl.float32)
             if HAS_PAD and KIND == KL:
-                pads = size * size - count
+                pads = shape.size * shape.size - count
                 top = tl.where(pads > 0, tl.zeros_like(top), top)
                 one, two = pads * a_lse, one + pads
             elif HAS_PAD and KIND != LOGIT_MSE:
                 # A padded key is an entry of logit 0 of both maps.
-                pads = size * size - count
-                u, v, w = map_terms(one, one, a_lse, b_lse, KIND)
-                one, two, three = pads * u, pads * v, pads * w
-            full = count // COLS * COLS
-            for REST in tl.static_range(2 if COL_TAIL else 1):
+                pads = shape.size * shape.size - count
+                # Other names than in the loop, whose tiles have another shape.
+                pad_one, pad_two, pad_three = map_terms(one, one, a_lse, b_lse, KIND)
+                one, two, three = pads * pad_one, pads * pad_two, pads * pad_three
+            # Keys of both sides stream past: whole tiles, then a smaller one with a mask.
+            full = count // TILES.cols * TILES.cols
+            for REST in tl.static_range(2 if TILES.col_tail else 1):
                 for c in tl.range(
                     full if REST else 0,
                     count if REST else full,
-                    COL_TAIL if REST else COLS,
-                    num_stages=1 if REST else STAGES,
+                    TILES.col_tail if REST else TILES.cols,
+                    num_stages=1 if REST else TILES.stages,
                 ):
-                    n = c + tl.arange(0, COL_TAIL if REST else COLS)
+                    n = c + tl.arange(0, TILES.col_tail if REST else TILES.cols)
                     there = n < count
                     keys = n
                     if REST:
                         keys = tl.minimum(n, count - 1)
-                    keys = window_tokens(keys, first, length, grid_w, WINDOWED)
-                    at = row_offsets(keys, stride_kn, UNIT)
-                    k_lo = load_tile(k_ptr, at, there, D, 0, LO, REST)
-                    k_hi = load_tile(k_ptr, at, there, D, LO, HI, REST) if HI else k_lo
-                    at = row_offsets(keys, stride_tcn, TUNIT)
-                    tk_lo = load_tile(tc_ptr, at, there, TD, 0, TLO, REST)
-                    tk_hi = tk_lo
-                    if THI:
-                        tk_hi = load_tile(tc_ptr, at, there, TD, TLO, THI, REST)
-                    s = scores(q_lo, q_hi, k_lo, k_hi, HI, PRECISION) * (scale / temperature)
-                    t = scores(tq_lo, tq_hi, tk_lo, tk_hi, THI, TPRECISION) * teacher_scale
+                    keys = window_tokens(keys, first, length, shape, WINDOWED)
+                    at = row_offsets(keys, k.stride_n, UNIT)
+                    k_lo, k_hi = load_rows(k_ptr, at, there, CHANNELS, REST)
+                    at = row_offsets(keys, teacher.other.stride_n, TUNIT)
+                    tk_lo, tk_hi = load_rows(tk_ptr, at, there, MAPS.channels, REST)
+                    s = scores(q_lo, q_hi, k_lo, k_hi, CHANNELS) * (scale / teacher.temperature)
+                    t = scores(tq_lo, tq_hi, tk_lo, tk_hi, MAPS.channels) * teacher.scale
                     if KIND == KL:
                         # Sums of r' and r' (log r' - log p), r' = exp(t - top) not yet normalised.
                         t = tl.where(there[None, :], t, float("-inf")) if REST else t
@@ -204,17 +158,19 @@ def _distance_kernel(
                         two += tl.sum(tl.where(there[None, :], v, 0.0) if REST else v, 1)
                     if KIND == COSINE:
                         three += tl.sum(tl.where(there[None, :], w, 0.0) if REST else w, 1)
-            place = stats_ptr + stats + token
+            # The distances, and what the gradient needs of each row.
+            place = teacher.stats_ptr + stats + token
+            plane = tl.cast(teacher.plane, tl.int64)
             if KIND == KL:
                 distance = one / two - tl.log(two)
-                tl.store(place + 2 * tl.cast(plane, tl.int64), top + tl.log(two), mask=ok)
+                tl.store(place + 2 * plane, top + tl.log(two), mask=ok)
             else:
                 distance, x, y = row_results(one, two, three, count, KIND)
             tl.store(distance_ptr + stats + token, distance, mask=ok)
             if KIND != LOGIT_MSE and KIND != KL:
-                tl.store(place + 3 * tl.cast(plane, tl.int64), x, mask=ok)
+                tl.store(place + 3 * plane, x, mask=ok)
             if KIND == COSINE:
-                tl.store(place + 4 * tl.cast(plane, tl.int64), y, mask=ok)
+                tl.store(place + 4 * plane, y, mask=ok)
 
 
 def pair_of_calls(
@@ -240,22 +196,14 @@ def log_sums(q: Tensor, k: Tensor, call: Call, temperature: float) -> Tensor:
     """Log-sum-exp (B, K, N) of the scores over the temperature; k as ``rotated`` gives it."""
     # The forward kernel of attention without values: q stands for what it does not touch.
     lse = torch.empty((call.batch, call.kept, call.tokens), dtype=torch.float32, device=q.device)
-    pointers = (q, k, q, q, lse, call.heads, call.cos, call.sin, call.pad)
-    scaled = replace(call, scale=call.scale / temperature * math.log2(math.e))
-    scaled.launch(
-        pruned_attention.fwd_kernel,
-        call.tiles("fwd"),
-        pointers,
-        (q, k, q, q),
-        HAS_PAD=call.has_pad,
-        VALUES=False,
-    )
+    rows = (q, k, q, q)
+    pruned_attention.launch_forward(call, rows, lse, temperature=temperature, values=False)
     return lse
 
 
-def rider(
-    a: Tensor,
-    c: Tensor,
+def teacher_maps(
+    own: Tensor,
+    other: Tensor,
     turned: Tensor,
     teacher: Call,
     stats: Tensor,
@@ -263,13 +211,13 @@ def rider(
     temperature: float,
     kind: str,
 ) -> dict[str, Any]:
-    """The parameters, by name, that kernels have for the distance to a teacher's maps.
+    """The options of a launch with the distance to a teacher's maps.
 
     Args:
-        a: The teacher's tensor on the side of the resident rows: its q; for the gradient of keys
+        own: The teacher's tensor on the side of the resident rows: its q; for the gradient of keys
             its k as ``rotated`` gives it.
-        c: The teacher's tensor on the side that streams past: its k as ``rotated`` gives it; for
-            the gradient of keys its rotated q.
+        other: The teacher's tensor on the side that streams past: its k as ``rotated`` gives it;
+            for the gradient of keys its rotated q.
         turned: Where the gradient of queries leaves the teacher's rotated q.
         teacher: The teacher's call.
         stats: (planes, B, K, N), as the forward pass fills it.
@@ -277,34 +225,22 @@ def rider(
         temperature: The temperature of both maps.
         kind: A kind of ``KINDS``.
     """
-    low, high = chunks(teacher.head_dim, a.dtype.itemsize)
-    names = [f"stride_t{side}{axis}" for side in "ac" for axis in "bhn"]
-    strides = [*a.stride()[:3], *c.stride()[:3]]
     rows = stats[0].numel()
-    return dict(zip(names, strides, strict=True)) | {
-        "ta_ptr": a,
-        "tc_ptr": c,
-        "teacher_turned_ptr": turned,
-        "teacher_cos_ptr": teacher.cos,
-        "teacher_sin_ptr": teacher.sin,
-        "teacher_heads_ptr": teacher.heads,
-        "stats_ptr": stats,
-        "grad_loss_ptr": grad_loss,
-        "teacher_prefix": teacher.prefix,
-        "teacher_skipped": teacher.skipped,
-        "plane": rows,
-        "teacher_scale": teacher.scale / temperature,
-        "temperature": float(temperature),
-        "weight": 1 / (rows * temperature),
-        "KIND": KINDS.index(kind),
-        "TROPE": teacher.rope,
-        "TD": teacher.head_dim,
-        "TLO": low,
-        "THI": high,
-        "TUNIT": alignment(a, c),
-        "TPRECISION": dot_precision(a.dtype),
-        "PLAIN": temperature == 1,
-    }
+    group = Teacher(
+        own=rows_of(own),
+        other=rows_of(other),
+        turned_ptr=turned,
+        rotary=teacher.rotary(),
+        heads_ptr=teacher.heads,
+        stats_ptr=stats,
+        grad_loss_ptr=grad_loss,
+        plane=rows,
+        scale=teacher.scale / temperature,
+        temperature=float(temperature),
+        weight=1 / (rows * temperature),
+    )
+    maps = Maps(KINDS.index(kind), temperature == 1, teacher.channels(own, other))
+    return {"teacher": group, "MAPS": maps}
 
 
 def forward(
@@ -346,7 +282,7 @@ def forward(
         own = replace(call, width=call.head_dim, itemsize=q.dtype.itemsize)
         out, lse = pruned_attention.attend(q, k, v, own)
         # Here the planes are lse, a_lse, b_lse, x, y: fewer than the CPU kernel uses.
-        stats = torch.empty((STATS[kind], *lse.shape), dtype=torch.float32, device=q.device)
+        stats = torch.empty((PLANES[kind], *lse.shape), dtype=torch.float32, device=q.device)
         loss = torch.zeros((), dtype=torch.float32, device=q.device)
         if out.numel() == 0:
             return out, loss, stats
@@ -359,13 +295,14 @@ def forward(
             stats[2] = log_sums(teacher_q, teacher_k, teacher, temperature)
         # The distance of every row, and their mean.
         distance = torch.empty_like(lse)
+        sides = (teacher_q, teacher_k, teacher_q)
         call.launch(
             _distance_kernel,
             call.tiles("distance"),
-            (q, k, distance, call.heads, call.cos, call.sin),
             (q, k),
-            HAS_PAD=call.has_pad,
-            **rider(teacher_q, teacher_k, teacher_q, teacher, stats, loss, temperature, kind),
+            distance,
+            scale=call.scale,
+            **teacher_maps(*sides, teacher, stats, loss, temperature, kind),
         )
         rows = distance.numel()
         total_kernel[(1,)](distance, loss, rows, float(rows), BLOCK=SUM_BLOCK)
@@ -415,11 +352,11 @@ def backward(
         if out.numel():
             teacher_k, turned = rotated(teacher_k, teacher), turning(teacher_q, teacher)
 
-        def options(keys: bool) -> dict[str, Any]:
+        def maps(keys: bool) -> dict[str, Any]:
             sides = (teacher_k, turned) if keys else (teacher_q, teacher_k)
-            return rider(*sides, turned, teacher, stats, grad_loss, temperature, kind)
+            return teacher_maps(*sides, turned, teacher, stats, grad_loss, temperature, kind)
 
         dq, dk, dv, dpad, _ = pruned_attention.gradients(
-            grad_out, q, k, v, out, stats[0], call, options
+            grad_out, q, k, v, out, stats[0], call, maps
         )
         return dq, dk, dv, dpad

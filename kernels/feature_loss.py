@@ -76,6 +76,7 @@ def _positions_kernel(
     row = row.to(tl.int64)
     s = _load(student_ptr, row * (stride_s // UNIT) * UNIT, cols, ok)
     t = _load(teacher_ptr, row * (stride_t // UNIT) * UNIT, cols, ok)
+    # Both sides as the loss compares them.
     scale = tl.full((ROWS,), 1.0, tl.float32)
     if NORM == LAYER:
         s, scale = _layer(s, ok, features)
@@ -85,6 +86,7 @@ def _positions_kernel(
         factor = tl.load(factor_ptr + cols, mask=cols // UNIT < features // UNIT, other=0.0)
         s = tl.where(ok, (s - mean[None, :]) * factor[None, :], 0.0)
         t = tl.where(ok, (t - mean[None, :]) * factor[None, :], 0.0)
+    # The distance of each position, and its gradient by the student's compared features.
     if KIND == COSINE:
         u, length, no_s = _unit(s)
         v, _, no_t = _unit(t)
@@ -101,6 +103,7 @@ def _positions_kernel(
             loss = tl.sum(tl.where(size < 1, 0.5 * d * d, size - 0.5 * (size >= 1)), 1)
             g = tl.where(size < 1, d, tl.where(d < 0, -1.0, 1.0))
     tl.store(part_ptr + tl.program_id(0), tl.sum(tl.where(there, loss, 0.0), 0))
+    # The gradient by the features themselves, back through their normalisation.
     if NEED_GRAD:
         g = tl.where(ok, g * weight, 0.0)
         if NORM == LAYER:

@@ -104,6 +104,7 @@ def _rows_kernel(
     UNIT: tl.constexpr,
 ):
     """Both losses of each row, and the gradient of the weighted loss."""
+    # Where the program's rows start, their labels, and the weight of their cross-entropy.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     row = row.to(tl.int64)
@@ -123,6 +124,7 @@ def _rows_kernel(
         w_ce = tl.where(valid, weight_ce / tl.load(count_ptr), 0.0)
 
     cols = tl.arange(0, COLS)
+    # The sums over each row, from which both losses follow; see _sums.
     if ONE:
         ok = there[:, None] & _inside(cols, classes, UNIT)[None, :]
         s = tl.load(student_ptr + cols[None, :], mask=ok, other=float("-inf")).to(tl.float32)
@@ -144,20 +146,25 @@ def _rows_kernel(
             q = _weights(place, label, at, ok, keep, spread, TARGET)
             new_s, new_t = tl.maximum(top_s, tl.max(s, 1)), tl.maximum(top_t, tl.max(t, 1))
             max_s, max_t = _finite_or_zero(new_s), _finite_or_zero(new_t)
-            a, b, d, y, w, r = _sums(s, t, q, max_s, max_t, inverse, TARGET)
-            # The sums so far, taken from the old maxima to the new ones.
+            new_z_1, new_z_s, new_z_t, new_x, new_total, new_cross = _sums(
+                s, t, q, max_s, max_t, inverse, TARGET
+            )
+            # Sums hold exponentials relative to a maximum. Where a tile raises it, those so far are
+            # scaled down by exp(old - new), and the logits in X and cross move by the same
+            # difference; only then are the sums of the tile added.
             fall_s = _finite_or_zero(top_s).to(tl.float64) - max_s
             fall_t = _finite_or_zero(top_t).to(tl.float64) - max_t
             fade_s, fade_t = top_s.to(tl.float64) - max_s, top_t.to(tl.float64) - max_t
             decay = tl.exp(fade_t * inverse)
-            x = y + tl.where(decay == 0, 0.0, decay * (x + z_t * (fall_t - fall_s) * inverse))
-            z_t = d + z_t * decay
-            z_s = b + z_s * tl.exp(fade_s * inverse)
-            z_1 = a + z_1 * tl.exp(fade_s)
-            cross, total = r + cross + total * fall_s, total + w
+            x = new_x + tl.where(decay == 0, 0.0, decay * (x + z_t * (fall_t - fall_s) * inverse))
+            z_t = new_z_t + z_t * decay
+            z_s = new_z_s + z_s * tl.exp(fade_s * inverse)
+            z_1 = new_z_1 + z_1 * tl.exp(fade_s)
+            cross, total = new_cross + cross + total * fall_s, total + new_total
             top_s, top_t = new_s, new_t
         max_s, max_t = _finite_or_zero(top_s), _finite_or_zero(top_t)
 
+    # The losses of each row.
     if TARGET == INDICES:
         total = tl.full((ROWS,), 1.0, tl.float64)
     # A row of nothing but -inf is NaN, as in a softmax.
@@ -171,6 +178,7 @@ def _rows_kernel(
         ce = tl.where(valid, total * tl.log(z_1) - cross, 0.0)
     tl.store(ce_ptr + row, ce.to(tl.float32), mask=there)
 
+    # The gradient; rows of more than one tile are read again.
     if NEED_GRAD:
         w_kd = weight_kd * temperature
         z_1, z_s, z_t = z_1.to(tl.float32), z_s.to(tl.float32), z_t.to(tl.float32)

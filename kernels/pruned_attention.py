@@ -8,8 +8,7 @@ kept head and image; the window's other tokens stream past it. Every sum has a f
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ from kdfast.kernels._attention import (
     LOG2_E,
     NONE,
     head_base,
-    load_query,
+    load_queries,
+    load_rows,
     load_tile,
     program,
     row_offsets,
@@ -35,11 +35,11 @@ from kdfast.kernels._attention import (
 from kdfast.kernels._attention_bias import (
     Bias,
     add_bias_gradient,
-    bias_head,
+    bias_bases,
     bias_tile,
     make_bias,
 )
-from kdfast.kernels._attention_bwd import bwd_kernel
+from kdfast.kernels._attention_bwd import NO_MAPS, bwd_kernel
 from kdfast.kernels._attention_call import (
     Call,
     Scores,
@@ -54,100 +54,62 @@ from kdfast.kernels._common import PLAIN_ROWS, power_of_two, unit_stride
 
 @triton.jit
 def fwd_kernel(
-    q_ptr,  # (B, H, N, D)
-    k_ptr,  # (B, H, N, D); with ROPE (B, K, N, D), rotated and in pair order
-    v_ptr,  # (B, H, N, D)
-    out_ptr,  # (B, K, N, D)
+    q,  # Rows (B, H, N, D)
+    k,  # Rows (B, H, N, D); with rotation (B, K, N, D), rotated and in pair order
+    v,  # Rows (B, H, N, D)
+    out,  # Rows (B, K, N, D)
     lse_ptr,  # (B, K, N)
-    heads_ptr,  # (K,)
-    cos_ptr,  # (rows, D)
-    sin_ptr,
     pad_ptr,  # (H, D)
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_ob,
-    stride_oh,
-    stride_on,
-    kept,
-    tokens,
-    blocks,
-    windows,
-    grid_h,
-    grid_w,
-    size,
-    prefix,
-    skipped,
+    heads_ptr,  # (K,)
+    rotary,
+    shape,
     scale,  # times log2(e)
-    D: tl.constexpr,
-    LO: tl.constexpr,
-    HI: tl.constexpr,
-    ROPE: tl.constexpr,
+    bias,  # BiasRows or None
+    CHANNELS: tl.constexpr,
+    TILES: tl.constexpr,
     WINDOWED: tl.constexpr,
     HAS_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    ROW_TAIL: tl.constexpr,
-    COLS: tl.constexpr,
-    COL_TAIL: tl.constexpr,
-    STAGES: tl.constexpr,
-    UNIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    VALUES: tl.constexpr = True,
-    # An additive bias, see _attention_bias.py.
-    bias_ptr=None,  # (G, H, N, N)
-    top_ptr=None,  # (G, H, N), the largest entry of each row
-    biases=1,
-    stride_ig=0,
-    stride_ih=0,
-    stride_ir=0,  # of the rows of a tile of scores, and of its columns
-    stride_ic=0,
-    stride_tg=0,
-    stride_th=0,
-    stride_tn=0,
-    HAS_BIAS: tl.constexpr = False,
+    VALUES: tl.constexpr,
 ):
     """Output and log-sum-exp of one block of queries; without VALUES only the latter.
 
-    With HAS_BIAS the log-sum-exp is relative to the largest bias of the row.
+    With a bias the log-sum-exp is relative to the largest bias of the row.
     """
-    block, window, j, b = program(blocks, windows, kept)
-    first, length, count = window_span(window, tokens, grid_h, grid_w, size, WINDOWED)
+    D: tl.constexpr = CHANNELS.D
+    LO: tl.constexpr = CHANNELS.LO
+    HI: tl.constexpr = CHANNELS.HI
+    UNIT: tl.constexpr = CHANNELS.unit
+    # Which rows of which tensors are this program's.
+    block, window, j, b = program(shape)
+    first, length, count = window_span(window, shape, WINDOWED)
     head = tl.load(heads_ptr + j)
-    q_ptr = head_base(q_ptr, b, head, stride_qb, stride_qh, UNIT)
-    k_ptr = head_base(k_ptr, b, head if ROPE == NONE else j, stride_kb, stride_kh, UNIT)
-    v_ptr = head_base(v_ptr, b, head, stride_vb, stride_vh, UNIT)
-    out_ptr = head_base(out_ptr, b, j, stride_ob, stride_oh, UNIT)
-    lse_ptr += (b.to(tl.int64) * kept + j) * tokens
-    if HAS_BIAS:
-        bias_ptr = bias_head(bias_ptr, b, head, biases, stride_ig, stride_ih)
-        top_ptr = bias_head(top_ptr, b, head, biases, stride_tg, stride_th)
-    left = count - block * ROWS
-    for PART in tl.static_range(2 if ROW_TAIL else 1):
-        if (left > 0 and left < ROWS) if PART else left >= ROWS:
-            i = block * ROWS + tl.arange(0, ROW_TAIL if PART else ROWS)
+    q_ptr = head_base(q.ptr, q, b, head, UNIT)
+    k_ptr = head_base(k.ptr, k, b, head if CHANNELS.rope == NONE else j, UNIT)
+    v_ptr = head_base(v.ptr, v, b, head, UNIT)
+    out_ptr = head_base(out.ptr, out, b, j, UNIT)
+    lse_ptr += (b.to(tl.int64) * shape.kept + j) * shape.tokens
+    if bias is not None:
+        bias_ptr, top_ptr = bias_bases(bias, b, head)
+    left = count - block * TILES.rows
+    # A block is full, or it is the window's last one and takes the smaller tile.
+    for PART in tl.static_range(2 if TILES.row_tail else 1):
+        if (left > 0 and left < TILES.rows) if PART else left >= TILES.rows:
+            i = block * TILES.rows + tl.arange(0, TILES.row_tail if PART else TILES.rows)
             ok = i < count
-            token = window_tokens(tl.minimum(i, count - 1), first, length, grid_w, WINDOWED)
-            rows = row_offsets(token, stride_qn, UNIT)
-            turn = table_offsets(token, grid_w, size, prefix, skipped, D, WINDOWED)
-            q_lo = load_query(q_ptr, rows, ok, cos_ptr, sin_ptr, turn, D, 0, LO, ROPE)
-            q_hi = q_lo
-            if HI:
-                q_hi = load_query(q_ptr, rows, ok, cos_ptr, sin_ptr, turn, D, LO, HI, ROPE)
-            if HAS_BIAS:
-                top = tl.load(top_ptr + token * stride_tn)
+            token = window_tokens(tl.minimum(i, count - 1), first, length, shape, WINDOWED)
+            rows = row_offsets(token, q.stride_n, UNIT)
+            turn = table_offsets(token, shape, rotary, D, WINDOWED)
+            q_lo, q_hi = load_queries(q_ptr, rows, ok, rotary, turn, CHANNELS)
+            if bias is not None:
+                top = tl.load(top_ptr + token * bias.top_stride_n)
+            # Running maximum, sum and weighted values of the online softmax.
             m = tl.full(token.shape, float("-inf"), tl.float32)
             total = tl.zeros(token.shape, tl.float32)
             acc_lo = tl.zeros((token.shape[0], LO), tl.float32)
             acc_hi = tl.zeros((token.shape[0], HI if HI else 16), tl.float32)
             if HAS_PAD:
                 # The padded keys are the first term of the sums: `pads` times exp(0) and pad.
-                pads = size * size - count
+                pads = shape.size * shape.size - count
                 m = tl.where(pads > 0, tl.zeros_like(m), m)
                 total += pads
             if HAS_PAD and VALUES:
@@ -155,32 +117,32 @@ def fwd_kernel(
                 pad_ptr += head * D
                 acc_lo += pads * tl.load(pad_ptr + lo, lo < D, other=0.0).to(tl.float32)[None, :]
                 acc_hi += pads * tl.load(pad_ptr + hi, hi < D, other=0.0).to(tl.float32)[None, :]
-            full = count // COLS * COLS
-            for REST in tl.static_range(2 if COL_TAIL else 1):
+            # Keys and values stream past: whole tiles, then a smaller one with a mask.
+            full = count // TILES.cols * TILES.cols
+            for REST in tl.static_range(2 if TILES.col_tail else 1):
                 for c in tl.range(
                     full if REST else 0,
                     count if REST else full,
-                    COL_TAIL if REST else COLS,
-                    num_stages=1 if REST else STAGES,
+                    TILES.col_tail if REST else TILES.cols,
+                    num_stages=1 if REST else TILES.stages,
                 ):
-                    n = c + tl.arange(0, COL_TAIL if REST else COLS)
+                    n = c + tl.arange(0, TILES.col_tail if REST else TILES.cols)
                     there = n < count
                     keys = n
                     if REST:
                         keys = tl.minimum(n, count - 1)
-                    keys = window_tokens(keys, first, length, grid_w, WINDOWED)
-                    at = row_offsets(keys, stride_kn, UNIT)
-                    k_lo = load_tile(k_ptr, at, there, D, 0, LO, REST)
-                    k_hi = load_tile(k_ptr, at, there, D, LO, HI, REST) if HI else k_lo
-                    s = scores(q_lo, q_hi, k_lo, k_hi, HI, PRECISION) * scale
-                    if HAS_BIAS:
-                        bias = bias_tile(bias_ptr, token, keys, stride_ir, stride_ic)
-                        s += (bias - top[:, None]) * LOG2_E
+                    keys = window_tokens(keys, first, length, shape, WINDOWED)
+                    at = row_offsets(keys, k.stride_n, UNIT)
+                    k_lo, k_hi = load_rows(k_ptr, at, there, CHANNELS, REST)
+                    s = scores(q_lo, q_hi, k_lo, k_hi, CHANNELS) * scale
+                    if bias is not None:
+                        added = bias_tile(bias_ptr, token, keys, bias.stride_r, bias.stride_c)
+                        s += (added - top[:, None]) * LOG2_E
                     if REST:
                         s = tl.where(there[None, :], s, float("-inf"))
                     m_new = tl.maximum(m, tl.max(s, 1))
                     shift = m_new
-                    if HAS_BIAS:
+                    if bias is not None:
                         # So far every key may be masked.
                         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
                     decay = tl.exp2(m - shift)
@@ -188,21 +150,23 @@ def fwd_kernel(
                     m = m_new
                     total = total * decay + tl.sum(p, 1)
                     if VALUES:
-                        at = row_offsets(keys, stride_vn, UNIT)
+                        at = row_offsets(keys, v.stride_n, UNIT)
                         v_lo = load_tile(v_ptr, at, there, D, 0, LO, REST)
                         p = p.to(v_lo.dtype)
-                        acc_lo = tl.dot(p, v_lo, acc_lo * decay[:, None], input_precision=PRECISION)
+                        acc_lo = tl.dot(
+                            p, v_lo, acc_lo * decay[:, None], input_precision=CHANNELS.precision
+                        )
                         if HI:
                             v_hi = load_tile(v_ptr, at, there, D, LO, HI, REST)
                             acc_hi = tl.dot(
-                                p, v_hi, acc_hi * decay[:, None], input_precision=PRECISION
+                                p, v_hi, acc_hi * decay[:, None], input_precision=CHANNELS.precision
                             )
-            if HAS_BIAS:
+            if bias is not None:
                 # A row without a finite score gives zeros, and the weight exp(-inf) to every key.
                 m = tl.where(total == 0.0, float("inf"), m)
                 total = tl.where(total == 0.0, 1.0, total)
             if VALUES:
-                rows = row_offsets(token, stride_on, UNIT)
+                rows = row_offsets(token, out.stride_n, UNIT)
                 store_tile(out_ptr, rows, ok, acc_lo / total[:, None], D, 0, LO, NONE)
                 if HI:
                     store_tile(out_ptr, rows, ok, acc_hi / total[:, None], D, LO, HI, NONE)
@@ -267,14 +231,41 @@ def attend(
     out = rows_first(q, call.kept)
     lse = q.new_empty((call.batch, call.kept, call.tokens), dtype=torch.float32)
     if out.numel():
-        pointers = (q, k, v, out, lse, call.heads, call.cos, call.sin, call.pad)
-        # The kernel takes powers of two.
-        scaled = replace(call, scale=call.scale * math.log2(math.e))
-        tiles = call.tiles("fwd" if bias is None else "fwd_bias")
-        extra = {} if bias is None else bias.options()
-        flags = {"HAS_PAD": call.has_pad, "HAS_BIAS": bias is not None}
-        scaled.launch(fwd_kernel, tiles, pointers, (q, k, v, out), **flags, **extra)
+        launch_forward(call, (q, k, v, out), lse, bias=bias)
     return out, lse
+
+
+def launch_forward(
+    call: Call,
+    rows: Sequence[Tensor],
+    lse: Tensor,
+    *,
+    bias: Bias | None = None,
+    temperature: float = 1.0,
+    values: bool = True,
+) -> None:
+    """Launches ``fwd_kernel``.
+
+    Args:
+        call: With at least one image, head and token.
+        rows: q, k as ``rotated`` gives it, v and the output; the last two are not touched without
+            ``values``.
+        lse: (B, K, N), gets the log-sum-exp of the scores over the temperature.
+        bias: The bias of the call.
+        temperature: Divides the scores.
+        values: Whether there is an output.
+    """
+    call.launch(
+        fwd_kernel,
+        call.tiles("fwd" if bias is None else "fwd_bias"),
+        rows,
+        lse,
+        call.pad,
+        # The kernel takes powers of two.
+        scale=call.scale / temperature * math.log2(math.e),
+        bias=None if bias is None else bias.rows(),
+        VALUES=values,
+    )
 
 
 def backward(
@@ -322,7 +313,7 @@ def gradients(
     out: Tensor,
     lse: Tensor,
     call: Call,
-    rider: Callable[[bool], dict[str, Any]] | None = None,
+    maps: Callable[[bool], dict[str, Any]] | None = None,
     bias: Bias | None = None,
     bias_grad: bool = False,
 ) -> tuple[Tensor, ...]:
@@ -336,8 +327,8 @@ def gradients(
         out: (B, K, N, D), as ``attend`` gives it.
         lse: (B, K, N), as ``attend`` gives it.
         call: The call of the forward pass.
-        rider: The kernel's options for the distance to a teacher's maps; called with whether the
-            launch is that of the gradient of keys, else of queries.
+        maps: Gives the kernel's options for the distance to a teacher's maps; called with whether
+            the launch is that of the gradient of keys, else of queries.
         bias: The bias of the forward pass.
         bias_grad: Whether dbias is wanted.
     """
@@ -352,25 +343,29 @@ def gradients(
         return dq, dk, dv, dpad, dbias
     # The first launch leaves the row sums of grad_out * out and the rotated q for the next ones.
     delta, k, turned = torch.empty_like(lse), rotated(k, call), turning(q, call)
-    suffix = "_rider" if rider else "_bias" if bias else ""
-    tiles = call.tiles(f"dq{suffix}")
+    suffix = "_maps" if maps else "_bias" if bias else ""
     # Sums over the queries of a program; those without a query leave zeros.
-    programs = call.programs(tiles) // call.kept if call.has_pad else 0
+    programs = call.programs(call.tiles(f"dq{suffix}")) // call.kept if call.has_pad else 0
     part = lse.new_zeros((programs, call.kept, call.head_dim))
-    for name, pairs, results in (
-        ("dq", (q, grad_out, k, v), (dq, dq)),
-        ("dkdv", (k, v, turned, grad_out), (dk, dv)),
+    for keys, rows, dv_rows in (
+        # One launch owns rows of queries, the other rows of keys; see the kernel.
+        (False, (q, grad_out, k, v, dq, out), dq),
+        (True, (k, v, turned, grad_out, dk, out), dv),
     ):
-        keys = name == "dkdv"
-        # What the launch adds to the gradient of attention: a teacher's maps or a bias.
-        extra = {} if rider is None else rider(keys)
-        if bias is not None:
-            extra = {"HAS_BIAS": True, **bias.options(keys)}
-        tiles = call.tiles(f"{name}{suffix}")
-        rows = (lse, delta, turned, part, out)
-        pointers = (*pairs, *rows, *results, call.heads, call.cos, call.sin)
-        strided = (*pairs, results[0], out)
-        call.launch(bwd_kernel, tiles, pointers, strided, HAS_PAD=call.has_pad, KEYS=keys, **extra)
+        call.launch(
+            bwd_kernel,
+            call.tiles(("dkdv" if keys else "dq") + suffix),
+            rows,
+            dv_rows,
+            lse,
+            delta,
+            turned,
+            part,
+            scale=call.scale,
+            bias=None if bias is None else bias.rows(keys),
+            **(NO_MAPS if maps is None else maps(keys)),
+            KEYS=keys,
+        )
     # The gradient of the pad value, from what each program of dq has left.
     if call.has_pad:
         _bwd_pad_kernel[(call.kept,)](

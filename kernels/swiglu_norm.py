@@ -102,11 +102,13 @@ def _bwd_kernel(
         g = _row(gate_ptr, row * (stride_g // UNIT) * UNIT, cols, ok)
         v = _row(value_ptr, row * (stride_v // UNIT) * UNIT, cols, ok)
         rstd = tl.load(rstd_ptr + row)
+        # x, the normalised product, again.
         s = _sigmoid(g)
         silu = g * s
         x = (silu * v - tl.load(mean_ptr + row)) * rstd
         dweight += d * x
         dbias += d
+        # The gradient of a LayerNorm, then of the gated product.
         y = d * weight
         centre, slope = tl.sum(y, 0) / channels, tl.sum(y * x, 0) / channels
         dh = (y - centre - x * slope) * rstd

@@ -54,7 +54,7 @@ def test_every_entry_of_the_block_table_is_compiled(bench: Any) -> None:
         values = case.values()
         tokens, size = values.get("tokens", 257), values.get("window", 0)
         lengths = common.window_lengths(1600 if size else tokens, (40, 40) if size else None, size)
-        names: tuple[str, ...] = ("distance", "dq_rider", "dkdv_rider")
+        names: tuple[str, ...] = ("distance", "dq_maps", "dkdv_maps")
         width, itemsize = (
             max(case.dim, values.get("teacher_dim", 0)),
             4 if "32" in case.dtype else 2,

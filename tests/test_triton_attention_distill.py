@@ -207,7 +207,7 @@ def test_equal_maps_cost_nothing() -> None:
 
 
 def test_constants_are_the_op_s() -> None:
-    assert kernels.KINDS == tuple(op.STATS)
+    assert kernels.PLANES == op.STATS
 
 
 def test_empty_batch() -> None:
