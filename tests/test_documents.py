@@ -163,6 +163,14 @@ def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
 
 
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_files_that_pages_name_exist(page: Path) -> None:
+    """Paths in backquotes that start at the root of the repository."""
+    folders = "kdfast|kernels|csrc|tests|bench|docs"
+    for path in re.findall(rf"`((?:{folders})/[a-z0-9_./]+\.[a-z]+)`", without_code(page)):
+        assert (ROOT / path).exists(), f"{names(page)}: {path}"
+
+
 def test_picture_shows_every_op(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     speedups = importlib.import_module("bench.speedups")
