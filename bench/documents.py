@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m bench.documents``: writes the tables of README.md and docs/internals/benchmarks.md.
+"""``python -m bench.documents``: writes the tables of README.md and of two pages of docs/internals.
 
-What stands between ``<!-- NAME -->`` and ``<!-- end -->`` comes from bench/results/cpu_zen4.json,
-for whole models from cpu_zen4_models.json, for GPUs from gpu_static.json.
+The pages are benchmarks.md and gpu.md. What stands between ``<!-- NAME -->`` and ``<!-- end -->``
+comes from bench/results/cpu_zen4.json, for whole models from cpu_zen4_models.json, for GPUs from
+gpu_static.json.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,19 +25,6 @@ GPU_RESULTS = RESULTS.with_stem("gpu_static")
 MODEL_RESULTS = RESULTS.with_stem("cpu_zen4_models")
 # Whole models have tables of their own.
 MODELS = ("accelerate", "vit_chain")
-HIGHLIGHTS = (
-    ("pruned_attention", "fwd+bwd 8x8x257 float32"),
-    ("pruned_attention", "fwd+bwd 8x8x257 bfloat16"),
-    ("pruned_attention", "fwd+bwd 1x16x1600 bfloat16"),
-    ("pruned_attention", "fwd+bwd ORION windows float32"),
-    ("pruned_attention", "fwd+bwd ORION windows bfloat16"),
-    ("attention_distill", "fwd+bwd KL 8x8x257 bfloat16"),
-    ("attention_distill", "fwd+bwd KL 1x8x1600 bfloat16"),
-    ("kd_loss", "fwd+bwd (4096, 1000) float32"),
-    ("feature_loss", "fwd+bwd 16448x1024 mse layer bfloat16"),
-    ("linear_kd_loss", "fwd+bwd 512x21841x768 bfloat16"),
-    ("EVA-ViT-L", "distillation step, 3 of 24 blocks bfloat16"),
-)
 Group = dict[str, dict[str, Any]]
 
 
@@ -60,13 +49,24 @@ def only(results: dict[str, Any], keep: Callable[[str, str], bool]) -> dict[str,
     return {**results, "rows": rows}
 
 
-def span(results: dict[str, Any]) -> str:
-    """By op: how many comparisons, and the lowest, median and highest ratio."""
+def both(results: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    """The rows of ops, and those of whole models from their own file."""
+    ops = only(results, lambda op, case: op not in MODELS)
+    return {**results, "rows": ops["rows"] + whole["rows"]}
+
+
+def rated(results: dict[str, Any], whole: dict[str, Any]) -> dict[str, list[float]]:
+    """By op: the ratio of every comparison that has a rival."""
     ratios: dict[str, list[float]] = {}
-    for (op, _), group in grouped(results).items():
+    for (op, _), group in grouped(both(results, whole)).items():
         if (value := ratio(group)) is not None:
             ratios.setdefault(op, []).append(value)
-    header = ["op", "rows", "lowest ratio", "median", "highest"]
+    return ratios
+
+
+def span(ratios: dict[str, list[float]]) -> str:
+    """By op: how many comparisons, and the lowest, median and highest ratio."""
+    header = ["op", "comparisons", "lowest ratio", "median", "highest"]
     return markdown(
         header,
         [
@@ -140,48 +140,44 @@ def chain(results: dict[str, Any]) -> str:
     return markdown(["link", "timm + torch KD, ms", "kdfast", "kdfast, teacher cache"], rows)
 
 
-def gpu_limits(facts: dict[str, Any]) -> str:
-    """What data-sheet peaks allow, against the goals for GPUs, and what compiled binaries show."""
-    rows = [
-        [goal["goal"], goal["what"], f"{goal['limit_us']['H100 SXM']:.0f}", goal["target_us"]]
-        for goal in facts["goals"]
-        if goal["target_us"]
-    ]
+def binaries(facts: dict[str, Any]) -> str:
+    """How many kernels are compiled ahead of time, and what they keep to."""
     every = [k for k in kernels(facts) if arch_name(k["arch"]).startswith("sm_")]
     names = ", ".join(arch_name(arch) for arch in sorted({k["arch"] for k in every}))
-    binaries = (
+    return wrapped(
         f"{len(every)} kernels are compiled ahead of time for {names}: at most "
         f"{max(k['spill_bytes'] for k in every)} bytes of registers spilled, and "
-        f"{len(facts['violations']) or 'none'} of them against a rule of "
-        "docs/internals/gpu.md (spills, shared memory, tensor cores, 16-byte loads)."
+        f"{len(facts['violations']) or 'none'} of them against a rule of this page (spills, shared "
+        "memory, tensor cores, 16-byte loads)."
     )
-    table = markdown(["goal", "call", "limit of an H100, us", "goal, us"], rows)
-    return f"{table}\n\n{binaries}"
+
+
+def wrapped(text: str) -> str:
+    """Prose in lines of at most 100 characters."""
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def blocks(results: dict[str, Any], whole: dict[str, Any], gpu: dict[str, Any]) -> dict[str, str]:
     """The generated blocks of the documents by name, from rows of ops, whole models and GPUs."""
     ops = only(results, lambda op, case: op not in MODELS)
-    both = {**results, "rows": ops["rows"] + whole["rows"]}
     lost = [
-        f"`{op}` {case} ({value:.2f}x)"
-        for (op, case), group in grouped(both).items()
+        f"- `{op}` {case}: {value:.2f}"
+        for (op, case), group in grouped(both(results, whole)).items()
         if (value := ratio(group)) is not None and value < 1
     ]
     skipped = "\n".join(f"- {line}" for line in results["left_out"])
     return {
         "machine": headline(results) + ".",
         "models machine": headline(whole) + ".",
-        "span": span(both),
-        "slower": f"Slower than the best other: {', '.join(lost) or 'no row'}.",
-        "highlights": all_rows(only(results, lambda *key: key in HIGHLIGHTS)),
+        "span": span(rated(results, whole)),
+        "slower": "\n".join(lost) or "None.",
         "ops": all_rows(ops) + (f"\n\nNot timed:\n\n{skipped}" if skipped else ""),
         "weighted": weighted(results),
         "yardsticks": yardsticks(results),
         "peaks": peaks(results),
         "models": models(whole),
         "chain": chain(results),
-        "gpu limits": gpu_limits(gpu),
+        "binaries": binaries(gpu),
     }
 
 
@@ -211,7 +207,8 @@ def filled(text: str, contents: dict[str, str]) -> str:
 
 def documents() -> Iterable[Path]:
     """The documents that hold generated blocks."""
-    return ROOT / "README.md", ROOT / "docs" / "internals" / "benchmarks.md"
+    internals = ROOT / "docs" / "internals"
+    return ROOT / "README.md", internals / "benchmarks.md", internals / "gpu.md"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's examples run as they stand, on a small model and small tensors."""
+"""The examples of README.md and of two pages run as they stand, on small models and tensors."""
 
 import re
 from pathlib import Path
@@ -13,17 +13,21 @@ from torch import nn
 import kdfast
 from kdfast.models import EVAViT, load_backbone, save_backbone
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def python_block(page: str, holds: str) -> str:
+    """The one block of Python in a page that holds a text."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    (block,) = (block for block in blocks if holds in block)
+    return str(block)
 
 
 def test_drop_in_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
-    exec(python_blocks()[0], scope)
+    exec(python_block("README.md", "kdfast.accelerate"), scope)
     small = kdfast.load_pretrained("vit_small_half").eval()
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
@@ -45,7 +49,7 @@ def test_pruning_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     state = load_file(tmp_path / "orion.safetensors")
     torch.save({"meta": {}, "state_dict": state}, tmp_path / "orion.pth")
     scope: dict[str, Any] = {}
-    exec(python_blocks()[1], scope)
+    exec(python_block("docs/use/eva.md", "student.safetensors"), scope)
     assert [len(heads) for heads in load_backbone("student.safetensors").heads] == [1, 1, 1]
 
 
@@ -59,6 +63,7 @@ def test_attention_example() -> None:
         "sin": torch.randn(tokens - 1, 64),
         "proj": nn.Linear(3 * 64, 1024),
     }
-    exec(f"import kdfast\n{python_blocks()[2]}", scope)
+    block = python_block("docs/ops/pruned_attention.md", "kdfast.Rope(cos, sin")
+    exec(f"import kdfast\n{block}", scope)
     assert scope["x"].shape == (batch, tokens, 1024)
     assert scope["out"].transpose(1, 2).flatten(2).data_ptr() == scope["out"].data_ptr()
