@@ -81,8 +81,8 @@ class Compiled:
 class _Driver:
     """As much of a driver as compilation asks for."""
 
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
+    def __init__(self, arch: int, device: int) -> None:
+        self.arch, self.device = arch, device
 
     def get_current_target(self) -> GPUTarget:
         if self.arch == AMD:
@@ -90,7 +90,7 @@ class _Driver:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return self.arch
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -112,7 +112,7 @@ def compile_only(arch: int) -> Iterator[list[Compiled]]:
         made.append(inspect(kernel, arch, constants))
         return kernel
 
-    with _driver(arch), mock.patch.object(JITFunction, "run", compile_instead):
+    with _driver(arch, arch), mock.patch.object(JITFunction, "run", compile_instead):
         yield made
 
 
@@ -145,7 +145,7 @@ def trace_only(arch: int) -> Iterator[list[str]]:
         attributes: Any,
         warmup: bool,
     ) -> None:
-        target = _Driver(arch).get_current_target()
+        target = triton.runtime.driver.active.get_current_target()
         backend = make_backend(target)
         source = self.ASTSource(self, signature, constants, attributes)
         context = ir.context()
@@ -159,8 +159,9 @@ def trace_only(arch: int) -> Iterator[list[str]]:
         text = f"{launch}\n{canonical(module.str_nodebug())}"
         made.append(hashlib.sha256(text.encode()).hexdigest())
 
+    # Not the device of ``compile_only``, for which Triton keeps what was compiled in this process.
     with (
-        _driver(arch),
+        _driver(arch, -arch),
         mock.patch.object(JITFunction, "run", warm_up),
         mock.patch.object(JITFunction, "_do_compile", trace),
     ):
@@ -191,11 +192,11 @@ def canonical(module: str) -> str:
 
 
 @contextmanager
-def _driver(arch: int) -> Iterator[None]:
+def _driver(arch: int, device: int) -> Iterator[None]:
     if triton.knobs.runtime.interpret:
         raise RuntimeError("bench.aot: cannot compile with TRITON_INTERPRET set")
     before = triton.runtime.driver._active
-    triton.runtime.driver.set_active(_Driver(arch))
+    triton.runtime.driver.set_active(_Driver(arch, device))
     try:
         yield
     finally:

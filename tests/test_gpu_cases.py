@@ -155,7 +155,7 @@ CHANGES = {
         "return 2 << max(",
         {"pruned_attention", "attention_distill", "kd_loss", "feature_loss", "swiglu_norm"},
     ),
-    "the maps": ("_attention_maps.py", "KINDS = (", "KINDS = (0, ", {"attention_distill"}),
+    "the maps": ("_attention_maps.py", "= tuple(", "= tuple(2 * ", {"attention_distill"}),
     "the last sum": (
         "_common.py",
         "SUM_BLOCK = ",
