@@ -36,7 +36,7 @@ sanitize: $(INSTALLED)
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		PYTHONPATH=$(SANITIZED)/lib KDFAST_REQUIRE=cpu $(BIN)/pytest -m "not slow" --capture=sys \
 		tests/test_pruned_attention_cpu.py tests/test_pruned_attention_bias.py \
-		tests/test_accelerate_sdpa.py tests/test_head_entropy.py tests/test_head_gather.py \
+		tests/test_accelerate_sdpa.py tests/test_attention_entropy.py tests/test_head_gather.py \
 		tests/test_head_gather_block.py tests/test_linear_kd_loss.py tests/test_swiglu_norm.py \
 		tests/test_*_fused.py $(ARGS)
 
@@ -46,6 +46,7 @@ gpu: $(INSTALLED)  # on a CUDA machine; ARGS=--dry-run anywhere
 gpu-static: $(INSTALLED)  # after an edit of kernels/; ARGS=--core compiles the least that tests ask for
 	$(BIN)/python -m bench.gpu_static $(ARGS)
 	$(BIN)/python -m bench.gpu_tables
+	$(BIN)/python -m bench.documents
 
 bench: $(INSTALLED)  # waiting threads sleep: spinning ones time the scheduler of a small machine
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest bench -m "not slow" $(ARGS)

@@ -145,7 +145,7 @@ def _needs(source: str, changes: Sequence[str]) -> list[Need]:
         config = load(source, changes)
     except ConfigError as error:
         pairs = (problem.partition(": ")[::2] for problem in error.problems)
-        other = "see docs/use/training.md for the keys"
+        other = "the keys are explained in docs/use/training.md, those of chains in vit_chain.md"
         return [Need(key, text, FIXES.get(key, other)) for key, text in pairs]
     if config.note:
         print(f"  note    {config.note}")

@@ -41,7 +41,7 @@ def test_tiles_are_useful(static: Any) -> None:
 
 def test_files_hold_these_figures(static: Any) -> None:
     facts = json.loads(RESULT.read_text())
-    again = "run `python -m bench.gpu_static --minutes 0` and `python -m bench.gpu_tables`"
+    again = "run `make gpu-static` (ARGS='--minutes 0' compiles nothing)"
     assert facts["goals"] == json.loads(json.dumps(static.goals())), again
     assert facts["shares"] == static.shares(), again
     tables = importlib.import_module("bench.gpu_tables")

@@ -13,6 +13,7 @@ from kdfast.ops._library import (
     call_below_autograd,
     fused_devices,
     not_compiled,
+    register_fake,
     register_gradient,
     use_fused,
 )
@@ -92,12 +93,12 @@ LIB.define(
 )
 
 
-@torch.library.register_fake("kdfast::head_gather", lib=LIB)
+@register_fake("head_gather")
 def _fake(x: Tensor, heads: list[int], head_dim: int, dim: int) -> Tensor:
     return x.new_empty([*x.shape[:dim], len(heads) * head_dim, *x.shape[dim + 1 :]])
 
 
-@torch.library.register_fake("kdfast::head_gather_bwd", lib=LIB)
+@register_fake("head_gather_bwd")
 def _fake_bwd(
     grad_out: Tensor, heads: list[int], head_dim: int, dim: int, num_heads: int
 ) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdfast.ops import head_gather as one
 from kdfast.ops._checks import check_tensors, head_list
-from kdfast.ops._library import LIB, fused_devices, not_compiled, use_fused
+from kdfast.ops._library import LIB, fused_devices, not_compiled, register_fake, use_fused
 
 OP = "head_gather_block"
 
@@ -104,7 +104,7 @@ def _gather(x: Tensor, heads: Sequence[int], head_dim: int, dim: int) -> Tensor:
 LIB.define(f"{OP}(Tensor[] tensors, int[] heads, int head_dim, int[] dims) -> Tensor[]")
 
 
-@torch.library.register_fake(f"kdfast::{OP}", lib=LIB)
+@register_fake(OP)
 def _fake(tensors: list[Tensor], heads: list[int], head_dim: int, dims: list[int]) -> list[Tensor]:
     shapes = (
         [*x.shape[:dim], len(heads) * head_dim, *x.shape[dim + 1 :]]
