@@ -41,7 +41,7 @@ def test_replaces_in_place_and_restores() -> None:
     assert list(model.state_dict()) == keys
     assert all(value is parameters[name] for name, value in model.named_parameters())
     torch.testing.assert_close(model(x), want)
-    assert kdfast.restore(model) == 2
+    assert kdfast.restore(model) == report.count == 2 + 9 + 4
     assert all(b.attn is original for b, original in zip(model.blocks, originals, strict=True))
     assert torch.equal(model(x), want)
     assert kdfast.restore(model) == 0
@@ -57,19 +57,23 @@ def test_report_prints() -> None:
         "attention dropout 0.1 (the kernels have none)",
     )
     lines = str(report).splitlines()
-    assert lines[0] == "kdfast.accelerate: 1 of 2 attention modules run fused"
+    counts = "1 of 2 attention modules, 9 of 9 linear layers, 4 of 4 blocks and MLPs"
+    assert lines[0] == f"kdfast.accelerate: {counts} run fused"
     assert lines[2].split() == [
         "fused", "1", "timm.layers.attention.Attention", "TimmAttention", "blocks.0.attn",
     ]  # fmt: skip
-    assert lines[3].startswith("left") and lines[3].endswith("blocks.1.attn")
-    assert str(kdfast.accelerate(nn.Linear(2, 2))).endswith("0 of 0 attention modules run fused")
+    assert lines[6].startswith("left") and lines[6].endswith("blocks.1.attn")
+    nothing = str(kdfast.accelerate(nn.Sequential()))
+    assert nothing.endswith("0 of 0 attention modules run fused")
 
 
 def test_twice_changes_the_backend_only() -> None:
     model = tiny()
     first = kdfast.accelerate(model)
     modules = list(model.modules())
-    assert kdfast.accelerate(model, backend="reference") == first
+    assert kdfast.accelerate(model) == first
+    second = kdfast.accelerate(model, backend="reference")
+    assert second.replaced == first.replaced and second.count == 2
     assert list(model.modules()) == modules
     assert {block.attn.backend for block in model.blocks} == {"reference"}
 
@@ -106,7 +110,7 @@ def test_copies_are_whole(how) -> None:  # type: ignore[no-untyped-def]
         for parameter in model.parameters():
             parameter.zero_()
     assert twin(images()).abs().sum() > 0
-    assert kdfast.restore(twin) == 2
+    assert kdfast.restore(twin) == 15
     attn = twin.blocks[0].attn
     assert type(attn) is Attention and attn.qkv.weight.abs().sum() > 0
 

@@ -51,7 +51,7 @@ def compare(model: nn.Module, inputs: dict[str, Tensor]) -> kdfast.AccelerateRep
     got = outputs(fused, inputs)
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
-    assert kdfast.restore(fused) == len(report.replaced)
+    assert kdfast.restore(fused) == report.count
     for ours, theirs in zip(outputs(fused, inputs), want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
     return report

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts fused attention modules into a model, and takes them out again.
+"""Makes a model fast in place, and undoes it: attention, linear layers, whole blocks.
 
 See docs/use/accelerate.md.
 """
@@ -7,18 +7,18 @@ See docs/use/accelerate.md.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from kdfast.nn import transformers_attention
+from kdfast.nn import block_swap, linear, transformers_attention
 from kdfast.nn.attention import FusedAttention, qualified_name
 from kdfast.nn.table import FUSED, UNKNOWN, unfused_reason
-from kdfast.ops._library import BACKENDS
+from kdfast.ops._library import BACKENDS, DEFAULT_BACKEND
 
 
 class Replacement(NamedTuple):
-    """One attention of a model, in the report of ``accelerate``.
+    """One module of a model, in the report of ``accelerate``.
 
     Attributes:
         name: Its name in the model; empty for the model itself.
@@ -38,10 +38,23 @@ class AccelerateReport:
     Attributes:
         replaced: Attentions that run fused now, in the order of the model.
         left: Attentions that were left as they were, and exactly why.
+        layers: Linear layers and patch embeddings that take the faster library now.
+        layers_left: Those that were left, and exactly why.
+        blocks: Blocks and MLPs that run fused in inference.
+        blocks_left: Those that were left, and exactly why.
     """
 
     replaced: tuple[Replacement, ...]
     left: tuple[Replacement, ...]
+    layers: tuple[Replacement, ...] = ()
+    layers_left: tuple[Replacement, ...] = ()
+    blocks: tuple[Replacement, ...] = ()
+    blocks_left: tuple[Replacement, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Modules that were replaced, which is how many ``restore`` puts back."""
+        return len(self.replaced) + len(self.layers) + len(self.blocks)
 
     @property
     def complete(self) -> bool:
@@ -49,10 +62,20 @@ class AccelerateReport:
         return bool(self.replaced) and not self.left
 
     def __str__(self) -> str:
-        total = len(self.replaced) + len(self.left)
-        title = f"kdfast.accelerate: {len(self.replaced)} of {total} attention modules run fused"
+        kinds = (
+            ("attention modules", self.replaced, self.left),
+            ("linear layers", self.layers, self.layers_left),
+            ("blocks and MLPs", self.blocks, self.blocks_left),
+        )
+        counts = [
+            f"{len(found)} of {len(found) + len(left)} {what}"
+            for what, found, left in kinds
+            if found or left or what.startswith("attention")
+        ]
+        title = f"kdfast.accelerate: {', '.join(counts)} run fused"
         rows = [("", "modules", "class", "now, or why not", "first")]
-        for mark, found in (("fused", self.replaced), ("left", self.left)):
+        marked = [("fused", found) for _, found, _ in kinds]
+        for mark, found in [*marked, *(("left", left) for _, _, left in kinds)]:
             alike = Counter((r.source, r.detail) for r in found)
             for (source, detail), count in alike.items():
                 first = next(r.name for r in found if (r.source, r.detail) == (source, detail))
@@ -65,18 +88,21 @@ class AccelerateReport:
 
 
 def accelerate(model: nn.Module, *, backend: str | None = None) -> AccelerateReport:
-    """Runs a model's attentions on the fused kernels, in place and without changing its results.
+    """Makes a model fast, in place and without changing its results.
 
     Attention *instances* are replaced by modules on the same parameters, buffers, submodules and
-    hooks; state-dict keys stay, so checkpoints load both ways. No class is patched. Optimizers,
-    DDP or FSDP wrappers and ``torch.compile`` may come before or after, except that a module that
-    is compiled itself is left. Calling it again is harmless.
+    hooks. Linear layers and patch embeddings change their class and take the faster of torch's
+    matrix libraries, blocks and MLPs run fused in inference. State-dict keys stay, so checkpoints
+    load both ways. No class is patched. Optimizers, DDP or FSDP wrappers and ``torch.compile`` may
+    come before or after, except that a module that is compiled itself is left. Calling it again is
+    harmless.
 
     Args:
         model: Any module; docs/use/support.md lists what is replaced. Vision towers of transformers
             models are switched to ``attn_implementation="kdfast"`` instead.
-        backend: "auto", "fused" or "reference" for every replaced module; ``KDFAST_BACKEND`` if
-            None. With "auto" torch's own attention runs where the kernel is missing.
+        backend: "auto", "fused" or "reference" for every replaced attention; ``KDFAST_BACKEND`` if
+            None. With "auto" torch's own attention runs where the kernel is missing. With
+            "reference" linear layers and blocks stay torch's own, too.
 
     Returns:
         What was replaced, and what was left and why.
@@ -88,6 +114,21 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> AccelerateRep
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
     check_backend(backend)
+    replaced, left = _accelerate_attention(model, backend)
+    if (DEFAULT_BACKEND if backend is None else backend) == "reference":
+        for module in model.modules():
+            _put_back(module)
+        return AccelerateReport(replaced, left)
+    # Stand-ins of attention first: a block asks what its attention is.
+    layers, layers_left = _replace(model, linear, "kdfast.linear")
+    blocks, blocks_left = _replace(model, block_swap, "fused in inference")
+    return AccelerateReport(replaced, left, layers, layers_left, blocks, blocks_left)
+
+
+def _accelerate_attention(
+    model: nn.Module, backend: str | None
+) -> tuple[tuple[Replacement, ...], tuple[Replacement, ...]]:
+    """Replaces attentions; the rows of those that were, and of those that were left."""
     replaced: list[Replacement] = []
     left: list[Replacement] = []
     fused: dict[nn.Module, FusedAttention] = {}
@@ -113,7 +154,35 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> AccelerateRep
             continue
         inside.update(module.modules())
     _substitute(model, fused)
-    return AccelerateReport(tuple(replaced), tuple(_innermost(left, replaced)))
+    return tuple(replaced), tuple(_innermost(left, replaced))
+
+
+def _replace(
+    model: nn.Module, kind: Any, now: str
+) -> tuple[tuple[Replacement, ...], tuple[Replacement, ...]]:
+    """Gives modules another class; the rows of those that got it, and of those that were left.
+
+    Args:
+        model: The whole model.
+        kind: ``linear`` or ``block_swap``, with ``is_known``, ``why_not`` and ``replace``.
+        now: What they are then.
+    """
+    found: list[Replacement] = []
+    left: list[Replacement] = []
+    for name, module in model.named_modules():
+        if not kind.is_known(module):
+            continue
+        source = kind.source_name(module)
+        if reason := kind.why_not(module):
+            left.append(Replacement(name, source, reason))
+        else:
+            kind.replace(module)
+            found.append(Replacement(name, source, now))
+    return tuple(found), tuple(left)
+
+
+def _put_back(module: nn.Module) -> bool:
+    return linear.put_back(module) or block_swap.put_back(module)
 
 
 def _innermost(left: list[Replacement], replaced: list[Replacement]) -> list[Replacement]:
@@ -127,7 +196,7 @@ def _innermost(left: list[Replacement], replaced: list[Replacement]) -> list[Rep
 
 
 def restore(model: nn.Module) -> int:
-    """Puts the original attention modules back, with the tensors as they are now.
+    """Undoes ``accelerate``: the original modules, with the tensors as they are now.
 
     Args:
         model: One that ``accelerate`` changed, or any other, to which nothing happens.
@@ -152,7 +221,8 @@ def restore(model: nn.Module) -> int:
                 raise ValueError(f"restore: {name} must hold all its heads, got {module.heads}")
             originals[module] = original
     _substitute(model, originals)
-    return len(originals) + transformers_attention.switch_back(model)
+    layers = sum(map(_put_back, list(model.modules())))
+    return len(originals) + layers + transformers_attention.switch_back(model)
 
 
 def check_backend(backend: str | None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kdfast.nn.attention import FusedAttention
 from kdfast.nn.heads import AttentionCall, HeadAxis
+from kdfast.nn.linear import is_plain_linear
 from kdfast.nn.timm_attention import drops_attention
 from kdfast.ops.pruned_attention import math_dtype
 
@@ -103,7 +104,7 @@ class TimmClassAttention(FusedAttention):
             return x.new_zeros(x.shape[0], 1, 0)
         linears = [self._linear(i) for i in range(1, len(self.projections))]
         dropping = self.training and self.dropout_p()
-        if attn_mask is not None or dropping or not all(_plain(linear) for linear in linears):
+        if attn_mask is not None or dropping or not all(map(is_plain_linear, linears)):
             return self.attend(self.project(x), attn_mask)
         pairs = [(linear.weight, linear.bias) for linear in linears]
         if len(pairs) == 1:
@@ -170,9 +171,3 @@ class TimmLatentPool(TimmPackedClassAttention):
         if self.pool == "token":
             return out[:, 0]
         return out.mean(1) if self.pool == "avg" else out
-
-
-def _plain(linear: nn.Module) -> bool:
-    """Whether the layer is its weight and bias: no adapter, parametrization or hook."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks
-    return type(linear) is nn.Linear and not hooks

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdfast.nn.attention import FusedAttention
 from kdfast.nn.heads import AttentionCall, HeadAxis
+from kdfast.nn.linear import projected
 from kdfast.ops.geometry import Rope
 
 
@@ -30,11 +30,11 @@ def biased_qkv(attention: Any, x: Tensor) -> Tensor:
     if attention.q_bias is None:
         packed = attention.qkv(x)
         return packed
-    bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+    biases = (attention.q_bias, attention.k_bias, attention.v_bias)
     if attention.qkv_bias_separate:
         packed = attention.qkv(x)
-        return packed + bias
-    return F.linear(x, attention.qkv.weight, bias)
+        return packed + torch.cat(biases)
+    return projected(attention.qkv, x, biases)
 
 
 class TimmAttention(FusedAttention):
@@ -59,12 +59,17 @@ class TimmAttention(FusedAttention):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return AttentionCall(self.q_norm(q), self.k_norm(k), None, None, self.scale, v)
 
+    def gated(self, x: Tensor, context: Tensor) -> Tensor:
+        """What the output projection gets, (B, N, H * D), from the heads' outputs."""
+        context = self.norm(context)
+        if self.gate is not None:
+            context = context * self.gate(x).sigmoid()
+        return context
+
     def finish(self, x: Tensor, context: Tensor) -> Tensor:
         """The branch's output (B, N, C') from the heads' outputs (B, N, H * D)."""
         if self.num_heads:
-            context = self.norm(context)
-            if self.gate is not None:
-                context = context * self.gate(x).sigmoid()
+            context = self.gated(x, context)
         out: Tensor = self.proj_drop(self.proj(context))
         return out
 

@@ -7,12 +7,13 @@ B batch, H heads, N tokens, M queries, D head dim, C channels.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdfast.nn.attention import FusedAttention
 from kdfast.nn.heads import AttentionCall, HeadAxis
+from kdfast.nn.linear import projected
 from kdfast.nn.pool import folded_attention
+from kdfast.ops.linear import linear
 
 
 class TorchMultiheadAttention(FusedAttention):
@@ -51,7 +52,7 @@ class TorchMultiheadAttention(FusedAttention):
 
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
         x = x if self.batch_first else x.transpose(0, 1)
-        packed = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        packed = projected(self, x, (self.in_proj_bias,), "in_proj_weight")
         heads = (3, self.num_heads, self.head_dim)
         q, k, v = packed.unflatten(2, heads).permute(2, 0, 3, 1, 4).unbind(0)
         return AttentionCall(q, k, None, None, self.scale, v)
@@ -108,7 +109,7 @@ class TorchMultiheadAttention(FusedAttention):
             query, key = query.transpose(0, 1), key.transpose(0, 1)
         biases: Any = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         wq, wk, wv = self.in_proj_weight.chunk(3)
-        q = F.linear(query, wq, biases[0]).unflatten(2, (self.num_heads, self.head_dim))
+        q = linear(query, wq, biases[0]).unflatten(2, (self.num_heads, self.head_dim))
         pairs = (wk, biases[1]), (wv, biases[2])
         return folded_attention(q.transpose(1, 2), key, *pairs, self.scale)
 

@@ -15,6 +15,7 @@ from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.nn.timm_attention import drops_attention
 from kdfast.nn.timm_bias import cosines, indexed, masked
 from kdfast.nn.timm_grid import TimmPlainAttention
+from kdfast.ops.linear import linear
 
 
 class TorchvisionSwinAttention(TimmPlainAttention):
@@ -115,7 +116,7 @@ class TorchvisionSwinV2Attention(TorchvisionSwinAttention):
             return super()._packed(x)
         q, k, v = self.qkv.bias.chunk(3)
         # The bias of keys is there, but counts as zero.
-        return F.linear(x, self.qkv.weight, torch.cat((q, torch.zeros_like(k), v)))
+        return linear(x, self.qkv.weight, torch.cat((q, torch.zeros_like(k), v)))
 
     def position_bias(self) -> Tensor:
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, -2)

@@ -70,9 +70,14 @@ def attention_function(
 
         kwargs.update(dropout=dropout, scaling=scaling, is_causal=is_causal)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    backend = getattr(module, _BACKEND, None)
-    out = self_attention(query, key, value, scale=scaling, bias=bias, backend=backend)
+    out = self_attention(query, key, value, scale=scaling, bias=bias, backend=backend_of(module))
     return out.transpose(1, 2).contiguous(), None
+
+
+def backend_of(module: nn.Module) -> str | None:
+    """The backend that ``switch`` gave an attention; None if none."""
+    backend: str | None = getattr(module, _BACKEND, None)
+    return backend
 
 
 def _is_bias(mask: Tensor | None, query: Tensor) -> bool:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformer blocks and MLPs in inference: each product takes along what follows it.
+
+Activations, residuals and LayerScale are computed in the pass that writes a product's result, on
+packed weights. A call that is no inference runs the block's own code. See docs/use/accelerate.md.
+
+B batch, N tokens, C channels, H * D channels of the heads' outputs, P hidden units.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from kdfast.nn.linear import hooked
+from kdfast.nn.packed import Layer, Product, enough_work, forget, inferring, packed
+
+# The channels are chosen as oneDNN's SiLU takes them: QuickGELU is x sigmoid(1.702 x).
+QUICK = 1.702
+
+
+class Mlp(NamedTuple):
+    """What an MLP computes: ``out(norm(f(first(x)) [* value(x)]))``.
+
+    Attributes:
+        first: C to P, followed by the activation.
+        value: The other half of a gated MLP, C to P, or None.
+        activation: One of ``packed.ACTIVATIONS``.
+        norm: What hidden units pass through before ``out``, or None.
+        out: P to C.
+    """
+
+    first: Layer
+    value: Layer | None
+    activation: str
+    norm: nn.Module | None
+    out: Layer
+
+    def layers(self) -> list[Layer]:
+        """Those that are packed, in the order in which ``run`` takes them."""
+        return [self.first, *([] if self.value is None else [self.value]), self.out]
+
+    def run(self, x: Tensor, products: list[Product], add: Tensor | None) -> Tensor:
+        """(B, N, C) of x (B, N, C), plus ``add``."""
+        hidden = products[0](x, self.activation)
+        if self.value is not None:
+            hidden = products[1].times(x, hidden)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        return residual(products[-1], hidden, add)
+
+
+class Branches(NamedTuple):
+    """What a block computes: ``x += out(attend(norm1(x)))``, then ``x += mlp(norm2(x))``.
+
+    Attributes:
+        norm1: Norm in front of the attention.
+        project: The projections to queries, keys and values, as one; None where ``attend`` makes
+            them.
+        attend: The heads' outputs (B, N, H * D) of what ``project`` made, or of the normed tokens.
+        out: H * D to C, with its LayerScale.
+        norm2: Norm in front of the MLP.
+        mlp: The MLP, with its LayerScale.
+    """
+
+    norm1: nn.Module
+    project: Layer | None
+    attend: Callable[[Tensor], Tensor]
+    out: Layer
+    norm2: nn.Module
+    mlp: Mlp
+
+
+# Reads a block for a call with these arguments of its forward, of which the first is the input.
+# None: this call, or this block as it is now, must run its own code.
+Reader = Callable[..., Branches | None]
+MlpReader = Callable[[Any], Mlp | None]
+
+
+def residual(product: Product, x: Tensor, add: Tensor | None) -> Tensor:
+    """The product plus ``add``, in the dtype that eager code gives."""
+    if add is None:
+        return product(x)
+    # Under autocast the stream is fp32, and stays so.
+    return product.added(x, add) if add.dtype == product.dtype else add + product(x)
+
+
+def inert(*modules: nn.Module) -> bool:
+    """Whether modules (dropout, stochastic depth, identities) hand on what they get."""
+    return all(
+        (type(m) is nn.Identity or (not m.training and type(m).__name__ in _DROPPING))
+        and not hooked(m)
+        for m in modules
+    )
+
+
+_DROPPING = ("Dropout", "DropPath", "Dinov2DropPath", "StochasticDepth")
+
+
+def run_block(block: nn.Module, read: Reader, args: Any, kwargs: Any) -> Tensor | None:
+    """The block's output, or None if its own code has to run."""
+    x = args[0] if args else None
+    if not isinstance(x, Tensor) or x.dim() != 3 or not inferring(block, x):
+        return None
+    parts = read(block, *args, **kwargs)
+    if parts is None or not enough_work(x, parts.out.weights[0]):
+        return None
+    first = [] if parts.project is None else [parts.project]
+    products = packed(block, x, [*first, parts.out, *parts.mlp.layers()])
+    if products is None:
+        forget(block)
+        return None
+    y = parts.norm1(x)
+    if parts.project is not None:
+        y = products[0](y)
+    x = residual(products[len(first)], parts.attend(y), x)
+    return parts.mlp.run(parts.norm2(x), list(products[len(first) + 1 :]), x)
+
+
+def run_mlp(module: nn.Module, read: MlpReader, args: Any, kwargs: Any) -> Tensor | None:
+    """The MLP's output, or None if its own code has to run."""
+    x = args[0] if len(args) == 1 and not kwargs else None
+    if not isinstance(x, Tensor) or not inferring(module, x):
+        return None
+    parts = read(module)
+    if parts is None or not enough_work(x, parts.out.weights[0]):
+        return None
+    products = packed(module, x, parts.layers())
+    if products is None:
+        forget(module)
+        return None
+    return parts.run(x, list(products), None)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gives a block or an MLP a class that runs fused in inference, and takes it away again."""
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from kdfast.nn.attention import qualified_name
+from kdfast.nn.block import run_block, run_mlp
+from kdfast.nn.block_table import BLOCKS, MLPS
+from kdfast.nn.packed import forget
+from kdfast.ops._matmul import SETTING
+
+
+class FusedBlock:
+    """Marks the classes of ``fused_class``."""
+
+    kdfast_source: type[nn.Module]
+
+
+@functools.cache
+def fused_class(source: Any) -> type[nn.Module]:
+    """A subclass of a block's or MLP's class, under its name, that runs fused where it can.
+
+    The name stays: others choose modules by it, such as wrapping policies of FSDP.
+    """
+    name = f"{source.__module__}.{source.__qualname__}"
+    run: Any = run_block if name in BLOCKS else run_mlp
+    read = BLOCKS[name] if name in BLOCKS else MLPS[name]
+
+    @functools.wraps(source.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        out = run(self, read, args, kwargs)
+        return source.forward(self, *args, **kwargs) if out is None else out
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        # An unpickler, in another process perhaps, could not find the class by its name.
+        return rebuild, (source,), self.__dict__.copy()
+
+    members: dict[str, Any] = {"forward": forward, "__reduce_ex__": reduce}
+    for key in ("__doc__", "__module__", "__qualname__"):
+        members[key] = getattr(source, key)
+    members["kdfast_source"] = source
+    return type(source.__name__, (source, FusedBlock), members)
+
+
+def rebuild(source: Any) -> nn.Module:
+    """An empty module of the fused class of ``source``, for copies and unpicklers."""
+    cls: Any = fused_class(source)
+    module: nn.Module = cls.__new__(cls)
+    return module
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module is a block or an MLP that can run fused, or one that does."""
+    return qualified_name(module) in BLOCKS or qualified_name(module) in MLPS
+
+
+def source_name(module: nn.Module) -> str:
+    """Qualified name of a module's own class, which a fused one bears too."""
+    return qualified_name(module)
+
+
+def why_not(module: nn.Module) -> str | None:
+    """The reason why a known block or MLP has to stay as it is, or None."""
+    if SETTING == "torch":
+        return "KDFAST_LINEAR=torch"
+    if "forward" in module.__dict__:
+        return "its instance has a forward of its own"
+    if module.__dict__.get("_compiled_call_impl") is not None:
+        return "it is compiled already; accelerate first, then compile"
+    return None
+
+
+def replace(module: nn.Module) -> None:
+    """Makes a known module run fused where it can."""
+    if not isinstance(module, FusedBlock):
+        source: Any = type(module)
+        module.__class__ = fused_class(source)
+
+
+def put_back(module: nn.Module) -> bool:
+    """Undoes ``replace``; whether there was something to undo."""
+    if not isinstance(module, FusedBlock):
+        return False
+    layer: Any = module
+    layer.__class__ = layer.kdfast_source
+    forget(module)
+    return True

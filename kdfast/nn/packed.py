@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers in inference: weights in oneDNN's own layout, and what follows in the same pass.
+
+A packed weight is a copy, so at every use the original is asked whether it is still the same. See
+docs/use/accelerate.md. C input channels, P output channels.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.ops._library import EXTENSION, LIB
+from kdfast.ops._matmul import LEAST_WORK, SUPPORTED, choice, seen_by_torch
+
+LIB.define("tensor_state(Tensor[] x) -> int")
+# oneDNN's name and algorithm of what can follow a product in the same pass.
+ACTIVATIONS = {
+    "none": ("none", ""),
+    "relu": ("relu", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "silu": ("swish", ""),
+}
+
+
+class Layer(NamedTuple):
+    """Linear layers that read the same input, as one.
+
+    Attributes:
+        weights: (P_i, ...) each; what follows the first dimension is flattened to C.
+        biases: The pieces of the bias (P,); a None stands for zeros, one for each weight then.
+        gain: (P,), by which the output is multiplied before anything is added to it (LayerScale);
+            None for 1.
+        factor: By which the output is multiplied, too.
+        reach: By which the input is multiplied.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    gain: Tensor | None = None
+    factor: float = 1.0
+    reach: float = 1.0
+
+    def tensors(self) -> list[Tensor]:
+        """All that are given."""
+        given = [*self.weights, *[bias for bias in self.biases if bias is not None]]
+        return given if self.gain is None else [*given, self.gain]
+
+    def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight (P, C) and bias (P,) of all in ``dtype``; folding is done in fp32 at least."""
+        wide = torch.promote_types(dtype, torch.float32)
+        weight = torch.cat([weight.flatten(1) for weight in self.weights])
+        bias = None
+        if any(piece is not None for piece in self.biases):
+            bias = torch.cat(
+                [
+                    self.weights[i].new_zeros(len(self.weights[i])) if piece is None else piece
+                    for i, piece in enumerate(self.biases)
+                ]
+            )
+        if self.gain is not None or self.factor != 1.0 or self.reach != 1.0:
+            gain = torch.full((1,), self.factor, dtype=wide)
+            gain = gain if self.gain is None else gain * self.gain.to(wide)
+            weight = weight.to(wide) * (gain * self.reach)[:, None]
+            bias = None if bias is None else bias.to(wide) * gain
+        return weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+
+
+class Product:
+    """A linear layer on a packed weight, and what follows it, in one pass.
+
+    Attributes:
+        dtype: Of inputs and results.
+    """
+
+    def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        weight, self._bias = layer.folded(dtype)
+        # The layout does not depend on the number of rows that the input is going to have.
+        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+    def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
+        """f(x W^T + b), (..., P) of x (..., C); ``activation`` is one of ACTIVATIONS."""
+        name, algorithm = ACTIVATIONS[activation]
+        call: Any = torch.ops.mkldnn._linear_pointwise.default
+        out: Tensor = call(x.to(self.dtype), self._weight, self._bias, name, [], algorithm)
+        return out
+
+    def added(self, x: Tensor, other: Tensor) -> Tensor:
+        """x W^T + b + other, (..., P)."""
+        return self._binary(x, other, "add")
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """(x W^T + b) * other, (..., P)."""
+        return self._binary(x, other, "mul")
+
+    def _binary(self, x: Tensor, other: Tensor, name: str) -> Tensor:
+        call: Any = torch.ops.mkldnn._linear_pointwise.binary
+        other = other.to(self.dtype)
+        out: Tensor = call(x.to(self.dtype), other, self._weight, self._bias, name)
+        return out
+
+
+class _Packs(NamedTuple):
+    """The packed layers of a module, and the state of the tensors that they were made of."""
+
+    dtype: torch.dtype
+    state: object
+    products: tuple[Product, ...]
+
+
+# By module, so that neither a state dict nor a copy of the module ever holds a packed weight.
+_packs: weakref.WeakKeyDictionary[nn.Module, _Packs] = weakref.WeakKeyDictionary()
+
+
+def forget(module: nn.Module) -> None:
+    """Frees the packed weights of a module, if it has any."""
+    _packs.pop(module, None)
+
+
+def inferring(module: nn.Module, x: Tensor) -> bool:
+    """Whether a call with ``x`` may use packed weights, by all but the weights.
+
+    It may in evaluation, without a gradient, and on an ordinary tensor of the CPU.
+    """
+    return not (
+        module.training
+        or torch.compiler.is_compiling()
+        or x.device.type != "cpu"
+        or type(x) not in (Tensor, nn.Parameter)
+        or (torch.is_grad_enabled() and x.requires_grad)
+        or seen_by_torch()
+    )
+
+
+def packed(module: nn.Module, x: Tensor, layers: Sequence[Layer]) -> tuple[Product, ...] | None:
+    """The packed layers of a module for a call that is ``inferring``, or None if it must not be.
+
+    Args:
+        module: What owns the packed weights: they are freed with it, and kept until a call with
+            other layers, or the same ones changed.
+        x: (..., C), the input of the first.
+        layers: Its layers; in autocast they multiply in its dtype.
+    """
+    dtype = _compute_dtype(x)
+    tensors = [tensor for layer in layers for tensor in layer.tensors()]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return None
+    kept = _packs.get(module)
+    # What cannot be asked for its state was never packed.
+    if kept is not None and kept.dtype == dtype and all(type(t) in _KINDS for t in tensors):
+        if kept.state == _state(tensors):
+            return kept.products
+    first = layers[0]
+    fits = dtype in SUPPORTED and choice(dtype).packed and first.weights[0].dim() > 1
+    if not fits or not all(_may_be_packed(tensor, dtype, x) for tensor in tensors):
+        return None
+    if x.shape[-1] != first.weights[0][0].numel():
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        products = tuple(Product(layer, dtype) for layer in layers)
+    _packs[module] = _Packs(dtype, _state(tensors), products)
+    return products
+
+
+def enough_work(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product is large enough to gain by oneDNN."""
+    return x.numel() * len(weight) >= LEAST_WORK
+
+
+_KINDS = (Tensor, nn.Parameter)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer multiplies ``x``: autocast's where it is on."""
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype
+
+
+def _may_be_packed(tensor: Tensor, dtype: torch.dtype, x: Tensor) -> bool:
+    """Whether a tensor can be watched, and has a dtype that torch's own layer would take."""
+    return (
+        type(tensor) in _KINDS
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and not tensor.is_inference()
+        and tensor.is_floating_point()
+        and (tensor.dtype == x.dtype or (dtype != x.dtype and tensor.dtype != torch.float64))
+    )
+
+
+def _state(tensors: list[Tensor]) -> object:
+    """Differs when a tensor is another one, was written to, or got other elements.
+
+    Of the elements a sample is compared: that is for edits through ``.data`` or an array that
+    shares the memory, of which torch's version counter knows nothing.
+    """
+    if EXTENSION is not None:
+        return torch.ops.kdfast.tensor_state.default(tensors)
+    facts = [(x.data_ptr(), x._version, x.dtype, x.shape, x.stride()) for x in tensors]
+    return facts, [x.flatten()[:: max(1, x.numel() // 64)].tolist() for x in tensors]

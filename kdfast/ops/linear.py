@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A linear layer on the faster of the libraries that torch ships. See docs/ops/linear.md.
+
+C input channels, P output channels; rows are all the leading dimensions.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdfast.ops._autocast import without_autocast
+from kdfast.ops._library import LIB, call_below_autograd, register_fake, register_gradient
+from kdfast.ops._matmul import LEAST_WORK, SUPPORTED, choice, is_plain, product, seen_by_torch
+
+OP = "linear"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``, its three products each on the faster library.
+
+    On a CPU torch has MKL and oneDNN at hand. A fixed rule by processor, dtype and shape
+    (``KDFAST_LINEAR`` overrides it, ``kdfast.info`` prints it) picks one for the product itself and
+    for either gradient. Everything else is torch's own function: other devices and dtypes, tensor
+    subclasses, exports and traces, ``torch.func``, forward-mode derivatives. Autocast is obeyed.
+
+    Args:
+        x: (..., C), fp16/bf16/fp32/fp64.
+        weight: (P, C), dtype and device of x.
+        bias: (P,), dtype and device of x, or None.
+
+    Returns:
+        (..., P) in x's dtype.
+
+    Raises:
+        RuntimeError: What torch's own function raises, where shapes, dtypes or devices do not
+            match.
+
+    Gradients: x, weight, bias, of any order. Deterministic: yes. Source: as ``F.linear``.
+    """
+    if not is_plain(x, weight, bias) or seen_by_torch():
+        return F.linear(x, weight, bias)
+    context, (x, weight, bias) = without_autocast("cpu", x, weight, bias)
+    with context:
+        if not _fits(x, weight, bias) or not choice(x.dtype).forward:
+            return F.linear(x, weight, bias)
+        out: Tensor = call_below_autograd(torch.ops.kdfast.linear.default, x, weight, bias)
+        return out
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN takes these shapes and dtypes, and there is enough work to gain by it."""
+    return (
+        x.dim() > 0
+        and weight.dim() == 2
+        and x.shape[-1] == weight.shape[1]
+        and x.dtype == weight.dtype
+        and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
+        and x.dtype in SUPPORTED
+        and x.numel() * weight.shape[0] >= LEAST_WORK
+    )
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The specification."""
+    return F.linear(x, weight, bias)
+
+
+LIB.define(f"{OP}(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not _fits(x, weight, bias):
+        return F.linear(x, weight, bias)
+    return product(x, weight, bias)
+
+
+LIB.impl(OP, _cpu, "CPU")
+
+
+@register_fake(OP)
+def _fake(*, x: Tensor, weight: Tensor, **_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _setup_context(ctx: Any, given: Any, output: Tensor) -> None:
+    ctx.save_for_backward(given.x, given.weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    op = torch.ops.kdfast.linear.default
+    chosen = choice(grad.dtype)
+    gradients: dict[str, Tensor | None] = {}
+    # A backward pass may run inside of autocast, which has had its say in the forward pass.
+    with torch.autocast("cpu", enabled=False):
+        if ctx.needs.x:
+            onednn = chosen.input_gradient
+            gradients["x"] = op(grad, weight.t(), None) if onednn else grad @ weight
+        rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
+        if ctx.needs.weight:
+            tall = weight.shape[0] > weight.shape[1]
+            onednn = chosen.tall_gradient if tall else chosen.weight_gradient
+            columns = rows.t()
+            gradients["weight"] = op(columns, inputs.t(), None) if onednn else columns @ inputs
+        if ctx.needs.bias:
+            gradients["bias"] = rows.sum(0)
+    return gradients
+
+
+register_gradient(OP, _backward, _setup_context)
