@@ -2,7 +2,7 @@
 """``python -m bench.documents``: writes the tables of README.md and of two pages of docs/internals.
 
 The pages are benchmarks.md and gpu.md. What stands between ``<!-- NAME -->`` and ``<!-- end -->``
-comes from bench/results/cpu_zen4.json, for whole models from cpu_zen4_models.json, for GPUs from
+comes from bench/results/zen4.json, for whole models from zen4_models.json, for GPUs from
 gpu_static.json.
 """
 
@@ -20,9 +20,9 @@ from bench.gpu_tables import table as markdown
 from bench.report import OURS, best_other, headline
 from bench.report import table as all_rows
 
-RESULTS = ROOT / "bench" / "results" / "cpu_zen4.json"
+RESULTS = ROOT / "bench" / "results" / "zen4.json"
 GPU_RESULTS = RESULTS.with_stem("gpu_static")
-MODEL_RESULTS = RESULTS.with_stem("cpu_zen4_models")
+MODEL_RESULTS = RESULTS.with_stem("zen4_models")
 # Whole models have tables of their own.
 MODELS = ("accelerate", "vit_chain")
 Group = dict[str, dict[str, Any]]

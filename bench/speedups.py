@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m bench.speedups``: draws docs/images/speedups.png from the committed result files.
 
-One dot is one comparison of bench/results/cpu_zen4.json or, for whole models, of
-cpu_zen4_models.json: how many times faster kdfast is than the best other implementation.
+One dot is one comparison of bench/results/zen4.json or, for whole models, of
+zen4_models.json: how many times faster kdfast is than the best other implementation.
 """
 
 import argparse
