@@ -31,7 +31,7 @@ MODELS = {
     "SigLIP-B": ("vit_base_patch16_siglip_224", {}),
     "Swin-T": ("swin_tiny_patch4_window7_224", {}),
 }
-# Beyond the quarter of an hour of `make bench`: `make bench ARGS="-m slow --save FILE"`.
+# Beyond the quarter of an hour of `make bench`: `make bench ARGS="-m slow --benchmark-json=FILE"`.
 slow = pytest.mark.slow
 # Model, batch, whether torch.compile is timed too (it compiles for half a minute).
 FORWARD = session.sized(

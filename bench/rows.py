@@ -99,6 +99,17 @@ def facts_line(machine: dict[str, Any]) -> str:
     )
 
 
+def skipped_lines(results: dict[str, Any]) -> str:
+    """A Markdown list of the reasons, each with the entries that it kept from being timed."""
+    reasons: dict[str, list[str]] = {}
+    for row in results["skipped"]:
+        reasons.setdefault(row["reason"], []).append(row["entry"].rpartition("::")[2])
+    return "\n".join(
+        f"- {reason}: {len(entries)} entries, the first is `{entries[0]}`"
+        for reason, entries in reasons.items()
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """Writes the result file of the runs named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.rows", description=__doc__)

@@ -77,7 +77,7 @@ def copy_seconds(device: torch.device, nbytes: int) -> float:
     """
     src = torch.ones(max(1, nbytes // 2), dtype=torch.uint8, device=device)
     dst = torch.empty_like(src)
-    repeats = max(1, (1 << 24) // max(nbytes, 1))
+    repeats = min(1 << 10, max(1, (1 << 24) // max(nbytes, 1)))
     return min(timed_sample(lambda: dst.copy_(src), repeats)[0] for _ in range(7))
 
 
