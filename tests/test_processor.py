@@ -99,9 +99,17 @@ def test_signature_of_cpuinfo(text: str, expected: tuple[str, int, int, int]) ->
 def test_without_cpuinfo_the_machine_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_processor, "EXTENSION", None)
     monkeypatch.setattr(_processor, "_CPUINFO", tmp_path / "gone")
     monkeypatch.setattr(_processor.platform, "machine", lambda: "x86_64")
     assert _processor.processor.__wrapped__().name == "x86_64"
+
+
+@pytest.mark.usefixtures("compiled")
+def test_cpuid_and_cpuinfo_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_cpuid = _processor.processor.__wrapped__()
+    monkeypatch.setattr(_processor, "EXTENSION", None)
+    assert by_cpuid == _processor.processor.__wrapped__()
 
 
 def test_this_processor_is_in_the_facts() -> None:

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from kdfast.ops._library import EXTENSION
+
 _CPUINFO = Path("/proc/cpuinfo")
 # Models of AMD's families, first to last. A core laid out smaller is the same microarchitecture:
 # Zen 4c counts as Zen 4, Zen 5c as Zen 5.
@@ -111,7 +113,9 @@ def _name(vendor: str, family: int, model: int, stepping: int) -> str | None:
 
 @functools.cache
 def processor() -> Processor:
-    """The processor that this process runs on."""
+    """The processor that this process runs on: by cpuid, without the extension by /proc/cpuinfo."""
+    if EXTENSION is not None and (found := EXTENSION.cpu_signature())[0]:
+        return identify(*found)
     text = _CPUINFO.read_text(encoding="utf-8", errors="replace") if _CPUINFO.exists() else ""
     return identify(*_signature(text))
 
