@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from kdfast.machine.peak import library_flops, peak_flops
 from kdfast.machine.timing import Candidate, timed_sample
 from kdfast.testing import DRY_RUN
 
@@ -64,10 +65,11 @@ class Rate(NamedTuple):
 @cache
 def rate(dtype: torch.dtype, cuda: bool) -> Rate:
     """Rates of this session, measured when a dtype is first asked for."""
-    # A GPU is not full before that.
-    size = sized(8192 if cuda else 1024, 64)
-    product = matmul_rate(torch.device("cuda" if cuda else "cpu"), dtype, size)
-    return Rate(product, product)
+    if DRY_RUN or cuda:
+        # A GPU is not full before that.
+        product = matmul_rate(torch.device("cuda" if cuda else "cpu"), dtype, sized(8192, 64))
+        return Rate(product, product)
+    return Rate(peak_flops(dtype), library_flops(dtype))
 
 
 def copy_seconds(device: torch.device, nbytes: int) -> float:
