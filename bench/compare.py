@@ -10,14 +10,15 @@ those of the samples.
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from bench import session
+from bench.report import OURS, best_other
 from kdfast.machine import timing
 from kdfast.machine.facts import machine_facts
 from kdfast.machine.memory import memory_bytes
@@ -55,6 +56,7 @@ class Entry:
 
     Attributes:
         call: What was timed.
+        yardstick: Whether it does other work than the case.
         calls: How many calls a sample has.
         samples: Seconds per call, and whether it was a fast sample.
         info: The ``extra_info`` of the entry.
@@ -62,6 +64,7 @@ class Entry:
     """
 
     call: timing.Candidate = int
+    yardstick: bool = False
     calls: int = 1
     samples: list[tuple[float, bool]] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
@@ -72,12 +75,27 @@ class Entry:
 class Case:
     """The entries of a comparison by candidate; of one whose test raised, only the error."""
 
-    group: str
+    op: str = ""
+    name: str = ""
     entries: dict[str, Entry] = field(default_factory=dict)
     error: BaseException | None = None
 
+    @property
+    def group(self) -> str:
+        """What the entries have in common, for the plugin."""
+        return f"{self.op}: {self.name}"
 
-class Session:
+
+class Work(NamedTuple):
+    """What a case needs; see ``Compare.__call__``."""
+
+    nbytes: int | None
+    flops: int | None
+    dtype: torch.dtype
+    memory: bool
+
+
+class Run:
     """What the entries of a session share.
 
     Attributes:
@@ -109,11 +127,11 @@ class Session:
             self._calibration = timing.Calibration(self.device)
         return self._calibration
 
-    def rate(self, dtype: torch.dtype) -> float:
-        """FLOP per second that no code exceeds."""
+    def rate(self, dtype: torch.dtype) -> session.Rate:
+        """FLOP per second of a dtype, measured when it is first asked for."""
         if dtype not in self.rates:
             self.rates[dtype] = session.rate(dtype, self.device.type == "cuda")
-        return self.rates[dtype].limit
+        return self.rates[dtype]
 
     def late(self) -> bool:
         """Whether the time of --budget is used up, after which no case is begun."""
@@ -162,7 +180,7 @@ class Compare:
         selected: The candidates that this session runs: no other has to be built.
     """
 
-    def __init__(self, bench: Session, item: pytest.Item, benchmark: Any, candidate: str) -> None:
+    def __init__(self, bench: Run, item: pytest.Item, benchmark: Any, candidate: str) -> None:
         self._bench, self._item, self._benchmark = bench, item, benchmark
         self._candidate = candidate
         self.device = bench.device
@@ -205,36 +223,28 @@ class Compare:
         if key in bench.cases:
             raise RuntimeError(f"{key}: a test must compare one case, got a second: {op}: {case}")
         missing, yardsticks = missing or {}, yardsticks or {}
-        every = {**candidates, **yardsticks}
-        self._check_names(every.keys() | missing.keys())
-        what = {"op": op, "case": case.replace("torch.", "")}
-        found = Case(f"{op}: {what['case']}")
+        self._check_names([*candidates, *yardsticks, *missing])
+        found = bench.cases[key] = Case(op, case.replace("torch.", ""))
         for name in self.selected:
-            entry = found.entries[name] = Entry()
             if name in missing:
-                entry.error = pytest.skip.Exception(f"{name}: {missing[name]}")
-                continue
-            entry.call = every[name]
-            entry.info = {**what, "candidate": name, "yardstick": name in yardsticks}
-            if check and name in candidates:
-                try:
-                    check(name, entry.call)
-                except Exception as error:
-                    entry.error = error
-        bench.cases[key] = found
-        good = {name: entry for name, entry in found.entries.items() if entry.error is None}
-        if good and self._benchmark.enabled:
-            self._sample(good)
-            limit = self._limit(nbytes, flops, dtype)
-            for entry in good.values():
-                entry.info |= summary(entry, nbytes, flops, limit) | self._where(flops, dtype)
-                if memory:
-                    peak, saved = memory_bytes(entry.call)
-                    entry.info |= {"peak_bytes": peak, "saved_bytes": saved}
+                error = pytest.skip.Exception(f"{name}: {missing[name]}")
+                found.entries[name] = Entry(error=error)
+            elif name in yardsticks:
+                found.entries[name] = Entry(yardsticks[name], yardstick=True)
+            else:
+                call = candidates[name]
+                found.entries[name] = Entry(call, error=error_of(check, name, call))
+        right = {name: entry for name, entry in found.entries.items() if entry.error is None}
+        if right and self._benchmark.enabled:
+            self._sample(right)
+            work = Work(nbytes, flops, dtype, memory)
+            limit = self._limit(work)
+            for name, entry in right.items():
+                entry.info = self._info(found, name, work, limit)
             progress(bench, self._item, found)
         bench.give(self._item, self._benchmark, self._candidate)
 
-    def _check_names(self, given: Iterable[str]) -> None:
+    def _check_names(self, given: Sequence[str]) -> None:
         mark = self._item.get_closest_marker("candidates")
         named = set(mark.args) if mark else set()
         if lacking := set(self.selected) - set(given):
@@ -256,37 +266,43 @@ class Compare:
         for name, samples in timed.items():
             entries[name].samples = samples
 
-    def _limit(self, nbytes: int | None, flops: int | None, dtype: torch.dtype) -> float | None:
+    def _limit(self, work: Work) -> float | None:
         """Milliseconds that no code can beat, where they are known."""
         limits = []
-        if nbytes is not None:
-            limits.append(session.copy_seconds(self.device, nbytes))
-        if flops is not None:
-            limits.append(flops / self._bench.rate(dtype))
+        if work.nbytes is not None:
+            limits.append(session.copy_seconds(self.device, work.nbytes))
+        if work.flops is not None:
+            limits.append(work.flops / self._bench.rate(work.dtype).limit)
         return 1e3 * max(limits) if limits else None
 
-    def _where(self, flops: int | None, dtype: torch.dtype) -> dict[str, Any]:
-        """The machine, in every entry: files are cut up and joined."""
-        facts = self._bench.facts
-        info = {key: facts[key] for key in ("family", "isa", "threads", "commit")}
-        if flops is not None:
-            info |= {f"{k}_gflop_s": v / 1e9 for k, v in self._bench.rates[dtype]._asdict().items()}
-        return info
+    def _info(self, case: Case, name: str, work: Work, limit: float | None) -> dict[str, Any]:
+        """The ``extra_info`` of an entry that was sampled."""
+        entry, facts = case.entries[name], self._bench.facts
+        info: dict[str, Any] = {"op": case.op, "case": case.name, "candidate": name}
+        info |= {"yardstick": entry.yardstick, **timing.summarize(entry.samples)}
+        ms = info["ms"]
+        if limit is not None:
+            info |= {"limit_ms": limit, "limit_share": limit / ms}
+        if work.nbytes is not None:
+            info |= {"bytes": work.nbytes, "gb_s": work.nbytes / ms / 1e6}
+        if work.flops is not None:
+            rate = self._bench.rate(work.dtype)
+            info |= {"flops": work.flops, "gflop_s": work.flops / ms / 1e6}
+            info |= {"limit_gflop_s": rate.limit / 1e9, "library_gflop_s": rate.library / 1e9}
+        if work.memory:
+            info["peak_bytes"], info["saved_bytes"] = memory_bytes(entry.call)
+        # The machine is in every entry, since files are cut up and joined.
+        return info | {key: facts[key] for key in ("family", "isa", "threads", "commit")}
 
 
-def summary(
-    entry: Entry, nbytes: int | None, flops: int | None, limit: float | None
-) -> dict[str, Any]:
-    """Median of the fast samples, and the rates that follow from it."""
-    found = timing.summarize(entry.samples)
-    ms = found["ms"]
-    if nbytes is not None:
-        found |= {"bytes": nbytes, "gb_s": nbytes / ms / 1e6}
-    if flops is not None:
-        found |= {"flops": flops, "gflop_s": flops / ms / 1e6}
-    if limit is not None:
-        found |= {"limit_ms": limit, "limit_share": limit / ms}
-    return found
+def error_of(check: session.Check | None, name: str, call: timing.Candidate) -> Exception | None:
+    """What a check raises of a candidate, which is the outcome of its entry."""
+    try:
+        if check:
+            check(name, call)
+    except Exception as error:
+        return error
+    return None
 
 
 def case_of(item: pytest.Item) -> str:
@@ -316,16 +332,25 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def progress(bench: Session, item: pytest.Item, case: Case) -> None:
-    """One line for the case that was just sampled: times, the time so far and until the end."""
+def progress(bench: Run, item: pytest.Item, case: Case) -> None:
+    """One line for the case that was just sampled, with the time until the end."""
     plugins = item.config.pluginmanager
     reporter, capture = (plugins.get_plugin(x) for x in ("terminalreporter", "capturemanager"))
     done, left = len(bench.cases), len(cases_left(item)) - 1
-    times = ", ".join(
-        f"{name} {entry.info['ms']:.3g}" for name, entry in case.entries.items() if entry.samples
-    )
     at = f"{done}/{done + left} {clock(bench.seconds)}"
     at += f", about {clock(left * bench.seconds / done)} left"
     with capture.global_and_fixture_disabled():
         reporter.ensure_newline()
-        reporter.write_line(f"[{at}] {case.group}: {times} ms")
+        reporter.write_line(f"[{at}] {case.group}: {outcome(case)}")
+
+
+def outcome(case: Case) -> str:
+    """Times of a case, the ratio to the best other candidate and the share of the limit."""
+    rows = {name: entry.info for name, entry in case.entries.items() if entry.info}
+    text = ", ".join(f"{name} {row['ms']:.2f}" for name, row in rows.items()) + " ms"
+    ours, other = rows.get(OURS), best_other(rows.values())
+    if ours and other:
+        text += f"; {other['ms'] / ours['ms']:.2f}x the best other"
+    if ours and "limit_share" in ours:
+        text += f", {100 * ours['limit_share']:.0f} % of limit"
+    return text

@@ -2,7 +2,6 @@
 """What the files of benchmarks share: sizes, compiling, checks, and the limits of the machine."""
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -62,9 +61,8 @@ class Rate(NamedTuple):
     library: float
 
 
-@cache
 def rate(dtype: torch.dtype, cuda: bool) -> Rate:
-    """Rates of this session, measured when a dtype is first asked for."""
+    """Measures the rates of a dtype."""
     if DRY_RUN or cuda:
         # A GPU is not full before that.
         product = matmul_rate(torch.device("cuda" if cuda else "cpu"), dtype, sized(8192, 64))
