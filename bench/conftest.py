@@ -15,7 +15,8 @@ from kdfast.testing import DRY_RUN, launch_on_cpu
 # Behind what is installed, so that `pytest bench` finds the modules beside this file.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench.compare import Case, Compare, Run, case_of, clock, is_entry  # noqa: E402
+from bench.compare import Compare  # noqa: E402
+from bench.entries import Case, Run, case_of, clock, is_entry  # noqa: E402
 from bench.rows import facts_line  # noqa: E402
 
 # Whole models take the longest, so they come last and are what is left out when time is up.
@@ -122,12 +123,6 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     output_json["rates"] = {
         str(dtype).removeprefix("torch."): rate._asdict() for dtype, rate in bench.rates.items()
     }
-
-
-@pytest.fixture(scope="session")
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the inputs have to be."""
-    return request.config.stash[RUN].device
 
 
 @pytest.fixture(scope="session", autouse=True)

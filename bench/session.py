@@ -33,16 +33,34 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
+def inference(call: Callable[[], T]) -> Callable[[], T]:
+    """The call without a graph."""
+
+    def run() -> T:
+        with torch.no_grad():
+            return call()
+
+    return run
+
+
+def gradients(
+    call: Callable[[], Any], leaves: Sequence[Tensor], upstream: Any = None
+) -> Callable[[], tuple[Tensor, ...]]:
+    """The call and its gradients for ``leaves``; ``upstream`` are those of its results."""
+    return lambda: torch.autograd.grad(call(), leaves, upstream)
+
+
+def tensors(result: Any) -> Sequence[Tensor]:
+    """One tensor, or several, as a sequence."""
+    return [result] if isinstance(result, Tensor) else result
+
+
 def near(want: Tensor | Sequence[Tensor], tolerance: float) -> Check:
     """Checks that a call returns ``want``, or each of several tensors, up to a relative error."""
-    wanted = [want] if isinstance(want, Tensor) else list(want)
-    exact = [x.detach().double() for x in wanted]
+    exact = [x.detach().double() for x in tensors(want)]
 
     def check(name: str, call: Candidate) -> None:
-        result: Any = call()
-        for got, right in zip(
-            [result] if isinstance(result, Tensor) else result, exact, strict=True
-        ):
+        for got, right in zip(tensors(call()), exact, strict=True):
             error = ((got.detach().double() - right).norm() / right.norm()).item()
             assert error <= tolerance, f"{name}: relative error {error:.2e}, above {tolerance:.0e}"
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import session
-from bench.compare import Clock, Entry
+from bench.entries import Clock, Entry
 from kdfast.machine import timing
 
 pytest.importorskip("pytest_benchmark")
