@@ -110,6 +110,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """The rates that limits come from, before the plugin's tables."""
+    for dtype, rate in config.stash[RUN].rates.items():
+        limit, library = rate.limit / 1e9, rate.library / 1e9
+        line = f"{dtype}: limit {limit:.0f} GFLOP/s, best library {library:.0f} GFLOP/s"
+        terminalreporter.write_line(line)
+
+
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
     """What has to be equal for times to be compared; the commit is the plugin's commit_info."""
     facts = config.stash[RUN].facts

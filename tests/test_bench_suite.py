@@ -94,6 +94,7 @@ def test_entries_of_the_plugin(tmp_path: Path, run_bench: Callable[..., str]) ->
     assert "2 cases, none is begun after 13:30" in text
     assert "[1/2 0:" in text and "] op: case 0 float32: kdfast " in text
     assert "x the best other, " in text and " % of limit" in text
+    assert "torch.float32: limit 2 GFLOP/s, best library 1 GFLOP/s" in text
     assert "6 passed" in text and "2 failed" in text and "2 skipped" in text
     assert "wrong: relative error 1.00e+00, above 1e-03" in text
     assert "openvino: not installed" in text
@@ -159,8 +160,7 @@ def test_runs_are_compared(run_bench: Callable[..., str]) -> None:
 
 
 def test_no_time_is_a_reason(tmp_path: Path, run_bench: Callable[..., str]) -> None:
-    file = tmp_path / "run.json"
-    text = run_bench("--budget=0", f"--benchmark-json={file}")
+    text = run_bench("--budget=0")
     assert "10 skipped" in text and "the budget of 0 s was used up" in text
     assert not (tmp_path / "log").exists()
 
