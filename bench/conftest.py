@@ -33,7 +33,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Threads are fixed for all candidates by KDFAST_BENCH_THREADS."""
     torch.set_num_threads(int(os.environ.get("KDFAST_BENCH_THREADS", torch.get_num_threads())))
-    config.addinivalue_line("markers", "candidates(*names): an entry for each, sampled in turns")
     config.stash[RUN] = Run(config)
 
 

@@ -10,7 +10,6 @@ all. Times are of the CPU, so other processes disturb them less.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -32,6 +31,7 @@ from bench import (
     bench_linear_kd_loss,
     bench_pruned_attention,
 )
+from bench.rows import text as result_file
 from kdfast.machine import facts
 from kdfast.machine.peak import library_rates, peak_flops
 
@@ -192,7 +192,7 @@ def main() -> None:
     print(text(rows))
     if options.save:
         written = {"machine": facts.machine_facts(), "rates": rates, "rows": rows}
-        options.save.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        options.save.write_text(result_file(written), encoding="utf-8")
 
 
 if __name__ == "__main__":
