@@ -2,6 +2,7 @@
 """Tables of the documents come from the committed result files; links lead somewhere."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -90,11 +91,15 @@ def test_blocks_name_machines_rates_and_what_was_not_timed() -> None:
     assert "- flex: no: 2 entries, the first is `bench[0]`" in blocks["ops"]
 
 
-def test_machines_are_found_by_their_files() -> None:
+def test_machines_are_found_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = documents.machines()
     assert every[documents.SHOWN].whole is not every[documents.SHOWN].ops
     assert all(machine.ops["machine"]["family"] for machine in every.values())
     assert not {"gpu_static", "profile_zen4", "zen4_models"} & every.keys()
+    for name, file in {"zen9": OPS, "zen9_models": WHOLE, "lake_models": WHOLE}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(file))
+    monkeypatch.setattr(documents, "RESULTS", tmp_path)
+    assert documents.machines() == {"lake": (WHOLE, WHOLE), "zen9": (OPS, WHOLE)}
 
 
 def test_filled_replaces_named_blocks_only() -> None:
