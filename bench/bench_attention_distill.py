@@ -4,12 +4,15 @@
 "eager" is what people write: both maps in the dtype of the inputs, kl_div of them, autograd.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 import kdfast
 from bench import session
+from bench.compare import Compare
 
 D = 64
 SHAPES = session.sized([(8, 8, 257), (8, 12, 197), (1, 8, 1600)], [(1, 1, 20)])
@@ -25,32 +28,28 @@ def eager(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor) -> tuple[Tens
     return log_map.exp().to(v.dtype) @ v, rows.mean()
 
 
+@pytest.mark.candidates("kdfast", "eager", "compile", "attention only")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_kl(  # type: ignore[no-untyped-def]
-    compare, device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype
-) -> None:
-    inputs = [torch.randn(*shape, D).to(device, dtype) for _ in range(5)]
+def bench_kl(compare: Compare, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    inputs = [torch.randn(*shape, D).to(compare.device, dtype) for _ in range(5)]
     leaves = [x.requires_grad_() for x in inputs[:3]]
-    weight = torch.randn(*shape, D).to(device, dtype)
+    weight = torch.randn(*shape, D).to(compare.device, dtype)
     compiled = session.compiled(eager)
-    candidates = {
+    losses = {
         "kdfast": lambda: kdfast.attention_distill(*inputs, backend="fused"),
         "eager": lambda: eager(*inputs),
         "compile": lambda: compiled(*inputs),
-        "attention only": lambda: (kdfast.pruned_attention(*leaves, backend="fused"), None),
     }
-    want = eager(*(x.detach().double() for x in inputs))
-    for name in ("kdfast", "eager", "compile"):
-        for got, exact in zip(candidates[name](), want, strict=True):
-            error = (got.detach().double() - exact).norm() / exact.norm()
-            assert error < (2e-2 if dtype == torch.bfloat16 else 1e-4), f"{name}: {error:.2e}"
-
-    def step(name: str) -> object:
-        out, loss = candidates[name]()
-        outputs, grads = ([out], [weight]) if loss is None else ([out, loss], [weight, None])
-        return torch.autograd.grad(outputs, leaves, grads)
-
-    calls = {name: lambda name=name: step(name) for name in candidates}
-    case = "fwd+bwd KL {}x{}x{} {}".format(*shape, dtype)
-    compare("attention_distill", case, calls, memory=True)
+    attention = partial(kdfast.pruned_attention, *leaves, backend="fused")
+    near = session.near(
+        eager(*(x.detach().double() for x in inputs)), 2e-2 if dtype == torch.bfloat16 else 1e-4
+    )
+    compare(
+        "attention_distill",
+        "fwd+bwd KL {}x{}x{} {}".format(*shape, dtype),
+        {name: session.gradients(x, leaves, [weight, None]) for name, x in losses.items()},
+        check=lambda name, _: near(name, losses[name]),
+        yardsticks={"attention only": session.gradients(attention, leaves, weight)},
+        memory=True,
+    )

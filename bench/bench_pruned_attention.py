@@ -8,6 +8,8 @@ memory come on top.
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 import kdfast
 from bench import session
+from bench.compare import Compare
 from kdfast import Rope, Window
 from kdfast.testing import DRY_RUN
 
@@ -44,6 +47,8 @@ BIASED = session.sized(
     {"swin stage 1": (512, 3, 49, 32, 64), "beit": (8, 12, 197, 64, 1)},
     {"swin stage 1": (4, 1, 9, 16, 2), "beit": (2, 1, 20, 16, 1)},
 )
+TORCH = ("kdfast", "eager", "sdpa", "compile")
+LIBRARIES = ("flex", "flash-attn") if torch.cuda.is_available() or DRY_RUN else ()
 Attention = Callable[..., Tensor]
 
 
@@ -52,15 +57,18 @@ def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q * D**-0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
-def libraries(dtype: torch.dtype, inputs: list[Tensor], missing: list[str]) -> dict[str, Attention]:
-    """FlexAttention and flash-attn where they run; ``missing`` gets the reason where not."""
+def libraries(
+    dtype: torch.dtype, inputs: list[Tensor]
+) -> tuple[dict[str, Attention], dict[str, str]]:
+    """FlexAttention and flash-attn where they run, and the reason where not."""
     if dtype == torch.float32 and not DRY_RUN:
-        return {}  # flash-attn has none, and FlexAttention's is for TF32
+        return {}, {"flex": "in fp32 it is for TF32", "flash-attn": "has no fp32"}
     from torch.nn.attention.flex_attention import flex_attention
 
     found: dict[str, Attention] = {"flex": session.compiled(flex_attention)}
+    missing: dict[str, str] = {}
     if importlib.util.find_spec("flash_attn") is None:
-        missing.append("flash-attn: not installed")
+        missing["flash-attn"] = "not installed"
     else:
         from flash_attn import flash_attn_func
 
@@ -72,9 +80,9 @@ def libraries(dtype: torch.dtype, inputs: list[Tensor], missing: list[str]) -> d
         try:
             with_backward(found[name], inputs, torch.ones_like(inputs[0]))()
         except Exception as error:  # whatever a library says is the reason
-            missing.append(f"{name} {tuple(inputs[0].shape)} {dtype}: {error!r:.200}")
+            missing[name] = f"{error!r:.200}"
             del found[name]
-    return found
+    return found, missing
 
 
 def packed(
@@ -88,61 +96,79 @@ def packed(
 def with_backward(call: Attention, inputs: list[Tensor], weight: Tensor) -> Callable[[], object]:
     """``call`` and its gradients for all three inputs."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    return lambda: torch.autograd.grad(call(*leaves), leaves, weight)
+    return session.gradients(partial(call, *leaves), leaves, weight)
 
 
 def forward(call: Attention, inputs: list[Tensor]) -> Callable[[], Tensor]:
     """``call`` without a graph."""
-    leaves = [x.detach() for x in inputs]
-
-    def run() -> Tensor:
-        with torch.no_grad():
-            return call(*leaves)
-
-    return run
+    return session.inference(partial(call, *(x.detach() for x in inputs)))
 
 
-def check(
-    candidates: dict[str, Attention], inputs: list[Tensor], exact: Tensor, low: bool = False
+def time_phase(
+    compare: Compare,
+    phase: str,
+    what: str,
+    candidates: dict[str, Attention],
+    inputs: list[Tensor],
+    exact: Tensor,
+    *,
+    low: bool = False,
+    **options: Any,
 ) -> None:
-    """Nothing is timed on a wrong result; ``low``: products may be made in bf16."""
-    tolerance = 2e-2 if low or inputs[0].dtype == torch.bfloat16 else 1e-4
-    for name, call in candidates.items():
-        error = (forward(call, inputs)().double() - exact).norm() / exact.norm()
-        assert error < tolerance, f"{name}: relative error {error:.2e}"
+    """Compares "fwd", or "fwd+bwd" with the gradients of all inputs; checks the output of both.
+
+    ``low``: fp32 may be multiplied in bf16.
+    """
+    near = session.near(exact, 2e-2 if low or inputs[0].dtype == torch.bfloat16 else 1e-4)
+    weight = torch.randn(exact.shape).to(inputs[0])
+    compare(
+        "pruned_attention",
+        f"{phase} {what}",
+        {
+            name: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
+            for name, call in candidates.items()
+        },
+        check=lambda name, _: near(name, forward(candidates[name], inputs)),
+        memory=phase != "fwd",
+        **options,
+    )
 
 
+@pytest.mark.candidates(*TORCH, *LIBRARIES)
 @pytest.mark.parametrize("phase", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_attention(  # type: ignore[no-untyped-def]
-    compare,
-    results: session.Results,
-    device: torch.device,
+def bench_attention(
+    compare: Compare,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     phase: str,
 ) -> None:
     batch, heads, tokens = shape
-    inputs = packed(*shape, dtype, device)
+    inputs = packed(*shape, dtype, compare.device)
     candidates: dict[str, Attention] = {
         "kdfast": lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"),
         "eager": eager,
         "sdpa": F.scaled_dot_product_attention,
         "compile": session.compiled(eager),
     }
-    if device.type == "cuda" or DRY_RUN:
-        candidates |= libraries(dtype, inputs, results.left_out)
-    check(candidates, inputs, eager(*(x.detach().double() for x in inputs)))
-    weight = torch.randn(batch, heads, tokens, D).to(device, dtype)
-    calls = {
-        name: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
-        for name, call in candidates.items()
-    }
+    missing: dict[str, str] = {}
+    if LIBRARIES:
+        found, missing = libraries(dtype, inputs)
+        candidates |= found
+    exact = eager(*(x.detach().double() for x in inputs))
     products = 4 if phase == "fwd" else 14
-    flops = products * batch * heads * tokens**2 * D
-    case = f"{phase} {batch}x{heads}x{tokens} {dtype}"
-    compare("pruned_attention", case, calls, flops=flops, dtype=dtype, memory=phase != "fwd")
+    time_phase(
+        compare,
+        phase,
+        f"{batch}x{heads}x{tokens} {dtype}",
+        candidates,
+        inputs,
+        exact,
+        missing=missing,
+        flops=products * batch * heads * tokens**2 * D,
+        dtype=dtype,
+    )
 
 
 @pytest.fixture
@@ -161,16 +187,17 @@ def precision() -> Iterator[Callable[[str, Attention], Attention]]:
 
 
 @pytest.mark.skipif(DRY_RUN or torch.cuda.is_available(), reason="a setting of the CPU's products")
+@pytest.mark.candidates(*TORCH, *(f"{name} fp32" for name in TORCH))
 @pytest.mark.parametrize("phase", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("shape", LOWERED, ids=str)
-def bench_medium(  # type: ignore[no-untyped-def]
-    compare, precision, device: torch.device, shape: tuple[int, int, int], phase: str
+def bench_medium(
+    compare: Compare, precision, device: torch.device, shape: tuple[int, int, int], phase: str
 ) -> None:
     """fp32 under set_float32_matmul_precision("medium"), against every candidate with and without.
 
     torch may leave its own products in fp32 where bf16 would not be faster for it.
     """
-    inputs = packed(*shape, torch.float32, device)
+    inputs = packed(*shape, torch.float32, compare.device)
     compiled = {name: session.compiled(eager) for name in ("medium", "highest")}
     candidates: dict[str, Attention] = {}
     for name, suffix in (("medium", ""), ("highest", " fp32")):
@@ -181,24 +208,19 @@ def bench_medium(  # type: ignore[no-untyped-def]
             "compile": compiled[name],
         }
         candidates |= {label + suffix: precision(name, call) for label, call in calls.items()}
-    check(candidates, inputs, eager(*(x.detach().double() for x in inputs)), low=True)
-    weight = torch.randn(shape[0], shape[1], shape[2], D).to(device)
-    timed = {
-        name: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
-        for name, call in candidates.items()
-    }
+    exact = eager(*(x.detach().double() for x in inputs))
     flops = (4 if phase == "fwd" else 14) * shape[0] * shape[1] * shape[2] ** 2 * D
-    case = f"{phase} {'x'.join(map(str, shape))} fp32 medium"
-    compare("pruned_attention", case, timed, flops=flops, dtype=torch.bfloat16)
+    what = f"{'x'.join(map(str, shape))} fp32 medium"
+    options = {"flops": flops, "dtype": torch.bfloat16, "low": True}
+    time_phase(compare, phase, what, candidates, inputs, exact, **options)
 
 
+@pytest.mark.candidates("kdfast", "eager", "sdpa")
 @pytest.mark.parametrize("phase", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def bench_orion_windows(  # type: ignore[no-untyped-def]
-    compare, device: torch.device, dtype: torch.dtype, phase: str
-) -> None:
+def bench_orion_windows(compare: Compare, dtype: torch.dtype, phase: str) -> None:
     """16 x 16 windows with zero-padded keys and RoPE on a 40 x 40 grid, 16 heads."""
-    tokens, across = SIDE**2, PADDED // SIZE
+    tokens, across, device = SIDE**2, PADDED // SIZE, compare.device
     inputs = packed(1, HEADS, tokens, dtype, device)
     cos, sin = (torch.randn(SIZE**2, D).to(device) for _ in range(2))
     pad = torch.randn(HEADS, D).to(device, dtype)
@@ -244,34 +266,25 @@ def bench_orion_windows(  # type: ignore[no-untyped-def]
         window=Window((SIDE, SIDE), SIZE, pad.double()),
         backend="reference",
     )
-    check(candidates, inputs, exact)
-    weight = torch.randn(1, HEADS, tokens, D).to(device, dtype)
-    calls = {
-        name: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
-        for name, call in candidates.items()
-    }
-    compare("pruned_attention", f"{phase} ORION windows {dtype}", calls, memory=phase != "fwd")
+    time_phase(compare, phase, f"ORION windows {dtype}", candidates, inputs, exact)
 
 
+@pytest.mark.candidates("kdfast", "native half", "all")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def bench_kept_heads(  # type: ignore[no-untyped-def]
-    compare, device: torch.device, dtype: torch.dtype
-) -> None:
+def bench_kept_heads(compare: Compare, dtype: torch.dtype) -> None:
     """8 of 16 heads by index against 8 heads that are alone, and against all 16."""
     heads, batch, tokens = session.sized((16, 8, 257), (2, 1, 20))
-    wide = packed(batch, heads, tokens, dtype, device)
-    narrow = packed(batch, heads // 2, tokens, dtype, device)
+    wide = packed(batch, heads, tokens, dtype, compare.device)
+    narrow = packed(batch, heads // 2, tokens, dtype, compare.device)
     kept = list(range(0, heads, 2))
-    calls = {
-        "kdfast": forward(
-            lambda q, k, v: kdfast.pruned_attention(q, k, v, heads=kept, backend="fused"), wide
-        ),
-        "native half": forward(
-            lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"), narrow
-        ),
-        "all": forward(lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"), wide),
-    }
-    compare("pruned_attention", f"fwd 8 of 16 heads {dtype}", calls)
+    fused = partial(kdfast.pruned_attention, backend="fused")
+    compare(
+        "pruned_attention",
+        f"fwd 8 of 16 heads {dtype}",
+        {"kdfast": forward(partial(fused, heads=kept), wide)},
+        check=session.near(eager(*(x.detach().double()[:, kept] for x in wide)), 2e-2),
+        yardsticks={"native half": forward(fused, narrow), "all": forward(fused, wide)},
+    )
 
 
 def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -287,14 +300,13 @@ def sdpa_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, bias.repeat(turns, 1, 1, 1))
 
 
+@pytest.mark.candidates(*TORCH)
 @pytest.mark.parametrize("phase", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", BIASED)
-def bench_bias(  # type: ignore[no-untyped-def]
-    compare, device: torch.device, name: str, dtype: torch.dtype, phase: str
-) -> None:
+def bench_bias(compare: Compare, name: str, dtype: torch.dtype, phase: str) -> None:
     """Swin's windows with their shift masks, and BEiT's one bias; the bias gets its gradient."""
-    batch, heads, tokens, dim, biases = BIASED[name]
+    (batch, heads, tokens, dim, biases), device = BIASED[name], compare.device
     qkv = torch.randn(batch, tokens, 3, heads, dim).to(device, dtype).permute(2, 0, 3, 1, 4)
     bias = torch.randn(biases, heads, tokens, tokens).to(device, dtype)
     inputs = [*qkv.unbind(0), bias]
@@ -306,12 +318,7 @@ def bench_bias(  # type: ignore[no-untyped-def]
         "sdpa": sdpa_with_bias,
         "compile": session.compiled(with_bias),
     }
-    check(candidates, inputs, with_bias(*(x.double() for x in inputs)))
-    weight = torch.randn(batch, heads, tokens, dim).to(device, dtype)
-    calls = {
-        label: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
-        for label, call in candidates.items()
-    }
     flops = (4 if phase == "fwd" else 14) * batch * heads * tokens**2 * dim
-    case = f"{phase} {name} {dtype}"
-    compare("pruned_attention", case, calls, flops=flops, dtype=dtype, memory=phase != "fwd")
+    exact = with_bias(*(x.double() for x in inputs))
+    what, options = f"{name} {dtype}", {"flops": flops, "dtype": dtype}
+    time_phase(compare, phase, what, candidates, inputs, exact, **options)

@@ -1,57 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a benchmark session, as result files hold them, and the limits measured beside them."""
+"""What the files of benchmarks share: sizes, compiling, checks, and the limits of the machine."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
-from kdfast.machine.timing import timed_sample
+from kdfast.machine.peak import library_flops, peak_flops
+from kdfast.machine.timing import Candidate, timed_sample
 from kdfast.testing import DRY_RUN
 
-
-@dataclass
-class Row:
-    """One candidate of one comparison; times in milliseconds."""
-
-    op: str
-    case: str
-    candidate: str
-    ms: float  # median of the fast samples, of all samples if fewer than FEW are fast
-    ms_all: float
-    iqr: float
-    samples: int
-    fast: int
-    gb_s: float | None = None
-    gflop_s: float | None = None
-    limit_ms: float | None = None
-    limit_share: float | None = None
-    peak_bytes: int | None = None
-    saved_bytes: int | None = None
-
-
-@dataclass
-class Results:
-    """Machine, versions and rows of one session, as written to ``bench/results``."""
-
-    machine: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)  # what was not timed, and why
-    cases: dict[str, float] = field(default_factory=dict)  # seconds of a benchmark, all in all
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain containers for ``json.dump``."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> "Results":
-        """Inverse of ``to_json``."""
-        rows = [Row(**row) for row in found["rows"]]
-        return cls(found["machine"], rows, found["left_out"], found["cases"])
-
-
 T = TypeVar("T")
+# Raises AssertionError if the named call of a case computes something wrong.
+Check = Callable[[str, Candidate], None]
 
 
 def sized(full: T, tiny: T) -> T:
@@ -71,6 +33,61 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
+def inference(call: Callable[[], T]) -> Callable[[], T]:
+    """The call without a graph."""
+
+    def run() -> T:
+        with torch.no_grad():
+            return call()
+
+    return run
+
+
+def gradients(
+    call: Callable[[], Any], leaves: Sequence[Tensor], upstream: Any = None
+) -> Callable[[], tuple[Tensor, ...]]:
+    """The call and its gradients for ``leaves``; ``upstream`` are those of its results."""
+    return lambda: torch.autograd.grad(call(), leaves, upstream)
+
+
+def tensors(result: Any) -> Sequence[Tensor]:
+    """One tensor, or several, as a sequence."""
+    return [result] if isinstance(result, Tensor) else result
+
+
+def near(want: Tensor | Sequence[Tensor], tolerance: float) -> Check:
+    """Checks that a call returns ``want``, or each of several tensors, up to a relative error."""
+    exact = [x.detach().double() for x in tensors(want)]
+
+    def check(name: str, call: Candidate) -> None:
+        for got, right in zip(tensors(call()), exact, strict=True):
+            error = ((got.detach().double() - right).norm() / right.norm()).item()
+            assert error <= tolerance, f"{name}: relative error {error:.2e}, above {tolerance:.0e}"
+
+    return check
+
+
+class Rate(NamedTuple):
+    """Floating-point operations a second of a dtype.
+
+    Attributes:
+        limit: What no code exceeds: a loop in registers; on a GPU the best large matrix product.
+        library: The best large product of the libraries.
+    """
+
+    limit: float
+    library: float
+
+
+def rate(dtype: torch.dtype, cuda: bool) -> Rate:
+    """Measures the rates of a dtype."""
+    if DRY_RUN or cuda:
+        # A GPU is not full before that.
+        product = matmul_rate(torch.device("cuda" if cuda else "cpu"), dtype, sized(8192, 64))
+        return Rate(product, product)
+    return Rate(peak_flops(dtype), library_flops(dtype))
+
+
 def copy_seconds(device: torch.device, nbytes: int) -> float:
     """Best of seven plain copies that read and write ``nbytes`` in all: the limit of moving them.
 
@@ -78,11 +95,11 @@ def copy_seconds(device: torch.device, nbytes: int) -> float:
     """
     src = torch.ones(max(1, nbytes // 2), dtype=torch.uint8, device=device)
     dst = torch.empty_like(src)
-    repeats = max(1, (1 << 24) // max(nbytes, 1))
+    repeats = min(1 << 10, max(1, (1 << 24) // max(nbytes, 1)))
     return min(timed_sample(lambda: dst.copy_(src), repeats)[0] for _ in range(7))
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """FLOP per second of the best of seven square matrix products."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = min(timed_sample(lambda: a @ b, 3)[0] for _ in range(7))
