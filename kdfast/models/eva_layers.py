@@ -14,14 +14,25 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from kdfast.models.trace import BlockTarget
+from kdfast.ops._matmul import choice
+from kdfast.ops._packed import Layer, Product, forget, hooked, inferring, is_plain_linear, packed
 from kdfast.ops.attention_distill import attention_distill
 from kdfast.ops.geometry import Rope, Window
+from kdfast.ops.linear import linear
 from kdfast.ops.pruned_attention import pruned_attention
 from kdfast.ops.swiglu_norm import swiglu_norm
 
 NORM_EPS = 1e-6
-# fp32 on CPUs: hidden widths that matrix products are fast at, and rows from which that pays.
+# fp32 on CPUs: hidden widths that MKL's products are fast at, and rows from which that pays.
 PAD_MULTIPLE, PAD_ROWS = 32, 256
+
+
+def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer on the faster library, or, where it is more than its weight, by itself."""
+    if is_plain_linear(layer):
+        return linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+    out: Tensor = layer(x)
+    return out
 
 
 class PatchEmbed(nn.Module):
@@ -88,8 +99,8 @@ class SwiGLU(nn.Module):
         out: Tensor
         pad = self._pad(x)
         if pad == 0:
-            out = self.w3(self.ffn_ln(self.w1(x), self.w2(x)))
-            return out
+            gate, value = apply_linear(self.w1, x), apply_linear(self.w2, x)
+            return apply_linear(self.w3, self.ffn_ln(gate, value))
         gate, value = (_PaddedLinear.apply(x, w.weight, w.bias, pad, 0) for w in (self.w1, self.w2))
         out = _PaddedLinear.apply(self.ffn_ln(gate, value), self.w3.weight, self.w3.bias, 0, pad)
         return out
@@ -98,27 +109,17 @@ class SwiGLU(nn.Module):
         """Columns of zeros that make the projections faster than they cost. See docs/use/eva.md."""
         linears = (self.w1, self.w2, self.w3)
         worthwhile = (
-            x.device.type == "cpu"
+            not choice(x.dtype).forward
+            and x.device.type == "cpu"
             and x.dtype == self.w1.weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
             and x.numel() // x.shape[-1] >= PAD_ROWS
         )
         # Only what nobody has replaced or hooked may be bypassed.
-        if not worthwhile or not all(type(w) is nn.Linear and not _hooked(w) for w in linears):
+        if not worthwhile or not all(map(is_plain_linear, linears)):
             return 0
         return -self.w1.out_features % PAD_MULTIPLE
-
-
-def _hooked(module: nn.Module) -> bool:
-    return any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-    )
 
 
 class Attention(nn.Module):
@@ -155,8 +156,8 @@ class Attention(nn.Module):
     def _split(self, x: Tensor, proj: nn.Linear, bias: Tensor | None) -> Tensor:
         if bias is not None:
             bias = bias.to(proj.weight.dtype)
-        y = F.linear(x, proj.weight, bias)
-        return y.view(*y.shape[:2], len(self.heads), self.head_dim).transpose(1, 2)
+        y = linear(x, proj.weight, bias)
+        return self.heads_of(y)
 
     def _window(self, grid: tuple[int, int], v: Tensor) -> Window | None:
         if self.window_size == 0:
@@ -186,6 +187,19 @@ class Attention(nn.Module):
         q = self._split(x, self.q_proj, self.q_bias)
         k = self._split(x, self.k_proj, None)
         v = self._split(x, self.v_proj, self.v_bias)
+        out, loss = self.attend(q, k, v, grid, rope, target)
+        return apply_linear(self.proj, out), q, k, loss
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: tuple[int, int],
+        rope: Rope,
+        target: BlockTarget | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The heads' outputs, (B, N, K * D), and the loss of ``forward``."""
         window = self._window(grid, v)
         loss = None
         if not self.heads:
@@ -207,7 +221,11 @@ class Attention(nn.Module):
                 rope=rope,
                 window=window,
             )
-        return self.proj(out.transpose(1, 2).flatten(2)), q, k, loss
+        return out.transpose(1, 2).flatten(2), loss
+
+    def heads_of(self, y: Tensor) -> Tensor:
+        """(B, K, N, D) of a projection (B, N, K * D)."""
+        return y.unflatten(2, (len(self.heads), self.head_dim)).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -243,7 +261,46 @@ class Block(nn.Module):
         Returns:
             Residual stream (B, N, C); queries and keys (B, K, N, D) or None; loss or None.
         """
-        y, q, k, loss = self.attn(self.norm1(x), grid, rope, target)
-        x = x + self.drop_path(y)
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        if (products := self._products(x)) is not None:
+            x, q, k, loss = self._infer(products, x, grid, rope, target)
+        else:
+            y, q, k, loss = self.attn(self.norm1(x), grid, rope, target)
+            x = x + self.drop_path(y)
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x, q if want_qk else None, k if want_qk else None, loss
+
+    def _products(self, x: Tensor) -> tuple[Product, ...] | None:
+        """The packed projections of q, k, v, output, gate, value and MLP; None in training."""
+        if not inferring(self, x):
+            return None
+        attn, mlp = self.attn, self.mlp
+        projections = (attn.q_proj, attn.k_proj, attn.v_proj, attn.proj, mlp.w1, mlp.w2, mlp.w3)
+        dropping = self.drop_path.training and type(self.drop_path) is not nn.Identity
+        # Only what nobody has replaced or hooked may be bypassed.
+        if hooked(attn) or hooked(mlp) or hooked(self.drop_path) or dropping or not attn.heads:
+            return None
+        if not all(map(is_plain_linear, projections)):
+            return None
+        biases = (attn.q_bias, None, attn.v_bias, *(p.bias for p in projections[3:]))
+        pairs = zip(projections, biases, strict=True)
+        products = packed(self, x, [Layer((p.weight,), (bias,)) for p, bias in pairs])
+        if products is None:
+            forget(self)
+        return products
+
+    def _infer(
+        self,
+        products: tuple[Product, ...],
+        x: Tensor,
+        grid: tuple[int, int],
+        rope: Rope,
+        target: BlockTarget | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """``forward`` on packed weights: a residual is added by the product in front of it."""
+        *project, out, gate, value, last = products
+        y = self.norm1(x)
+        q, k, v = (self.attn.heads_of(product(y)) for product in project)
+        context, loss = self.attn.attend(q, k, v, grid, rope, target)
+        x = out.onto(context, x)
+        y = self.norm2(x)
+        return last.onto(self.mlp.ffn_ln(gate(y), value(y)), x), q, k, loss

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from kdfast.nn.linear import hooked
-from kdfast.nn.packed import Layer, Product, enough_work, forget, inferring, packed
+from kdfast.ops._packed import Layer, Product, enough_work, forget, hooked, inferring, packed
 
 # The channels are chosen as oneDNN's SiLU takes them: QuickGELU is x sigmoid(1.702 x).
 QUICK = 1.702
@@ -25,7 +24,7 @@ class Mlp(NamedTuple):
     Attributes:
         first: C to P, followed by the activation.
         value: The other half of a gated MLP, C to P, or None.
-        activation: One of ``packed.ACTIVATIONS``.
+        activation: One of ``_packed.ACTIVATIONS``.
         norm: What hidden units pass through before ``out``, or None.
         out: P to C.
     """
@@ -47,7 +46,7 @@ class Mlp(NamedTuple):
             hidden = products[1].times(x, hidden)
         if self.norm is not None:
             hidden = self.norm(hidden)
-        return residual(products[-1], hidden, add)
+        return products[-1](hidden) if add is None else products[-1].onto(hidden, add)
 
 
 class Branches(NamedTuple):
@@ -75,14 +74,6 @@ class Branches(NamedTuple):
 # None: this call, or this block as it is now, must run its own code.
 Reader = Callable[..., Branches | None]
 MlpReader = Callable[[Any], Mlp | None]
-
-
-def residual(product: Product, x: Tensor, add: Tensor | None) -> Tensor:
-    """The product plus ``add``, in the dtype that eager code gives."""
-    if add is None:
-        return product(x)
-    # Under autocast the stream is fp32, and stays so.
-    return product.added(x, add) if add.dtype == product.dtype else add + product(x)
 
 
 def inert(*modules: nn.Module) -> bool:
@@ -113,7 +104,7 @@ def run_block(block: nn.Module, read: Reader, args: Any, kwargs: Any) -> Tensor 
     y = parts.norm1(x)
     if parts.project is not None:
         y = products[0](y)
-    x = residual(products[len(first)], parts.attend(y), x)
+    x = products[len(first)].onto(parts.attend(y), x)
     return parts.mlp.run(parts.norm2(x), list(products[len(first) + 1 :]), x)
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from kdfast.nn.attention import qualified_name
 from kdfast.nn.block import run_block, run_mlp
 from kdfast.nn.block_table import BLOCKS, MLPS
-from kdfast.nn.packed import forget
 from kdfast.ops._matmul import SETTING
+from kdfast.ops._packed import forget
 
 
 class FusedBlock:

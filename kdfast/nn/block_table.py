@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from kdfast.nn import transformers_attention
 from kdfast.nn.attention import qualified_name
 from kdfast.nn.block import QUICK, Branches, Mlp, MlpReader, Reader, inert
-from kdfast.nn.linear import hooked, is_plain_linear
-from kdfast.nn.packed import Layer
 from kdfast.nn.timm_attention import TimmAttention, TimmEvaAttention, TimmRopeAttention
 from kdfast.nn.torch_attention import TorchMultiheadAttention
+from kdfast.ops._packed import Layer, hooked, is_plain_linear
 from kdfast.ops.sdpa import self_attention
 
 # What follows the first layer of an MLP, and the factor of the channels that go into and out of it.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from kdfast.nn.attention import qualified_name
-from kdfast.nn.packed import Layer, Product, enough_work, forget, inferring, packed
 from kdfast.ops._matmul import SETTING, choice, seen_by_torch
+from kdfast.ops._packed import Layer, Product, enough_work, forget, inferring, packed
 from kdfast.ops.linear import linear
 
 # Channels of a patch from which on a product beats torch's convolution; smaller ones are Swin's.
@@ -23,6 +23,8 @@ PATCH_CHANNELS = 512
 class FusedLinear(nn.Linear):
     """``torch.nn.Linear`` by ``kdfast.linear``; in inference on a packed weight."""
 
+    kdfast_linear = True
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., P)."""
         return projected(self, x, (self.bias,))
@@ -31,6 +33,7 @@ class FusedLinear(nn.Linear):
 class FusedOutLinear(NonDynamicallyQuantizableLinear):
     """The same for the output projection of ``torch.nn.MultiheadAttention``."""
 
+    kdfast_linear = True
     forward = FusedLinear.forward  # type: ignore[assignment]
 
 
@@ -98,25 +101,6 @@ def _product(
         return None
     products = packed(module, x, [Layer((tensor,), biases)])
     return None if products is None else products[0]
-
-
-def is_plain_linear(module: Any) -> bool:
-    """Whether a module is its weight and bias and nothing besides: no subclass, hook or adapter."""
-    return (
-        type(module) in (nn.Linear, NonDynamicallyQuantizableLinear, FusedLinear, FusedOutLinear)
-        and not hooked(module)
-        and module._parameters.get("weight") is not None
-    )
-
-
-def hooked(module: Any) -> bool:
-    """Whether something wants to see or change what goes into or out of a module."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def is_known(module: nn.Module) -> bool:

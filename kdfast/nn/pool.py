@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from kdfast.nn.attention import FusedAttention
 from kdfast.nn.heads import AttentionCall, HeadAxis
-from kdfast.nn.linear import is_plain_linear
 from kdfast.nn.timm_attention import drops_attention
+from kdfast.ops._packed import is_plain_linear
 from kdfast.ops.pruned_attention import math_dtype
 
 

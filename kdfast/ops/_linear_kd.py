@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.ops._losses import Options, accumulator, saved_dtype
+from kdfast.ops._matmul import choice
+from kdfast.ops.linear import input_gradient, linear, weight_gradient
 
 # kd, ce and the gradient of rows; what makes them of the logits of both sides and the target.
 Losses = tuple[Tensor, Tensor, Tensor]
@@ -58,12 +59,12 @@ class Layers(NamedTuple):
 
     def logits(self) -> tuple[Tensor, Tensor]:
         """Logits of student and teacher."""
-        student = F.linear(self.hidden, self.weight, self.bias)
+        student = linear(self.hidden, self.weight, self.bias)
         if self.teacher_logits is not None:
             return student, self.teacher_logits
         if self.teacher_hidden is None or self.teacher_weight is None:
             raise ValueError("linear_kd_loss: the teacher must be given, got None")
-        return student, F.linear(self.teacher_hidden, self.teacher_weight, self.teacher_bias)
+        return student, linear(self.teacher_hidden, self.teacher_weight, self.teacher_bias)
 
 
 def empty_gradients(
@@ -209,6 +210,8 @@ class _Gradients:
         factor: float | Tensor,
     ) -> None:
         self.hidden, self.weight, self.need = hidden, weight, need
+        # torch's own product adds to what is there; oneDNN's is faster, with a pass to add it.
+        self.onednn = hidden.device.type == "cpu" and choice(hidden.dtype).input_gradient
         # A number goes into the products; one on the device would have to be read for that.
         self.last = factor if isinstance(factor, Tensor) else None
         self.factor = 1.0 if isinstance(factor, Tensor) else factor
@@ -222,15 +225,15 @@ class _Gradients:
         g = g.to(self.hidden.dtype)
         if needhidden:
             out = self.dhidden[part]
-            if out.dtype == g.dtype:
+            if out.dtype == g.dtype and not self.onednn:
                 torch.addmm(out, g, self.weight, beta=0, alpha=self.factor, out=out)
             else:
-                torch.mul((g @ self.weight).to(out.dtype), self.factor, out=out)
+                torch.mul(input_gradient(g, self.weight).to(out.dtype), self.factor, out=out)
         if needweight:
-            if self.dweight.dtype == g.dtype:
+            if self.dweight.dtype == g.dtype and not self.onednn:
                 self.dweight.addmm_(g.t(), self.hidden[part], alpha=self.factor)
             else:
-                self.dweight.add_(g.t() @ self.hidden[part], alpha=self.factor)
+                self.dweight.add_(weight_gradient(g, self.hidden[part]), alpha=self.factor)
         if needbias:
             self.dbias.add_(g.sum(0, dtype=self.dbias.dtype), alpha=self.factor)
 

@@ -88,22 +88,33 @@ def _setup_context(ctx: Any, given: Any, output: Tensor) -> None:
     ctx.save_for_backward(given.x, given.weight)
 
 
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient (..., C) of the input, from that of the output (..., P) and the weight."""
+    if choice(grad.dtype).input_gradient:
+        out: Tensor = torch.ops.kdfast.linear.default(grad, weight.t(), None)
+        return out
+    return grad @ weight
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient (P, C) of the weight, from that of the output (rows, P) and x (rows, C)."""
+    chosen = choice(grad.dtype)
+    if chosen.tall_gradient if grad.shape[1] > x.shape[1] else chosen.weight_gradient:
+        out: Tensor = torch.ops.kdfast.linear.default(grad.t(), x.t(), None)
+        return out
+    return grad.t() @ x
+
+
 def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     x, weight = ctx.saved_tensors
-    op = torch.ops.kdfast.linear.default
-    chosen = choice(grad.dtype)
     gradients: dict[str, Tensor | None] = {}
     # A backward pass may run inside of autocast, which has had its say in the forward pass.
     with torch.autocast("cpu", enabled=False):
         if ctx.needs.x:
-            onednn = chosen.input_gradient
-            gradients["x"] = op(grad, weight.t(), None) if onednn else grad @ weight
-        rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
+            gradients["x"] = input_gradient(grad, weight)
+        rows = grad.flatten(0, -2)
         if ctx.needs.weight:
-            tall = weight.shape[0] > weight.shape[1]
-            onednn = chosen.tall_gradient if tall else chosen.weight_gradient
-            columns = rows.t()
-            gradients["weight"] = op(columns, inputs.t(), None) if onednn else columns @ inputs
+            gradients["weight"] = weight_gradient(rows, x.flatten(0, -2))
         if ctx.needs.bias:
             gradients["bias"] = rows.sum(0)
     return gradients

@@ -2,7 +2,7 @@
 """Linear layers in inference: weights in oneDNN's own layout, and what follows in the same pass.
 
 A packed weight is a copy, so at every use the original is asked whether it is still the same. See
-docs/use/accelerate.md. C input channels, P output channels.
+docs/ops/linear.md. C input channels, P output channels.
 """
 
 import weakref
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from kdfast.ops._library import EXTENSION, LIB
 from kdfast.ops._matmul import LEAST_WORK, SUPPORTED, choice, seen_by_torch
@@ -93,6 +94,11 @@ class Product:
         """x W^T + b + other, (..., P)."""
         return self._binary(x, other, "add")
 
+    def onto(self, x: Tensor, stream: Tensor) -> Tensor:
+        """``added`` to a residual stream, in the dtype that eager code gives."""
+        # Under autocast the stream is fp32, and stays so.
+        return self.added(x, stream) if stream.dtype == self.dtype else stream + self(x)
+
     def times(self, x: Tensor, other: Tensor) -> Tensor:
         """(x W^T + b) * other, (..., P)."""
         return self._binary(x, other, "mul")
@@ -164,6 +170,29 @@ def packed(module: nn.Module, x: Tensor, layers: Sequence[Layer]) -> tuple[Produ
         products = tuple(Product(layer, dtype) for layer in layers)
     _packs[module] = _Packs(dtype, _state(tensors), products)
     return products
+
+
+def is_plain_linear(module: Any) -> bool:
+    """Whether a module is its weight and bias and nothing besides: no subclass, hook or adapter."""
+    cls = type(module)
+    plain = cls in (nn.Linear, NonDynamicallyQuantizableLinear)
+    return (
+        # Or one of those classes whose forward is kdfast's.
+        (plain or "kdfast_linear" in cls.__dict__)
+        and "forward" not in module.__dict__
+        and not hooked(module)
+        and module._parameters.get("weight") is not None
+    )
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether something wants to see or change what goes into or out of a module."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def enough_work(x: Tensor, weight: Tensor) -> bool:
