@@ -19,6 +19,7 @@ from kdfast.ops.geometry import Rope, Window
 from kdfast.ops.head_gather import head_gather
 from kdfast.ops.head_gather_block import head_gather_block
 from kdfast.ops.kd_loss import kd_loss
+from kdfast.ops.linear import linear
 from kdfast.ops.linear_kd_loss import linear_kd_loss
 from kdfast.ops.pruned_attention import pruned_attention
 from kdfast.ops.sdpa import scaled_dot_product_attention
@@ -55,6 +56,7 @@ __all__ = [
     "head_gather_block",
     "head_scores",
     "kd_loss",
+    "linear",
     "linear_kd_loss",
     "load_pretrained",
     "mlp_scores",

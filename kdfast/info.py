@@ -18,6 +18,7 @@ from kdfast.machine.needs import Need, gib, package_need
 from kdfast.machine.peak import library_rates, peak_flops
 from kdfast.machine.timing import timed_sample
 from kdfast.ops import OPS, _library
+from kdfast.ops._matmul import CHOICES
 from kdfast.ops._processor import processor
 
 PACKAGES = (
@@ -141,6 +142,26 @@ def ops() -> Rows:
     return rows
 
 
+def linear_layers() -> Rows:
+    """For every dtype: which library multiplies in linear layers on the CPU, and why."""
+    rows = []
+    for dtype, chosen in CHOICES.items():
+        uses = {
+            "forward": chosen.forward,
+            "inference": chosen.packed,
+            "input gradient": chosen.input_gradient,
+            "weight gradient": chosen.weight_gradient,
+            "tall weight gradient": chosen.tall_gradient,
+        }
+        libraries = {name: "oneDNN" if onednn else "torch" for name, onednn in uses.items()}
+        if len(set(libraries.values())) == 1:
+            text = f"{libraries['forward']} for all products"
+        else:
+            text = ", ".join(f"{name} {library}" for name, library in libraries.items())
+        rows.append((str(dtype).removeprefix("torch."), f"{text}: {chosen.reason}"))
+    return rows
+
+
 def print_needs(source: str, changes: Sequence[str] = ()) -> int:
     """Prints what a run of a config needs, one line each; 1 if something is missing.
 
@@ -201,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print("Memory", memory())
         return 0
     sections = {"Versions": versions, "Hardware": hardware, "Limits of matrix products": limits}
-    sections |= {"Build": extension, "Ops": ops}
+    sections |= {"Build": extension, "Ops": ops, "Linear layers on the CPU": linear_layers}
     for title, rows in sections.items():
         _print(title, rows())
     return 0 if args.config is None else print_needs(args.config, args.changes)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from kdfast.machine.memory import saved_bytes
 from kdfast.models import eva_layers
 from kdfast.models.eva_layers import SwiGLU
+from kdfast.ops._matmul import rule
+from kdfast.ops._processor import processor
 from kdfast.testing import assert_no_worse
 
 ROWS, DIM, HIDDEN = 2 * eva_layers.PAD_ROWS, 12, 42
@@ -67,14 +69,22 @@ def test_equals_the_formula(hidden: int, rows: int, dtype: torch.dtype) -> None:
             assert_no_worse(name, one, true, other, eps=4 * torch.finfo(dtype).eps)
 
 
-def test_fp32_products_are_padded_where_it_pays() -> None:
+def test_fp32_products_are_padded_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = mlp(), torch.randn(2, ROWS // 2, DIM)
+    torchs = rule(torch.float32, processor(), "torch", True)
+    monkeypatch.setattr("kdfast.models.eva_layers.choice", lambda dtype: torchs)
     assert widths(layer, x) == [64]
     assert widths(layer, x[:, :3]) == [HIDDEN]
     assert widths(mlp(64), x) == [64]
     assert widths(mlp(dtype=torch.bfloat16), x.bfloat16()) == [HIDDEN]
     with torch.autocast("cpu", torch.bfloat16):
         assert widths(layer, x) == [HIDDEN]
+
+
+def test_onednn_needs_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    onednn = rule(torch.float32, processor(), "onednn", True)
+    monkeypatch.setattr("kdfast.models.eva_layers.choice", lambda dtype: onednn)
+    assert widths(mlp(), torch.randn(2, ROWS // 2, DIM)) == [HIDDEN]
 
 
 @pytest.mark.parametrize("name", ["w1", "w2", "w3"])

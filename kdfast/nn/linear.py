@@ -25,23 +25,24 @@ class FusedLinear(nn.Linear):
 
     kdfast_linear = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., C) to (..., P)."""
-        return projected(self, x, (self.bias,))
+        return projected(self, input, (self.bias,))
 
 
 class FusedOutLinear(NonDynamicallyQuantizableLinear):
     """The same for the output projection of ``torch.nn.MultiheadAttention``."""
 
     kdfast_linear = True
-    forward = FusedLinear.forward  # type: ignore[assignment]
+    forward = FusedLinear.forward
 
 
 class FusedPatches(nn.Conv2d):
     """A convolution over patches that do not overlap: a linear layer on each."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(B, C, h * p, w * p) to (B, P, h, w), as a view of (B, h * w, P)."""
+        x = input
         side, width = self.kernel_size
         fits = x.dim() == 4 and x.shape[1] == self.in_channels and x.dtype == self.weight.dtype
         if not fits or x.shape[2] % side or x.shape[3] % width or not _faster(self, x):
