@@ -57,7 +57,7 @@ def test_report_prints() -> None:
         "attention dropout 0.1 (the kernels have none)",
     )
     lines = str(report).splitlines()
-    counts = "1 of 2 attention modules, 9 of 9 linear layers, 4 of 4 blocks and MLPs"
+    counts = "1 of 2 attention modules, 9 of 9 linear layers, 4 of 4 blocks"
     assert lines[0] == f"kdfast.accelerate: {counts} run fused"
     assert lines[2].split() == [
         "fused", "1", "timm.layers.attention.Attention", "TimmAttention", "blocks.0.attn",

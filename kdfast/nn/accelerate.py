@@ -65,7 +65,7 @@ class AccelerateReport:
         kinds = (
             ("attention modules", self.replaced, self.left),
             ("linear layers", self.layers, self.layers_left),
-            ("blocks and MLPs", self.blocks, self.blocks_left),
+            ("blocks", self.blocks, self.blocks_left),
         )
         counts = [
             f"{len(found)} of {len(found) + len(left)} {what}"
@@ -172,7 +172,7 @@ def _replace(
     for name, module in model.named_modules():
         if not kind.is_known(module):
             continue
-        source = kind.source_name(module)
+        source = qualified_name(module)
         if reason := kind.why_not(module):
             left.append(Replacement(name, source, reason))
         else:

@@ -25,8 +25,11 @@ _warned: set[tuple[str, str]] = set()
 
 
 def qualified_name(module: nn.Module) -> str:
-    """Where the module's class is defined: ``package.module.Class``."""
-    cls = type(module)
+    """Where the module's class is defined: ``package.module.Class``.
+
+    Of a module whose class ``accelerate`` changed it is the class that it had.
+    """
+    cls = getattr(type(module), "kdfast_source", type(module))
     return f"{cls.__module__}.{cls.__qualname__}"
 
 

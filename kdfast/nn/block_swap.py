@@ -57,11 +57,6 @@ def is_known(module: nn.Module) -> bool:
     return qualified_name(module) in BLOCKS or qualified_name(module) in MLPS
 
 
-def source_name(module: nn.Module) -> str:
-    """Qualified name of a module's own class, which a fused one bears too."""
-    return qualified_name(module)
-
-
 def why_not(module: nn.Module) -> str | None:
     """The reason why a known block or MLP has to stay as it is, or None."""
     if SETTING == "torch":

@@ -24,6 +24,7 @@ class FusedLinear(nn.Linear):
     """``torch.nn.Linear`` by ``kdfast.linear``; in inference on a packed weight."""
 
     kdfast_linear = True
+    kdfast_source = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., C) to (..., P)."""
@@ -34,11 +35,14 @@ class FusedOutLinear(NonDynamicallyQuantizableLinear):
     """The same for the output projection of ``torch.nn.MultiheadAttention``."""
 
     kdfast_linear = True
+    kdfast_source = NonDynamicallyQuantizableLinear
     forward = FusedLinear.forward
 
 
 class FusedPatches(nn.Conv2d):
     """A convolution over patches that do not overlap: a linear layer on each."""
+
+    kdfast_source = nn.Conv2d
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, h * p, w * p) to (B, P, h, w), as a view of (B, h * w, P)."""
@@ -132,12 +136,6 @@ def why_not(module: nn.Module) -> str | None:
     if module.__dict__.get("_compiled_call_impl") is not None:
         return "it is compiled already; accelerate first, then compile"
     return None
-
-
-def source_name(module: nn.Module) -> str:
-    """Qualified name of a layer's own class."""
-    cls = ORIGINAL_LAYERS.get(type(module), type(module))
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def replace(module: nn.Module) -> None:
