@@ -49,7 +49,8 @@ gpu-static: $(INSTALLED)  # after an edit of kernels/; ARGS=--core compiles the 
 	$(BIN)/python -m bench.documents
 
 bench: $(INSTALLED)  # waiting threads sleep: spinning ones time the scheduler of a small machine
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest bench -m "not slow" $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest bench -m "not slow" \
+		--benchmark-columns=median,iqr,min,rounds,iterations $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -4,12 +4,15 @@
 "eager" is what people write: both maps in the dtype of the inputs, kl_div of them, autograd.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 import kdfast
 from bench import session
+from bench.compare import Compare
 
 D = 64
 SHAPES = session.sized([(8, 8, 257), (8, 12, 197), (1, 8, 1600)], [(1, 1, 20)])
@@ -25,32 +28,41 @@ def eager(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor) -> tuple[Tens
     return log_map.exp().to(v.dtype) @ v, rows.mean()
 
 
+@pytest.mark.candidates("kdfast", "eager", "compile", "attention only")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_kl(  # type: ignore[no-untyped-def]
-    compare, device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype
+def bench_kl(
+    compare: Compare, device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     inputs = [torch.randn(*shape, D).to(device, dtype) for _ in range(5)]
     leaves = [x.requires_grad_() for x in inputs[:3]]
     weight = torch.randn(*shape, D).to(device, dtype)
     compiled = session.compiled(eager)
-    candidates = {
+    losses = {
         "kdfast": lambda: kdfast.attention_distill(*inputs, backend="fused"),
         "eager": lambda: eager(*inputs),
         "compile": lambda: compiled(*inputs),
-        "attention only": lambda: (kdfast.pruned_attention(*leaves, backend="fused"), None),
     }
     want = eager(*(x.detach().double() for x in inputs))
-    for name in ("kdfast", "eager", "compile"):
-        for got, exact in zip(candidates[name](), want, strict=True):
-            error = (got.detach().double() - exact).norm() / exact.norm()
-            assert error < (2e-2 if dtype == torch.bfloat16 else 1e-4), f"{name}: {error:.2e}"
+    near = session.near(want, 2e-2 if dtype == torch.bfloat16 else 1e-4)
 
-    def step(name: str) -> object:
-        out, loss = candidates[name]()
-        outputs, grads = ([out], [weight]) if loss is None else ([out, loss], [weight, None])
-        return torch.autograd.grad(outputs, leaves, grads)
+    def step(loss: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], object]:
+        def run() -> object:
+            out, value = loss()
+            return torch.autograd.grad([out, value], leaves, [weight, None])
 
-    calls = {name: lambda name=name: step(name) for name in candidates}
-    case = "fwd+bwd KL {}x{}x{} {}".format(*shape, dtype)
-    compare("attention_distill", case, calls, memory=True)
+        return run
+
+    def attention_only() -> object:
+        return torch.autograd.grad(
+            kdfast.pruned_attention(*leaves, backend="fused"), leaves, weight
+        )
+
+    compare(
+        "attention_distill",
+        "fwd+bwd KL {}x{}x{} {}".format(*shape, dtype),
+        {name: step(loss) for name, loss in losses.items()},
+        check=lambda name, _: near(name, losses[name]),
+        yardsticks={"attention only": attention_only},
+        memory=True,
+    )

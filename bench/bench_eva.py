@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.compare import Compare
 from bench.orion_eager import forward as eager_forward
 from kdfast.models import AttentionTarget, EVAViT, eva_vit_l_orion
 from kdfast.testing import DRY_RUN
@@ -30,10 +31,9 @@ def models(device: torch.device, dtype: torch.dtype) -> tuple[EVAViT, EVAViT, Te
     return teacher, student, torch.randn(1, 3, 640, 640).to(device, dtype)
 
 
+@pytest.mark.candidates("kdfast", "kdfast, 16 heads", "eager")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def bench_forward(  # type: ignore[no-untyped-def]
-    compare, device: torch.device, dtype: torch.dtype
-) -> None:
+def bench_forward(compare: Compare, device: torch.device, dtype: torch.dtype) -> None:
     teacher, student, image = models(device, dtype)
     with torch.no_grad():
         for model in (teacher, student):
@@ -50,17 +50,16 @@ def bench_forward(  # type: ignore[no-untyped-def]
 
     calls = {
         "kdfast": inference(lambda: student(image)),
-        "kdfast, 16 heads": inference(lambda: teacher(image)),
         "eager": inference(lambda: eager_forward(teacher, image)),
     }
     case = f"fwd 3 of 24 blocks, 8 heads, eager: 16 {dtype}"
-    compare("EVA-ViT-L", case, calls)
+    yardsticks = {"kdfast, 16 heads": inference(lambda: teacher(image))}
+    compare("EVA-ViT-L", case, calls, yardsticks=yardsticks)
 
 
+@pytest.mark.candidates("kdfast", "eager")
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)  # a round in fp32 takes ten seconds
-def bench_distillation(  # type: ignore[no-untyped-def]
-    compare, device: torch.device, dtype: torch.dtype
-) -> None:
+def bench_distillation(compare: Compare, device: torch.device, dtype: torch.dtype) -> None:
     """Teacher forward, student forward and backward: MSE of the output, KL of every block's maps.
 
     The KL of kdfast leaves the padded queries out, which ORION crops; eager compares them too.

@@ -4,11 +4,15 @@
 The limit counts one read of both features and one write of the gradient.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 import kdfast
 from bench import session
+from bench.compare import Compare
+from kdfast.machine.timing import Candidate
 from kdfast.ops import feature_loss as op
 
 CASES = [("mse", None), ("cosine", None), ("smooth_l1", None), ("mse", "layer"), ("mse", "channel")]
@@ -16,10 +20,11 @@ SHAPE = session.sized((64 * 257, 1024), (6, 40))
 DTYPES = session.sized([torch.float32, torch.bfloat16], [torch.float32])
 
 
+@pytest.mark.candidates("kdfast", "eager", "compile", "kdfast, weight")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kind", "normalize"), CASES)
-def bench_forward_backward(  # type: ignore[no-untyped-def]
-    compare, device: torch.device, kind: str, normalize: str | None, dtype: torch.dtype
+def bench_forward_backward(
+    compare: Compare, device: torch.device, kind: str, normalize: str | None, dtype: torch.dtype
 ) -> None:
     student, teacher = (torch.randn(SHAPE).to(device, dtype) for _ in range(2))
     student.requires_grad_()
@@ -31,16 +36,24 @@ def bench_forward_backward(  # type: ignore[no-untyped-def]
         "eager": lambda: op.reference(student, teacher, kind, norm),
         "compile": lambda: compiled(student, teacher, kind, norm),
     }
-    # A weight other than 1, as in a sum of losses: the backward pass has to scale the gradient.
-    losses["kdfast, weight"] = lambda: 0.5 * losses["kdfast"]()
 
-    def step(name: str) -> torch.Tensor:
-        return torch.autograd.grad(losses[name](), student)[0]
+    def step(loss: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        return lambda: torch.autograd.grad(loss(), student)[0]
 
-    want = step("eager")
+    steps = {name: step(loss) for name, loss in losses.items()}
+    want = steps["eager"]()
     size = want.abs().max().item()
-    for name in ("kdfast", "compile"):
-        torch.testing.assert_close(step(name), want, rtol=2e-2, atol=1e-3 * size, msg=name)
-    candidates = {name: lambda name=name: step(name) for name in losses}
-    case = f"fwd+bwd {SHAPE[0]}x{SHAPE[1]} {kind} {norm} {dtype}"
-    compare("feature_loss", case, candidates, nbytes=3 * want.nbytes, memory=True)
+
+    def check(name: str, step: Candidate) -> None:
+        torch.testing.assert_close(step(), want, rtol=2e-2, atol=1e-3 * size)
+
+    compare(
+        "feature_loss",
+        f"fwd+bwd {SHAPE[0]}x{SHAPE[1]} {kind} {norm} {dtype}",
+        steps,
+        check=check,
+        # Not 1, as in a sum of losses: the backward pass has to scale the gradient.
+        yardsticks={"kdfast, weight": step(lambda: 0.5 * losses["kdfast"]())},
+        nbytes=3 * want.nbytes,
+        memory=True,
+    )

@@ -5,12 +5,15 @@ import pytest
 import torch
 
 import kdfast
+from bench import session
+from bench.compare import Compare
 from kdfast.ops import head_gather as op
 from kdfast.ops import head_gather_block as block
 
 NO_CUDA = torch.cuda.is_available() and "cuda" not in op.FUSED_ON
 pytestmark = pytest.mark.skipif(NO_CUDA, reason="kdfast._C was built without a CUDA compiler")
 HEADS = list(range(0, 16, 2))
+NAMES = ("kdfast", "eager", "index_select")
 CASES = {
     "q weight (1024, 1024)": ((1024, 1024), 0),
     "proj weight (1024, 1024)": ((1024, 1024), 1),
@@ -18,11 +21,10 @@ CASES = {
 }
 
 
+@pytest.mark.candidates(*NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def bench_gather(  # type: ignore[no-untyped-def]
-    compare, device: torch.device, case: str, dtype: torch.dtype
-) -> None:
+def bench_gather(compare: Compare, device: torch.device, case: str, dtype: torch.dtype) -> None:
     shape, dim = CASES[case]
     x = torch.randn(shape).to(device, dtype)
     args = {"head_dim": 64, "dim": dim}
@@ -35,15 +37,13 @@ def bench_gather(  # type: ignore[no-untyped-def]
         "index_select": lambda: x.index_select(positive, rows),
     }
     want = candidates["eager"]()
-    for name, call in candidates.items():
-        torch.testing.assert_close(call(), want, rtol=0, atol=0, msg=name)
-    compare("head_gather", f"{case} {dtype}", candidates, nbytes=2 * want.nbytes)
+    title = f"{case} {dtype}"
+    compare("head_gather", title, candidates, check=session.near(want, 0), nbytes=2 * want.nbytes)
 
 
+@pytest.mark.candidates(*NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def bench_block(  # type: ignore[no-untyped-def]
-    compare, device: torch.device, dtype: torch.dtype
-) -> None:
+def bench_block(compare: Compare, device: torch.device, dtype: torch.dtype) -> None:
     """Weights of q, k, v and proj and two biases of a block of EVA-L, as pruning takes them."""
     shapes = [(1024, 1024)] * 4 + [(1024,)] * 2
     tensors = [torch.randn(shape).to(device, dtype) for shape in shapes]
@@ -60,7 +60,10 @@ def bench_block(  # type: ignore[no-untyped-def]
         ],
     }
     want = candidates["eager"]()
-    for name, call in candidates.items():
-        torch.testing.assert_close(call(), want, rtol=0, atol=0, msg=name)
-    nbytes = 2 * sum(x.nbytes for x in want)
-    compare("head_gather_block", f"block of 1024 channels {dtype}", candidates, nbytes=nbytes)
+    compare(
+        "head_gather_block",
+        f"block of 1024 channels {dtype}",
+        candidates,
+        check=session.near(want, 0),
+        nbytes=2 * sum(x.nbytes for x in want),
+    )

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import kdfast
 from bench import session
 from bench.bench_pruned_attention import Attention, D, eager, packed, with_backward
+from bench.compare import Compare
 from kdfast import Rope
 
 HEADS = session.sized(8, 2)
@@ -15,10 +16,9 @@ TOKENS = session.sized([64, 197, 400, 784, 1600, 3136], [16])
 DTYPES = session.sized([torch.float32, torch.bfloat16], [torch.float32])
 
 
+@pytest.mark.candidates("kdfast", "eager", "sdpa")
 @pytest.mark.parametrize("tokens", TOKENS)
-def bench_lengths(  # type: ignore[no-untyped-def]
-    compare, device: torch.device, tokens: int
-) -> None:
+def bench_lengths(compare: Compare, device: torch.device, tokens: int) -> None:
     dtype = DTYPES[-1]
     inputs = packed(1, HEADS, tokens, dtype, device)
     calls: dict[str, Attention] = {
@@ -29,13 +29,13 @@ def bench_lengths(  # type: ignore[no-untyped-def]
     weight = torch.randn(1, HEADS, tokens, D).to(device, dtype)
     candidates = {name: with_backward(call, inputs, weight) for name, call in calls.items()}
     case = f"fwd+bwd 1x{HEADS}x{tokens} {dtype}"
-    compare("lengths", case, candidates, memory=True)
+    check = session.near(with_backward(eager, inputs, weight)(), 3e-2)
+    compare("lengths", case, candidates, check=check, memory=True)
 
 
+@pytest.mark.candidates("kdfast", "kdfast, no rope", "eager", "sdpa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def bench_rope(  # type: ignore[no-untyped-def]
-    compare, device: torch.device, dtype: torch.dtype
-) -> None:
+def bench_rope(compare: Compare, device: torch.device, dtype: torch.dtype) -> None:
     """The rotation inside the kernel, against none and against tensor ops."""
     batch, tokens = session.sized((8, 257), (1, 20))
     inputs = packed(batch, HEADS, tokens, dtype, device)
@@ -49,10 +49,19 @@ def bench_rope(  # type: ignore[no-untyped-def]
 
     calls: dict[str, Attention] = {
         "kdfast": lambda q, k, v: kdfast.pruned_attention(q, k, v, rope=rope, backend="fused"),
-        "kdfast, no rope": lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"),
         "eager": lambda q, k, v: eager(rotate(q), rotate(k), v),
         "sdpa": lambda q, k, v: F.scaled_dot_product_attention(rotate(q), rotate(k), v),
     }
     weight = torch.randn(batch, HEADS, tokens, D).to(device, dtype)
     candidates = {name: with_backward(call, inputs, weight) for name, call in calls.items()}
-    compare("pruned_attention", f"fwd+bwd RoPE {batch}x{HEADS}x{tokens} {dtype}", candidates)
+
+    def no_rope(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return kdfast.pruned_attention(q, k, v, backend="fused")
+
+    compare(
+        "pruned_attention",
+        f"fwd+bwd RoPE {batch}x{HEADS}x{tokens} {dtype}",
+        candidates,
+        check=session.near(candidates["eager"](), 3e-2),
+        yardsticks={"kdfast, no rope": with_backward(no_rope, inputs, weight)},
+    )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import kdfast
 from bench import session
+from bench.compare import Compare
 from kdfast import Rope, Window
 from kdfast.testing import DRY_RUN
 
@@ -44,6 +45,8 @@ BIASED = session.sized(
     {"swin stage 1": (512, 3, 49, 32, 64), "beit": (8, 12, 197, 64, 1)},
     {"swin stage 1": (4, 1, 9, 16, 2), "beit": (2, 1, 20, 16, 1)},
 )
+TORCH = ("kdfast", "eager", "sdpa", "compile")
+LIBRARIES = ("flex", "flash-attn") if torch.cuda.is_available() or DRY_RUN else ()
 Attention = Callable[..., Tensor]
 
 
@@ -52,15 +55,18 @@ def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q * D**-0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
-def libraries(dtype: torch.dtype, inputs: list[Tensor], missing: list[str]) -> dict[str, Attention]:
-    """FlexAttention and flash-attn where they run; ``missing`` gets the reason where not."""
+def libraries(
+    dtype: torch.dtype, inputs: list[Tensor]
+) -> tuple[dict[str, Attention], dict[str, str]]:
+    """FlexAttention and flash-attn where they run, and the reason where not."""
     if dtype == torch.float32 and not DRY_RUN:
-        return {}  # flash-attn has none, and FlexAttention's is for TF32
+        return {}, {"flex": "in fp32 it is for TF32", "flash-attn": "has no fp32"}
     from torch.nn.attention.flex_attention import flex_attention
 
     found: dict[str, Attention] = {"flex": session.compiled(flex_attention)}
+    missing: dict[str, str] = {}
     if importlib.util.find_spec("flash_attn") is None:
-        missing.append("flash-attn: not installed")
+        missing["flash-attn"] = "not installed"
     else:
         from flash_attn import flash_attn_func
 
@@ -72,9 +78,9 @@ def libraries(dtype: torch.dtype, inputs: list[Tensor], missing: list[str]) -> d
         try:
             with_backward(found[name], inputs, torch.ones_like(inputs[0]))()
         except Exception as error:  # whatever a library says is the reason
-            missing.append(f"{name} {tuple(inputs[0].shape)} {dtype}: {error!r:.200}")
+            missing[name] = f"{error!r:.200}"
             del found[name]
-    return found
+    return found, missing
 
 
 def packed(
@@ -102,22 +108,20 @@ def forward(call: Attention, inputs: list[Tensor]) -> Callable[[], Tensor]:
     return run
 
 
-def check(
+def checking(
     candidates: dict[str, Attention], inputs: list[Tensor], exact: Tensor, low: bool = False
-) -> None:
-    """Nothing is timed on a wrong result; ``low``: products may be made in bf16."""
-    tolerance = 2e-2 if low or inputs[0].dtype == torch.bfloat16 else 1e-4
-    for name, call in candidates.items():
-        error = (forward(call, inputs)().double() - exact).norm() / exact.norm()
-        assert error < tolerance, f"{name}: relative error {error:.2e}"
+) -> session.Check:
+    """Of the output, also where the gradients are timed; ``low``: products may be made in bf16."""
+    near = session.near(exact, 2e-2 if low or inputs[0].dtype == torch.bfloat16 else 1e-4)
+    return lambda name, _: near(name, forward(candidates[name], inputs))
 
 
+@pytest.mark.candidates(*TORCH, *LIBRARIES)
 @pytest.mark.parametrize("phase", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_attention(  # type: ignore[no-untyped-def]
-    compare,
-    results: session.Results,
+def bench_attention(
+    compare: Compare,
     device: torch.device,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
@@ -131,9 +135,11 @@ def bench_attention(  # type: ignore[no-untyped-def]
         "sdpa": F.scaled_dot_product_attention,
         "compile": session.compiled(eager),
     }
-    if device.type == "cuda" or DRY_RUN:
-        candidates |= libraries(dtype, inputs, results.left_out)
-    check(candidates, inputs, eager(*(x.detach().double() for x in inputs)))
+    missing: dict[str, str] = {}
+    if LIBRARIES:
+        found, missing = libraries(dtype, inputs)
+        candidates |= found
+    exact = eager(*(x.detach().double() for x in inputs))
     weight = torch.randn(batch, heads, tokens, D).to(device, dtype)
     calls = {
         name: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
@@ -141,8 +147,16 @@ def bench_attention(  # type: ignore[no-untyped-def]
     }
     products = 4 if phase == "fwd" else 14
     flops = products * batch * heads * tokens**2 * D
-    case = f"{phase} {batch}x{heads}x{tokens} {dtype}"
-    compare("pruned_attention", case, calls, flops=flops, dtype=dtype, memory=phase != "fwd")
+    compare(
+        "pruned_attention",
+        f"{phase} {batch}x{heads}x{tokens} {dtype}",
+        calls,
+        check=checking(candidates, inputs, exact),
+        missing=missing,
+        flops=flops,
+        dtype=dtype,
+        memory=phase != "fwd",
+    )
 
 
 @pytest.fixture
@@ -161,10 +175,11 @@ def precision() -> Iterator[Callable[[str, Attention], Attention]]:
 
 
 @pytest.mark.skipif(DRY_RUN or torch.cuda.is_available(), reason="a setting of the CPU's products")
+@pytest.mark.candidates(*TORCH, *(f"{name} fp32" for name in TORCH))
 @pytest.mark.parametrize("phase", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("shape", LOWERED, ids=str)
-def bench_medium(  # type: ignore[no-untyped-def]
-    compare, precision, device: torch.device, shape: tuple[int, int, int], phase: str
+def bench_medium(
+    compare: Compare, precision, device: torch.device, shape: tuple[int, int, int], phase: str
 ) -> None:
     """fp32 under set_float32_matmul_precision("medium"), against every candidate with and without.
 
@@ -181,21 +196,28 @@ def bench_medium(  # type: ignore[no-untyped-def]
             "compile": compiled[name],
         }
         candidates |= {label + suffix: precision(name, call) for label, call in calls.items()}
-    check(candidates, inputs, eager(*(x.detach().double() for x in inputs)), low=True)
+    exact = eager(*(x.detach().double() for x in inputs))
     weight = torch.randn(shape[0], shape[1], shape[2], D).to(device)
     timed = {
         name: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
         for name, call in candidates.items()
     }
     flops = (4 if phase == "fwd" else 14) * shape[0] * shape[1] * shape[2] ** 2 * D
-    case = f"{phase} {'x'.join(map(str, shape))} fp32 medium"
-    compare("pruned_attention", case, timed, flops=flops, dtype=torch.bfloat16)
+    compare(
+        "pruned_attention",
+        f"{phase} {'x'.join(map(str, shape))} fp32 medium",
+        timed,
+        check=checking(candidates, inputs, exact, low=True),
+        flops=flops,
+        dtype=torch.bfloat16,
+    )
 
 
+@pytest.mark.candidates("kdfast", "eager", "sdpa")
 @pytest.mark.parametrize("phase", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def bench_orion_windows(  # type: ignore[no-untyped-def]
-    compare, device: torch.device, dtype: torch.dtype, phase: str
+def bench_orion_windows(
+    compare: Compare, device: torch.device, dtype: torch.dtype, phase: str
 ) -> None:
     """16 x 16 windows with zero-padded keys and RoPE on a 40 x 40 grid, 16 heads."""
     tokens, across = SIDE**2, PADDED // SIZE
@@ -244,34 +266,44 @@ def bench_orion_windows(  # type: ignore[no-untyped-def]
         window=Window((SIDE, SIDE), SIZE, pad.double()),
         backend="reference",
     )
-    check(candidates, inputs, exact)
     weight = torch.randn(1, HEADS, tokens, D).to(device, dtype)
     calls = {
         name: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
         for name, call in candidates.items()
     }
-    compare("pruned_attention", f"{phase} ORION windows {dtype}", calls, memory=phase != "fwd")
+    compare(
+        "pruned_attention",
+        f"{phase} ORION windows {dtype}",
+        calls,
+        check=checking(candidates, inputs, exact),
+        memory=phase != "fwd",
+    )
 
 
+@pytest.mark.candidates("kdfast", "native half", "all")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def bench_kept_heads(  # type: ignore[no-untyped-def]
-    compare, device: torch.device, dtype: torch.dtype
-) -> None:
+def bench_kept_heads(compare: Compare, device: torch.device, dtype: torch.dtype) -> None:
     """8 of 16 heads by index against 8 heads that are alone, and against all 16."""
     heads, batch, tokens = session.sized((16, 8, 257), (2, 1, 20))
     wide = packed(batch, heads, tokens, dtype, device)
     narrow = packed(batch, heads // 2, tokens, dtype, device)
     kept = list(range(0, heads, 2))
-    calls = {
-        "kdfast": forward(
-            lambda q, k, v: kdfast.pruned_attention(q, k, v, heads=kept, backend="fused"), wide
-        ),
+    by_index = forward(
+        lambda q, k, v: kdfast.pruned_attention(q, k, v, heads=kept, backend="fused"), wide
+    )
+    yardsticks = {
         "native half": forward(
             lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"), narrow
         ),
         "all": forward(lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"), wide),
     }
-    compare("pruned_attention", f"fwd 8 of 16 heads {dtype}", calls)
+    compare(
+        "pruned_attention",
+        f"fwd 8 of 16 heads {dtype}",
+        {"kdfast": by_index},
+        check=session.near(eager(*(x.detach().double()[:, kept] for x in wide)), 2e-2),
+        yardsticks=yardsticks,
+    )
 
 
 def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -287,11 +319,12 @@ def sdpa_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, bias.repeat(turns, 1, 1, 1))
 
 
+@pytest.mark.candidates(*TORCH)
 @pytest.mark.parametrize("phase", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", BIASED)
-def bench_bias(  # type: ignore[no-untyped-def]
-    compare, device: torch.device, name: str, dtype: torch.dtype, phase: str
+def bench_bias(
+    compare: Compare, device: torch.device, name: str, dtype: torch.dtype, phase: str
 ) -> None:
     """Swin's windows with their shift masks, and BEiT's one bias; the bias gets its gradient."""
     batch, heads, tokens, dim, biases = BIASED[name]
@@ -306,12 +339,18 @@ def bench_bias(  # type: ignore[no-untyped-def]
         "sdpa": sdpa_with_bias,
         "compile": session.compiled(with_bias),
     }
-    check(candidates, inputs, with_bias(*(x.double() for x in inputs)))
     weight = torch.randn(batch, heads, tokens, dim).to(device, dtype)
     calls = {
         label: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
         for label, call in candidates.items()
     }
     flops = (4 if phase == "fwd" else 14) * batch * heads * tokens**2 * dim
-    case = f"{phase} {name} {dtype}"
-    compare("pruned_attention", case, calls, flops=flops, dtype=dtype, memory=phase != "fwd")
+    compare(
+        "pruned_attention",
+        f"{phase} {name} {dtype}",
+        calls,
+        check=checking(candidates, inputs, with_bias(*(x.double() for x in inputs))),
+        flops=flops,
+        dtype=dtype,
+        memory=phase != "fwd",
+    )

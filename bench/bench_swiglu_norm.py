@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kdfast
 from bench import session
+from bench.compare import Compare
 from kdfast.ops import swiglu_norm as op
 
 # ORION's MLP on one image, and a ViT-L's with 2048 hidden channels on eight.
@@ -36,23 +37,29 @@ def prepare(
     return inputs, calls
 
 
-def check(steps: dict[str, Callable[[], Sequence[Tensor]]], exact: Sequence[Tensor]) -> None:
+def checking(
+    steps: dict[str, Callable[[], Sequence[Tensor]]], exact: Sequence[Tensor]
+) -> session.Check:
     """Nobody is further from fp64 than eager code, whose bf16 sums over rows are 4 % off."""
-    errors = {
-        name: [
-            ((x.double() - y).norm() / y.norm()).item() for x, y in zip(step(), exact, strict=True)
-        ]
-        for name, step in steps.items()
-    }
-    for name, found in errors.items():
-        for error, limit in zip(found, errors["eager"], strict=True):
+
+    def errors(name: str) -> list[float]:
+        pairs = zip(steps[name](), exact, strict=True)
+        return [((x.double() - y).norm() / y.norm()).item() for x, y in pairs]
+
+    limits = errors("eager")
+
+    def check(name: str, _: object) -> None:
+        for error, limit in zip(errors(name), limits, strict=True):
             assert error <= 1.1 * limit + 1e-6, f"{name}: {error:.2e}, eager {limit:.2e}"
 
+    return check
 
+
+@pytest.mark.candidates("kdfast", "eager", "compile")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_forward(  # type: ignore[no-untyped-def]
-    compare, device: torch.device, shape: tuple[int, int], dtype: torch.dtype
+def bench_forward(
+    compare: Compare, device: torch.device, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     inputs, calls = prepare(device, shape, dtype)
 
@@ -65,15 +72,16 @@ def bench_forward(  # type: ignore[no-untyped-def]
 
     steps = {name: inference(call) for name, call in calls.items()}
     with torch.no_grad():
-        check(steps, (op.reference(*(x.double() for x in inputs), 1e-6),))
+        check = checking(steps, (op.reference(*(x.double() for x in inputs), 1e-6),))
     case = f"fwd {shape[0]}x{shape[1]} {dtype}"
-    compare("swiglu_norm", case, steps, nbytes=3 * inputs[0].nbytes)
+    compare("swiglu_norm", case, steps, check=check, nbytes=3 * inputs[0].nbytes)
 
 
+@pytest.mark.candidates("kdfast", "eager", "compile")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_forward_backward(  # type: ignore[no-untyped-def]
-    compare, device: torch.device, shape: tuple[int, int], dtype: torch.dtype
+def bench_forward_backward(
+    compare: Compare, device: torch.device, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     inputs, calls = prepare(device, shape, dtype)
     upstream = torch.randn(shape).to(device, dtype)
@@ -83,6 +91,12 @@ def bench_forward_backward(  # type: ignore[no-untyped-def]
 
     steps = {name: training(call) for name, call in calls.items()}
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    check(steps, torch.autograd.grad(op.reference(*wide, 1e-6), wide, upstream.double()))
-    case = f"fwd+bwd {shape[0]}x{shape[1]} {dtype}"
-    compare("swiglu_norm", case, steps, nbytes=8 * inputs[0].nbytes, memory=True)
+    exact = torch.autograd.grad(op.reference(*wide, 1e-6), wide, upstream.double())
+    compare(
+        "swiglu_norm",
+        f"fwd+bwd {shape[0]}x{shape[1]} {dtype}",
+        steps,
+        check=checking(steps, exact),
+        nbytes=8 * inputs[0].nbytes,
+        memory=True,
+    )

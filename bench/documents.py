@@ -2,8 +2,8 @@
 """``python -m bench.documents``: writes the tables of README.md and of two pages of docs/internals.
 
 The pages are benchmarks.md and gpu.md. What stands between ``<!-- NAME -->`` and ``<!-- end -->``
-comes from bench/results/cpu_zen4.json, for whole models from cpu_zen4_models.json, for GPUs from
-gpu_static.json.
+comes from the result files of bench/results: FAMILY.json for the ops and FAMILY_models.json for
+whole models, in full of the machine SHOWN, the medians of all; for GPUs from gpu_static.json.
 """
 
 import argparse
@@ -11,29 +11,52 @@ import json
 import statistics
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.gpu_tables import ROOT, arch_name, kernels
 from bench.gpu_tables import table as markdown
-from bench.report import OURS, best_other, headline
+from bench.report import OURS, best_other
 from bench.report import table as all_rows
+from bench.rows import facts_line, skipped_lines
 
-RESULTS = ROOT / "bench" / "results" / "cpu_zen4.json"
-GPU_RESULTS = RESULTS.with_stem("gpu_static")
-MODEL_RESULTS = RESULTS.with_stem("cpu_zen4_models")
+RESULTS = ROOT / "bench" / "results"
+# The machine that is shown in full: the one whose files are newest and most complete.
+SHOWN = "zen4"
 # Whole models have tables of their own.
 MODELS = ("accelerate", "vit_chain")
 Group = dict[str, dict[str, Any]]
 
 
-def grouped(results: dict[str, Any]) -> dict[tuple[str, str], Group]:
-    """The rows of every comparison by candidate; cases without "torch."."""
+class Machine(NamedTuple):
+    """What was measured on a family of processors.
+
+    Attributes:
+        ops: The result file of the ops, which may have whole models, too.
+        whole: That of whole models; the same if there is no other.
+    """
+
+    ops: dict[str, Any]
+    whole: dict[str, Any]
+
+
+def machines() -> dict[str, Machine]:
+    """The machines that have a file of ops, by the name of that file."""
+    files = {path.stem: json.loads(path.read_text("utf-8")) for path in RESULTS.glob("*.json")}
+    own = {name: file for name, file in sorted(files.items()) if "skipped" in file}
+    return {
+        name: Machine(file, own.get(f"{name}_models", file))
+        for name, file in own.items()
+        if not name.endswith("_models")
+    }
+
+
+def grouped(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], Group]:
+    """The rows of every comparison by candidate."""
     groups: dict[tuple[str, str], Group] = {}
-    for row in results["rows"]:
-        key = row["op"], row["case"].replace("torch.", "")
-        groups.setdefault(key, {})[row["candidate"]] = row
+    for row in rows:
+        groups.setdefault((row["op"], row["case"]), {})[row["candidate"]] = row
     return groups
 
 
@@ -43,25 +66,48 @@ def ratio(group: Group) -> float | None:
     return rival["ms"] / group[OURS]["ms"] if rival and OURS in group else None
 
 
-def only(results: dict[str, Any], keep: Callable[[str, str], bool]) -> dict[str, Any]:
-    """The results with the rows of some comparisons."""
-    rows = [r for r in results["rows"] if keep(r["op"], r["case"].replace("torch.", ""))]
-    return {**results, "rows": rows}
+def ops_rows(machine: Machine) -> list[dict[str, Any]]:
+    """The rows of ops."""
+    return [row for row in machine.ops["rows"] if row["op"] not in MODELS]
 
 
-def both(results: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
-    """The rows of ops, and those of whole models from their own file."""
-    ops = only(results, lambda op, case: op not in MODELS)
-    return {**results, "rows": ops["rows"] + whole["rows"]}
+def model_rows(machine: Machine) -> list[dict[str, Any]]:
+    """The rows of whole models before and after ``kdfast.accelerate``."""
+    return [row for row in machine.whole["rows"] if row["op"] == "accelerate"]
 
 
-def rated(results: dict[str, Any], whole: dict[str, Any]) -> dict[str, list[float]]:
+def rated(machine: Machine) -> dict[str, list[float]]:
     """By op: the ratio of every comparison that has a rival."""
     ratios: dict[str, list[float]] = {}
-    for (op, _), group in grouped(both(results, whole)).items():
+    for (op, _), group in grouped(ops_rows(machine) + model_rows(machine)).items():
         if (value := ratio(group)) is not None:
             ratios.setdefault(op, []).append(value)
     return ratios
+
+
+def side_by_side(every: Iterable[Machine]) -> str:
+    """By op: the median ratio on every machine."""
+    found = {facts_line(m.ops["machine"]): rated(m) for m in every}
+    ops = dict.fromkeys(op for ratios in found.values() for op in ratios)
+    columns = [line.partition(",")[0] for line in found]
+    rows = [
+        [op, *(f"{statistics.median(x[op]):.2f}" if op in x else "" for x in found.values())]
+        for op in ops
+    ]
+    return "\n".join([markdown(["op", *columns], rows), "", *(f"- {line}" for line in found)])
+
+
+def rates(results: dict[str, Any]) -> str:
+    """The rates that limits come from."""
+    if not results["rates"]:
+        return "The rates were not measured, so products have no limit in this file."
+    return markdown(
+        ["dtype", "limit, GFLOP/s", "best library"],
+        [
+            [dtype, *(f"{rate[key] / 1e9:.0f}" for key in ("limit", "library"))]
+            for dtype, rate in results["rates"].items()
+        ],
+    )
 
 
 def span(ratios: dict[str, list[float]]) -> str:
@@ -76,10 +122,10 @@ def span(ratios: dict[str, list[float]]) -> str:
     )
 
 
-def weighted(results: dict[str, Any]) -> str:
+def weighted(ops: Iterable[dict[str, Any]]) -> str:
     """Losses with an upstream gradient other than 1."""
     rows = []
-    for (op, case), group in grouped(results).items():
+    for (op, case), group in grouped(ops).items():
         ours, rival = group.get("kdfast, weight"), best_other(group.values())
         if ours and rival:
             times = f"{ours['ms']:.2f}", f"{rival['ms']:.2f}"
@@ -87,7 +133,7 @@ def weighted(results: dict[str, Any]) -> str:
     return markdown(["op", "case", "kdfast ms, weighted", "best other ms", "ratio"], rows)
 
 
-def yardsticks(results: dict[str, Any]) -> str:
+def yardsticks(ops: Iterable[dict[str, Any]]) -> str:
     """Our time against other calls of ours."""
     rows = []
     yards = {
@@ -97,7 +143,7 @@ def yardsticks(results: dict[str, Any]) -> str:
         "attention only": "attention KL on top of attention",
         "kdfast, 16 heads": "8 heads over 16",
     }
-    for (_, case), group in grouped(results).items():
+    for (_, case), group in grouped(ops).items():
         for name, what in yards.items():
             if name in group and OURS in group:
                 change = group[OURS]["ms"] / group[name]["ms"] - 1
@@ -105,38 +151,37 @@ def yardsticks(results: dict[str, Any]) -> str:
     return markdown(["what", "case", "time"], rows)
 
 
-def peaks(results: dict[str, Any]) -> str:
+def peaks(ops: Iterable[dict[str, Any]]) -> str:
     """Extra memory at the peak of every comparison that measured it, in MiB."""
     names = (OURS, "eager", "sdpa", "compile")
     rows = []
-    for (op, case), group in grouped(results).items():
-        if OURS in group and group[OURS]["peak_bytes"] is not None:
-            peak = (group[n]["peak_bytes"] if n in group else None for n in names)
+    for (op, case), group in grouped(ops).items():
+        if "peak_bytes" in group.get(OURS, ()):
+            peak = (group[n].get("peak_bytes") if n in group else None for n in names)
             rows.append([op, case, *("" if x is None else f"{x / 2**20:.1f}" for x in peak)])
     return markdown(["op", "case", *names], rows)
 
 
-def models(results: dict[str, Any]) -> str:
-    """Whole models before and after ``kdfast.accelerate``, and with half of the heads."""
+def models(whole: Sequence[dict[str, Any]]) -> str:
+    """Whole models: the candidates in the order of the file, ours last, and the ratio."""
+    titles = {"sdpa": "original (SDPA)", "compile": "torch.compile"}
+    every = dict.fromkeys(row["candidate"] for row in whole)
+    names = sorted(every, key=lambda name: name.startswith(OURS))
     rows = []
-    for (op, case), group in grouped(results).items():
-        if op != "accelerate":
-            continue
-        names = ("sdpa", "compile", OURS, "kdfast, half of the heads")
+    for (_, case), group in grouped(whole).items():
         times = (f"{group[n]['ms']:.0f}" if n in group else "" for n in names)
         value = ratio(group)
         rows.append([case, *times, "" if value is None else f"{value:.2f}"])
-    header = ["model", "original (SDPA), ms", "torch.compile", "kdfast", "half of the heads"]
-    return markdown([*header, "ratio"], rows)
+    return markdown(["model, ms", *(titles.get(n, n) for n in names), "ratio"], rows)
 
 
-def chain(results: dict[str, Any]) -> str:
+def chain(steps: Iterable[dict[str, Any]]) -> str:
     """Steps and evaluations of the ViT chain."""
-    rows = []
-    for (op, case), group in grouped(results).items():
-        if op == "vit_chain":
-            names = ("timm", OURS, "kdfast, cache")
-            rows.append([case, *(f"{group[n]['ms']:.0f}" if n in group else "" for n in names)])
+    names = ("timm", OURS, "kdfast, cache")
+    rows = [
+        [case, *(f"{group[n]['ms']:.0f}" if n in group else "" for n in names)]
+        for (_, case), group in grouped(steps).items()
+    ]
     return markdown(["link", "timm + torch KD, ms", "kdfast", "kdfast, teacher cache"], rows)
 
 
@@ -157,34 +202,37 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
-def blocks(results: dict[str, Any], whole: dict[str, Any], gpu: dict[str, Any]) -> dict[str, str]:
-    """The generated blocks of the documents by name, from rows of ops, whole models and GPUs."""
-    ops = only(results, lambda op, case: op not in MODELS)
+def blocks(shown: Machine, every: Iterable[Machine], gpu: dict[str, Any]) -> dict[str, str]:
+    """The generated blocks of the documents by name."""
+    ops, whole = ops_rows(shown), model_rows(shown)
     lost = [
         f"- `{op}` {case}: {value:.2f}"
-        for (op, case), group in grouped(both(results, whole)).items()
+        for (op, case), group in grouped(ops + whole).items()
         if (value := ratio(group)) is not None and value < 1
     ]
-    skipped = "\n".join(f"- {line}" for line in results["left_out"])
+    skipped = skipped_lines(shown.ops)
     return {
-        "machine": headline(results) + ".",
-        "models machine": headline(whole) + ".",
-        "span": span(rated(results, whole)),
+        "machine": facts_line(shown.ops["machine"]) + ".",
+        "models machine": facts_line(shown.whole["machine"]) + ".",
+        "machines": side_by_side(every),
+        "rates": rates(shown.ops),
+        "span": span(rated(shown)),
         "slower": "\n".join(lost) or "None.",
         "ops": all_rows(ops) + (f"\n\nNot timed:\n\n{skipped}" if skipped else ""),
-        "weighted": weighted(results),
-        "yardsticks": yardsticks(results),
-        "peaks": peaks(results),
+        "weighted": weighted(ops),
+        "yardsticks": yardsticks(ops),
+        "peaks": peaks(ops),
         "models": models(whole),
-        "chain": chain(results),
+        "chain": chain(row for row in shown.ops["rows"] if row["op"] == "vit_chain"),
         "binaries": binaries(gpu),
     }
 
 
 def committed() -> dict[str, str]:
     """The blocks of the committed result files."""
-    files = (RESULTS, MODEL_RESULTS, GPU_RESULTS)
-    return blocks(*(json.loads(path.read_text(encoding="utf-8")) for path in files))
+    every = machines()
+    gpu = json.loads((RESULTS / "gpu_static.json").read_text(encoding="utf-8"))
+    return blocks(every[SHOWN], every.values(), gpu)
 
 
 def filled(text: str, contents: dict[str, str]) -> str:

@@ -26,6 +26,7 @@ import torch
 
 from bench.gpu_shard import NO_TIME
 from bench.gpu_tables import report
+from bench.rows import read
 from kdfast.machine.facts import machine_facts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +39,8 @@ BENCHES = ("pruned_attention", "attention_distill", "kd_loss", "linear_kd_loss",
 BENCHES += ("feature_loss", "head_gather")
 # Shares of the time that each may take; what is left is for the benches.
 TESTS, LIMITS, PROBES = 0.36, 0.07, 0.27
+# Seconds of samples of a candidate.
+SAMPLES = 0.2
 # Of its time, a stage begins nothing in the last tenth, so that it ends by itself.
 BEGIN = 0.9
 
@@ -132,12 +135,13 @@ def run_stages(folder: Path, seconds: float, dry: bool) -> dict[str, Any]:
     run("probes", [["-m", "bench.gpu_probes", str(probes), until(limit)]], limit)
     limit = started + seconds - time.time()
     files = [f"bench/bench_{name}.py" for name in BENCHES]
-    benches = [*pytest, *files, "--save", str(rows), "--budget", str(BEGIN * limit)]
-    run("benches", [[*benches, "--rounds", "1" if dry else "7"]], limit)
+    benches = [*pytest, *files, f"--benchmark-json={rows}", f"--budget={BEGIN * limit}"]
+    run("benches", [[*benches, f"--benchmark-max-time={SAMPLES}"]], limit)
     results = {"stages": stages, "tests": read_tests(sorted(folder.glob("tests_*.xml")))}
-    for path in (probes, rows):
-        if path.exists():
-            results |= json.loads(path.read_text(encoding="utf-8"))
+    if probes.exists():
+        results |= json.loads(probes.read_text(encoding="utf-8"))
+    if rows.exists():
+        results |= read(rows)
     return results
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report import headline
 from bench.report import table as bench_table
+from bench.rows import facts_line, skipped_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "internals" / "gpu.md"
@@ -31,7 +31,7 @@ def report(results: dict[str, Any]) -> str:
     note = "A dry run: times and memory mean nothing.\n\n" if results["dry_run"] else ""
     tests = results["tests"]
     parts = [
-        f"# GPU run\n\n{note}{headline(results)}; {results['seconds']:.0f} s.",
+        f"# GPU run\n\n{note}{facts_line(results['machine'])}; {results['seconds']:.0f} s.",
         "## Verdict\n\n" + ("\n".join(f"- {x}" for x in results["failed"]) or "Nothing failed."),
         f"## Tests\n\n{tests['passed']} passed, {len(tests['failed'])} failed, "
         f"{len(tests['skipped'])} skipped.\n\n"
@@ -43,9 +43,9 @@ def report(results: dict[str, Any]) -> str:
         parts.append("## Determinism\n\n" + table(["call", "runs", "different"], rows))
         parts.append("## Memory\n\n" + memory_table(results["memory"]))
     if "rows" in results:
-        parts.append("## Against others\n\n" + bench_table(results))
-    if results.get("left_out"):
-        parts.append("## Not timed\n\n" + "\n".join(f"- {x}" for x in results["left_out"]))
+        parts.append("## Against others\n\n" + bench_table(results["rows"]))
+    if results.get("skipped"):
+        parts.append("## Not timed\n\n" + skipped_lines(results))
     return "\n\n".join(parts) + "\n"
 
 

@@ -12,7 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench.report import headline, read
+from bench.report import found
+from bench.rows import facts_line
 
 COLOURS = {"kdfast": "tab:red", "eager": "tab:gray", "sdpa": "tab:blue"}
 
@@ -26,7 +27,7 @@ def lengths(results: dict[str, Any], path: Path) -> None:
     rows = [row for row in results["rows"] if row["op"] == "lengths"]
     if not rows:
         raise ValueError("the result file must have rows of bench_lengths.py, got none")
-    # "fwd+bwd 1x8x1600 torch.bfloat16"
+    # "fwd+bwd 1x8x1600 bfloat16"
     what = rows[0]["case"].split()
     batch_heads = what[1].rpartition("x")[0]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -45,9 +46,8 @@ def lengths(results: dict[str, Any], path: Path) -> None:
         axis.set_xticks([], minor=True)
         axis.grid(True, which="major", alpha=0.3)
         axis.legend()
-    dtype = what[2].removeprefix("torch.")
-    title = f"attention, forward and backward, {batch_heads}xN, head dim 64, {dtype}"
-    figure.suptitle(f"{title}\n{headline(results)}", fontsize=9)
+    title = f"attention, forward and backward, {batch_heads}xN, head dim 64, {what[2]}"
+    figure.suptitle(f"{title}\n{facts_line(results['machine'])}", fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -55,11 +55,11 @@ def lengths(results: dict[str, Any], path: Path) -> None:
 def main(argv: Sequence[str]) -> int:
     """Draws the rows of bench_lengths in the file named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.plots", description=__doc__)
-    parser.add_argument("file", type=Path, help="what `pytest bench --save FILE` wrote")
+    parser.add_argument("file", type=Path, help="a result file, or a run's")
     parser.add_argument("picture", type=Path, help="where to draw, a PNG")
     options = parser.parse_args(argv)
     try:
-        lengths(read(parser, options.file), options.picture)
+        lengths(found(parser, options.file), options.picture)
     except ValueError as error:
         parser.error(f"{options.file}: {error}")
     print(options.picture)

@@ -4,8 +4,9 @@
 One thread runs a case of the benchmarks while `perf` (Linux tools; no privileges, no hardware
 counters) samples which function it is in. The functions are sorted into products, softmax rows,
 packing and so on. A wait for memory counts for the function that waits. "of limit" is the rate of
-the products alone over that of a large matmul; for losses, a plain copy of the same bytes over the
-time of all. Times are of the CPU, so other processes disturb them less.
+the products alone over the peak of the CPU for the dtype (`kdfast.machine.peak`), which the file
+holds beside the rates of the libraries; for losses, a plain copy of the same bytes over the time of
+all. Times are of the CPU, so other processes disturb them less.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from bench import (
     bench_pruned_attention,
 )
 from kdfast.machine import facts
+from kdfast.machine.peak import library_rates, peak_flops
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 attention = bench_pruned_attention.bench_attention
@@ -76,8 +78,7 @@ def captured(case: Callable[..., Any]) -> tuple[str, Callable[[], object], dict[
     def compare(op: str, name: str, calls: dict[str, Any], **limits: Any) -> None:
         found.append((f"{op} {name}", calls["kdfast"], limits))
 
-    more = {"results": None} if getattr(case, "func", None) is attention else {}
-    case(compare, device=CPU, **more)
+    case(compare, device=CPU)
     return found[0]
 
 
@@ -122,7 +123,16 @@ def kind_of(function: str) -> str:
     return next((kind for kind, name in KINDS.items() if re.search(name, function)), "other")
 
 
-def profile(case: Callable[..., Any]) -> dict[str, Any]:
+def measured_rates() -> dict[str, dict[str, float]]:
+    """For each dtype the peak and what the libraries reach, in GFLOP/s of one thread."""
+    rates = {}
+    for dtype in (torch.float32, BF16):
+        found = {"peak": peak_flops(dtype, threads=1)} | library_rates(dtype)
+        rates[str(dtype)] = {name: rate / 1e9 for name, rate in found.items()}
+    return rates
+
+
+def profile(case: Callable[..., Any], rates: dict[str, dict[str, float]]) -> dict[str, Any]:
     """One row of the result file."""
     name, call, limits = captured(case)
     seconds, functions = sampled(call)
@@ -132,8 +142,7 @@ def profile(case: Callable[..., Any]) -> dict[str, Any]:
         shares[kind_of(function)] += share / total
     row = {"case": name, "ms": 1e3 * seconds, "shares": shares, "of_limit": None}
     if "flops" in limits and shares["products"]:
-        a, b = (torch.randn(1024, 1024).to(limits["dtype"]) for _ in range(2))
-        limit = best(lambda: a @ b) * limits["flops"] / (2 * 1024**3)
+        limit = limits["flops"] / (1e9 * rates[str(limits["dtype"])]["peak"])
         row["of_limit"] = limit / (seconds * shares["products"])
     elif "nbytes" in limits:
         to, source = torch.empty(2, limits["nbytes"] // 2, dtype=torch.uint8)
@@ -167,10 +176,13 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.compiler.set_stance("force_eager")  # only kdfast is profiled
-    rows = [profile(CASES[name]) for name in options.cases or CASES]
+    rates = measured_rates()
+    for dtype, found in rates.items():
+        print(f"{dtype}:", ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in found.items()))
+    rows = [profile(CASES[name], rates) for name in options.cases or CASES]
     print(text(rows))
     if options.save:
-        written = {"machine": facts.machine_facts(), "rows": rows}
+        written = {"machine": facts.machine_facts(), "rates": rates, "rows": rows}
         options.save.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 

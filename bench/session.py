@@ -1,57 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a benchmark session, as result files hold them, and the limits measured beside them."""
+"""What the files of benchmarks share: sizes, compiling, checks, and the limits of the machine."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
-from kdfast.machine.timing import timed_sample
+from kdfast.machine.timing import Candidate, timed_sample
 from kdfast.testing import DRY_RUN
 
-
-@dataclass
-class Row:
-    """One candidate of one comparison; times in milliseconds."""
-
-    op: str
-    case: str
-    candidate: str
-    ms: float  # median of the fast samples, of all samples if fewer than FEW are fast
-    ms_all: float
-    iqr: float
-    samples: int
-    fast: int
-    gb_s: float | None = None
-    gflop_s: float | None = None
-    limit_ms: float | None = None
-    limit_share: float | None = None
-    peak_bytes: int | None = None
-    saved_bytes: int | None = None
-
-
-@dataclass
-class Results:
-    """Machine, versions and rows of one session, as written to ``bench/results``."""
-
-    machine: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)  # what was not timed, and why
-    cases: dict[str, float] = field(default_factory=dict)  # seconds of a benchmark, all in all
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain containers for ``json.dump``."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> "Results":
-        """Inverse of ``to_json``."""
-        rows = [Row(**row) for row in found["rows"]]
-        return cls(found["machine"], rows, found["left_out"], found["cases"])
-
-
 T = TypeVar("T")
+# Raises AssertionError if the named call of a case computes something wrong.
+Check = Callable[[str, Candidate], None]
 
 
 def sized(full: T, tiny: T) -> T:
@@ -71,6 +33,43 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
+def near(want: Tensor | Sequence[Tensor], tolerance: float) -> Check:
+    """Checks that a call returns ``want``, or each of several tensors, up to a relative error."""
+    wanted = [want] if isinstance(want, Tensor) else list(want)
+    exact = [x.detach().double() for x in wanted]
+
+    def check(name: str, call: Candidate) -> None:
+        result: Any = call()
+        for got, right in zip(
+            [result] if isinstance(result, Tensor) else result, exact, strict=True
+        ):
+            error = ((got.detach().double() - right).norm() / right.norm()).item()
+            assert error <= tolerance, f"{name}: relative error {error:.2e}, above {tolerance:.0e}"
+
+    return check
+
+
+class Rate(NamedTuple):
+    """Floating-point operations a second of a dtype.
+
+    Attributes:
+        limit: What no code exceeds: a loop in registers; on a GPU the best large matrix product.
+        library: The best large product of the libraries.
+    """
+
+    limit: float
+    library: float
+
+
+@cache
+def rate(dtype: torch.dtype, cuda: bool) -> Rate:
+    """Rates of this session, measured when a dtype is first asked for."""
+    # A GPU is not full before that.
+    size = sized(8192 if cuda else 1024, 64)
+    product = matmul_rate(torch.device("cuda" if cuda else "cpu"), dtype, size)
+    return Rate(product, product)
+
+
 def copy_seconds(device: torch.device, nbytes: int) -> float:
     """Best of seven plain copies that read and write ``nbytes`` in all: the limit of moving them.
 
@@ -78,11 +77,11 @@ def copy_seconds(device: torch.device, nbytes: int) -> float:
     """
     src = torch.ones(max(1, nbytes // 2), dtype=torch.uint8, device=device)
     dst = torch.empty_like(src)
-    repeats = max(1, (1 << 24) // max(nbytes, 1))
+    repeats = min(1 << 10, max(1, (1 << 24) // max(nbytes, 1)))
     return min(timed_sample(lambda: dst.copy_(src), repeats)[0] for _ in range(7))
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """FLOP per second of the best of seven square matrix products."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = min(timed_sample(lambda: a @ b, 3)[0] for _ in range(7))

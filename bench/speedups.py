@@ -1,26 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m bench.speedups``: draws docs/images/speedups.png from the committed result files.
 
-One dot is one comparison of bench/results/cpu_zen4.json or, for whole models, of
-cpu_zen4_models.json: how many times faster kdfast is than the best other implementation.
+One dot is one comparison of the machine that README.md shows: how many times faster kdfast is than
+the best other implementation.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench.documents import MODEL_RESULTS, RESULTS, rated
+from bench.documents import SHOWN, Machine, machines, rated
 from bench.gpu_tables import ROOT
-from bench.report import headline
+from bench.rows import facts_line
 
 PICTURE = ROOT / "docs" / "images" / "speedups.png"
 # What a reader calls the rows of a result file.
@@ -32,15 +30,9 @@ TITLES = {
 FASTER, SLOWER, MEDIAN = "tab:blue", "tab:red", "black"
 
 
-def draw(results: dict[str, Any], whole: dict[str, Any], path: Path) -> None:
-    """Draws the ratio of every comparison, one row of dots per op, the highest median on top.
-
-    Args:
-        results: Result file of the ops.
-        whole: Result file of the whole models.
-        path: The PNG to write.
-    """
-    ratios = rated(results, whole)
+def draw(machine: Machine, path: Path) -> None:
+    """Draws the ratio of every comparison, one row of dots per op, the highest median on top."""
+    ratios = rated(machine)
     order = sorted(ratios, key=lambda op: statistics.median(ratios[op]))
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     for y, op in enumerate(order):
@@ -58,7 +50,7 @@ def draw(results: dict[str, Any], whole: dict[str, Any], path: Path) -> None:
     axis.set(xscale="log", ylim=(-0.6, len(order) - 0.4))
     axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axis.set_xticks([], minor=True)
-    axis.set_xlabel("time of the fastest of eager PyTorch, SDPA and torch.compile over kdfast's")
+    axis.set_xlabel("time of the fastest other code over kdfast's")
     axis.grid(True, axis="x", alpha=0.3)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)
@@ -71,7 +63,7 @@ def draw(results: dict[str, Any], whole: dict[str, Any], path: Path) -> None:
     ]
     axis.legend(handles=dots, loc="lower right", frameon=False)
     figure.suptitle("kdfast against the fastest other code, case by case", fontsize=12)
-    axis.set_title(headline(results), fontsize=8, color="dimgray")
+    axis.set_title(facts_line(machine.ops["machine"]), fontsize=8, color="dimgray")
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
@@ -81,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.speedups", description=__doc__)
     parser.add_argument("--out", type=Path, default=PICTURE, help="the PNG to write")
     out = parser.parse_args(argv).out
-    draw(*(json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS, MODEL_RESULTS)), out)
+    draw(machines()[SHOWN], out)
     print(out)
     return 0
 

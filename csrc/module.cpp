@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Module init: loading it registers the ops; the functions below only tell and set the CPU ISA.
+// Module init: loading it registers the ops; the functions below are about the CPU and the build.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <map>
 
 #include "cpu/dispatch.h"
+#include "cpu/peak.h"
 
 namespace {
 
@@ -36,6 +37,11 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set that the CPU kernels use.");
   m.def("set_cpu_isa", &kdfast::cpu::set_isa, pybind11::arg("name"),
         "Forces an instruction set; ValueError if unknown or not supported here.");
+  m.def("cpu_signature", &kdfast::cpu::cpu_signature,
+        "Vendor, family, model and stepping by cpuid; an empty vendor where the CPU has none.");
+  m.def("run_peak", &kdfast::cpu::run_peak, pybind11::arg("isa"), pybind11::arg("bf16"),
+        pybind11::arg("seconds"), pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "FLOP done by a loop on registers on torch's threads, and their rate by CPU time.");
   m.def("build_info", &build_info, "Compiler, torch and CUDA that this extension was built with.");
   kdfast::cpu::choose_isa();  // a bad KDFAST_CPU_ISA fails at import, not in the first kernel
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m kdfast.info``: versions, hardware, which ops are fused where, what a run needs."""
+"""``python -m kdfast.info``: versions, hardware and its limits, what is fused, what a run needs."""
 
 import argparse
 import importlib
@@ -15,7 +15,9 @@ from kdfast._version import __version__
 from kdfast.machine.facts import cpu_name
 from kdfast.machine.memory import resident_bytes
 from kdfast.machine.needs import Need, gib, package_need
+from kdfast.machine.peak import library_rates, peak_flops
 from kdfast.ops import OPS, _library
+from kdfast.ops._processor import processor
 
 PACKAGES = (
     "torch",
@@ -51,7 +53,8 @@ def versions() -> Rows:
 
 def hardware() -> Rows:
     """CPU, instruction set, threads, memory and GPUs."""
-    rows = [("cpu", cpu_name()), ("threads", str(torch.get_num_threads()))]
+    rows = [("cpu", f"{cpu_name()}, {processor().name}")]
+    rows.append(("threads", str(torch.get_num_threads())))
     if _library.EXTENSION:
         names = ", ".join(_library.EXTENSION.available_isas())
         rows.append(("cpu isa", f"{_library.EXTENSION.cpu_isa()} (this CPU runs: {names})"))
@@ -63,6 +66,21 @@ def hardware() -> Rows:
     if not torch.cuda.device_count():
         built = torch.version.cuda is not None
         rows.append(("gpu", "none found" if built else "this torch is built without CUDA"))
+    return rows
+
+
+def limits() -> Rows:
+    """Rate of products that the CPU's threads can reach, and what the best library reaches."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        rates = library_rates(dtype)
+        name = max(rates, key=lambda library: rates[library])
+        text = f"best library {rates[name] / 1e9:.0f} GFLOP/s ({name})"
+        if _library.EXTENSION:
+            peak = peak_flops(dtype)
+            share = f"{rates[name] / peak:.0%} of it"
+            text = f"peak {peak / 1e9:.0f} GFLOP/s, {text}, {share}"
+        rows.append((str(dtype).removeprefix("torch."), text))
     return rows
 
 
@@ -178,8 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.memory:
         _print("Memory", memory())
         return 0
-    sections = (("Versions", versions), ("Hardware", hardware), ("Build", extension), ("Ops", ops))
-    for title, rows in sections:
+    sections = {"Versions": versions, "Hardware": hardware, "Limits of matrix products": limits}
+    sections |= {"Build": extension, "Ops": ops}
+    for title, rows in sections.items():
         _print(title, rows())
     return 0 if args.config is None else print_needs(args.config, args.changes)
 

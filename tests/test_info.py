@@ -17,8 +17,12 @@ from kdfast.recovery.needs import recovery_needs
 
 
 @pytest.fixture(autouse=True)
-def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _empty_folder_and_known_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    rates = {"torch": 50.4e9, "oneDNN": 150e9}
+    monkeypatch.setattr(info, "library_rates", lambda dtype: rates)
+    peaks = {torch.float32: 200e9, torch.bfloat16: 400.4e9}
+    monkeypatch.setattr(info, "peak_flops", peaks.__getitem__)
 
 
 def test_report_names_every_op_and_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,6 +33,17 @@ def test_report_names_every_op_and_version(capsys: pytest.CaptureFixture[str]) -
     assert f"torch                   {torch.__version__.split('+')[0]}" in out
     assert ("kdfast._C               built by" in out) == (EXTENSION is not None)
     assert ("not built: pure Python" in out) == (EXTENSION is None)
+
+
+def test_limits_beside_the_best_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info._library, "EXTENSION", object())
+    assert info.limits() == [
+        ("float32", "peak 200 GFLOP/s, best library 150 GFLOP/s (oneDNN), 75% of it"),
+        ("bfloat16", "peak 400 GFLOP/s, best library 150 GFLOP/s (oneDNN), 37% of it"),
+    ]
+    monkeypatch.setattr(info._library, "EXTENSION", None)
+    library = "best library 150 GFLOP/s (oneDNN)"
+    assert info.limits() == [("float32", library), ("bfloat16", library)]
 
 
 def test_embedded_default_needs_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,9 @@ bool supported(Isa isa) {
   return isa == Isa::generic;
 }
 
-Isa parse(const std::string& name) {
+}  // namespace
+
+Isa runnable_isa(const std::string& name) {
   std::string known;
   for (const Isa isa : kAll) {
     if (name == isa_name(isa)) {
@@ -73,8 +75,6 @@ Isa parse(const std::string& name) {
   }
   throw std::invalid_argument("KDFAST_CPU_ISA: must be one of " + known + ", got " + name);
 }
-
-}  // namespace
 
 std::vector<Isa> testable_isas() {
   std::vector<Isa> out;
@@ -91,10 +91,10 @@ std::vector<Isa> available_isas() {
 
 void choose_isa() {
   const char* forced = std::getenv("KDFAST_CPU_ISA");
-  use_kernels(forced && *forced ? parse(forced) : available_isas().back());
+  use_kernels(forced && *forced ? runnable_isa(forced) : available_isas().back());
 }
 
-void set_isa(const std::string& name) { use_kernels(parse(name)); }
+void set_isa(const std::string& name) { use_kernels(runnable_isa(name)); }
 
 const char* isa_name(Isa isa) {
   switch (isa) {
@@ -105,6 +105,22 @@ const char* isa_name(Isa isa) {
     case Isa::amx_emulated: return "amx_emulated";
     default: return "generic";
   }
+}
+
+std::tuple<std::string, int, int, int> cpu_signature() {
+#if defined(__x86_64__)
+  const Cpuid names(0), version(1);
+  std::string vendor;
+  for (const unsigned letters : {names.b, names.d, names.c})
+    vendor.append(reinterpret_cast<const char*>(&letters), sizeof(letters));
+  // The extended fields count for the highest family (AMD, Intel), the model's for Intel's 6 too.
+  int family = version.a >> 8 & 15, model = version.a >> 4 & 15;
+  if (family == 15 || family == 6) model += (version.a >> 16 & 15) << 4;
+  if (family == 15) family += version.a >> 20 & 255;
+  return {vendor, family, model, version.a & 15};
+#else
+  return {};
+#endif
 }
 
 }  // namespace kdfast::cpu

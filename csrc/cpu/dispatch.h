@@ -3,6 +3,7 @@
 // set_isa().
 #pragma once
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -17,6 +18,10 @@ std::vector<Isa> testable_isas();
 void choose_isa();
 // Throws std::invalid_argument for a name that is unknown or that this CPU cannot run.
 void set_isa(const std::string& name);
+// The instruction set of that name; throws as set_isa does.
+Isa runnable_isa(const std::string& name);
 const char* isa_name(Isa isa);
+// Vendor, family, model and stepping of an x86 CPU as cpuid has them; elsewhere an empty vendor.
+std::tuple<std::string, int, int, int> cpu_signature();
 
 }  // namespace kdfast::cpu

@@ -10,17 +10,25 @@ namespace {
 // a kernel of its own takes the one of the set below it. Only in tiles are split products, three
 // instead of one, faster than fp32.
 constinit const Kernels kTables[] = {
-    {Isa::generic, {&attention_generic, &attention_generic, &attention_generic}, &rows_generic},
+    {Isa::generic,
+     {&attention_generic, &attention_generic, &attention_generic},
+     &rows_generic,
+     &peak_generic},
 #if KDFAST_X86
-    {Isa::avx2, {&attention_avx2, &attention_avx2, &attention_avx2}, &rows_avx2},
-    {Isa::avx512, {&attention_avx512, &attention_avx512, &attention_avx512}, &rows_avx512},
+    {Isa::avx2, {&attention_avx2, &attention_avx2, &attention_avx2}, &rows_avx2, &peak_avx2},
+    {Isa::avx512,
+     {&attention_avx512, &attention_avx512, &attention_avx512},
+     &rows_avx512,
+     &peak_avx512},
     {Isa::avx512_bf16,
      {&attention_avx512, &attention_avx512, &attention_avx512_bf16},
-     &rows_avx512},
-    {Isa::amx, {&attention_avx512, &attention_amx_split, &attention_amx}, &rows_avx512},
+     &rows_avx512,
+     &peak_avx512_bf16},
+    {Isa::amx, {&attention_avx512, &attention_amx_split, &attention_amx}, &rows_avx512, &peak_amx},
     {Isa::amx_emulated,
      {&attention_avx512, &attention_amx_emulated_split, &attention_amx_emulated},
-     &rows_avx512},
+     &rows_avx512,
+     &peak_amx_emulated},
 #endif
 };
 
@@ -31,8 +39,8 @@ constinit std::atomic<const Kernels*> current{&kTables[0]};
 
 const Kernels& kernels() { return *current.load(std::memory_order_relaxed); }
 
-void use_kernels(Isa isa) {
-  current.store(&kTables[static_cast<int>(isa)], std::memory_order_relaxed);
-}
+const Kernels& kernels_of(Isa isa) { return kTables[static_cast<int>(isa)]; }
+
+void use_kernels(Isa isa) { current.store(&kernels_of(isa), std::memory_order_relaxed); }
 
 }  // namespace kdfast::cpu

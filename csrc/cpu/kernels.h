@@ -12,6 +12,7 @@
 #include "cpu/isa/attention_entropy.h"
 #include "cpu/isa/feature_loss.h"
 #include "cpu/isa/kd_loss.h"
+#include "cpu/isa/peak.h"
 #include "cpu/isa/pruned_attention.h"
 #include "cpu/isa/swiglu_norm.h"
 
@@ -57,10 +58,13 @@ struct Kernels {
   Isa isa;
   const AttentionKernels<float>* attention[3];  // by Products
   const RowKernels* rows;
+  const PeakLoops* peak;
 };
 
 // Those of the instruction set in force.
 const Kernels& kernels();
+// Those of one instruction set, which this CPU must have to run them.
+const Kernels& kernels_of(Isa isa);
 // Puts an instruction set in force, which this CPU must have.
 void use_kernels(Isa isa);
 

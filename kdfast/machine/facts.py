@@ -11,13 +11,15 @@ import torch
 
 from kdfast._version import __version__
 from kdfast.ops._library import EXTENSION
+from kdfast.ops._processor import processor
 
 
 def machine_facts() -> dict[str, Any]:
-    """CPU or GPU name, ISA, threads, versions and the commit of the code that runs."""
+    """CPU or GPU name, microarchitecture, ISA, threads, versions, the commit that runs."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": cpu_name(),
+        "family": processor().name,
         "gpu": gpu,
         "isa": EXTENSION.cpu_isa() if EXTENSION else None,
         "threads": torch.get_num_threads(),

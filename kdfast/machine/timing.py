@@ -114,7 +114,8 @@ def interleave(
     candidates: Mapping[str, Candidate],
     *,
     rounds: int = 15,
-    repeats: int | None = None,
+    least: int = FEW,
+    repeats: int | Mapping[str, int] | None = None,
     warmup: int = 2,
     seconds: float | None = None,
     calibration: Calibration | None = None,
@@ -124,25 +125,29 @@ def interleave(
     Args:
         candidates: Name to a call without arguments.
         rounds: Samples per candidate.
-        repeats: Calls of a sample, without warm-up; None: as many as take SAMPLE_SECONDS.
+        least: Samples of each that are taken however long it takes.
+        repeats: Calls of a sample, of all or by name, without warm-up; None: ``calls_per_sample``.
         warmup: Calls of each before the first sample; one of them if it takes long.
-        seconds: After this time no round is begun, if FEW samples of each are there.
+        seconds: After this time no round is begun, if ``least`` samples of each are there.
         calibration: Tells slow windows of the machine; None: only foreign load counts.
 
     Returns:
         Name to (seconds per call, was it a fast sample) per round: the cores were ours, and the
         calibration loops before and after ran within SLOW of the best.
     """
-    counts = {n: repeats or _repeats(call, warmup) for n, call in candidates.items()}
+    if repeats is None:
+        repeats = {name: calls_per_sample(call, warmup) for name, call in candidates.items()}
+    elif isinstance(repeats, int):
+        repeats = dict.fromkeys(candidates, repeats)
     taken: dict[str, list[tuple[float, bool, float]]] = {name: [] for name in candidates}
     order: Sequence[str] = list(candidates)
     loop = calibration.seconds if calibration else lambda: 0.0
     started, before = time.monotonic(), loop()
     for done in range(rounds):
-        if seconds is not None and done >= FEW and time.monotonic() - started > seconds:
+        if seconds is not None and done >= least and time.monotonic() - started > seconds:
             break
         for name in order:
-            sample, quiet = timed_sample(candidates[name], counts[name])
+            sample, quiet = timed_sample(candidates[name], repeats[name])
             after = loop()
             taken[name].append((sample, quiet, max(before, after)))
             before = after
@@ -152,8 +157,8 @@ def interleave(
     return {n: [(s, quiet and around <= limit) for s, quiet, around in t] for n, t in taken.items()}
 
 
-def _repeats(call: Candidate, warmup: int) -> int:
-    """Warms up, and says how often a sample should call."""
+def calls_per_sample(call: Candidate, warmup: int = 2) -> int:
+    """Warms up, and says how many calls take SAMPLE_SECONDS; 1 if one takes longer."""
     for _ in range(warmup):
         if timed_sample(call, 1)[0] > LONG_SECONDS:
             return 1

@@ -99,7 +99,7 @@ def _legend(axes: Any, known: Sequence[str]) -> None:
         Line2D([], [], marker=marker, ls="", color="gray", label=f"{name} model")
         for name, marker in zip(known, MARKERS, strict=False)
     ]
-    axes.legend(handles=entries, fontsize=9, loc="center right")
+    axes.figure.legend(handles=entries, fontsize=9, loc="outside lower center", ncols=len(entries))
 
 
 def _label(axes: Any, points: Sequence[Row]) -> None:
@@ -109,8 +109,6 @@ def _label(axes: Any, points: Sequence[Row]) -> None:
     scale = figure.dpi / 72
     centres = [axes.transData.transform((_ms(row), _distance(row))) for row in points]
     taken = [(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in centres]
-    box = axes.get_legend().get_window_extent(renderer)
-    taken.append((box.x0, box.y0, box.x1, box.y1))
     frame = axes.get_window_extent(renderer)
     order = sorted(range(len(points)), key=lambda i: centres[i][0])
     for index in order:
