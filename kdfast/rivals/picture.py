@@ -67,7 +67,7 @@ def _frame(axes: Any, points: Sequence[Row], title: str) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(min(times) / 1.25, max(times) * 1.6)
-    axes.set_ylim(FLOOR / 6, max(3.0 * max(map(_distance, points)), 1e-2))
+    axes.set_ylim(FLOOR / 6, max(5.0 * max(map(_distance, points)), 1e-2))
     steps = [s * 10**e for e in range(-3, 6) for s in (1, 1.5, 2, 3, 5, 7)]
     axes.set_xticks([s for s in steps if axes.get_xlim()[0] <= s <= axes.get_xlim()[1]])
     axes.xaxis.set_major_formatter(ScalarFormatter())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import pickle
 import signal
@@ -71,6 +72,7 @@ class Child:
     def __init__(self, target: Target, task: worker.Task) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["kdfast.rivals.worker"])
+        self._log = task.log
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=target, args=(theirs, task), daemon=True)
         self._process.start()
@@ -114,7 +116,9 @@ class Child:
         if code is not None and code < 0:
             hint = ", perhaps for lack of memory" if code == -signal.SIGKILL else ""
             return f"its process was ended by {signal.Signals(-code).name}{hint}"
-        return f"its process ended with status {code}"
+        said = self._log.read_text(errors="replace").split("\n") if self._log.exists() else []
+        last = next((line.strip() for line in reversed(said) if line.strip()), "no message")
+        return f"its process ended with status {code}: {last}"
 
 
 class Race:
@@ -146,6 +150,7 @@ class Race:
         self._models = {name: pickle.dumps(model) for name, model in subjects.items()}
         self._children: dict[str, Child] = {}
         self._started: list[Child] = []
+        self._numbers = itertools.count()
 
     def __enter__(self) -> Race:
         return self
@@ -279,7 +284,7 @@ class Race:
             batches=batches,
             folder=folder,
             threads=self._threads,
-            log=Path(self._folder.name) / "log.txt",
+            log=Path(self._folder.name) / f"{next(self._numbers)}.log",
         )
         child = Child(target, task)
         self._started.append(child)

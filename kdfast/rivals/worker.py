@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kdfast.machine.memory import reset_peak, resident_bytes
 from kdfast.machine.timing import timed_sample
-from kdfast.rivals.rival import Loaded, Rival, Unavailable
+from kdfast.rivals.rival import Loaded, Rival, Unavailable, told
 from kdfast.rivals.table import RIVALS
 
 CPU = torch.device("cpu")
@@ -168,7 +168,8 @@ def _load(rival: Rival, task: Task, example: Tensor) -> tuple[Loaded, int, Ready
     base = resident_bytes()[0]
     model = _model(task)
     start = time.perf_counter()
-    loaded = rival.load(model, example, task.folder)
-    loaded.call(example)
+    with told("loading"):
+        loaded = rival.load(model, example, task.folder)
+        loaded.call(example)
     seconds = time.perf_counter() - start
     return loaded, base, Ready("", loaded.note, rival.nbytes(model, task.folder), seconds)
