@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor
 from torch import Tensor, nn
 
 from kdfast.rivals.eager import DTYPES, TorchRival, given
@@ -23,6 +22,9 @@ class Compiled(TorchRival):
 
     def load(self, model: nn.Module | None, example: Tensor, folder: Path) -> Loaded:
         """As in ``Rival``."""
+        # Not before: it imports the whole compiler.
+        import torch._inductor.config as inductor
+
         plain = without_kdfast(given(model), example, DTYPES[self.dtype])
         # As an option too, so that torch does not take what it compiled without freezing: it keeps
         # graphs by the model's code and by the options.
