@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=Path, metavar="DIR", help="your pictures; rendered scenes if left out")
     add("--pictures", type=int, default=16, help="to agree on [16]")
     add("--prune", type=float, default=0.5, metavar="SHARE", help="of heads removed; 0: none [0.5]")
-    add("--pruned", metavar="DIR", help="folder of a pruned model, in place of --prune")
+    add("--pruned", metavar="PATH", help="a pruned model, saved, in place of --prune")
     add("--batch", type=int, default=1, help="pictures of a call [1]")
     add("--threads", type=int, help="of every candidate [torch's]")
     add("--only", type=names, metavar="A,B", help="candidates, see below")
@@ -250,7 +250,8 @@ def introduce(
     print(f"{count} picture{'s' * (count > 1)} to agree on: {source}")
     if random:
         print("note: with random weights agreement says little about trained ones (--pretrained)")
-    print(f"{machine['cpu']}, {machine['threads']} threads, batch {options.batch}\n")
+    where = f"{machine['cpu']} ({machine['family']}), {machine['threads']} threads"
+    print(f"{where}, batch {options.batch}\n")
     return {
         "machine": machine,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
@@ -304,7 +305,8 @@ def show(rows: Sequence[Row], facts: dict[str, Any], options: argparse.Namespace
     machine = facts["machine"]
     title = (
         f"{options.model}, batch {options.batch}\n"
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+        f"{machine['cpu']} ({machine['family']}), {machine['threads']} threads, "
+        f"torch {machine['torch']}"
     )
     picture, numbers = options.out / "compare.png", options.out / "compare.json"
     content = {**facts, "rows": [asdict(row) for row in rows]}
