@@ -250,8 +250,7 @@ def introduce(
     print(f"{count} picture{'s' * (count > 1)} to agree on: {source}")
     if random:
         print("note: with random weights agreement says little about trained ones (--pretrained)")
-    where = f"{machine['cpu']} ({machine['family']}), {machine['threads']} threads"
-    print(f"{where}, batch {options.batch}\n")
+    print(f"{where(machine)}, batch {options.batch}\n")
     return {
         "machine": machine,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
@@ -263,6 +262,12 @@ def introduce(
         "batch": options.batch,
         "request": {name: str(value) for name, value in vars(options).items()},
     }
+
+
+def where(machine: dict[str, Any]) -> str:
+    """The processor and the threads, in words."""
+    count = machine["threads"]
+    return f"{machine['cpu']} ({machine['family']}), {count} thread{'s' * (count > 1)}"
 
 
 def measure(race: Race, seconds: float) -> bool:
@@ -303,11 +308,8 @@ def show(rows: Sequence[Row], facts: dict[str, Any], options: argparse.Namespace
     for line in (*notes(rows), "", *lines(rows)):
         console.print(line, highlight=False, soft_wrap=True)
     machine = facts["machine"]
-    title = (
-        f"{options.model}, batch {options.batch}\n"
-        f"{machine['cpu']} ({machine['family']}), {machine['threads']} threads, "
-        f"torch {machine['torch']}"
-    )
+    name = Path(options.model).name if Path(options.model).exists() else options.model
+    title = f"{name}, batch {options.batch}\n{where(machine)}, torch {machine['torch']}"
     picture, numbers = options.out / "compare.png", options.out / "compare.json"
     content = {**facts, "rows": [asdict(row) for row in rows]}
     numbers.write_text(json.dumps(content, indent=1) + "\n")

@@ -126,10 +126,12 @@ def test_the_end_of_a_process_is_a_reason(model_folder: Path) -> None:
         race.prepare(race.contenders, lambda _: None)
         race._children["whole eager"]._process.kill()
         race.time(race.contenders, 0.01, lambda _: None)
+        # As if Ctrl-C had come before the answer to a turn.
+        race._children["whole kdfast"]._connection.send(("turn", 0.0))
         race.finish(race.contenders, lambda _: None)
         dead, alive = race.contenders
         assert dead.reason == "its process was ended by SIGKILL, perhaps for lack of memory"
-        assert not alive.reason and len(alive.samples) >= 6 and alive.memory > 0
+        assert not alive.reason and len(alive.samples) >= 7 and alive.memory > 0
         assert alive.note == "2 modules fused, 0 left"
 
 
@@ -206,7 +208,9 @@ def test_sentences_and_the_picture(tmp_path: Path) -> None:
         "whole, int8: onnx-int8 is not faster (0.80x) against the fastest fp32, eager; "
         "its answers differ (cosine 0.500)",
     ]
-    assert notes(rows) == ["kdfast-bf16: as asked (whole)", "onnx-int8: no (pruned)"]
+    assert notes(rows) == ["kdfast-bf16 (whole): as asked", "onnx-int8 (pruned): no"]
+    both = [Row(model, name, "int8", reason="no") for model in "ab" for name in ("x", "y")]
+    assert notes([*both, Row("a", "z", "int8", reason="no")]) == ["x, y, z (a): no"]
     busy = [Row("whole", "eager", "fp32", ms=8.0, samples=10, quiet=2)]
     assert notes(busy)[0].startswith("other programs were running: only 2 of 10 calls")
     assert draw(rows, tmp_path / "a.png", "title") and (tmp_path / "a.png").exists()

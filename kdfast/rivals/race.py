@@ -148,14 +148,21 @@ class Race:
         self._threads = threads
         self._folder = tempfile.TemporaryDirectory(prefix="kdfast-")
         self._models = {name: pickle.dumps(model) for name, model in subjects.items()}
+        self._imports = {
+            name: sorted({type(module).__module__ for module in model.modules()})
+            for name, model in subjects.items()
+        }
         self._children: dict[str, Child] = {}
         self._started: list[Child] = []
         self._numbers = itertools.count()
+        self._closed = False
 
     def __enter__(self) -> Race:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # A thread that still prepares, after Ctrl-C, must not start another process.
+        self._closed = True
         self.clear(0.5)
         self._folder.cleanup()
 
@@ -221,7 +228,11 @@ class Race:
             if contender.reason or not contender.samples:
                 continue
             try:
-                done = self._children[contender.name].ask("finish", complete)
+                child = self._children[contender.name]
+                done = child.ask("finish", complete)
+                while isinstance(done, list):  # the answer to a turn that Ctrl-C fell into
+                    contender.samples += done
+                    done = child.receive()
                 contender.outputs, contender.memory = done.outputs, done.memory
             except EOFError as error:
                 contender.reason = str(error)
@@ -285,7 +296,10 @@ class Race:
             folder=folder,
             threads=self._threads,
             log=Path(self._folder.name) / f"{next(self._numbers)}.log",
+            imports=self._imports[subject] if model else (),
         )
+        if self._closed:
+            raise EOFError("stopped")
         child = Child(target, task)
         self._started.append(child)
         return child

@@ -57,15 +57,16 @@ def table(rows: Sequence[Row]) -> Any:
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """Why rows are missing, how others ran, and whether the times can be relied on."""
-    found: dict[str, list[str]] = {}
+    every = models(rows)
+    found: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         if text := row.reason or row.note:
-            found.setdefault(f"{row.name}: {text}", []).append(row.model)
-    every = models(rows)
-    told = [
-        text if some == every or len(every) == 1 else f"{text} ({', '.join(some)})"
-        for text, some in found.items()
-    ]
+            found.setdefault(text, {}).setdefault(row.name, []).append(row.model)
+    told = []
+    for text, who in found.items():
+        # Of both models, where a name stands alone.
+        names = (n if some == every else f"{n} ({', '.join(some)})" for n, some in who.items())
+        told.append(f"{', '.join(names)}: {text}")
     samples, quiet = sum(row.samples for row in rows), sum(row.quiet for row in rows)
     if quiet < QUIET * samples:
         told.append(

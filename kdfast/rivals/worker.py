@@ -7,6 +7,7 @@ another one's run, and a crash of its library ends nobody else.
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import signal
@@ -38,6 +39,7 @@ class Task(NamedTuple):
         folder: Where exported files are.
         threads: Of every library.
         log: File that takes what the libraries print.
+        imports: Modules that the model's classes come from.
     """
 
     rivals: Sequence[str]
@@ -46,6 +48,7 @@ class Task(NamedTuple):
     folder: Path
     threads: int
     log: Path
+    imports: Sequence[str] = ()
 
 
 class Ready(NamedTuple):
@@ -165,6 +168,9 @@ def _model(task: Task) -> nn.Module | None:
 def _load(rival: Rival, task: Task, example: Tensor) -> tuple[Loaded, int, Ready]:
     """The candidate, the process's memory before the model came, and what is sent."""
     rival.require()
+    # Libraries are not the model's memory, and unpickling would import them.
+    for name in task.imports:
+        importlib.import_module(name)
     base = resident_bytes()[0]
     model = _model(task)
     start = time.perf_counter()
