@@ -50,6 +50,7 @@ gpu-static: $(INSTALLED)  # after an edit of kernels/; ARGS=--core compiles the 
 
 bench: $(INSTALLED)  # waiting threads sleep: spinning ones time the scheduler of a small machine
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest bench -m "not slow" \
+		--benchmark-max-time=0.5 \
 		--benchmark-columns=median,iqr,min,rounds,iterations $(ARGS)
 
 lint: $(INSTALLED)

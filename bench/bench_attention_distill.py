@@ -4,7 +4,7 @@
 "eager" is what people write: both maps in the dtype of the inputs, kl_div of them, autograd.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -31,38 +31,25 @@ def eager(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor) -> tuple[Tens
 @pytest.mark.candidates("kdfast", "eager", "compile", "attention only")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_kl(
-    compare: Compare, device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype
-) -> None:
-    inputs = [torch.randn(*shape, D).to(device, dtype) for _ in range(5)]
+def bench_kl(compare: Compare, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    inputs = [torch.randn(*shape, D).to(compare.device, dtype) for _ in range(5)]
     leaves = [x.requires_grad_() for x in inputs[:3]]
-    weight = torch.randn(*shape, D).to(device, dtype)
+    weight = torch.randn(*shape, D).to(compare.device, dtype)
     compiled = session.compiled(eager)
     losses = {
         "kdfast": lambda: kdfast.attention_distill(*inputs, backend="fused"),
         "eager": lambda: eager(*inputs),
         "compile": lambda: compiled(*inputs),
     }
-    want = eager(*(x.detach().double() for x in inputs))
-    near = session.near(want, 2e-2 if dtype == torch.bfloat16 else 1e-4)
-
-    def step(loss: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], object]:
-        def run() -> object:
-            out, value = loss()
-            return torch.autograd.grad([out, value], leaves, [weight, None])
-
-        return run
-
-    def attention_only() -> object:
-        return torch.autograd.grad(
-            kdfast.pruned_attention(*leaves, backend="fused"), leaves, weight
-        )
-
+    attention = partial(kdfast.pruned_attention, *leaves, backend="fused")
+    near = session.near(
+        eager(*(x.detach().double() for x in inputs)), 2e-2 if dtype == torch.bfloat16 else 1e-4
+    )
     compare(
         "attention_distill",
         "fwd+bwd KL {}x{}x{} {}".format(*shape, dtype),
-        {name: step(loss) for name, loss in losses.items()},
+        {name: session.gradients(x, leaves, [weight, None]) for name, x in losses.items()},
         check=lambda name, _: near(name, losses[name]),
-        yardsticks={"attention only": attention_only},
+        yardsticks={"attention only": session.gradients(attention, leaves, weight)},
         memory=True,
     )

@@ -6,13 +6,12 @@ what public ORION code computes: padded windows, rotation by tensor ops, maps in
 has 8 of the 16 heads.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import session
 from bench.compare import Compare
 from bench.orion_eager import forward as eager_forward
 from kdfast.models import AttentionTarget, EVAViT, eva_vit_l_orion
@@ -33,38 +32,31 @@ def models(device: torch.device, dtype: torch.dtype) -> tuple[EVAViT, EVAViT, Te
 
 @pytest.mark.candidates("kdfast", "kdfast, 16 heads", "eager")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def bench_forward(compare: Compare, device: torch.device, dtype: torch.dtype) -> None:
-    teacher, student, image = models(device, dtype)
+def bench_forward(compare: Compare, dtype: torch.dtype) -> None:
+    teacher, student, image = models(compare.device, dtype)
     with torch.no_grad():
         for model in (teacher, student):
             want, got = eager_forward(model, image)[0], model(image)
             error = (got.double() - want.double()).norm() / want.double().norm()
             assert error < (3e-2 if dtype == torch.bfloat16 else 1e-4), f"{error:.2e}"
 
-    def inference(call: Callable[[], object]) -> Callable[[], object]:
-        def run() -> object:
-            with torch.no_grad():
-                return call()
-
-        return run
-
     calls = {
-        "kdfast": inference(lambda: student(image)),
-        "eager": inference(lambda: eager_forward(teacher, image)),
+        "kdfast": session.inference(lambda: student(image)),
+        "eager": session.inference(lambda: eager_forward(teacher, image)),
     }
     case = f"fwd 3 of 24 blocks, 8 heads, eager: 16 {dtype}"
-    yardsticks = {"kdfast, 16 heads": inference(lambda: teacher(image))}
+    yardsticks = {"kdfast, 16 heads": session.inference(lambda: teacher(image))}
     compare("EVA-ViT-L", case, calls, yardsticks=yardsticks)
 
 
 @pytest.mark.candidates("kdfast", "eager")
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)  # a round in fp32 takes ten seconds
-def bench_distillation(compare: Compare, device: torch.device, dtype: torch.dtype) -> None:
+def bench_distillation(compare: Compare, dtype: torch.dtype) -> None:
     """Teacher forward, student forward and backward: MSE of the output, KL of every block's maps.
 
     The KL of kdfast leaves the padded queries out, which ORION crops; eager compares them too.
     """
-    teacher, student, image = models(device, dtype)
+    teacher, student, image = models(compare.device, dtype)
     parameters = list(student.parameters())
 
     def fused() -> object:

@@ -24,13 +24,13 @@ CASES = {
 @pytest.mark.candidates(*NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def bench_gather(compare: Compare, device: torch.device, case: str, dtype: torch.dtype) -> None:
+def bench_gather(compare: Compare, case: str, dtype: torch.dtype) -> None:
     shape, dim = CASES[case]
-    x = torch.randn(shape).to(device, dtype)
+    x = torch.randn(shape).to(compare.device, dtype)
     args = {"head_dim": 64, "dim": dim}
     positive = dim % x.dim()
     index = torch.tensor(HEADS)
-    rows = (index[:, None] * 64 + torch.arange(64)).flatten().to(device)
+    rows = (index[:, None] * 64 + torch.arange(64)).flatten().to(compare.device)
     candidates = {
         "kdfast": lambda: kdfast.head_gather(x, HEADS, backend="fused", **args),
         "eager": lambda: op.reference(x, HEADS, 64, positive),
@@ -43,13 +43,13 @@ def bench_gather(compare: Compare, device: torch.device, case: str, dtype: torch
 
 @pytest.mark.candidates(*NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def bench_block(compare: Compare, device: torch.device, dtype: torch.dtype) -> None:
+def bench_block(compare: Compare, dtype: torch.dtype) -> None:
     """Weights of q, k, v and proj and two biases of a block of EVA-L, as pruning takes them."""
     shapes = [(1024, 1024)] * 4 + [(1024,)] * 2
-    tensors = [torch.randn(shape).to(device, dtype) for shape in shapes]
+    tensors = [torch.randn(shape).to(compare.device, dtype) for shape in shapes]
     dims = [0, 0, 0, 1, 0, 0]
     index = torch.tensor(HEADS)
-    rows = (index[:, None] * 64 + torch.arange(64)).flatten().to(device)
+    rows = (index[:, None] * 64 + torch.arange(64)).flatten().to(compare.device)
     candidates = {
         "kdfast": lambda: kdfast.head_gather_block(
             tensors, HEADS, head_dim=64, dims=dims, backend="fused"

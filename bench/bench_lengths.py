@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """pruned_attention over the number of tokens, with memory, and what the rotation inside costs."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,8 @@ DTYPES = session.sized([torch.float32, torch.bfloat16], [torch.float32])
 
 @pytest.mark.candidates("kdfast", "eager", "sdpa")
 @pytest.mark.parametrize("tokens", TOKENS)
-def bench_lengths(compare: Compare, device: torch.device, tokens: int) -> None:
-    dtype = DTYPES[-1]
+def bench_lengths(compare: Compare, tokens: int) -> None:
+    dtype, device = DTYPES[-1], compare.device
     inputs = packed(1, HEADS, tokens, dtype, device)
     calls: dict[str, Attention] = {
         "kdfast": lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"),
@@ -29,15 +31,15 @@ def bench_lengths(compare: Compare, device: torch.device, tokens: int) -> None:
     weight = torch.randn(1, HEADS, tokens, D).to(device, dtype)
     candidates = {name: with_backward(call, inputs, weight) for name, call in calls.items()}
     case = f"fwd+bwd 1x{HEADS}x{tokens} {dtype}"
-    check = session.near(with_backward(eager, inputs, weight)(), 3e-2)
+    check = session.near(candidates["eager"](), 3e-2)
     compare("lengths", case, candidates, check=check, memory=True)
 
 
 @pytest.mark.candidates("kdfast", "kdfast, no rope", "eager", "sdpa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def bench_rope(compare: Compare, device: torch.device, dtype: torch.dtype) -> None:
+def bench_rope(compare: Compare, dtype: torch.dtype) -> None:
     """The rotation inside the kernel, against none and against tensor ops."""
-    batch, tokens = session.sized((8, 257), (1, 20))
+    (batch, tokens), device = session.sized((8, 257), (1, 20)), compare.device
     inputs = packed(batch, HEADS, tokens, dtype, device)
     angle = torch.randn(tokens, D // 2).repeat_interleave(2, -1).to(device)
     cos, sin = angle.cos(), angle.sin()
@@ -54,14 +56,12 @@ def bench_rope(compare: Compare, device: torch.device, dtype: torch.dtype) -> No
     }
     weight = torch.randn(batch, HEADS, tokens, D).to(device, dtype)
     candidates = {name: with_backward(call, inputs, weight) for name, call in calls.items()}
-
-    def no_rope(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return kdfast.pruned_attention(q, k, v, backend="fused")
+    plain = with_backward(partial(kdfast.pruned_attention, backend="fused"), inputs, weight)
 
     compare(
         "pruned_attention",
         f"fwd+bwd RoPE {batch}x{HEADS}x{tokens} {dtype}",
         candidates,
         check=session.near(candidates["eager"](), 3e-2),
-        yardsticks={"kdfast, no rope": with_backward(no_rope, inputs, weight)},
+        yardsticks={"kdfast, no rope": plain},
     )

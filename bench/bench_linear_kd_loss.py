@@ -25,9 +25,9 @@ OPTIONS = op.Options(4.0, 0.7, "batchmean", 0.0, -100)
 @pytest.mark.candidates("kdfast", "eager", "compile")
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def bench_forward_backward(
-    compare: Compare, device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype
+    compare: Compare, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
-    rows, classes, dim = shape
+    (rows, classes, dim), device = shape, compare.device
     hidden, teacher_hidden = (torch.randn(rows, dim).to(device, dtype) for _ in range(2))
     weight, teacher_weight = ((0.1 * torch.randn(classes, dim)).to(device, dtype) for _ in range(2))
     target = torch.randint(0, classes, (rows,)).to(device)
@@ -42,9 +42,7 @@ def bench_forward_backward(
         "eager": lambda: op.reference(layers, OPTIONS)[0],
         "compile": lambda: compiled(layers, OPTIONS)[0],
     }
-    steps = {
-        name: lambda loss=loss: torch.autograd.grad(loss(), leaves) for name, loss in losses.items()
-    }
+    steps = {name: session.gradients(loss, leaves) for name, loss in losses.items()}
     compare(
         "linear_kd_loss",
         f"fwd+bwd {rows}x{classes}x{dim} {dtype}",

@@ -8,6 +8,8 @@ memory come on top.
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -94,26 +96,42 @@ def packed(
 def with_backward(call: Attention, inputs: list[Tensor], weight: Tensor) -> Callable[[], object]:
     """``call`` and its gradients for all three inputs."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    return lambda: torch.autograd.grad(call(*leaves), leaves, weight)
+    return session.gradients(partial(call, *leaves), leaves, weight)
 
 
 def forward(call: Attention, inputs: list[Tensor]) -> Callable[[], Tensor]:
     """``call`` without a graph."""
-    leaves = [x.detach() for x in inputs]
-
-    def run() -> Tensor:
-        with torch.no_grad():
-            return call(*leaves)
-
-    return run
+    return session.inference(partial(call, *(x.detach() for x in inputs)))
 
 
-def checking(
-    candidates: dict[str, Attention], inputs: list[Tensor], exact: Tensor, low: bool = False
-) -> session.Check:
-    """Of the output, also where the gradients are timed; ``low``: products may be made in bf16."""
+def time_phase(
+    compare: Compare,
+    phase: str,
+    what: str,
+    candidates: dict[str, Attention],
+    inputs: list[Tensor],
+    exact: Tensor,
+    *,
+    low: bool = False,
+    **options: Any,
+) -> None:
+    """Compares "fwd", or "fwd+bwd" with the gradients of all inputs; checks the output of both.
+
+    ``low``: fp32 may be multiplied in bf16.
+    """
     near = session.near(exact, 2e-2 if low or inputs[0].dtype == torch.bfloat16 else 1e-4)
-    return lambda name, _: near(name, forward(candidates[name], inputs))
+    weight = torch.randn(exact.shape).to(inputs[0])
+    compare(
+        "pruned_attention",
+        f"{phase} {what}",
+        {
+            name: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
+            for name, call in candidates.items()
+        },
+        check=lambda name, _: near(name, forward(candidates[name], inputs)),
+        memory=phase != "fwd",
+        **options,
+    )
 
 
 @pytest.mark.candidates(*TORCH, *LIBRARIES)
@@ -122,13 +140,12 @@ def checking(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def bench_attention(
     compare: Compare,
-    device: torch.device,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     phase: str,
 ) -> None:
     batch, heads, tokens = shape
-    inputs = packed(*shape, dtype, device)
+    inputs = packed(*shape, dtype, compare.device)
     candidates: dict[str, Attention] = {
         "kdfast": lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"),
         "eager": eager,
@@ -140,22 +157,17 @@ def bench_attention(
         found, missing = libraries(dtype, inputs)
         candidates |= found
     exact = eager(*(x.detach().double() for x in inputs))
-    weight = torch.randn(batch, heads, tokens, D).to(device, dtype)
-    calls = {
-        name: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
-        for name, call in candidates.items()
-    }
     products = 4 if phase == "fwd" else 14
-    flops = products * batch * heads * tokens**2 * D
-    compare(
-        "pruned_attention",
-        f"{phase} {batch}x{heads}x{tokens} {dtype}",
-        calls,
-        check=checking(candidates, inputs, exact),
+    time_phase(
+        compare,
+        phase,
+        f"{batch}x{heads}x{tokens} {dtype}",
+        candidates,
+        inputs,
+        exact,
         missing=missing,
-        flops=flops,
+        flops=products * batch * heads * tokens**2 * D,
         dtype=dtype,
-        memory=phase != "fwd",
     )
 
 
@@ -185,7 +197,7 @@ def bench_medium(
 
     torch may leave its own products in fp32 where bf16 would not be faster for it.
     """
-    inputs = packed(*shape, torch.float32, device)
+    inputs = packed(*shape, torch.float32, compare.device)
     compiled = {name: session.compiled(eager) for name in ("medium", "highest")}
     candidates: dict[str, Attention] = {}
     for name, suffix in (("medium", ""), ("highest", " fp32")):
@@ -197,30 +209,18 @@ def bench_medium(
         }
         candidates |= {label + suffix: precision(name, call) for label, call in calls.items()}
     exact = eager(*(x.detach().double() for x in inputs))
-    weight = torch.randn(shape[0], shape[1], shape[2], D).to(device)
-    timed = {
-        name: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
-        for name, call in candidates.items()
-    }
     flops = (4 if phase == "fwd" else 14) * shape[0] * shape[1] * shape[2] ** 2 * D
-    compare(
-        "pruned_attention",
-        f"{phase} {'x'.join(map(str, shape))} fp32 medium",
-        timed,
-        check=checking(candidates, inputs, exact, low=True),
-        flops=flops,
-        dtype=torch.bfloat16,
-    )
+    what = f"{'x'.join(map(str, shape))} fp32 medium"
+    options = {"flops": flops, "dtype": torch.bfloat16, "low": True}
+    time_phase(compare, phase, what, candidates, inputs, exact, **options)
 
 
 @pytest.mark.candidates("kdfast", "eager", "sdpa")
 @pytest.mark.parametrize("phase", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def bench_orion_windows(
-    compare: Compare, device: torch.device, dtype: torch.dtype, phase: str
-) -> None:
+def bench_orion_windows(compare: Compare, dtype: torch.dtype, phase: str) -> None:
     """16 x 16 windows with zero-padded keys and RoPE on a 40 x 40 grid, 16 heads."""
-    tokens, across = SIDE**2, PADDED // SIZE
+    tokens, across, device = SIDE**2, PADDED // SIZE, compare.device
     inputs = packed(1, HEADS, tokens, dtype, device)
     cos, sin = (torch.randn(SIZE**2, D).to(device) for _ in range(2))
     pad = torch.randn(HEADS, D).to(device, dtype)
@@ -266,43 +266,24 @@ def bench_orion_windows(
         window=Window((SIDE, SIDE), SIZE, pad.double()),
         backend="reference",
     )
-    weight = torch.randn(1, HEADS, tokens, D).to(device, dtype)
-    calls = {
-        name: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
-        for name, call in candidates.items()
-    }
-    compare(
-        "pruned_attention",
-        f"{phase} ORION windows {dtype}",
-        calls,
-        check=checking(candidates, inputs, exact),
-        memory=phase != "fwd",
-    )
+    time_phase(compare, phase, f"ORION windows {dtype}", candidates, inputs, exact)
 
 
 @pytest.mark.candidates("kdfast", "native half", "all")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def bench_kept_heads(compare: Compare, device: torch.device, dtype: torch.dtype) -> None:
+def bench_kept_heads(compare: Compare, dtype: torch.dtype) -> None:
     """8 of 16 heads by index against 8 heads that are alone, and against all 16."""
     heads, batch, tokens = session.sized((16, 8, 257), (2, 1, 20))
-    wide = packed(batch, heads, tokens, dtype, device)
-    narrow = packed(batch, heads // 2, tokens, dtype, device)
+    wide = packed(batch, heads, tokens, dtype, compare.device)
+    narrow = packed(batch, heads // 2, tokens, dtype, compare.device)
     kept = list(range(0, heads, 2))
-    by_index = forward(
-        lambda q, k, v: kdfast.pruned_attention(q, k, v, heads=kept, backend="fused"), wide
-    )
-    yardsticks = {
-        "native half": forward(
-            lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"), narrow
-        ),
-        "all": forward(lambda q, k, v: kdfast.pruned_attention(q, k, v, backend="fused"), wide),
-    }
+    fused = partial(kdfast.pruned_attention, backend="fused")
     compare(
         "pruned_attention",
         f"fwd 8 of 16 heads {dtype}",
-        {"kdfast": by_index},
+        {"kdfast": forward(partial(fused, heads=kept), wide)},
         check=session.near(eager(*(x.detach().double()[:, kept] for x in wide)), 2e-2),
-        yardsticks=yardsticks,
+        yardsticks={"native half": forward(fused, narrow), "all": forward(fused, wide)},
     )
 
 
@@ -323,11 +304,9 @@ def sdpa_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 @pytest.mark.parametrize("phase", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", BIASED)
-def bench_bias(
-    compare: Compare, device: torch.device, name: str, dtype: torch.dtype, phase: str
-) -> None:
+def bench_bias(compare: Compare, name: str, dtype: torch.dtype, phase: str) -> None:
     """Swin's windows with their shift masks, and BEiT's one bias; the bias gets its gradient."""
-    batch, heads, tokens, dim, biases = BIASED[name]
+    (batch, heads, tokens, dim, biases), device = BIASED[name], compare.device
     qkv = torch.randn(batch, tokens, 3, heads, dim).to(device, dtype).permute(2, 0, 3, 1, 4)
     bias = torch.randn(biases, heads, tokens, tokens).to(device, dtype)
     inputs = [*qkv.unbind(0), bias]
@@ -339,18 +318,7 @@ def bench_bias(
         "sdpa": sdpa_with_bias,
         "compile": session.compiled(with_bias),
     }
-    weight = torch.randn(batch, heads, tokens, dim).to(device, dtype)
-    calls = {
-        label: forward(call, inputs) if phase == "fwd" else with_backward(call, inputs, weight)
-        for label, call in candidates.items()
-    }
     flops = (4 if phase == "fwd" else 14) * batch * heads * tokens**2 * dim
-    compare(
-        "pruned_attention",
-        f"{phase} {name} {dtype}",
-        calls,
-        check=checking(candidates, inputs, with_bias(*(x.double() for x in inputs))),
-        flops=flops,
-        dtype=dtype,
-        memory=phase != "fwd",
-    )
+    exact = with_bias(*(x.double() for x in inputs))
+    what, options = f"{name} {dtype}", {"flops": flops, "dtype": dtype}
+    time_phase(compare, phase, what, candidates, inputs, exact, **options)

@@ -6,6 +6,7 @@ upstream gradient and both gradients.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 import kdfast
 from bench import session
 from bench.compare import Compare
+from bench.session import Check
 from kdfast.ops import swiglu_norm as op
 
 # ORION's MLP on one image, and a ViT-L's with 2048 hidden channels on eight.
@@ -37,13 +39,11 @@ def prepare(
     return inputs, calls
 
 
-def checking(
-    steps: dict[str, Callable[[], Sequence[Tensor]]], exact: Sequence[Tensor]
-) -> session.Check:
+def checking(steps: dict[str, Callable[[], Any]], exact: Tensor | Sequence[Tensor]) -> Check:
     """Nobody is further from fp64 than eager code, whose bf16 sums over rows are 4 % off."""
 
     def errors(name: str) -> list[float]:
-        pairs = zip(steps[name](), exact, strict=True)
+        pairs = zip(session.tensors(steps[name]()), session.tensors(exact), strict=True)
         return [((x.double() - y).norm() / y.norm()).item() for x, y in pairs]
 
     limits = errors("eager")
@@ -58,21 +58,11 @@ def checking(
 @pytest.mark.candidates("kdfast", "eager", "compile")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_forward(
-    compare: Compare, device: torch.device, shape: tuple[int, int], dtype: torch.dtype
-) -> None:
-    inputs, calls = prepare(device, shape, dtype)
-
-    def inference(call: Callable[[], Tensor]) -> Callable[[], Sequence[Tensor]]:
-        def run() -> Sequence[Tensor]:
-            with torch.no_grad():
-                return (call(),)
-
-        return run
-
-    steps = {name: inference(call) for name, call in calls.items()}
+def bench_forward(compare: Compare, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    inputs, calls = prepare(compare.device, shape, dtype)
+    steps = {name: session.inference(call) for name, call in calls.items()}
     with torch.no_grad():
-        check = checking(steps, (op.reference(*(x.double() for x in inputs), 1e-6),))
+        check = checking(steps, op.reference(*(x.double() for x in inputs), 1e-6))
     case = f"fwd {shape[0]}x{shape[1]} {dtype}"
     compare("swiglu_norm", case, steps, check=check, nbytes=3 * inputs[0].nbytes)
 
@@ -80,16 +70,10 @@ def bench_forward(
 @pytest.mark.candidates("kdfast", "eager", "compile")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_forward_backward(
-    compare: Compare, device: torch.device, shape: tuple[int, int], dtype: torch.dtype
-) -> None:
-    inputs, calls = prepare(device, shape, dtype)
-    upstream = torch.randn(shape).to(device, dtype)
-
-    def training(call: Callable[[], Tensor]) -> Callable[[], Sequence[Tensor]]:
-        return lambda: torch.autograd.grad(call(), inputs, upstream)
-
-    steps = {name: training(call) for name, call in calls.items()}
+def bench_forward_backward(compare: Compare, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    inputs, calls = prepare(compare.device, shape, dtype)
+    upstream = torch.randn(shape).to(compare.device, dtype)
+    steps = {n: session.gradients(call, inputs, upstream) for n, call in calls.items()}
     wide = [x.detach().double().requires_grad_() for x in inputs]
     exact = torch.autograd.grad(op.reference(*wide, 1e-6), wide, upstream.double())
     compare(

@@ -112,8 +112,8 @@ def ours(
     return stepper(student, loss)
 
 
-@pytest.fixture
-def batch(device: torch.device) -> tuple[Tensor, Tensor]:
+def pictures(device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch, and its labels."""
     torch.manual_seed(7)
     images = torch.rand(BATCH, 3, SIZE, SIZE)
     return images.to(device), torch.randint(0, CLASSES, (BATCH,)).to(device)
@@ -121,29 +121,27 @@ def batch(device: torch.device) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.candidates("kdfast", "timm", "kdfast, cache")
 @pytest.mark.parametrize("index", LINKS, ids=["assistant", "student"])
-def bench_training_step(
-    compare: Compare, batch: tuple[Tensor, Tensor], index: int, tmp_path: Path
-) -> None:
-    images, target = batch
+def bench_training_step(compare: Compare, index: int, tmp_path: Path) -> None:
+    images, target = pictures(compare.device)
     teacher = model(index - 1).to(images.device).eval()
     key = teacher_key(teacher, {"data": "bench"})
     cache = TeacherCache.build(
         teacher, Pictures(images), tmp_path / "cache", key=key, batch_size=BATCH
     )
     steps = {
-        "kdfast": ours(index, *batch, None),
-        "timm": plain(index, *batch),
-        "kdfast, cache": ours(index, *batch, cache),
+        "kdfast": ours(index, images, target, None),
+        "timm": plain(index, images, target),
+        "kdfast, cache": ours(index, images, target, cache),
     }
     # The steps of the check move all candidates alike, and by little.
-    check = session.near(plain(index, *batch)(), TOLERANCE)
+    check = session.near(plain(index, images, target)(), TOLERANCE)
     compare("vit_chain", f"{CHAIN[index]} step, batch {BATCH}, {SIZE} px", steps, check=check)
 
 
 @pytest.mark.candidates("kdfast", "timm")
 @pytest.mark.parametrize("index", LINKS, ids=["assistant", "student"])
-def bench_evaluation(compare: Compare, batch: tuple[Tensor, Tensor], index: int) -> None:
-    images, _ = batch
+def bench_evaluation(compare: Compare, index: int) -> None:
+    images, _ = pictures(compare.device)
     models = {name: model(index).to(images.device).eval() for name in ("kdfast", "timm")}
     accelerate(models["kdfast"].net)
 

@@ -15,12 +15,13 @@ from kdfast.testing import DRY_RUN, launch_on_cpu
 # Behind what is installed, so that `pytest bench` finds the modules beside this file.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench.compare import Case, Compare, Session, case_of, clock, is_entry  # noqa: E402
+from bench.compare import Compare  # noqa: E402
+from bench.entries import Case, Run, case_of, clock, is_entry  # noqa: E402
 from bench.rows import facts_line  # noqa: E402
 
 # Whole models take the longest, so they come last and are what is left out when time is up.
 LAST = ("bench_accelerate.py", "bench_eva.py", "bench_vit.py")
-SESSION = pytest.StashKey[Session]()
+RUN = pytest.StashKey[Run]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,8 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Threads are fixed for all candidates by KDFAST_BENCH_THREADS."""
     torch.set_num_threads(int(os.environ.get("KDFAST_BENCH_THREADS", torch.get_num_threads())))
-    config.addinivalue_line("markers", "candidates(*names): an entry for each, sampled in turns")
-    config.stash[SESSION] = Session(config)
+    config.stash[RUN] = Run(config)
 
 
 @pytest.hookimpl(trylast=True)
@@ -52,7 +52,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     if is_entry(item):
         mark = item.get_closest_marker("benchmark")
         options = dict(mark.kwargs) if mark else {}
-        options["timer"] = item.config.stash[SESSION].clock.recorded_time
+        options["timer"] = item.config.stash[RUN].clock.recorded_time
         item.add_marker(pytest.mark.benchmark(**options), append=False)
 
 
@@ -64,12 +64,12 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     """What is going to run, where, and how long it may take."""
     cases = len({case_of(item) for item in items if is_entry(item)})
     budget = clock(config.getoption("--budget"))
-    return f"{facts_line(config.stash[SESSION].facts)}\n{cases} cases, none is begun after {budget}"
+    return f"{facts_line(config.stash[RUN].facts)}\n{cases} cases, none is begun after {budget}"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Leaves out what there is no time for."""
-    bench = item.config.stash[SESSION]
+    bench = item.config.stash[RUN]
     if is_entry(item) and bench.late() and case_of(item) not in bench.cases:
         pytest.skip(f"the budget of {item.config.getoption('--budget'):.0f} s was used up")
 
@@ -79,7 +79,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Runs the test of a case once; its other entries have their samples from that."""
     if not is_entry(pyfuncitem):
         return None
-    bench = pyfuncitem.config.stash[SESSION]
+    bench = pyfuncitem.config.stash[RUN]
     if case_of(pyfuncitem) in bench.cases:
         arguments = pyfuncitem.funcargs
         bench.give(pyfuncitem, arguments["benchmark"], arguments["candidate"])
@@ -95,7 +95,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         yield
     except BaseException as error:
         if is_entry(item):
-            item.config.stash[SESSION].cases.setdefault(case_of(item), Case("", error=error))
+            item.config.stash[RUN].cases.setdefault(case_of(item), Case(error=error))
         raise
 
 
@@ -105,29 +105,33 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report: Any = yield
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")
-        item.config.stash[SESSION].skipped[item.nodeid] = reason
+        item.config.stash[RUN].skipped[item.nodeid] = reason
     return report
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """The rates that limits come from, before the plugin's tables."""
+    for dtype, rate in config.stash[RUN].rates.items():
+        limit, library = rate.limit / 1e9, rate.library / 1e9
+        line = f"{dtype}: limit {limit:.0f} GFLOP/s, best library {library:.0f} GFLOP/s"
+        terminalreporter.write_line(line)
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
     """What has to be equal for times to be compared; the commit is the plugin's commit_info."""
-    facts = config.stash[SESSION].facts
+    facts = config.stash[RUN].facts
     return {k: v for k, v in facts.items() if k not in ("commit", "dirty", "date")}
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """What was not timed and why, and the rates that limits come from."""
-    bench = config.stash[SESSION]
+    bench = config.stash[RUN]
     output_json["skipped"] = [{"entry": k, "reason": v} for k, v in bench.skipped.items()]
     output_json["rates"] = {
         str(dtype).removeprefix("torch."): rate._asdict() for dtype, rate in bench.rates.items()
     }
-
-
-@pytest.fixture(scope="session")
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the inputs have to be."""
-    return request.config.stash[SESSION].device
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -141,4 +145,4 @@ def _interpreted() -> Iterator[None]:
 @pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark: Any, candidate: str) -> Compare:
     """Times candidates against each other, see ``bench.compare.Compare``."""
-    return Compare(request.config.stash[SESSION], request.node, benchmark, candidate)
+    return Compare(request.config.stash[RUN], request.node, benchmark, candidate)

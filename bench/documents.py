@@ -30,11 +30,11 @@ Group = dict[str, dict[str, Any]]
 
 
 class Machine(NamedTuple):
-    """What was measured on a family of processors.
+    """What was measured on a family of processors, or on a GPU.
 
     Attributes:
-        ops: The result file of the ops, which may have whole models, too.
-        whole: That of whole models; the same if there is no other.
+        ops: The result file of the ops.
+        whole: That of whole models; both are the same if there is only one.
     """
 
     ops: dict[str, Any]
@@ -42,14 +42,14 @@ class Machine(NamedTuple):
 
 
 def machines() -> dict[str, Machine]:
-    """The machines that have a file of ops, by the name of that file."""
-    files = {path.stem: json.loads(path.read_text("utf-8")) for path in RESULTS.glob("*.json")}
-    own = {name: file for name, file in sorted(files.items()) if "skipped" in file}
-    return {
-        name: Machine(file, own.get(f"{name}_models", file))
-        for name, file in own.items()
-        if not name.endswith("_models")
-    }
+    """The machines that have a file, by its name without "_models"."""
+    every = {path.stem: json.loads(path.read_text("utf-8")) for path in RESULTS.glob("*.json")}
+    files = {name: file for name, file in every.items() if "skipped" in file}  # by bench.rows
+    found = {}
+    for name in sorted({name.removesuffix("_models") for name in files}):
+        ops, whole = files.get(name), files.get(f"{name}_models")
+        found[name] = Machine(ops or whole, whole or ops)
+    return found
 
 
 def grouped(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], Group]:

@@ -10,7 +10,6 @@ all. Times are of the CPU, so other processes disturb them less.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -32,6 +31,7 @@ from bench import (
     bench_linear_kd_loss,
     bench_pruned_attention,
 )
+from bench.rows import text as result_file
 from kdfast.machine import facts
 from kdfast.machine.peak import library_rates, peak_flops
 
@@ -71,15 +71,24 @@ KINDS = {
 SECONDS, HERTZ = 3.0, 1999
 
 
+class Captured:
+    """Takes the place of the fixture ``compare``, and keeps kdfast's call once it is checked."""
+
+    device = CPU
+
+    def __call__(
+        self, op: str, name: str, calls: dict[str, Any], *, check: Any = None, **limits: Any
+    ) -> None:
+        if check:
+            check("kdfast", calls["kdfast"])
+        self.found = f"{op} {name.replace('torch.', '')}", calls["kdfast"], limits
+
+
 def captured(case: Callable[..., Any]) -> tuple[str, Callable[[], object], dict[str, Any]]:
     """Name, kdfast's call and the limits of a benchmark, which checks results but times nothing."""
-    found: list[tuple[str, Callable[[], object], dict[str, Any]]] = []
-
-    def compare(op: str, name: str, calls: dict[str, Any], **limits: Any) -> None:
-        found.append((f"{op} {name}", calls["kdfast"], limits))
-
-    case(compare, device=CPU)
-    return found[0]
+    compare = Captured()
+    case(compare)
+    return compare.found
 
 
 def best(call: Callable[[], object]) -> float:
@@ -183,7 +192,7 @@ def main() -> None:
     print(text(rows))
     if options.save:
         written = {"machine": facts.machine_facts(), "rates": rates, "rows": rows}
-        options.save.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        options.save.write_text(result_file(written), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,13 +28,15 @@ def joined(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
         ``rows``: a dict for every entry, with those of FIELDS that it has.
 
     Raises:
-        ValueError: An entry is not of bench/, or another machine or commit wrote a run.
+        ValueError: A run or an entry is not of bench/, or another machine or commit wrote a run.
     """
     machine: dict[str, Any] = {}
     rates: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     rows: dict[str, dict[str, Any]] = {}
     for run in runs:
+        if "rates" not in run:
+            raise ValueError("runs must be of pytest bench --benchmark-json, got another file")
         commit = run["commit_info"]
         here = {**run["machine_info"], "commit": commit["id"][:12], "dirty": commit["dirty"]}
         for fact, value in here.items() if machine else ():
@@ -119,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in options.run]
         results = joined(runs)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         parser.error(f"{', '.join(map(str, options.run))}: {error}")
     options.out.write_text(text(results), encoding="utf-8")
     print(f"{options.out}: {len(results['rows'])} rows, {len(results['skipped'])} not timed")

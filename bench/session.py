@@ -2,12 +2,12 @@
 """What the files of benchmarks share: sizes, compiling, checks, and the limits of the machine."""
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from kdfast.machine.peak import library_flops, peak_flops
 from kdfast.machine.timing import Candidate, timed_sample
 from kdfast.testing import DRY_RUN
 
@@ -33,16 +33,34 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
+def inference(call: Callable[[], T]) -> Callable[[], T]:
+    """The call without a graph."""
+
+    def run() -> T:
+        with torch.no_grad():
+            return call()
+
+    return run
+
+
+def gradients(
+    call: Callable[[], Any], leaves: Sequence[Tensor], upstream: Any = None
+) -> Callable[[], tuple[Tensor, ...]]:
+    """The call and its gradients for ``leaves``; ``upstream`` are those of its results."""
+    return lambda: torch.autograd.grad(call(), leaves, upstream)
+
+
+def tensors(result: Any) -> Sequence[Tensor]:
+    """One tensor, or several, as a sequence."""
+    return [result] if isinstance(result, Tensor) else result
+
+
 def near(want: Tensor | Sequence[Tensor], tolerance: float) -> Check:
     """Checks that a call returns ``want``, or each of several tensors, up to a relative error."""
-    wanted = [want] if isinstance(want, Tensor) else list(want)
-    exact = [x.detach().double() for x in wanted]
+    exact = [x.detach().double() for x in tensors(want)]
 
     def check(name: str, call: Candidate) -> None:
-        result: Any = call()
-        for got, right in zip(
-            [result] if isinstance(result, Tensor) else result, exact, strict=True
-        ):
+        for got, right in zip(tensors(call()), exact, strict=True):
             error = ((got.detach().double() - right).norm() / right.norm()).item()
             assert error <= tolerance, f"{name}: relative error {error:.2e}, above {tolerance:.0e}"
 
@@ -61,13 +79,13 @@ class Rate(NamedTuple):
     library: float
 
 
-@cache
 def rate(dtype: torch.dtype, cuda: bool) -> Rate:
-    """Rates of this session, measured when a dtype is first asked for."""
-    # A GPU is not full before that.
-    size = sized(8192 if cuda else 1024, 64)
-    product = matmul_rate(torch.device("cuda" if cuda else "cpu"), dtype, size)
-    return Rate(product, product)
+    """Measures the rates of a dtype."""
+    if DRY_RUN or cuda:
+        # A GPU is not full before that.
+        product = matmul_rate(torch.device("cuda" if cuda else "cpu"), dtype, sized(8192, 64))
+        return Rate(product, product)
+    return Rate(peak_flops(dtype), library_flops(dtype))
 
 
 def copy_seconds(device: torch.device, nbytes: int) -> float:

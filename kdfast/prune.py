@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.machine.facts import cpu_name
+from kdfast.ops._processor import processor
 from kdfast.pruning import (
     HeadScores,
     head_scores,
@@ -232,6 +233,7 @@ def write_report(
         "latency_ms": {name: row._asdict() for name, row in latency.items()},
         "threads": torch.get_num_threads(),
         "cpu": cpu_name(),
+        "family": processor().name,
         "date": time.strftime("%Y-%m-%d"),
         "cost": json.loads(report.to_json()),
     }
@@ -264,7 +266,7 @@ def show(report: PruningReport, latency: dict[str, Latency], options: argparse.N
     spread = max(value.iqr / value.ms for value in latency.values())
     console.print(
         f"times: medians of {options.rounds} alternating rounds on {cpu_name()}, "
-        f"{torch.get_num_threads()} threads; quartiles within {spread:.0%}",
+        f"{processor().name}, {torch.get_num_threads()} threads; quartiles within {spread:.0%}",
         highlight=False,
     )
     for name in ("model.safetensors", CONFIG, "scores.json", "heads.png", "report.json"):

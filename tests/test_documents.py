@@ -2,6 +2,7 @@
 """Tables of the documents come from the committed result files; links lead somewhere."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,42 +13,41 @@ documents = importlib.import_module("bench.documents")
 
 
 def row(op: str, case: str, candidate: str, ms: float, **more: Any) -> dict[str, Any]:
-    base = {"limit_share": None, "peak_bytes": None, "saved_bytes": None}
-    return {
-        "op": op,
-        "case": case,
-        "candidate": candidate,
-        "ms": ms,
-        "ms_all": 2 * ms,
-        **base,
-        **more,
-    }
+    base = {"op": op, "case": case, "candidate": candidate}
+    return {**base, "ms": ms, "ms_all": 2 * ms, "samples": 9, "fast": 4, **more}
 
 
-MACHINE = {"gpu": None, "cpu": "C", "isa": "avx2", "threads": 2, "torch": "9", "commit": "abc"}
-RESULTS = {
-    "machine": {**MACHINE, "dirty": False, "date": "2000-01-02"},
-    "left_out": [],
+MACHINE = {"gpu": None, "family": "Zen 9", "isa": "avx2", "threads": 2, "torch": "9"}
+OPS = {
+    "machine": {**MACHINE, "commit": "abc", "dirty": False, "date": "2000-01-02"},
+    "rates": {},
+    "skipped": [],
     "rows": [
-        row("kd_loss", "a torch.float32", "kdfast", 2.0, peak_bytes=2**20),
-        row("kd_loss", "a torch.float32", "eager", 8.0, peak_bytes=3 * 2**20),
-        row("kd_loss", "a torch.float32", "compile", 5.0),
-        row("kd_loss", "a torch.float32", "kdfast, weight", 4.0),
-        row("kd_loss", "b torch.float32", "kdfast", 4.0),
-        row("kd_loss", "b torch.float32", "eager", 3.0),
+        row("kd_loss", "a float32", "kdfast", 2.0, peak_bytes=2**20, limit_share=0.5),
+        row("kd_loss", "a float32", "eager", 8.0, peak_bytes=3 * 2**20),
+        row("kd_loss", "a float32", "compile", 5.0),
+        row("kd_loss", "a float32", "kdfast, weight", 4.0, yardstick=True),
+        row("kd_loss", "b float32", "kdfast", 4.0),
+        row("kd_loss", "b float32", "eager", 3.0),
         row("attention_distill", "KL", "kdfast", 3.0),
-        row("attention_distill", "KL", "attention only", 2.0),
+        row("attention_distill", "KL", "attention only", 2.0, yardstick=True),
         row("vit_chain", "step", "timm", 9.0),
         row("vit_chain", "step", "kdfast", 8.0),
     ],
 }
 WHOLE = {
-    **RESULTS,
+    **OPS,
     "rows": [
-        row("accelerate", "fwd ViT", "sdpa", 9.0),
         row("accelerate", "fwd ViT", "kdfast", 6.0),
+        row("accelerate", "fwd ViT", "sdpa", 9.0),
+        row("accelerate", "fwd ViT", "openvino", 8.0),
     ],
 }
+SHOWN = documents.Machine(OPS, WHOLE)
+OTHER = documents.Machine(
+    {**WHOLE, "machine": {**OPS["machine"], "family": "Lake"}},
+    {**WHOLE, "machine": {**OPS["machine"], "family": "Lake"}},
+)
 
 
 GPU = {
@@ -59,21 +59,47 @@ GPU = {
 
 
 def test_blocks_hold_ratios_against_the_best_other() -> None:
-    blocks = documents.blocks(RESULTS, WHOLE, GPU)
+    blocks = documents.blocks(SHOWN, [OTHER, SHOWN], GPU)
     assert "| kd_loss | 2 | 0.75 | 1.62 | 2.50 |" in blocks["span"]
     assert blocks["slower"] == "- `kd_loss` b float32: 0.75"
     assert "| kd_loss | a float32 | 4.00 | 5.00 | 1.25 |" in blocks["weighted"]
     assert "| attention KL on top of attention | KL | +50 % |" in blocks["yardsticks"]
     assert "| kd_loss | a float32 | 1.0 | 3.0 |  |  |" in blocks["peaks"]
-    assert "| fwd ViT | 9 |  | 6 |  | 1.50 |" in blocks["models"]
+    assert "| model, ms | original (SDPA) | openvino | kdfast | ratio |" in blocks["models"]
+    assert "| fwd ViT | 9 | 8 | 6 | 1.33 |" in blocks["models"]
     assert "| step | 9 | 8 |  |" in blocks["chain"]
     found = "2 kernels are compiled ahead of time for sm_90: at most 24 bytes of registers spilled"
     assert f"{found}, and none of them" in blocks["binaries"].replace("\n", " ")
-    counted = {**RESULTS, "rows": [{**r, "fast": 4, "samples": 9} for r in RESULTS["rows"]]}
-    line = "| kd_loss | a float32 | 2.00 (4.00) | compile | 5.00 (10.00) | 2.50 (2.50) |  | "
-    assert line + " |" in blocks["ops"]
-    assert line + "4/9 and 4/9, too few |" in documents.blocks(counted, WHOLE, GPU)["ops"]
+    line = "| kd_loss | a float32 | 2.00 (4.00) | compile | 5.00 (10.00) | 2.50 (2.50) | 50 % | "
+    assert line + "4/9 and 4/9, too few |" in blocks["ops"]
     assert "accelerate" not in blocks["ops"] and "accelerate" in blocks["span"]
+
+
+def test_blocks_name_machines_rates_and_what_was_not_timed() -> None:
+    blocks = documents.blocks(SHOWN, [OTHER, SHOWN], GPU)
+    assert blocks["machine"] == "Zen 9, avx2, 2 threads, torch 9, commit abc, 2000-01-02."
+    lines = blocks["machines"].splitlines()
+    assert lines[0] == "| op | Lake | Zen 9 |"
+    assert {"| accelerate | 1.33 | 1.33 |", "| kd_loss |  | 1.62 |"} <= set(lines)
+    assert lines[-1] == "- Zen 9, avx2, 2 threads, torch 9, commit abc, 2000-01-02"
+    assert "Not timed" not in blocks["ops"] and "not measured" in blocks["rates"]
+    skipped = [{"entry": f"f.py::bench[{i}]", "reason": "flex: no"} for i in range(2)]
+    rates = {"float32": {"limit": 2.4e11, "library": 1.6e11}}
+    ops = {**OPS, "skipped": skipped, "rates": rates}
+    blocks = documents.blocks(documents.Machine(ops, WHOLE), [], GPU)
+    assert "| float32 | 240 | 160 |" in blocks["rates"]
+    assert "- flex: no: 2 entries, the first is `bench[0]`" in blocks["ops"]
+
+
+def test_machines_are_found_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = documents.machines()
+    assert every[documents.SHOWN].whole is not every[documents.SHOWN].ops
+    assert all(machine.ops["machine"]["family"] for machine in every.values())
+    assert not {"gpu_static", "profile_zen4", "zen4_models"} & every.keys()
+    for name, file in {"zen9": OPS, "zen9_models": WHOLE, "lake_models": WHOLE}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(file))
+    monkeypatch.setattr(documents, "RESULTS", tmp_path)
+    assert documents.machines() == {"lake": (WHOLE, WHOLE), "zen9": (OPS, WHOLE)}
 
 
 def test_filled_replaces_named_blocks_only() -> None:
@@ -103,13 +129,6 @@ def test_commands_refuse_what_they_do_not_know(
     assert documents.main([]) == 0 and "| kd_loss |" in page.read_text()
     assert documents.main([]) == 0
     assert capsys.readouterr().out.splitlines() == [f"{page}: written", f"{page}: as it was"]
-    report = importlib.import_module("bench.report")
-    for name, content in (("none.json", None), ("text.json", "no JSON")):
-        if content:
-            (tmp_path / name).write_text(content)
-        with pytest.raises(SystemExit, match="2"):
-            report.main([str(tmp_path / name)])
-        assert f"{name}: must be a result file" in capsys.readouterr().err
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,6 +193,6 @@ def test_files_that_pages_name_exist(page: Path) -> None:
 def test_picture_shows_every_op(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     speedups = importlib.import_module("bench.speedups")
-    assert documents.rated(RESULTS, WHOLE) == {"kd_loss": [2.5, 0.75], "accelerate": [1.5]}
+    assert documents.rated(SHOWN) == {"kd_loss": [2.5, 0.75], "accelerate": [8 / 6]}
     assert speedups.main(["--out", str(tmp_path / "new.png")]) == 0
     assert (tmp_path / "new.png").read_bytes().startswith(b"\x89PNG")

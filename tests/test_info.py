@@ -36,14 +36,17 @@ def test_report_names_every_op_and_version(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_limits_beside_the_best_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "timed_sample", lambda call, _: (call(), True))
     monkeypatch.setattr(info._library, "EXTENSION", object())
     assert info.limits() == [
         ("float32", "peak 200 GFLOP/s, best library 150 GFLOP/s (oneDNN), 75% of it"),
         ("bfloat16", "peak 400 GFLOP/s, best library 150 GFLOP/s (oneDNN), 37% of it"),
     ]
     monkeypatch.setattr(info._library, "EXTENSION", None)
+    monkeypatch.setattr(info, "timed_sample", lambda call, _: (call(), False))
     library = "best library 150 GFLOP/s (oneDNN)"
-    assert info.limits() == [("float32", library), ("bfloat16", library)]
+    busy = ("busy", "others used the cores meanwhile: libraries can reach more")
+    assert info.limits() == [("float32", library), ("bfloat16", library), busy]
 
 
 def test_embedded_default_needs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
