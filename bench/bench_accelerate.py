@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole models: as published (torch's SDPA), compiled, accelerated, and with half of the heads.
+"""Whole models: kdfast against what people would pick instead, at the same number of threads.
 
-Latency of a forward pass and time of a training step (forward and backward, no optimizer) in fp32.
-Multiply-adds of the model stand in the case, so what pruning promises is next to what it gives.
+A forward pass in fp32 and bf16, and a training step (forward and backward, no optimizer) in fp32.
+The ways of running a model are those of ``kdfast.rivals``. Multiply-adds of the model stand in the
+case where half of its heads are timed too, so what pruning promises is next to what it gives.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -16,93 +18,92 @@ from torch import Tensor, nn
 import kdfast
 from bench import session
 from bench.compare import Compare
+from kdfast.rivals import RIVALS, Unavailable
+from kdfast.testing import DRY_RUN
 
 Step = Callable[[], object]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = "kdfast, half of the heads"
-VARIANTS = ("kdfast", HALF, "sdpa", "compile")
+COMPILED = ("compile", "freezing")
+FP32 = ("kdfast", HALF, "eager", *COMPILED, "onnx", "openvino")
+BF16 = ("kdfast", "eager", *COMPILED, "openvino")
 SMALL = session.sized({}, {"depth": 1})
+CLIP = "CLIP ViT-B/16"
 MODELS = {
     "DeiT-S": ("deit_small_patch16_224", {}),
     "ViT-B": ("vit_base_patch16_224", {}),
     "DINOv2-S/14": ("vit_small_patch14_dinov2", {"img_size": 224}),
     "EVA02-S": ("eva02_small_patch14_224", {}),
-    "EVA02-L": ("eva02_large_patch14_224", {}),
-    "SigLIP-B": ("vit_base_patch16_siglip_224", {}),
     "Swin-T": ("swin_tiny_patch4_window7_224", {}),
+    "SigLIP-B": ("vit_base_patch16_siglip_224", {}),
 }
 # Beyond the quarter of an hour of `make bench`: `make bench ARGS="-m slow --benchmark-json=FILE"`.
 slow = pytest.mark.slow
-# Model, batch, whether torch.compile is timed too (it compiles for half a minute).
 FORWARD = session.sized(
     [
-        ("DeiT-S", 1, True),
-        ("DeiT-S", 4, False),
-        ("ViT-B", 1, False),
-        ("DINOv2-S/14", 1, False),
-        ("EVA02-S", 1, False),
-        ("EVA02-S", 4, False),
-        ("EVA02-L", 1, False),
-        ("SigLIP-B", 1, False),
-        ("Swin-T", 1, False),
-        ("Swin-T", 4, False),
-        pytest.param("Swin-T", 8, True, marks=slow),
-        pytest.param("DeiT-S", 8, True, marks=slow),
-        pytest.param("DINOv2-S/14", 8, False, marks=slow),
-        pytest.param("EVA02-S", 8, False, marks=slow),
-        pytest.param("ViT-B", 8, False, marks=slow),
-        pytest.param("EVA02-L", 8, False, marks=slow),
+        *[(name, 1) for name in (*MODELS, CLIP)],
+        *[pytest.param(name, 8, marks=slow) for name in (*MODELS, CLIP)],
     ],
-    [("DeiT-S", 1, True), ("EVA02-S", 1, False), ("SigLIP-B", 1, False)],
+    [("DeiT-S", 1), ("EVA02-S", 1), ("SigLIP-B", 1), (CLIP, 1)],
+)
+FORWARD_BF16 = session.sized(
+    [
+        *[(name, 1) for name in ("DeiT-S", "ViT-B")],
+        *[pytest.param(name, 1, marks=slow) for name in (*list(MODELS)[2:], CLIP)],
+        *[pytest.param(name, 8, marks=slow) for name in (*MODELS, CLIP)],
+    ],
+    [],  # Triton's interpreter has no bf16
 )
 TRAINING = session.sized(
-    [("DeiT-S", 4, True), ("ViT-B", 1, False), ("EVA02-S", 4, False), ("Swin-T", 4, False)],
-    [("DeiT-S", 1, False)],
+    [
+        ("DeiT-S", 4),
+        *[pytest.param(name, batch, marks=slow) for name, batch in (("ViT-B", 1), ("EVA02-S", 4))],
+        pytest.param("Swin-T", 4, marks=slow),
+    ],
+    [("DeiT-S", 1)],
 )
 
 
 def build(name: str) -> nn.Module:
+    """A model with random weights, on the device of the benchmarks."""
+    # What was compiled for the case before is not needed any more.
+    torch._dynamo.reset()
+    gc.collect()
+    torch.manual_seed(0)
+    if name == CLIP:
+        transformers = pytest.importorskip("transformers")
+        depth = session.sized(12, 1)
+        config = transformers.CLIPVisionConfig(patch_size=16, num_hidden_layers=depth)
+        tower: nn.Module = transformers.CLIPVisionModel(config)
+        return tower.to(DEVICE).eval()
     entry, options = MODELS[name]
     return timm.create_model(entry, num_classes=10, **options, **SMALL).to(DEVICE).eval()
 
 
-def images(model: nn.Module, batch: int) -> Tensor:
+def images(batch: int) -> Tensor:
     return torch.randn(batch, 3, 224, 224, device=DEVICE)
 
 
-def forward(model: Callable[[Tensor], Tensor], x: Tensor) -> Step:
-    def run() -> Tensor:
-        with torch.no_grad():
-            return model(x)
-
-    return run
-
-
-def training(model: nn.Module, x: Tensor) -> Step:
-    parameters = list(model.parameters())
-
-    def run() -> object:
-        return torch.autograd.grad(model(x).square().mean(), parameters, allow_unused=True)
-
-    return run
-
-
-def variants(
-    model: nn.Module, compiled: bool
-) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
-    """Candidates, and why some are missing."""
-    fused = copy.deepcopy(model)
-    assert kdfast.accelerate(fused).complete
-    found = {"kdfast": fused, "sdpa": model}
-    if not compiled:
-        return found, {"compile": "compiles for half a minute, so other cases have it"}
-    return found | {"compile": session.compiled(model)}, {}
-
-
-def checking(models: Mapping[str, Callable[..., Tensor]], x: Tensor) -> session.Check:
-    """Of the output for one image, also where a training step is timed."""
-    near = session.near(forward(models["sdpa"], x[:1])(), 1e-3)
-    return lambda name, _: near(name, forward(models[name], x[:1]))
+def ready(
+    names: list[str], suffix: str, model: nn.Module, x: Tensor
+) -> tuple[dict[str, Step], dict[str, str]]:
+    """The named rivals in a dtype on this model and batch, and why some are missing."""
+    found: dict[str, Step] = {}
+    missing: dict[str, str] = {}
+    for name in names:
+        if DRY_RUN and name in COMPILED:
+            missing[name] = "nothing is compiled in a dry run"
+            continue
+        if x.is_cuda and RIVALS[name].runtime != "torch":
+            missing[name] = "is timed on CPUs only"
+            continue
+        try:
+            call = RIVALS[name + suffix].prepare(model, x, [x]).call
+        except Unavailable as error:
+            missing[name] = str(error)
+            continue
+        found[name] = lambda call=call: call(x)  # type: ignore[misc]
+    return found, missing
 
 
 def halved(model: nn.Module) -> nn.Module:
@@ -117,55 +118,66 @@ def gmacs(model: nn.Module) -> list[float]:
     return [cost.flops / 2e9 for cost in (report.full, *report.pruned)]
 
 
-@pytest.mark.candidates(*VARIANTS)
-@pytest.mark.parametrize(("name", "batch", "compiled"), FORWARD)
-def bench_forward(compare: Compare, name: str, batch: int, compiled: bool) -> None:
-    model = build(name)
-    x = images(model, batch)
-    found, missing = variants(model, compiled)
+@pytest.mark.candidates(*FP32)
+@pytest.mark.parametrize(("name", "batch"), FORWARD)
+def bench_forward(compare: Compare, name: str, batch: int) -> None:
+    model, x = build(name), images(batch)
+    found, missing = ready([n for n in compare.selected if n != HALF], "", model, x)
     case, yardsticks = f"fwd {name} batch {batch}", {}
     if name == "SigLIP-B":
         missing[HALF] = "its pool, too, keeps all its heads"
-    else:
+    elif HALF in compare.selected:
         whole, half = gmacs(model)
-        yardsticks[HALF] = forward(halved(model), x)
         case += f", {batch * whole:.1f} GMACs, half of the heads {batch * half:.1f}"
-    calls = {n: forward(m, x) for n, m in found.items()}
-    check = checking(found, x)
-    compare("accelerate", case, calls, check=check, yardsticks=yardsticks, missing=missing)
+        found_half, _ = ready(["kdfast"], "", halved(model), x)
+        yardsticks[HALF] = found_half["kdfast"]
+    check = session.near(RIVALS["eager"].prepare(model, x, [x]).call(x), 1e-3)
+    compare("accelerate", case, found, check=check, yardsticks=yardsticks, missing=missing)
 
 
-@pytest.mark.candidates(*VARIANTS)
-@pytest.mark.parametrize(("name", "batch", "compiled"), TRAINING)
-def bench_training(compare: Compare, name: str, batch: int, compiled: bool) -> None:
-    model = build(name)
-    x = images(model, batch)
-    found, missing = variants(model, compiled)
+@pytest.mark.candidates(*BF16)
+@pytest.mark.parametrize(("name", "batch"), FORWARD_BF16)
+def bench_forward_bf16(compare: Compare, name: str, batch: int) -> None:
+    model, x = build(name), images(batch)
+    found, missing = ready(compare.selected, "-bf16", model, x)
+    check = session.near(RIVALS["eager"].prepare(model, x, [x]).call(x), 0.05)
+    compare("accelerate", f"fwd {name} batch {batch}, bf16", found, check=check, missing=missing)
+
+
+def training(model: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], x: Tensor) -> Step:
+    """Forward and backward of a model with these parameters."""
+
+    def run() -> object:
+        return torch.autograd.grad(model(x).square().mean(), parameters, allow_unused=True)
+
+    return run
+
+
+@pytest.mark.candidates("kdfast", HALF, "eager", "compile")
+@pytest.mark.parametrize(("name", "batch"), TRAINING)
+def bench_training(compare: Compare, name: str, batch: int) -> None:
+    model, x = build(name), images(batch)
+    fused, half = copy.deepcopy(model), halved(model)
+    kdfast.accelerate(fused)
+    kdfast.accelerate(half)
+    models = {
+        "kdfast": (fused, fused),
+        "eager": (model, model),
+        "compile": (session.compiled(model), model),
+    }
+    steps = {n: training(m, list(own.parameters()), x) for n, (m, own) in models.items()}
+    want = model(x[:1]).detach()
+
+    def check(candidate: str, _: Step) -> None:
+        # The forward pass: gradients have tests of their own, and compiled ones of one image would
+        # be compiled for nothing.
+        if candidate != "compile":
+            session.near(want, 1e-3)(candidate, lambda: models[candidate][0](x[:1]))
+
     compare(
         "accelerate",
         f"fwd+bwd {name} batch {batch}",
-        {n: training(m, x) for n, m in found.items()},
-        check=checking(found, x),
-        yardsticks={HALF: training(halved(model), x)},
-        missing=missing,
+        steps,
+        check=check,
+        yardsticks={HALF: training(half, list(half.parameters()), x)},
     )
-
-
-@pytest.mark.candidates("kdfast", "sdpa")
-@pytest.mark.parametrize("batch", [1, pytest.param(8, marks=slow)])
-def bench_clip(compare: Compare, batch: int) -> None:
-    """The vision tower of CLIP ViT-B/16 in transformers, switched by its attention interface."""
-    transformers = pytest.importorskip("transformers")
-    depth = session.sized(12, 1)
-    config = transformers.CLIPVisionConfig(patch_size=16, num_hidden_layers=depth)
-    model = transformers.CLIPVisionModel(config).to(DEVICE).eval()
-    fused = transformers.CLIPVisionModel(copy.deepcopy(config)).to(DEVICE).eval()
-    fused.load_state_dict(model.state_dict())
-    assert kdfast.accelerate(fused).complete
-    x = images(model, batch)
-    towers = {
-        name: lambda x, tower=tower: tower(pixel_values=x)[0]
-        for name, tower in {"kdfast": fused, "sdpa": model}.items()
-    }
-    calls = {name: forward(tower, x) for name, tower in towers.items()}
-    compare("accelerate", f"fwd CLIP ViT-B/16 batch {batch}", calls, check=checking(towers, x))

@@ -164,7 +164,13 @@ def peaks(ops: Iterable[dict[str, Any]]) -> str:
 
 def models(whole: Sequence[dict[str, Any]]) -> str:
     """Whole models: the candidates in the order of the file, ours last, and the ratio."""
-    titles = {"sdpa": "original (SDPA)", "compile": "torch.compile"}
+    titles = {
+        "sdpa": "original (SDPA)",
+        "compile": "torch.compile",
+        "freezing": "compile, freezing",
+        "onnx": "ONNX Runtime",
+        "openvino": "OpenVINO",
+    }
     every = dict.fromkeys(row["candidate"] for row in whole)
     names = sorted(every, key=lambda name: name.startswith(OURS))
     rows = []

@@ -15,6 +15,9 @@ from kdfast.ops._library import BACKENDS, DEFAULT_BACKEND
 from kdfast.ops.geometry import Rope
 from kdfast.ops.pruned_attention import pruned_attention, rotated, why_not
 
+# What a model without kdfast runs; no choice of users, who leave kdfast out for that.
+TORCH = "torch"
+
 
 def scaled_dot_product_attention(
     query: Tensor,
@@ -96,7 +99,9 @@ def _as_bias(mask: Tensor, query: Tensor) -> Tensor:
 
 
 def _torch_is_better(q: Tensor, backend: str | None) -> bool:
-    """Whether "auto" takes torch's function for a call that a kernel has."""
+    """Whether torch's function is taken for a call that a kernel has."""
+    if backend == TORCH:
+        return True
     if _choice(backend) != "auto":
         return False
     exporting = torch.compiler.is_exporting()
@@ -147,7 +152,7 @@ def self_attention(
         bias: (G, H, N, N) added to the scaled scores, as in ``pruned_attention``.
         backend: As in ``pruned_attention``, except that "auto" takes torch's function, not the
             reference with its whole score matrix, where the kernel is missing, and while
-            ``torch.export`` traces.
+            ``torch.export`` traces. "torch" always takes it.
 
     Returns:
         (B, H, N, D) in q's dtype.

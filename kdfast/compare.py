@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m kdfast.compare``: your model on this machine, run in every way that people pick.
+
+See docs/use/compare.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from timm.data.config import resolve_model_data_config
+from torch import Tensor, nn
+
+from kdfast.machine.facts import machine_facts
+from kdfast.pruning import head_scores, prune_heads, select_heads
+from kdfast.pruning.families import anatomy_of
+from kdfast.rivals import RIVALS
+from kdfast.rivals.picture import draw
+from kdfast.rivals.race import ROUNDS, Race
+from kdfast.rivals.report import lines, notes, table
+from kdfast.rivals.results import Row, answers, has_classes, row_of
+from kdfast.sources import (
+    MODEL_HELP,
+    SourceError,
+    image_batches,
+    is_random,
+    load_model,
+    load_saved,
+)
+
+PACKAGES = ("matplotlib", "rich", "cv2")  # picture, table, pictures of folders and scenes
+# Asked for by name only: each compiles as long as the others take together.
+EXTRA = ("compile-bf16", "freezing-bf16")
+CALIBRATION = 16
+DESCRIPTION = """Runs one model in every way that people pick for inference on a CPU, and says how
+fast each is, what it takes and how far its answers are from the original's.
+
+Every candidate runs in a process of its own with the same number of threads. The candidates are
+timed in turns, so that a machine that slows down does so for all of them. Measured are
+
+  median, p95   of single calls with one batch of pictures, input conversion included
+  file          the weights as safetensors (torch, kdfast), else what the runtime reads
+  memory        the highest resident memory of the process while it answers, less what it took
+                with all libraries imported and no model; exporting and compiling are not in it
+  cosine        mean over pictures of the cosine between its output and that of the original
+  top-1         share of the pictures that get the class that they get from the original
+
+The pruned model is the original without a share of its heads, not trained afterwards: its agreement
+says what distillation has to win back. Give a trained one by --pruned."""
+
+
+class UsageError(Exception):
+    """The request cannot be met; the message, one line, says what the user has to change."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    known = "\n".join(f"  {name:<20}{rival.about}" for name, rival in RIVALS.items())
+    made = argparse.ArgumentParser(
+        prog="python -m kdfast.compare",
+        description=DESCRIPTION,
+        epilog=f"candidates (with --only and --skip):\n{known}\nWithout --only all but "
+        f"{' and '.join(EXTRA)} run. OpenVINO and ONNX Runtime: pip install 'kdfast[bench]'.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = made.add_argument
+    add("--model", required=True, metavar="NAME|DIR|CHECKPOINT", help=f"{MODEL_HELP}, or a file")
+    add("--checkpoint", metavar="FILE", help="weights for the name in --model")
+    add("--pretrained", action="store_true", help="download the weights of --model")
+    add("--data", type=Path, metavar="DIR", help="your pictures; rendered scenes if left out")
+    add("--pictures", type=int, default=16, help="to agree on [16]")
+    add("--prune", type=float, default=0.5, metavar="SHARE", help="of heads removed; 0: none [0.5]")
+    add("--pruned", metavar="PATH", help="a pruned model, saved, in place of --prune")
+    add("--batch", type=int, default=1, help="pictures of a call [1]")
+    add("--threads", type=int, help="of every candidate [torch's]")
+    add("--only", type=names, metavar="A,B", help="candidates, see below")
+    add("--skip", type=names, metavar="A,B", default=[], help="candidates to leave out")
+    add("--seconds", type=float, default=1.0, help="of timing for each candidate [1]")
+    add("--out", type=Path, default=Path("compare"), metavar="DIR", help="to write [compare]")
+    add("--seed", type=int, default=0, help="of random weights")
+    return made
+
+
+def names(text: str) -> list[str]:
+    """Names of candidates, separated by commas."""
+    found = text.split(",")
+    if unknown := [name for name in found if name not in RIVALS]:
+        raise argparse.ArgumentTypeError(
+            f"must be of {', '.join(RIVALS)}, got {', '.join(map(repr, unknown))}"
+        )
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; 2 for a request that cannot be met, 130 after Ctrl-C."""
+    options = parser().parse_args(argv)
+    try:
+        return run(options)
+    except (UsageError, SourceError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    """All steps, from the model to the files; 130 if they were stopped half-way."""
+    check(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    model = chosen(options)
+    subjects = {"whole": model, **pruned(model, options)}
+    batches, calibration, count = pictures(model, options)
+    rivals = [RIVALS[name] for name in RIVALS if wanted(name, options)]
+    facts = introduce(options, subjects, count)
+    reference = answers(model, batches)
+    with Race(subjects, rivals, batches, calibration, torch.get_num_threads()) as race:
+        stopped = measure(race, options.seconds)
+        rows = [
+            row_of(contender, reference, options.batch, count, has_classes(model))
+            for contender in race.contenders
+        ]
+    show(rows, facts, options)
+    if stopped:
+        print("stopped: rows without numbers were not measured", file=sys.stderr)
+    return 130 if stopped else 0
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises UsageError for a request that no model could meet."""
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise UsageError(f"missing packages: {', '.join(missing)}; pip install 'kdfast[train]'")
+    for name in ("batch", "pictures", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name}: must be at least 1, got {value}")
+    if not options.seconds > 0:
+        raise UsageError(f"--seconds: must be above 0, got {options.seconds}")
+    if not 0 <= options.prune < 1:
+        raise UsageError(f"--prune: must be a share in [0, 1), got {options.prune}")
+    if options.data and not options.data.is_dir():
+        raise UsageError(f"--data: must be a folder, got {options.data}")
+    if not any(wanted(name, options) for name in RIVALS):
+        raise UsageError("--skip: leaves no candidate")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.out):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out: {options.out} cannot be written: {error.strerror}") from error
+
+
+def wanted(name: str, options: argparse.Namespace) -> bool:
+    """Whether a candidate is to run."""
+    asked = name not in EXTRA if options.only is None else name in options.only
+    return asked and name not in options.skip
+
+
+def chosen(options: argparse.Namespace) -> nn.Module:
+    """The model of the command line, in fp32."""
+    if Path(options.model).is_file():
+        return load_saved(options.model, "--model").float()
+    return load_model(options.model, options.checkpoint, pretrained=options.pretrained).float()
+
+
+def pruned(model: nn.Module, options: argparse.Namespace) -> dict[str, nn.Module]:
+    """The pruned model, if there is one, by its name."""
+    if options.pruned is not None:
+        return {"pruned": load_saved(options.pruned, "--pruned").float()}
+    if not options.prune:
+        return {}
+    try:
+        scores = head_scores(model, "magnitude")
+        kept = select_heads(scores, 1 - options.prune)
+        return {"pruned": prune_heads(model, kept).eval()}
+    except (TypeError, ValueError) as error:
+        print(f"no pruned model: {error}")
+        return {}
+
+
+def picture_size(model: nn.Module) -> tuple[int, int]:
+    """(height, width) of the pictures that a model was built for."""
+    try:
+        return anatomy_of("kdfast.compare", model).adapter.image_size(model)
+    except TypeError:  # no model that can be pruned
+        if hasattr(model, "pretrained_cfg"):
+            height, width = resolve_model_data_config(model)["input_size"][1:]
+            return height, width
+        side = getattr(getattr(model, "config", model), "image_size", 224)
+        return (side, side) if isinstance(side, int) else tuple(side)
+
+
+def pictures(
+    model: nn.Module, options: argparse.Namespace
+) -> tuple[list[Tensor], list[Tensor], int]:
+    """Batches to agree on, batches to calibrate on, and how many pictures the former hold.
+
+    The last batches are filled with pictures that came before. No picture is in both, unless there
+    is only one.
+    """
+    count = options.pictures + CALIBRATION
+    size = picture_size(model)
+    found = torch.cat(list(image_batches(model, size, options.data, count=count, batch_size=32)))
+    # Of a small folder, a third calibrates.
+    share = min(CALIBRATION, max(1, len(found) // 3))
+    step = max(1, len(found) // share)
+    chosen = torch.zeros(len(found), dtype=torch.bool)
+    chosen[: share * step : step] = True
+    for_agreement = found[~chosen] if len(found) > 1 else found
+    return (
+        batched(for_agreement, options.batch),
+        batched(found[chosen], options.batch),
+        len(for_agreement),
+    )
+
+
+def batched(images: Tensor, batch: int) -> list[Tensor]:
+    """Pictures in batches of one size; the last is filled from the beginning."""
+    rounded = -(-len(images) // batch) * batch
+    index = torch.arange(rounded) % len(images)
+    return list(images[index].unflatten(0, (-1, batch)).contiguous())
+
+
+def introduce(
+    options: argparse.Namespace, subjects: dict[str, nn.Module], count: int
+) -> dict[str, Any]:
+    """Prints what is compared, and returns it together with the facts of the machine."""
+    machine = machine_facts()
+    random = not Path(options.model).is_file() and is_random(
+        options.model, options.checkpoint, pretrained=options.pretrained
+    )
+    source = str(options.data) if options.data else "rendered driving scenes, a stand-in"
+    sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in subjects.items()}
+    print(
+        f"{options.model}: {sizes['whole']:,} parameters, {'random' if random else 'its'} weights"
+    )
+    if "pruned" in subjects:
+        what = options.pruned or f"{options.prune:.0%} of the heads removed by magnitude"
+        print(f"pruned: {what}, {sizes['pruned']:,} parameters")
+    print(f"{count} picture{'s' * (count > 1)} to agree on: {source}")
+    if random:
+        print("note: with random weights agreement says little about trained ones (--pretrained)")
+    print(f"{where(machine)}, batch {options.batch}\n")
+    return {
+        "machine": machine,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "model": options.model,
+        "random_weights": random,
+        "parameters": sizes,
+        "pictures": source,
+        "picture_count": count,
+        "batch": options.batch,
+        "request": {name: str(value) for name, value in vars(options).items()},
+    }
+
+
+def where(machine: dict[str, Any]) -> str:
+    """The processor and the threads, in words."""
+    count = machine["threads"]
+    return f"{machine['cpu']} ({machine['family']}), {count} thread{'s' * (count > 1)}"
+
+
+def measure(race: Race, seconds: float) -> bool:
+    """Runs the race with a progress bar; whether Ctrl-C stopped it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    heats = race.heats(psutil.virtual_memory().available)
+    columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn()) as progress:
+        total = len(race.contenders) * (2 + ROUNDS)
+        bar = progress.add_task("exporting, compiling", total=total)
+        if len(heats) > 1:
+            progress.print(f"memory is short: {len(heats)} heats, one after the other")
+
+        def say(step: str) -> Any:
+            return lambda contender: progress.update(
+                bar, advance=1, description=f"{step} {contender.name}"
+            )
+
+        for heat in heats:
+            try:
+                race.prepare(heat, say("prepared"))
+                race.time(heat, seconds, say("timed"))
+                race.finish(heat, say("finished"))
+            except KeyboardInterrupt:
+                race.finish(heat, say("finished"), complete=False)
+                return True
+            race.clear()
+    return False
+
+
+def show(rows: Sequence[Row], facts: dict[str, Any], options: argparse.Namespace) -> None:
+    """The table, what it says, and the paths of the files."""
+    from rich.console import Console
+
+    console = Console()
+    console.print(table(rows))
+    for line in (*notes(rows), "", *lines(rows)):
+        console.print(line, highlight=False, soft_wrap=True)
+    machine = facts["machine"]
+    name = Path(options.model).name if Path(options.model).exists() else options.model
+    title = f"{name}, batch {options.batch}\n{where(machine)}, torch {machine['torch']}"
+    picture, numbers = options.out / "compare.png", options.out / "compare.json"
+    content = {**facts, "rows": [asdict(row) for row in rows]}
+    numbers.write_text(json.dumps(content, indent=1) + "\n")
+    if draw(rows, picture, title):
+        print(picture)
+    print(numbers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
