@@ -14,6 +14,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from kdfast.models.trace import BlockTarget
+from kdfast.ops._no_heads import no_heads
 from kdfast.ops.attention_distill import attention_distill
 from kdfast.ops.geometry import Rope, Window
 from kdfast.ops.pruned_attention import pruned_attention
@@ -189,7 +190,7 @@ class Attention(nn.Module):
         window = self._window(grid, v)
         loss = None
         if not self.heads:
-            out = v
+            out = no_heads(self, v)
         elif target is None:
             # An exported graph must run where kdfast is not installed.
             backend = "reference" if torch.compiler.is_exporting() else None
