@@ -238,11 +238,9 @@ def attention_call(
         raise ValueError("its calls have a mask")
     if bound.get("is_causal"):
         raise ValueError("its calls are causal")
-    first, *others = bound
-    if bound.get("key", bound[first]) is not bound[first]:
+    if bound.get("key", bound.get("query")) is not bound.get("query"):
         raise ValueError("its keys come from other tokens than its queries")
-    known = inspect.signature(reader.project).parameters
-    call = reader.project(bound[first], **{n: bound[n] for n in others if n in known})
+    call = reader.read(args, kwargs)
     if call.q.shape != call.k.shape:
         raise ValueError("its queries are not one per key")
     return call

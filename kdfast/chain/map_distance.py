@@ -9,7 +9,7 @@ from torch import Tensor
 from kdfast.chain.pairing import head_groups, relation_heads
 from kdfast.nn.heads import AttentionCall
 from kdfast.ops.attention_distill import attention_distill, row_distance
-from kdfast.ops.pruned_attention import math_dtype, rotated
+from kdfast.ops.pruned_attention import rotated
 
 
 def map_distance(mine: AttentionCall, theirs: AttentionCall, kind: str) -> Tensor:
@@ -26,8 +26,8 @@ def map_distance(mine: AttentionCall, theirs: AttentionCall, kind: str) -> Tenso
     heads = head_groups(mine.q.shape[1], theirs.q.shape[1])
     if mine.bias is not None or theirs.bias is not None:
         with torch.autocast(mine.q.device.type, enabled=False):
-            goal = _scores(_selected(theirs, heads)).detach()
-            own = _scores(mine)
+            goal = _selected(theirs, heads).scores().detach()
+            own = mine.scores()
             return row_distance(own, goal.to(own.dtype), kind).mean()
     if theirs.rope is None:
         # The op would rotate the teacher by the student's tables.
@@ -72,16 +72,3 @@ def _selected(call: AttentionCall, heads: list[int]) -> AttentionCall:
     q, k = (torch.stack([x[:, head] for head in heads], 1) for x in (call.q, call.k))
     rows = None if call.bias is None else torch.stack([call.bias[:, head] for head in heads], 1)
     return call._replace(q=q, k=k, bias=rows)
-
-
-def _scores(call: AttentionCall) -> Tensor:
-    """(B, H, N, N), what the softmax of the call gets."""
-    dtype = math_dtype(call.q.dtype)
-    call = turned(call)
-    q, k = call.q.to(dtype), call.k.to(dtype)
-    scores = (q.shape[3] ** -0.5 if call.scale is None else call.scale) * q @ k.transpose(-1, -2)
-    if call.bias is None:
-        return scores
-    # Windows of an image follow one another and take the biases in turn.
-    tall = scores.unflatten(0, (-1, call.bias.shape[0]))
-    return (tall + call.bias.to(dtype)).flatten(0, 1)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from kdfast.nn.attention import FusedAttention, qualified_name
+from kdfast.nn.attention import FusedAttention
 from kdfast.pruning.hf_adapter import NoHeads
 
 # Modules that change nothing in eval mode.
@@ -101,7 +101,11 @@ def _kind(module: nn.Module | None) -> str | None:
     """The class that matters in eval mode; None where it says nothing: stand-ins, no module."""
     if module is None or isinstance(module, FusedAttention | NoHeads):
         return None
-    return "nothing" if type(module).__name__ in _NOTHING else qualified_name(module)
+    if type(module).__name__ in _NOTHING:
+        return "nothing"
+    # A layer that accelerate gave a class of its own is the one that it was.
+    names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
+    return next(name for name in names if not name.startswith("kdfast.nn."))
 
 
 def _attributes(module: nn.Module | None) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-from kdfast.ops.attention_entropy import attention_entropy
 from kdfast.pruning.adapter import Anatomy, Site
+from kdfast.pruning.entropy import call_entropy
 from kdfast.pruning.inputs import Inputs, model_inputs, outputs
 
 Loss = Callable[[Any, Any], Tensor]
@@ -187,10 +187,7 @@ class EntropyObserver:
             self._rows[block] = next(self.model.parameters()).new_zeros(0, dtype=torch.float64)
             return
         call = self.adapter.call(site, args, kwargs, output)
-        entropy, limit = attention_entropy(
-            call.q, call.k, rope=call.rope, window=call.window, scale=call.scale
-        )
-        entropy, limit = entropy.double(), limit.double()
+        entropy, limit = (x.double() for x in call_entropy(call))
         value = limit - entropy if self.important == "low" else entropy
         if self.unit == "share":
             # A token that sees one key has limit 0 and entropy 0: its share counts as 0.
