@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -141,6 +142,7 @@ class Capture:
             module = self._modules[name]
             hook = partial(self._keep_inputs, name)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(partial(self._left, name)))
             for leaf in _leaves(module):
                 self._handles.append(leaf.register_forward_hook(self._keep))
         for name in self.names:
@@ -157,11 +159,11 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        seen = len(self._inputs) + len(self.features)
+        seen = len(self.called) + len(self.features)
         if kind is None and self.strict and seen != len(self.attention) + len(self.names):
             raise RuntimeError(
                 f"distill: a forward must pass {[*self.attention, *self.names]}, "
-                f"got {[*self._inputs, *self.features]}"
+                f"got {[*self.called, *self.features]}"
             )
 
     @property
@@ -172,7 +174,7 @@ class Capture:
     @property
     def called(self) -> list[str]:
         """The named attentions that a forward has passed."""
-        return [name for name in self.attention if name in self._inputs]
+        return [name for name in self.attention if name in self._inputs or name in self._calls]
 
     def call(self, name: str) -> AttentionCall:
         """The inputs of one attention in its last call.
@@ -181,12 +183,16 @@ class Capture:
             ValueError: They cannot be read; the message is the reason.
         """
         if name not in self._calls:
+            module = self._modules[name]
             self._reading = True
             try:
-                with self._replayed(self._modules[name]):
-                    self._calls[name] = attention_call(self._modules[name], *self._inputs[name])
+                with self._replayed(module):
+                    self._calls[name] = attention_call(module, *self._inputs[name])
             finally:
                 self._reading = False
+            del self._inputs[name]
+            for leaf in _leaves(module):
+                self._kept.pop(leaf, None)
         return self._calls[name]
 
     def _keep_inputs(
@@ -195,6 +201,12 @@ class Capture:
         if not self._reading:
             self._inputs[name] = (args, kwargs)
             self._calls.pop(name, None)
+
+    def _left(self, name: str, *_: Any) -> None:
+        # Nothing is recomputed without a graph: what the reading does not need is freed at once.
+        if not torch.is_grad_enabled():
+            with suppress(ValueError):  # raised again for who asks
+                self.call(name)
 
     def _keep(self, leaf: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if not self._reading and len(args) == 1 and isinstance(out, Tensor):
