@@ -3,6 +3,9 @@
 
 import copy
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,6 +118,30 @@ def test_transformers_swin(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.complete and len(report.replaced) == 3
     # The second block is shifted: one bias for every window of every image.
     assert given[:3] == [(1, 2, 16, 16), (32, 2, 16, 16), (1, 4, 16, 16)]
+
+
+def test_pickled_transformers_models_run_in_another_process(tmp_path: Path) -> None:
+    model, _ = hugging_face("ViT")
+    kdfast.accelerate(model.eval())
+    whole, part = tmp_path / "whole.pt", tmp_path / "part.pt"
+    torch.save(model, whole)
+    torch.save(model.layers[0].attention, part)  # type: ignore[union-attr,index]
+    x, tokens = torch.ones(1, 3, 24, 24), torch.ones(1, 5, 32)
+    code = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "load = lambda path: torch.load(path, weights_only=False)\n"
+        "print(float(load(sys.argv[2])(torch.ones(1, 5, 32))[0].sum()))\n"
+        "print(float(load(sys.argv[1])(torch.ones(1, 3, 24, 24))[0].sum()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(whole), str(part)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        want = [model.layers[0].attention(tokens)[0].sum(), model(x)[0].sum()]  # type: ignore[union-attr,index]
+    got = torch.tensor([float(line) for line in done.stdout.split()])
+    torch.testing.assert_close(got, torch.stack(want), rtol=1e-4, atol=1e-3)
+    kdfast.restore(copy.deepcopy(model))
 
 
 def test_transformers_data2vec_is_left() -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts of the chain against literals and independent oracles."""
 
+import argparse
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,23 +14,20 @@ import timm
 import torch
 import torch.nn.functional as F
 from sklearn import metrics as sk
+from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor
 
-from kdfast.chain.capture import (
-    Capture,
-    attention_layers,
-    head_groups,
-    paired_layers,
-    relation_heads,
-)
+from kdfast.chain.capture import Capture, attention_layers
 from kdfast.chain.compare import compare, gain
 from kdfast.chain.feed import class_feed, even_part
 from kdfast.chain.links import Link, LinkModel, build_link, facts, links_of, load_teacher
 from kdfast.chain.metrics import Meter
 from kdfast.chain.objective import Objective, distill_loss, scheduled_alpha, task_loss
+from kdfast.chain.pairing import head_groups, paired_layers, relation_heads
 from kdfast.configs import ConfigError, load
 from kdfast.configs.chain import ChainConfig, ChainDistillConfig, roles
 from kdfast.machine.memory import is_out_of_memory, peak_mib, reset_peak
+from kdfast.sources import load_model
 from kdfast.trainer.feed import Feed
 from kdfast.trainer.state import save_checkpoint
 
@@ -154,7 +152,7 @@ def test_maps() -> None:
     assert y.shape == (2, 2, 5, 6)
     together = x.transpose(1, 2).reshape(2, 5, 12)
     assert torch.equal(y[:, 1], together[..., 6:])
-    with pytest.raises(ValueError, match="must divide the student's width 12, got 5"):
+    with pytest.raises(ValueError, match="must divide the width 12 of student, got 5"):
         relation_heads(x, 5, "student")
 
 
@@ -229,15 +227,13 @@ def test_feature_term_projects_and_checkpoints() -> None:
 
 def test_terms_that_do_not_fit() -> None:
     net = timm.create_model("resnet18", channels=(8, 8, 8, 8), num_classes=4)
-    with pytest.raises(ValueError, match="must have attention with packed qkv, has none"):
+    with pytest.raises(ValueError, match="maps can be read, it has no attention"):
         attention_layers(net, "resnet18")
     cnn = LinkModel(net)
     student, _ = models({}, {})
-    objective = Objective(
-        student, cnn.eval(), "multiclass", ChainDistillConfig(feature=1.0), epochs=1, distilled=True
-    )
-    with pytest.raises(ValueError, match=r"distill.feature: blocks.0 must have as many positions"):
-        objective(torch.rand(2, 3, 16, 16), torch.tensor([0, 1]), 0)
+    config = ChainDistillConfig(feature=1.0)
+    with pytest.raises(ValueError, match=r"blocks.0 of vit_tiny_.* must have as many positions"):
+        Objective(student, cnn.eval(), "multiclass", config, epochs=1, distilled=True)
 
 
 def test_own_normalisation_and_size() -> None:
@@ -302,6 +298,36 @@ def test_local_checkpoint_as_start(tmp_path: Path) -> None:
     (tmp_path / "bad.pth").write_bytes(b"no")
     with pytest.raises(ConfigError, match="is no checkpoint"):
         build_link(link(init=str(tmp_path / "bad.pth")), 4)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_checkpoints_of_timms_trainer_as_start(tmp_path: Path, ema: bool) -> None:
+    """They hold an argparse.Namespace, and perhaps averaged weights, which go first."""
+    net = timm.create_model("vit_tiny_patch16_224", **VIT, num_classes=4)
+    averaged = ModelEmaV3(net) if ema else None
+    if averaged is not None:
+        averaged.module.cls_token.data.add_(1)
+    saver = CheckpointSaver(
+        net,
+        torch.optim.SGD(net.parameters(), lr=0.1),
+        args=argparse.Namespace(model="vit_tiny_patch16_224", lr=0.1),
+        model_ema=averaged,
+        checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path),
+    )
+    saver.save_checkpoint(0, metric=0.5)
+    path = str(tmp_path / "last.pth.tar")
+    want = net.cls_token + (1 if ema else 0)
+    assert torch.equal(build_link(link(init=path), 4).net.cls_token, want)  # type: ignore[arg-type]
+    if not ema:
+        whole = timm.create_model("vit_tiny_patch16_224", num_classes=4)
+        torch.save(
+            {"model": {f"_orig_mod.module.{k}": v for k, v in whole.state_dict().items()},
+             "args": argparse.Namespace()},
+            tmp_path / "deit.pth",
+        )  # fmt: skip
+        loaded: Any = load_model("vit_tiny_patch16_224", str(tmp_path / "deit.pth"))
+        assert torch.equal(loaded.cls_token, whole.cls_token)
 
 
 def test_metrics_against_sklearn() -> None:

@@ -5,8 +5,9 @@ from functools import partial
 from typing import Any
 
 import pytest
+import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kdfast
 from kdfast.models import EVAViT
@@ -207,3 +208,38 @@ def test_public_names() -> None:
     assert kdfast.evaluate_selections is evaluate_selections
     assert kdfast.HeadGates is HeadGates
     assert isinstance(kdfast.mlp_scores, type(head_scores))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("swin_tiny_patch4_window7_224",
+         {"img_size": 64, "depths": (2, 1), "embed_dim": 16, "num_heads": (2, 4),
+          "window_size": 4}),
+        ("beit_base_patch16_224", {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}),
+        ("vit_srelpos_small_patch16_224",
+         {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}),
+    ],
+)  # fmt: skip
+def test_entropy_counts_position_biases(name: str, arguments: dict[str, Any]) -> None:
+    """Against the softmax that the model computes without fused attention."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **arguments).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x, rows = torch.randn(2, 3, 64, 64), []
+    scores = head_scores(model, "entropy", [x], important="high", unit="nats", progress=False)
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows.append(torch.special.entr(args[0].double()).sum(-1).mean((0, 2)))
+
+    for module in model.modules():
+        if isinstance(getattr(module, "fused_attn", None), bool):
+            module.fused_attn = False  # type: ignore[assignment]
+            module.attn_drop.register_forward_pre_hook(keep)  # type: ignore[union-attr]
+    with torch.no_grad():
+        model(x)
+    assert len(rows) == len(scores.scores)
+    for got, want in zip(scores.scores, rows, strict=True):
+        torch.testing.assert_close(got, want.detach(), rtol=1e-4, atol=1e-6)

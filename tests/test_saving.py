@@ -224,6 +224,120 @@ def test_save_rejects_what_it_could_not_rebuild(tmp_path: Path) -> None:
     assert not (tmp_path / "config.json").exists()
 
 
+def pooled(model: Any) -> Any:
+    model.reset_classifier(3, global_pool="avg")
+    return model
+
+
+def cut_off(model: Any) -> Any:
+    model.reset_classifier(0, global_pool="")
+    return model
+
+
+def blurred(model: Any) -> Any:
+    model.norm.eps, model.blocks[0].norm1.eps = 1e-2, 0.5
+    return model
+
+
+def flat(model: Any) -> Any:
+    for block in model.blocks:
+        block.attn.scale = 2.0
+        block.attn.qkv.weight.data *= 20
+    return model
+
+
+def without_activation(model: Any) -> Any:
+    model.blocks[0].mlp.act = nn.GELU(approximate="tanh")
+    model.blocks[1].mlp.drop1.p = 0.25
+    return model
+
+
+CHANGES = [pooled, cut_off, blurred, flat, without_activation]
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_after_building_comes_back(
+    tmp_path: Path, change: Callable[[Any], Any], pruned: bool
+) -> None:
+    model = change(timm_vit())
+    model = prune_heads(model, KEEP) if pruned else model
+    again = load_pretrained(save_pretrained(model, tmp_path / "a"))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+    assert getattr(again.blocks[1].mlp.drop1, "p", 0) == model.blocks[1].mlp.drop1.p
+    save_pretrained(again, tmp_path / "b")
+    files = [(tmp_path / x / "config.json").read_text() for x in "ab"]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax"])
+def test_another_pool_comes_back_in_other_families(tmp_path: Path, pool: str) -> None:
+    sizes = {"depths": (1, 1), "embed_dim": 32, "num_heads": (2, 4), "img_size": 56}
+    model: Any = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **sizes).eval()
+    model.reset_classifier(4, global_pool=pool)
+    siglip: Any = timm_vit(global_pool="map", class_token=False)
+    siglip.reset_classifier(4, global_pool="avg")
+    for net, side in ((model, 56), (siglip, 32)):
+        x = torch.randn(2, 3, side, side)
+        again = load_pretrained(save_pretrained(net, tmp_path / str(side)))
+        theirs = timm.create_model(f"local-dir:{tmp_path / str(side)}", pretrained=True).eval()
+        with torch.no_grad():
+            assert torch.equal(again(x), net(x)) and torch.equal(theirs(x), net(x))
+
+
+def test_changes_that_no_file_holds_are_refused(tmp_path: Path) -> None:
+    model: Any = timm_vit()
+    model.blocks[0].mlp.act = nn.Identity()
+    with pytest.raises(ValueError, match=r"blocks.0.mlp.act is a nothing, but .*GELU is built"):
+        save_pretrained(model, tmp_path)
+    model = timm_vit()
+    model.blocks[1].forward = lambda x, **_: x
+    with pytest.raises(ValueError, match="blocks.1 has a forward of its own"):
+        save_pretrained(model, tmp_path)
+    model = timm_vit()
+    model.norm.eps = float("inf")
+    with pytest.raises(ValueError, match="norm has eps inf, but 1e-06 is built"):
+        save_pretrained(model, tmp_path)
+    rope: Any = timm.create_model("vit_small_patch16_rope_224", depth=1, img_size=32)
+    state = torch.get_rng_state()
+    save_pretrained(rope, tmp_path / "rope")
+    assert torch.equal(torch.get_rng_state(), state)
+    rope.rope.pos_embed.mul_(0.5)
+    with pytest.raises(ValueError, match="rope.pos_embed is a table that no file holds"):
+        save_pretrained(rope, tmp_path / "rope")
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{"norm": {"forward": 1}}, {"norm": {"_hooks": 1}}, {"norm": {"eps": {"a": 1}}},
+     {"x": {"a": 1}}, {"norm": ["eps"]}, {"norm": {"training": True}}, ["norm"]],
+)  # fmt: skip
+def test_only_plain_attributes_are_set(tmp_path: Path, attributes: Any) -> None:
+    save_pretrained(blurred(timm_vit()), tmp_path)
+    edit(lambda c: c["kdfast"].update(attributes=attributes))(tmp_path)
+    with pytest.raises(ValueError, match="load_pretrained: .*config.json must set plain attr"):
+        load_pretrained(tmp_path)
+
+
+def test_foreign_hugging_face_folders_must_fit(tmp_path: Path) -> None:
+    model = hugging_face()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    taken = tensors.pop("classifier.weight")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"must fit.*(?s:.)*missing: classifier.weight"):
+        load_pretrained(tmp_path)
+    tensors["classifier.weight"] = taken[:2].clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"must fit.*(?s:.)*classifier.weight"):
+        load_pretrained(tmp_path)
+    save_file({"other.weight": torch.zeros(3)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="missing: "):
+        load_pretrained(tmp_path)
+
+
 def edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())

@@ -10,6 +10,7 @@ import timm
 import torch
 import torchvision
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from kdfast import attention, prune
@@ -160,6 +161,29 @@ def test_errors_name_the_option(tmp_path: Path, saved: Path, photos: Path) -> No
     model = timm.create_model("vit_tiny_patch16_224", **SMALL)
     with pytest.raises(SourceError, match="^--data: .*0.png cannot be read as a picture"):
         list(image_batches(model, (32, 32), photos, count=2, batch_size=2))
+
+
+def test_weights_of_another_model_are_not_left_random(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=96,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    # With the head of a task there is no pooler, which nothing reads.
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    load_model(f"hf:{tmp_path}")
+    save_file({"other": torch.zeros(3)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match="^--model: hf: the weights in .* must fit.*missing: "):
+        load_model(f"hf:{tmp_path}")
+
+
+def test_averaged_weights_of_a_checkpoint_go_first(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit")
+    state = model.state_dict()
+    ema = {f"module.{name}": x + 1 for name, x in state.items()}
+    torch.save({"state_dict": state, "state_dict_ema": ema}, tmp_path / "w.pth")
+    got = load_model("test_vit", str(tmp_path / "w.pth")).state_dict()
+    assert all(torch.equal(got[name], x + 1) for name, x in state.items())
 
 
 def test_a_pruned_folder_is_not_for_transformers(tmp_path: Path) -> None:

@@ -1,108 +1,153 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Queries, keys and features of a timm model's forward, read by hooks while it runs as it is.
+"""Attention inputs and features of a timm model's forward, read by hooks while it runs as it is.
 
 B batch, H heads, N tokens, D head dim, C channels.
 """
 
 from __future__ import annotations
 
-import math
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-QK = tuple[Tensor, Tensor]
+from kdfast.chain.features import feature_rows, tokens_of
+from kdfast.nn.attention import FusedAttention, qualified_name
+from kdfast.nn.heads import AttentionCall
+from kdfast.nn.pool import TimmClassAttention
+from kdfast.nn.table import FUSED, UNKNOWN, unfused_reason
+
+# Switched off in the copy that is read: maps are those before attention weights are dropped.
+_DROPOUTS = ("dropout", "attention_dropout")
+# Submodules that run after the softmax, so that no queries and keys come out of them.
+_AFTER = ("attn_drop", "proj", "out_proj", "attn_out_proj", "mlp", "drop_path", "ls", "sub_norm")
+
+
+def reader_of(module: nn.Module) -> FusedAttention | str | None:
+    """What tells queries and keys of an attention's calls: its fused stand-in, which never runs.
+
+    Returns:
+        The stand-in, on the module's own tensors; the reason why its maps cannot be read; or None
+        for a module that is no attention.
+    """
+    few = "a pool of few queries has no map from tokens to tokens"
+    if isinstance(module, FusedAttention):
+        if isinstance(module, TimmClassAttention):
+            return few
+        return module if module.num_heads else "it has lost all its heads"
+    kind = FUSED.get(qualified_name(module))
+    if kind is None:
+        return unfused_reason(module)
+    if "forward" in module.__dict__:
+        return "its instance has a forward of its own"
+    if issubclass(kind, TimmClassAttention):
+        return few
+    twin = copy.copy(module)
+    drop = twin._modules.get("attn_drop")
+    if isinstance(drop, nn.Dropout):
+        twin.__dict__["_modules"] = {**twin._modules, "attn_drop": nn.Identity()}
+    twin.__dict__.update({name: 0.0 for name in _DROPOUTS if name in twin.__dict__})
+    return kind.why_not(twin) or kind.adopt(twin)
+
+
+def readers(net: nn.Module) -> dict[str, FusedAttention | str]:
+    """``reader_of`` of every attention of a model, by name."""
+    found: dict[str, FusedAttention | str] = {}
+    inside: set[nn.Module] = set()
+    for name, module in net.named_modules():
+        if module not in inside and (reader := reader_of(module)) is not None:
+            found[name] = reader
+            if isinstance(reader, FusedAttention):
+                inside.update(module.modules())
+    # Blocks that are only named after the attention that they hold are none.
+    return {
+        name: reader
+        for name, reader in found.items()
+        if reader != UNKNOWN or not any(other.startswith(f"{name}.") for other in found)
+    }
 
 
 def attention_layers(net: nn.Module, name: str) -> list[str]:
-    """Names of the attention modules whose queries and keys can be read.
+    """Names of the self-attentions whose maps can be read, in the order of the model.
+
+    Attentions of another kind, such as pools or those over channels, are left out.
+
+    Args:
+        net: A model of timm, accelerated or not.
+        name: Its name, for the message.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none; the message says why, by class.
     """
-    found = [
-        path
-        for path, module in net.named_modules()
-        if isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads")
-    ]
+    every = readers(net)
+    found = [path for path, reader in every.items() if isinstance(reader, FusedAttention)]
     if not found:
-        raise ValueError(f"distill.attention: {name} must have attention with packed qkv, has none")
+        raise ValueError(
+            f"distill.attention: {name} must have self-attention whose maps can be read, "
+            f"{reasons(net, every)}"
+        )
     return found
 
 
-def timm_features(net: nn.Module, name: str) -> tuple[list[str], list[int]]:
-    """Names and widths of the layers that timm lists as features.
-
-    Raises:
-        ValueError: timm lists none.
-    """
-    info = getattr(net, "feature_info", None)
-    rows = info if isinstance(info, list) else getattr(info, "info", [])
-    modules = dict(net.named_modules())
-    rows = [row for row in rows if row.get("module") in modules]
-    # The stem of a convolutional network has no counterpart worth imitating.
-    rows = [row for row in rows if row["module"] not in ("act1", "relu", "bn1")]
-    if not rows:
-        raise ValueError(f"distill.feature: timm must list features of {name}, lists none")
-    return [row["module"] for row in rows], [row["num_chs"] for row in rows]
-
-
-def paired_layers(students: int, teachers: int, layers: str) -> list[tuple[int, int]]:
-    """Which layer of the student is compared with which one of the teacher.
-
-    Args:
-        students: Layers of the student, Ls.
-        teachers: Layers of the teacher, Lt.
-        layers: "all", or "last".
-
-    Returns:
-        Pairs (i, ceil((i + 1) Lt / Ls) - 1): the last layers always meet.
-    """
-    pairs = [(i, math.ceil((i + 1) * teachers / students) - 1) for i in range(students)]
-    return pairs if layers == "all" else pairs[-1:]
-
-
-def head_groups(students: int, teachers: int) -> list[int]:
-    """The teacher head that each student head imitates: the first one of its group."""
-    return [i * teachers // students for i in range(students)]
-
-
-def relation_heads(x: Tensor, count: int, what: str) -> Tensor:
-    """(B, H, N, D) as ``count`` heads (B, R, N, H D / R) over the concatenation of all heads.
-
-    Raises:
-        ValueError: R does not divide H D.
-    """
-    b, h, n, d = x.shape
-    if h * d % count:
-        raise ValueError(
-            f"distill.relation_heads: must divide the {what}'s width {h * d}, got {count}"
-        )
-    return x.transpose(1, 2).reshape(b, n, count, h * d // count).transpose(1, 2)
+def reasons(net: nn.Module, every: Mapping[str, FusedAttention | str]) -> str:
+    """Why attentions of a model are not read, one reason by class."""
+    found = {
+        f"{qualified_name(net.get_submodule(path))}: {reader}"
+        for path, reader in every.items()
+        if isinstance(reader, str)
+    }
+    return f"but {'; '.join(sorted(found))}" if found else "it has no attention"
 
 
 class Capture:
     """Context in which a forward of ``net`` leaves what the named modules saw.
 
+    The model runs unchanged, also under activation checkpointing: the hooks keep tensors and
+    compute nothing. Queries and keys are made afterwards, from the projections' kept outputs.
+
     Attributes:
-        qk: Queries and keys (B, H, N, D) by name, after the norms of the module if it has any.
         features: Outputs by name, as (B, N, C).
     """
 
-    def __init__(self, net: nn.Module, attention: list[str], features: list[str]) -> None:
-        self.net, self.attention, self.names = net, attention, features
-        self.qk: dict[str, QK] = {}
+    def __init__(
+        self, net: nn.Module, attention: list[str], features: list[str], *, strict: bool = True
+    ) -> None:
+        """Name the modules to watch.
+
+        Args:
+            net: The model.
+            attention: Of ``attention_layers``.
+            features: Of ``kdfast.chain.features.timm_features``.
+            strict: Whether a forward must pass all of them.
+        """
+        self.net, self.attention, self.names, self.strict = net, attention, features, strict
         self.features: dict[str, Tensor] = {}
+        self._modules = {name: net.get_submodule(name) for name in (*attention, *features)}
+        self._rows = feature_rows(net)
+        self._inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._calls: dict[str, AttentionCall] = {}
+        self._handles: list[RemovableHandle] = []
+        self._reading = False
 
     def __enter__(self) -> Capture:
-        modules = dict(self.net.named_modules())
-        self._handles = []
         for name in self.attention:
-            hook = self._qk_hook(name, modules[name])
-            self._handles.append(modules[name].qkv.register_forward_hook(hook))
+            module = self._modules[name]
+            hook = partial(self._keep_inputs, name)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(partial(self._left, name)))
+            for leaf in _leaves(module):
+                self._handles.append(leaf.register_forward_hook(self._keep))
         for name in self.names:
-            self._handles.append(modules[name].register_forward_hook(self._feature_hook(name)))
+            hook = partial(self._keep_feature, name)
+            self._handles.append(self._modules[name].register_forward_hook(hook))
         return self
 
     def __exit__(
@@ -113,27 +158,125 @@ class Capture:
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        seen = len(self.qk) + len(self.features)
-        if kind is None and seen != len(self.attention) + len(self.names):
+        self._handles = []
+        seen = len(self.called) + len(self.features)
+        if kind is None and self.strict and seen != len(self.attention) + len(self.names):
             raise RuntimeError(
                 f"distill: a forward must pass {[*self.attention, *self.names]}, "
-                f"got {[*self.qk, *self.features]}"
+                f"got {[*self.called, *self.features]}"
             )
 
-    def _qk_hook(self, name: str, module: Any) -> Any:
-        q_norm = getattr(module, "q_norm", None) or nn.Identity()
-        k_norm = getattr(module, "k_norm", None) or nn.Identity()
+    @property
+    def qk(self) -> dict[str, AttentionCall]:
+        """The inputs of every named attention that was called, by name: those that it used."""
+        return {name: self.call(name) for name in self.called}
 
-        def hook(linear: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            b, n, width = out.shape
-            heads = module.num_heads
-            q, k, _ = out.view(b, n, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4)
-            self.qk[name] = (q_norm(q), k_norm(k))
+    @property
+    def called(self) -> list[str]:
+        """The named attentions that a forward has passed."""
+        return [name for name in self.attention if name in self._inputs or name in self._calls]
 
-        return hook
+    def call(self, name: str) -> AttentionCall:
+        """The inputs of one attention in its last call.
 
-    def _feature_hook(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            self.features[name] = out.flatten(2).transpose(1, 2) if out.dim() == 4 else out
+        Raises:
+            ValueError: They cannot be read; the message is the reason.
+        """
+        if name not in self._calls:
+            module = self._modules[name]
+            self._reading = True
+            try:
+                with self._replayed(module):
+                    self._calls[name] = attention_call(module, *self._inputs[name])
+            finally:
+                self._reading = False
+            del self._inputs[name]
+            for leaf in _leaves(module):
+                self._kept.pop(leaf, None)
+        return self._calls[name]
 
-        return hook
+    def _keep_inputs(
+        self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if not self._reading:
+            self._inputs[name] = (args, kwargs)
+            self._calls.pop(name, None)
+
+    def _left(self, name: str, *_: Any) -> None:
+        # Nothing is recomputed without a graph: what the reading does not need is freed at once.
+        if not torch.is_grad_enabled():
+            with suppress(ValueError):  # raised again for who asks
+                self.call(name)
+
+    def _keep(self, leaf: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if not self._reading and len(args) == 1 and isinstance(out, Tensor):
+            self._kept[leaf] = (args[0], out)
+
+    def _keep_feature(self, name: str, _: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        self.features[name] = tokens_of(self.net, self._rows[name], out)
+
+    @contextmanager
+    def _replayed(self, module: nn.Module) -> Iterator[None]:
+        """Inside, a layer that gets the input of the forward again returns what it returned then.
+
+        So nothing is projected twice, and random layers, such as a dropout in the network of a
+        position bias, give the numbers that the model used.
+        """
+        own = 1 if self._handles else 0
+        with ExitStack() as undo:
+            for leaf in _leaves(module):
+                mine = leaf in self._kept and "forward" not in leaf.__dict__
+                # Other hooks may have changed what was kept; they would do it again.
+                if mine and not leaf._forward_pre_hooks and len(leaf._forward_hooks) <= own:
+                    again = partial(_again, leaf.forward, *self._kept[leaf])
+                    leaf.__dict__["forward"] = again
+                    undo.callback(leaf.__dict__.pop, "forward")
+            yield
+
+
+def attention_call(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> AttentionCall:
+    """Queries, keys, rotation, bias and scale of a call of an attention with these arguments.
+
+    Raises:
+        ValueError: The map of the call cannot be read; the message is the reason.
+    """
+    reader = reader_of(module)
+    if not isinstance(reader, FusedAttention):
+        raise ValueError(reader or "it is no attention")
+    bound = inspect.signature(reader.forward).bind(*args, **kwargs).arguments
+    if any(bound.get(name) is not None for name in ("attn_mask", "key_padding_mask")):
+        raise ValueError("its calls have a mask")
+    if bound.get("is_causal"):
+        raise ValueError("its calls are causal")
+    if bound.get("key", bound.get("query")) is not bound.get("query"):
+        raise ValueError("its keys come from other tokens than its queries")
+    call = reader.read(args, kwargs)
+    if call.q.shape != call.k.shape:
+        raise ValueError("its queries are not one per key")
+    return call
+
+
+def _leaves(module: nn.Module) -> Iterator[nn.Module]:
+    """Layers of an attention that queries, keys and biases may come from."""
+    for name, layer in module.named_modules():
+        if name and not name.startswith(_AFTER) and not layer._modules:
+            yield layer
+
+
+def _again(forward: Any, given: Any, out: Tensor, x: Any, *args: Any, **kwargs: Any) -> Any:
+    if not args and not kwargs and _same(x, given):
+        return out
+    return forward(x, *args, **kwargs)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two tensors are one view of one memory."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return False
+    views = [
+        (x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype)
+        for x in (a, b)
+    ]
+    return views[0] == views[1]

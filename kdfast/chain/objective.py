@@ -12,18 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast.chain.capture import (
-    Capture,
-    attention_layers,
-    head_groups,
-    paired_layers,
-    relation_heads,
-    timm_features,
-)
+from kdfast.chain.capture import Capture
 from kdfast.chain.links import LinkModel
+from kdfast.chain.map_distance import as_relation, map_distance
+from kdfast.chain.pairing import attention_pairs, feature_pairs
 from kdfast.configs.chain import ChainDistillConfig
 from kdfast.nn.frozen import Frozen
-from kdfast.ops.attention_distill import attention_distill
 from kdfast.ops.feature_loss import feature_loss
 from kdfast.ops.kd_loss import kd_loss
 
@@ -114,8 +108,9 @@ class Objective(nn.Module):
         *,
         epochs: int,
         distilled: bool,
+        size: tuple[int, int] | None = None,
     ) -> None:
-        """Pair the layers of both models.
+        """Pair the layers of both models; for this both run once, on one black image.
 
         Args:
             student: The model to train.
@@ -124,9 +119,10 @@ class Objective(nn.Module):
             config: Weights and kinds of the terms.
             epochs: Number of epochs of the link, for the schedule of alpha.
             distilled: False: plain training on the targets.
+            size: (height, width) of the images to come; None: what the models are made for.
 
         Raises:
-            ValueError: A term does not fit the models.
+            ValueError: A term does not fit the models; the message names model and reason.
         """
         super().__init__()
         self.student, self.task, self.config = student, task, config
@@ -137,18 +133,14 @@ class Objective(nn.Module):
         self.projections = nn.ModuleList()
         if teacher is None:
             return
-        nets = (student.net, teacher.net)
         if config.attention:
-            mine, other = (attention_layers(n, type(n).__name__) for n in nets)
-            pairs = paired_layers(len(mine), len(other), config.layers)
-            self.attention = [(mine[i], other[j]) for i, j in pairs]
+            self.attention = attention_pairs(student, teacher, config, size)
         if config.feature:
-            (mine, widths), (other, wide) = (timm_features(n, type(n).__name__) for n in nets)
-            pairs = paired_layers(len(mine), len(other), config.layers)
-            self.features = [(mine[i], other[j]) for i, j in pairs]
+            pairs = feature_pairs(student, teacher, config, size)
+            self.features = [(mine.module, theirs.module) for mine, theirs in pairs]
             self.projections.extend(
-                nn.Linear(widths[i], wide[j]) if widths[i] != wide[j] else nn.Identity()
-                for i, j in pairs
+                nn.Identity() if a.width == b.width else nn.Linear(a.width, b.width)
+                for a, b in pairs
             )
 
     @property
@@ -216,35 +208,22 @@ class Objective(nn.Module):
         """Mean over the layers of the distance of the attention maps."""
         config, losses = self.config, []
         for student, teacher in self.attention:
-            (q, k), (tq, tk) = mine.qk[student], theirs.qk[teacher]
-            heads: list[int] | None = head_groups(q.shape[1], tq.shape[1])
+            own, other = mine.call(student), theirs.call(teacher)
             if config.attention_map == "relation":
-                count, heads = config.relation_heads, None
-                q, k = (relation_heads(x, count, "student") for x in (q, k))
-                tq, tk = (relation_heads(x, count, "teacher") for x in (tq, tk))
-            # The output of this attention is not used: it gets no gradient.
-            _, loss = attention_distill(
-                q, k, k.detach(), tq, tk, teacher_heads=heads, kind=config.attention_kind
-            )
-            losses.append(loss)
+                own = as_relation(own, config.relation_heads, student)
+                other = as_relation(other, config.relation_heads, teacher)
+            losses.append(map_distance(own, other, config.attention_kind))
         return torch.stack(losses).mean()
 
     def _feature(self, mine: Capture, theirs: Capture) -> Tensor:
         """Mean over the layers of the distance of the features."""
-        losses = []
-        for (student, teacher), project in zip(self.features, self.projections, strict=True):
-            s, t = project(mine.features[student]), theirs.features[teacher]
-            if s.shape[1] != t.shape[1]:
-                raise ValueError(
-                    f"distill.feature: {student} must have as many positions as {teacher}, "
-                    f"got {s.shape[1]} and {t.shape[1]}"
-                )
-            losses.append(
-                feature_loss(
-                    s,
-                    t,
-                    kind=self.config.feature_kind,
-                    normalize=self.config.feature_normalize,
-                )
+        losses = [
+            feature_loss(
+                project(mine.features[student]),
+                theirs.features[teacher],
+                kind=self.config.feature_kind,
+                normalize=self.config.feature_normalize,
             )
+            for (student, teacher), project in zip(self.features, self.projections, strict=True)
+        ]
         return torch.stack(losses).mean()

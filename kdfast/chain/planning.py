@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from kdfast.chain.link_run import LinkRun
 from kdfast.chain.links import Link, LinkModel, build_link, links_of, switch_checkpointing
 from kdfast.chain.objective import Objective
-from kdfast.configs.chain import ChainConfig, per_link
-from kdfast.configs.fields import ConfigError
+from kdfast.configs.chain import ChainConfig, per_link, stages
+from kdfast.configs.fields import ConfigError, as_config_error
 from kdfast.memory.measure import Step, optimizer_of
 from kdfast.memory.search import BatchPlan, largest
 from kdfast.memory.steps import PRECISION, PlannedStep
@@ -55,14 +55,16 @@ def link_step(config: ChainConfig, link: Link, teacher: Link | None, classes: in
         student, above = model(link, recompute), None
         if teacher is not None and not config.cache:
             above = model(teacher, False).requires_grad_(False).eval()
-        objective = Objective(
-            student,
-            above,
-            "multiclass",
-            config.distill,
-            epochs=link.epochs,
-            distilled=teacher is not None,
-        )
+        with as_config_error():
+            objective = Objective(
+                student,
+                above,
+                "multiclass",
+                config.distill,
+                epochs=link.epochs,
+                distilled=teacher is not None,
+                size=(config.data.size, config.data.size),
+            )
 
         def loss(images: Tensor, labels: Tensor) -> Tensor:
             kept = None
@@ -87,6 +89,34 @@ def link_step(config: ChainConfig, link: Link, teacher: Link | None, classes: in
         PRECISION[config.precision],
         config.checkpointing,
     )
+
+
+def check_terms(config: ChainConfig, classes: int) -> None:
+    """Asks of every pair of links that the stage trains whether the terms fit, before any training.
+
+    The models have no memory here.
+
+    Raises:
+        ConfigError: Attention maps or features of two links cannot be compared.
+    """
+    if not (config.distill.attention or config.distill.feature):
+        return
+    links = [replace(link, init="scratch") for link in links_of(config)]
+    for index in stages(config):
+        if index == 0:
+            continue
+        with torch.device("meta"):
+            teacher, student = (build_link(link, classes) for link in links[index - 1 : index + 1])
+            with as_config_error():
+                Objective(
+                    student,
+                    teacher,
+                    "multiclass",
+                    config.distill,
+                    epochs=links[index].epochs,
+                    distilled=True,
+                    size=(config.data.size, config.data.size),
+                )
 
 
 def batch_size(run: LinkRun, student: LinkModel, device: torch.device) -> int:

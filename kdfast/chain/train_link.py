@@ -72,6 +72,7 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
             config.distill,
             epochs=link.epochs,
             distilled=run.teacher is not None,
+            size=(config.data.size, config.data.size),
         ).to(device)
         classes = len(run.data.class_names)
         step = LinkStep(link.role, mixup_of(config.optim, run.data.task, classes), kept)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import re
@@ -35,6 +36,9 @@ class NeedsCode(ValueError):
 def load_torch(path: str | Path, *, mmap: bool = False) -> Any:
     """What ``torch.save`` wrote: tensors on the CPU, plain containers and scalars.
 
+    Options of a command line (``argparse.Namespace``), which timm and DeiT put beside the weights,
+    are plain values too.
+
     Args:
         path: The file.
         mmap: Map it instead of reading it; only files of the zip format can be.
@@ -45,7 +49,8 @@ def load_torch(path: str | Path, *, mmap: bool = False) -> Any:
         ValueError: It is damaged, or of another kind.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise
     except Exception as error:  # on damaged bytes torch's reader stumbles over whatever comes

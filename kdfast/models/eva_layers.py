@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdfast.models.trace import BlockTarget
 from kdfast.ops._matmul import choice
+from kdfast.ops._no_heads import no_heads
 from kdfast.ops._packed import Layer, Product, forget, hooked, inferring, is_plain_linear, packed
 from kdfast.ops.attention_distill import attention_distill
 from kdfast.ops.geometry import Rope, Window
@@ -203,7 +204,7 @@ class Attention(nn.Module):
         window = self._window(grid, v)
         loss = None
         if not self.heads:
-            out = v
+            out = no_heads(self, v)
         elif target is None:
             # An exported graph must run where kdfast is not installed.
             backend = "reference" if torch.compiler.is_exporting() else None

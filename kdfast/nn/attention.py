@@ -4,6 +4,7 @@
 B batch, H heads, N tokens, D head dim, C channels.
 """
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -131,6 +132,13 @@ class FusedAttention(nn.Module):
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
         """Queries, keys and values of a call with these arguments of ``forward``; H is not 0."""
         raise NotImplementedError(f"{type(self).__name__} must say how it projects")
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AttentionCall:
+        """``project`` of a call with these arguments of ``forward``; masks that it has no part in
+        are left out."""
+        (_, x), *others = inspect.signature(self.forward).bind(*args, **kwargs).arguments.items()
+        known = inspect.signature(self.project).parameters
+        return self.project(x, **{name: value for name, value in others if name in known})
 
     def attend(
         self, call: AttentionCall, attn_mask: Tensor | None = None, is_causal: bool = False

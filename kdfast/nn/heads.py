@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from kdfast.ops.geometry import Rope, Window
+from kdfast.ops.pruned_attention import math_dtype, rotated
 
 
 class HeadAxis(NamedTuple):
@@ -82,3 +83,15 @@ class AttentionCall(NamedTuple):
     scale: float | None
     v: Tensor | None = None
     bias: Tensor | None = None
+
+    def scores(self) -> Tensor:
+        """(B, H, N, N), what the softmax of a call without windows gets: held whole, in fp32."""
+        dtype = math_dtype(self.q.dtype)
+        q, k = (rotated(x, self.rope, None).to(dtype) for x in (self.q, self.k))
+        scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+        scores = scale * q @ k.transpose(-1, -2)
+        if self.bias is None:
+            return scores
+        # Windows of an image follow one another and take the biases in turn.
+        tall = scores.unflatten(0, (-1, self.bias.shape[0]))
+        return (tall + self.bias.to(dtype)).flatten(0, 1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kdfast.nn.attention import FusedAttention
 from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.nn.timm_attention import drops_attention
+from kdfast.ops._no_heads import no_heads
 from kdfast.ops._packed import is_plain_linear
 from kdfast.ops.pruned_attention import math_dtype
 
@@ -101,7 +102,7 @@ class TimmClassAttention(FusedAttention):
     def context(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """(B, M, H * D) of tokens (B, N, C)."""
         if self.num_heads == 0:
-            return x.new_zeros(x.shape[0], 1, 0)
+            return no_heads(self, x.new_zeros(x.shape[0], 1, 0), x)
         linears = [self._linear(i) for i in range(1, len(self.projections))]
         dropping = self.training and self.dropout_p()
         if attn_mask is not None or dropping or not all(map(is_plain_linear, linears)):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kdfast.nn.attention import FusedAttention
 from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.nn.linear import projected
+from kdfast.ops._no_heads import no_heads
 from kdfast.ops.geometry import Rope
 
 
@@ -78,7 +79,7 @@ class TimmAttention(FusedAttention):
     ) -> Tensor:
         """(B, N, C) to (B, N, C'); a mask or a causal call runs torch's attention."""
         if self.num_heads == 0:
-            return self.finish(x, x.new_zeros(x.shape[0], x.shape[1], 0))
+            return self.finish(x, no_heads(self, x.new_zeros(x.shape[0], x.shape[1], 0), x))
         return self.finish(x, self.attend(self.project(x), attn_mask, is_causal))
 
 
@@ -163,7 +164,7 @@ class TimmRopeAttention(TimmAttention):
             is_causal: Whether a token sees only itself and the tokens before it.
         """
         if self.num_heads == 0:
-            return self.finish(x, x.new_zeros(x.shape[0], x.shape[1], 0))
+            return self.finish(x, no_heads(self, x.new_zeros(x.shape[0], x.shape[1], 0), x, rope))
         return self.finish(x, self.attend(self.project(x, rope), attn_mask, is_causal))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kdfast.nn.attention import FusedAttention
 from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.nn.timm_attention import TimmAttention, drops_attention
+from kdfast.ops._no_heads import no_heads
 
 
 class TimmPlainAttention(FusedAttention):
@@ -44,7 +45,7 @@ class TimmPlainAttention(FusedAttention):
     def context(self, x: Tensor, *args: Any) -> Tensor:
         """The heads' outputs (B, N, H * D) of tokens (B, N, C)."""
         if self.num_heads == 0:
-            return x.new_zeros(x.shape[0], x.shape[1], 0)
+            return no_heads(self, x.new_zeros(x.shape[0], x.shape[1], 0), x, *args)
         return self.attend(self.project(x, *args))
 
     def finish(self, context: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class TimmMaskUnitAttention(TimmPlainAttention):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C')."""
         if self.num_heads == 0:
-            return self.finish(x.new_zeros(x.shape[0], x.shape[1], 0))
+            return self.finish(no_heads(self, x.new_zeros(x.shape[0], x.shape[1], 0), x))
         context = self.context(x).unflatten(0, (-1, self._units(x)))
         return self.finish(context.transpose(1, 2).flatten(1, 2))
 
@@ -167,7 +168,7 @@ class TimmConvAttention(TimmPlainAttention):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) to (B, C, h, w)."""
         if self.num_heads == 0:
-            return self.finish(x.new_zeros(x.shape[0], 0, *x.shape[2:]))
+            return self.finish(no_heads(self, x.new_zeros(x.shape[0], 0, *x.shape[2:]), x))
         context = self.attend(self.project(x)).transpose(1, 2)
         return self.finish(context.unflatten(2, x.shape[2:]))
 

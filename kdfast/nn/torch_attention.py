@@ -13,6 +13,7 @@ from kdfast.nn.attention import FusedAttention
 from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.nn.linear import projected
 from kdfast.nn.pool import folded_attention
+from kdfast.ops._no_heads import no_heads
 from kdfast.ops.linear import linear
 
 
@@ -76,7 +77,7 @@ class TorchMultiheadAttention(FusedAttention):
             if self.num_heads:
                 context = self.attend(self.project(query))
             else:
-                context = query.new_zeros(batch, tokens, 0)
+                context = no_heads(self, query.new_zeros(batch, tokens, 0), query)
             return self._finish(context), None
         few = query.shape[1 if self.batch_first else 0] <= self.head_dim
         if plain and few and key is value and query is not key and self.num_heads:

@@ -15,6 +15,7 @@ from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.nn.timm_attention import drops_attention
 from kdfast.nn.timm_bias import cosines, indexed, masked
 from kdfast.nn.timm_grid import TimmPlainAttention
+from kdfast.ops._no_heads import no_heads
 from kdfast.ops.linear import linear
 
 
@@ -95,7 +96,7 @@ class TorchvisionSwinAttention(TimmPlainAttention):
         if self.num_heads:
             context = self.attend(self.project(x))
         else:
-            context = x.new_zeros(*self.sequences(x), 0)
+            context = no_heads(self, x.new_zeros(*self.sequences(x), 0), x)
         out = F.dropout(self.finish(context), self.dropout, self.training)
         return self.unwindowed(out, x)
 

@@ -17,6 +17,19 @@ _PRETRAINED = "transformers.modeling_utils.PreTrainedModel"
 # What an accelerated module remembers, to be restored: not in the config, which is saved.
 _BEFORE = "_kdfast_before"
 _BACKEND = "_kdfast_backend"
+_REGISTERS = "_kdfast_registers"
+
+
+class _Registers:
+    """Travels with an accelerated module: the process that unpickles it knows the name then."""
+
+    def __reduce__(self) -> Any:
+        return _unpickled, ()
+
+
+def _unpickled() -> _Registers:
+    register_transformers()
+    return _Registers()
 
 
 def register_transformers() -> None:
@@ -154,6 +167,7 @@ def switch(module: Any, backend: str | None) -> None:
     elif _BEFORE not in module.__dict__:
         module.__dict__[_BEFORE] = None
     module.__dict__[_BACKEND] = backend
+    module.__dict__[_REGISTERS] = _Registers()
 
 
 def switch_back(model: nn.Module) -> int:
@@ -163,4 +177,5 @@ def switch_back(model: nn.Module) -> int:
         if before := module.__dict__.pop(_BEFORE):
             module.config._attn_implementation = before
         module.__dict__.pop(_BACKEND, None)
+        module.__dict__.pop(_REGISTERS, None)
     return len(modules)

@@ -12,14 +12,16 @@ from typing import Any
 import timm
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torchvision.models import VisionTransformer
 
 from kdfast._version import __version__
 from kdfast.models.eva import EVAViT
 from kdfast.nn.attention import FusedAttention, qualified_name
 from kdfast.pruning.adapter import Anatomy
+from kdfast.pruning.behaviour import Differences, behaviour_differences, set_attributes
 from kdfast.pruning.families import anatomy_of
-from kdfast.pruning.hf_adapter import HfAdapter, NoHeads
+from kdfast.pruning.hf_adapter import HfAdapter
 from kdfast.pruning.vit_adapter import VitAdapter
 
 FORMAT = "kdfast.model/1"
@@ -37,7 +39,7 @@ TORCHVISION = (
 
 
 def described(model: nn.Module, model_args: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of config.json for a model, checked to build this very architecture.
+    """The content of config.json for a model, checked to build one that computes the same.
 
     Raises:
         TypeError: The model's family is not known, or cannot be pruned.
@@ -45,7 +47,25 @@ def described(model: nn.Module, model_args: Mapping[str, Any]) -> dict[str, Any]
     """
     section = _section(model)
     config = {**_config(model, section["family"], dict(model_args)), "kdfast": section}
-    _check_rebuilds(model, config)
+    found = _against_rebuilt(model, config)
+    pool = _pool(model)
+    if any(found) and section["family"] == "timm" and pool is not None:
+        # timm's reset_classifier changes the pool, but not the arguments that it recorded.
+        arguments = {**config["model_args"], "global_pool": pool}
+        pooled = {**config, "model_args": arguments}
+        better = _against_rebuilt(model, pooled)
+        if len(better.problems) < len(found.problems) or not any(better):
+            config, found = pooled, better
+    if not found.problems:
+        found.problems.extend(_changed_tables(model, config))
+    if found.problems:
+        raise ValueError(
+            "save_pretrained: the model must be what its architecture and arguments build; pass "
+            "model_args if timm did not record them. Different here:\n  "
+            + "\n  ".join(found.problems)
+        )
+    if found.attributes:
+        section["attributes"] = found.attributes
     return config
 
 
@@ -145,9 +165,11 @@ def build(config: Mapping[str, Any]) -> nn.Module:
             f"{section['format']!r} (written by kdfast {section.get('version')})"
         )
     try:
-        return _BUILDERS[section["family"]](config, section)
+        model = _BUILDERS[section["family"]](config, section)
     except KeyError as error:
         raise ValueError(f"load_pretrained: config.json has no usable {error}") from error
+    set_attributes(model, section.get("attributes", {}))
+    return model
 
 
 def _foreign(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,41 +247,54 @@ def _shrunk(
     return model
 
 
-def _check_rebuilds(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the configuration builds this very architecture."""
+def _against_rebuilt(model: nn.Module, config: Mapping[str, Any]) -> Differences:
+    """How a model differs from what its configuration builds."""
     try:
         with torch.device("meta"):
             again = build(config)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"save_pretrained: the recorded arguments must build the model, got: {error}; pass "
-            "model_args"
-        ) from error
+        return Differences(
+            [f"the recorded arguments must build the model, got: {error}; pass model_args"], {}
+        )
     shapes = [
         {name: tuple(t.shape) for name, t in some.state_dict().items()} for some in (model, again)
     ]
-    problems = differences(*shapes)
-    kinds = [_kinds(some) for some in (model, again)]
-    problems += [
-        f"{name} is a {kind}, but {kinds[1][name]} is built"
-        for name, kind in kinds[0].items()
-        if kinds[1].get(name, kind) != kind
+    found = behaviour_differences(model, again)
+    return Differences([*differences(*shapes), *found.problems], found.attributes)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Inside, parameters are not drawn at random: only tables that are computed are right."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        drawn = ("normal_", "uniform_", "erfinv_")
+        return args[0] if func.__name__ in drawn and args else func(*args, **(kwargs or {}))
+
+
+def _changed_tables(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
+    """Buffers that no file holds and that are not what the configuration builds."""
+    kept = set(model.state_dict())
+    tables = {name: x for name, x in model.named_buffers() if name not in kept}
+    if not tables or isinstance(model, EVAViT):
+        return []
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), _Unfilled():
+        again = dict(build(config).named_buffers())
+    return [
+        f"{name} is a table that no file holds, with other values than the one that is built"
+        for name, table in tables.items()
+        if name not in again or not torch.equal(again[name].to(table.dtype), table.cpu())
     ]
-    if problems:
-        raise ValueError(
-            "save_pretrained: the model must be what its architecture and arguments build; pass "
-            "model_args if timm did not record them. Different here:\n  " + "\n  ".join(problems)
-        )
 
 
-def _kinds(model: nn.Module) -> dict[str, str]:
-    """Classes of the modules that matter in eval mode and are not stand-ins."""
-    skipped = ("Dropout", "DropPath", "Identity")
-    return {
-        name: qualified_name(module)
-        for name, module in model.named_modules()
-        if type(module).__name__ not in skipped and not isinstance(module, FusedAttention | NoHeads)
-    }
+def _pool(model: nn.Module) -> str | None:
+    """timm's name of the pool before the classifier, read where it pools."""
+    head = getattr(model, "head", None)
+    owners = [(head, "global_pool"), (head, "pool_type"), (model, "global_pool")]
+    for pool in (getattr(owner, name, None) for owner, name in owners):
+        kind = getattr(pool, "pool_type", pool)
+        if isinstance(kind, str):
+            return kind
+    return None
 
 
 def differences(

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from kdfast.ops._checks import head_list
 from kdfast.pruning.adapter import Anatomy, Site
 from kdfast.pruning.families import anatomy_of
+from kdfast.pruning.inputs import Inputs, outputs
 from kdfast.pruning.observe import main_output, observe
 
 Metric = Callable[[Any, Any], Tensor | float]
@@ -150,10 +151,10 @@ class SelectionObserver:
         first = next((at for at, index in enumerate(self._order) if index in kept), None)
         return self._order[:first]
 
-    def run(self, images: Tensor, batch: Any) -> None:
+    def run(self, images: Tensor | Inputs, batch: Any) -> None:
         self._kept, self._outputs, self._order, self._watch = {}, {}, [], True
         with torch.no_grad():
-            whole = self.model(images)
+            whole = outputs(self.model, images)
             self._watch = False
             values = [self._value(whole, whole, batch)]
             work = [(kept, self._before(kept)) for kept in self.selections]
@@ -169,7 +170,7 @@ class SelectionObserver:
                 for (kept, done), step in zip(work, steps, strict=True):
                     self._kept = kept
                     with replayed([(self.blocks[i], self._outputs[i]) for i in done]):
-                        values.append(self._value(self.model(images), whole, batch))
+                        values.append(self._value(outputs(self.model, images), whole, batch))
                     bar.update(step)
         self._kept, self._outputs = {}, {}
         row = len(images) * torch.tensor(values, dtype=torch.float64)

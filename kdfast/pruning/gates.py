@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kdfast.pruning.adapter import Site
 from kdfast.pruning.families import anatomy_of
+from kdfast.pruning.inputs import count
 from kdfast.pruning.observe import split
 from kdfast.pruning.scores import HeadScores
 
@@ -72,8 +73,7 @@ class HeadGates:
         self._handles = []
 
     def _count(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = (*args, *kwargs.values())
-        self._batch = next((len(x) for x in given if isinstance(x, Tensor)), 1)
+        self._batch = count((*args, *kwargs.values()))
 
     def _watch(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> None:
         context = args[0]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdfast.nn.attention import qualified_name
 from kdfast.nn.heads import AttentionCall, HeadAxis
+from kdfast.ops._no_heads import no_heads
 from kdfast.ops.geometry import Rope
 from kdfast.pruning.adapter import Site
 from kdfast.pruning.site_adapter import SiteAdapter
@@ -45,7 +46,8 @@ class NoHeads(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """(B, N, C) to (B, N, C), and no attention weights."""
         out = _projection(self)
-        return out(hidden_states.new_zeros(*hidden_states.shape[:-1], 0)), None
+        context = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
+        return out(no_heads(self, context, hidden_states)), None
 
 
 def _projection(attention: nn.Module) -> Any:

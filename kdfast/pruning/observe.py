@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-from kdfast.ops.attention_entropy import attention_entropy
 from kdfast.pruning.adapter import Anatomy, Site
+from kdfast.pruning.entropy import call_entropy
+from kdfast.pruning.inputs import Inputs, model_inputs, outputs
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -26,7 +27,7 @@ class Observer(Protocol):
     def attach(self) -> list[RemovableHandle]:
         """Hooks to have in place while ``run`` is called."""
 
-    def run(self, images: Tensor, batch: Any) -> None:
+    def run(self, images: Tensor | Inputs, batch: Any) -> None:
         """Adds every image's scores to ``totals``, (H,) fp64 per block."""
 
 
@@ -70,7 +71,7 @@ def observe(
             handles += observer.attach()
             for batch in bar:
                 batch = _moved(batch, device)
-                pixels = _images(function, batch)
+                pixels = model_inputs(function, anatomy.model, batch)
                 observer.run(pixels, batch)
                 _check_finite(function, observer.totals, count)
                 count, images = count + 1, images + len(pixels)
@@ -110,10 +111,10 @@ class ContextObserver:
         self._contexts[index] = context
         return context, *args[1:]
 
-    def run(self, images: Tensor, batch: Any) -> None:
+    def run(self, images: Tensor | Inputs, batch: Any) -> None:
         self._contexts.clear()
         with torch.inference_mode(False), torch.enable_grad():
-            loss = self.loss(self.model(images), batch)
+            loss = self.loss(outputs(self.model, images), batch)
             _check_loss(loss)
             contexts = [self._contexts.pop(index) for index in sorted(self._contexts)]
             grads = torch.autograd.grad(loss, contexts)
@@ -151,10 +152,10 @@ class MeanObserver:
     def _keep(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._rows[index] = args[0].detach().double().flatten(0, -2).mean(0)
 
-    def run(self, images: Tensor, batch: Any) -> None:
+    def run(self, images: Tensor | Inputs, batch: Any) -> None:
         self._rows.clear()
         with torch.no_grad():
-            self.model(images)
+            outputs(self.model, images)
         _add(self.totals, [len(images) * self._rows[index] for index in sorted(self._rows)])
 
 
@@ -186,10 +187,7 @@ class EntropyObserver:
             self._rows[block] = next(self.model.parameters()).new_zeros(0, dtype=torch.float64)
             return
         call = self.adapter.call(site, args, kwargs, output)
-        entropy, limit = attention_entropy(
-            call.q, call.k, rope=call.rope, window=call.window, scale=call.scale
-        )
-        entropy, limit = entropy.double(), limit.double()
+        entropy, limit = (x.double() for x in call_entropy(call))
         value = limit - entropy if self.important == "low" else entropy
         if self.unit == "share":
             # A token that sees one key has limit 0 and entropy 0: its share counts as 0.
@@ -198,10 +196,10 @@ class EntropyObserver:
         value = value.clamp_min(0).unflatten(1, (len(site.held), -1))
         self._rows[block] = value.mean((0, 2, 3))
 
-    def run(self, images: Tensor, batch: Any) -> None:
+    def run(self, images: Tensor | Inputs, batch: Any) -> None:
         self._rows.clear()
         with torch.no_grad():
-            self.model(images)
+            outputs(self.model, images)
         _add(self.totals, [len(images) * self._rows[block] for block in sorted(self._rows)])
 
 
@@ -279,28 +277,6 @@ def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (tuple, list)):
         return [_moved(value, device) for value in batch]
     return batch
-
-
-def _images(function: str, batch: Any) -> Tensor:
-    images = batch
-    if isinstance(batch, Mapping):
-        images = batch.get("image", batch.get("pixel_values"))
-    elif isinstance(batch, list):
-        images = batch[0] if batch else None
-    if not isinstance(images, Tensor):
-        raise TypeError(
-            f"{function}: a batch must be a tensor, a dict with a tensor 'image', or a list or "
-            f"tuple that starts with one, got {_kind(batch)}"
-        )
-    if len(images) == 0:
-        raise ValueError(f"{function}: a batch must hold at least one image, got none")
-    return images
-
-
-def _kind(batch: Any) -> str:
-    if isinstance(batch, Mapping):
-        return f"a dict with {sorted(map(str, batch))}"
-    return type(batch).__name__
 
 
 def _check_loss(loss: Any) -> None:

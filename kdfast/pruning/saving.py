@@ -87,8 +87,7 @@ def load_pretrained(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"load_pretrained: {folder / CONFIG} must be a JSON object")
     if "kdfast" not in config and config.get("architectures"):
         # The library knows the names that its older versions gave to tensors.
-        kind = transformers_class(config["architectures"][0])
-        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+        return _of_transformers(folder, transformers_class(config["architectures"][0]))
     model = build(config)
     state = _read(folder / WEIGHTS)
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
@@ -106,6 +105,34 @@ def load_pretrained(path: str | os.PathLike[str]) -> Any:
         buffers = model.get_submodule(owner)._buffers
         buffers[leaf] = buffers[leaf].to(getattr(torch, dtype))  # type: ignore[union-attr]
     return model.eval()
+
+
+def _of_transformers(folder: Path, kind: Any) -> Any:
+    """A model of a folder that transformers wrote, none of whose tensors are random."""
+    try:
+        model, info = kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are listed then
+            output_loading_info=True,
+        )
+    except (RuntimeError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise ValueError(
+            f"load_pretrained: {folder / WEIGHTS} must fit the architecture, got {error}"
+        ) from error
+    if problems := unfilled(info):
+        raise ValueError(
+            f"load_pretrained: {folder / WEIGHTS} must fit the architecture, got\n  "
+            + "\n  ".join(problems)
+        )
+    return model.eval()
+
+
+def unfilled(info: Mapping[str, Any]) -> list[str]:
+    """The tensors that transformers left random, by what its ``from_pretrained`` reports."""
+    problems = [f"missing: {name}" for name in sorted(info.get("missing_keys", ()))]
+    return problems + [f"of another shape: {x}" for x in sorted(info.get("mismatched_keys", ()))]
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -111,9 +111,9 @@ def head_scores(
     Args:
         model: A model of a family in docs/use/pruning.md, already pruned or not.
         method: "magnitude", "gradient", "taylor", "entropy" or "leave_one_out".
-        data: Batches: the images (B, 3, H, W), a dict with them under "image" or "pixel_values",
-            or a tuple or list that starts with them. Tensors are moved to the model's device. None
-            for "magnitude".
+        data: Batches: the images (B, 3, H, W), a dict with them under "image" or with arguments of
+            the model by name, or a tuple or list that starts with one of these; see docs. Tensors
+            are moved to the model's device. None for "magnitude".
         loss: ``loss(model output, batch)``, a scalar that is the mean over the batch's images. For
             "gradient" and "taylor" only. None: a random projection of the output, see docs.
         metric: ``metric(model output, batch)``, the mean over the batch's images, higher is

@@ -85,9 +85,8 @@ class VitAdapter(SiteAdapter):
         self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> AttentionCall:
         attention: Any = site.module
-        # A mask is left out: entropy is that of attention among all tokens.
-        known = {name: value for name, value in kwargs.items() if name in ("x", "rope")}
-        call: AttentionCall = attention.project(*args, **known)
+        # A mask of tokens is left out: entropy is that of attention among all of them.
+        call: AttentionCall = attention.read(args, kwargs)
         return call
 
     @contextmanager

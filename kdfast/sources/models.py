@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from kdfast.chain.checkpoint import model_of
 from kdfast.machine.files import load_torch
 from kdfast.models.checkpoint import load_orion_backbone
-from kdfast.pruning.saving import load_pretrained
+from kdfast.pruning.saving import load_pretrained, unfilled
 from kdfast.sources.error import SourceError
 
 TORCHVISION, HUGGING_FACE = "torchvision:", "hf:"
 MODEL_HELP = "timm name, torchvision:NAME, hf:FOLDER or a saved model's folder"
-# Entries under which training scripts put the weights, the outermost first.
-WEIGHTS = ("state_dict", "model", "student", "module")
+# Entries under which training scripts put the weights, the outermost first, averaged ones before.
+WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model", "student", "module")
+# What wrappers of a model put before its names.
+WRAPPERS = ("module.", "_orig_mod.")
 
 
 def load_model(
@@ -147,18 +149,28 @@ def _of_hugging_face(folder: str) -> nn.Module:
     except ImportError as error:
         raise SourceError("--model: hf: needs transformers; pip install 'kdfast[hf]'") from error
     options = {"attn_implementation": "sdpa", "local_files_only": True}
+    model: nn.Module
     try:
-        model: nn.Module = AutoModel.from_pretrained(folder, **options)
+        model, info = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise SourceError(
             f"--model: hf: {folder} must be written by transformers (give what kdfast.prune wrote "
             f"without hf:): {error}"
         ) from error
+    # Heads of a task have no pooler; nothing here looks at it.
+    problems = [line for line in unfilled(info) if not line.startswith("missing: pooler.")]
+    if problems:
+        raise SourceError(
+            f"--model: hf: the weights in {folder} must fit its config.json, got "
+            + "; ".join(problems)
+        )
     return model
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """Weights of a safetensors file or a PyTorch checkpoint, without running code from it.
+
+    Averaged weights (EMA) go before the others, as in timm.
 
     Raises:
         SourceError: The file cannot be read, or holds no state dict.
@@ -174,7 +186,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
         raise SourceError(f"--checkpoint: {path} must hold a state dict")
-    return {str(key).removeprefix("module."): value for key, value in state.items()}
+    names = {str(key): str(key) for key in state}
+    for prefix in WRAPPERS * 2:  # in any order
+        names = {key: name.removeprefix(prefix) for key, name in names.items()}
+    return {name: state[key] for key, name in names.items()}
 
 
 def _classes(state: Mapping[str, Tensor]) -> int | None:
