@@ -27,8 +27,10 @@ from kdfast.ops.swiglu_norm import swiglu_norm
 if TYPE_CHECKING:
     from kdfast.nn import AccelerateReport, accelerate, restore
     from kdfast.pruning import (
+        Calibration,
         HeadGates,
         HeadScores,
+        calibrate,
         evaluate_selections,
         head_scores,
         mlp_scores,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccelerateReport",
+    "Calibration",
     "FallbackWarning",
     "HeadGates",
     "HeadScores",
@@ -49,6 +52,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "attention_distill",
+    "calibrate",
     "evaluate_selections",
     "feature_loss",
     "head_gather",
@@ -71,8 +75,10 @@ __all__ = [
 _LAZY = (
     dict.fromkeys(
         (
+            "Calibration",
             "HeadGates",
             "HeadScores",
+            "calibrate",
             "evaluate_selections",
             "head_scores",
             "mlp_scores",
