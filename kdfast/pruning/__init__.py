@@ -2,7 +2,7 @@
 """Head and hidden-unit scores, selection, surgery and accounting. See docs/use/pruning.md."""
 
 from kdfast.pruning.adapter import Site
-from kdfast.pruning.calibrate import Calibration, calibrate
+from kdfast.pruning.calibration import Calibration, calibrate
 from kdfast.pruning.evaluate import evaluate_selections
 from kdfast.pruning.families import register_family
 from kdfast.pruning.gates import HeadGates

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdfast.pruning.adapter import Site
-from kdfast.pruning.calibrate import SiteMoments
+from kdfast.pruning.calibration import SiteMoments
 from kdfast.pruning.eliminate import regular_factor
 from kdfast.pruning.moments import Moments
 
@@ -94,16 +94,16 @@ def problem_of(moments: SiteMoments, weight: Tensor, kept: Tensor) -> Problem:
     )
 
 
-def measured_problem(sums: Moments, output_variance: float) -> Problem:
+def measured_problem(sums: Moments, variance: float) -> Problem:
     """The fit of residuals that were watched together with their inputs; on the CPU."""
-    parts = (
-        sums.mean(),
-        sums.covariance(),
-        sums.target_mean(),
-        sums.target_variance(),
-        sums.cross(),
+    return Problem(
+        sums.mean().cpu(),
+        sums.covariance().cpu(),
+        sums.target_mean().cpu(),
+        sums.target_variance().cpu(),
+        sums.cross().cpu(),
+        variance,
     )
-    return Problem(*(part.cpu() for part in parts), output_variance)
 
 
 def fitted(problem: Problem, ridge: float, bias: bool) -> tuple[Tensor, Tensor, float, float]:

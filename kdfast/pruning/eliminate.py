@@ -163,7 +163,8 @@ def best_sets(a: Tensor, g: Tensor, size: int) -> list[tuple[float, list[int]]] 
     count = len(a) // size
     if 2**count > SUBSETS:
         return None
-    best: list[tuple[float, list[int]]] = [(0.0, [])] + [(float("inf"), [])] * count
+    best: list[tuple[float, list[int]]] = [(float("inf"), []) for _ in range(count + 1)]
+    best[0] = 0.0, []
 
     def extend(a: Tensor, g: Tensor, first: int, error: float, gone: list[int]) -> None:
         for index, cost in enumerate(_costs(a, g, size)):

@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ PANEL = 384  # columns; of a symmetric product only the panels on and above the 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
     """Context in which fp32 products are fp32, whatever autocast and torch's precision say."""
-    holders = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    holders: tuple[Any, ...] = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
     before = [holder.fp32_precision for holder in holders]
     try:
         for holder in holders:
@@ -26,6 +27,11 @@ def exact_products(device: torch.device) -> Iterator[None]:
     finally:
         for holder, value in zip(holders, before, strict=True):
             holder.fp32_precision = value
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or in fp64 if it is."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class Moments:
@@ -48,9 +54,12 @@ class Moments:
         if len(x) == 0:
             return
         y = x.new_zeros(len(x), 0) if y is None else y
-        x, y = (z if z.dtype == torch.float64 else z.float() for z in (x, y))
+        x = wide(x)
+        y = y.to(x.dtype)
         if self._shift is None:
-            self._shift = x.double().mean(0), y.double().mean(0)
+            # Rounded to the type of the rows, in which it is subtracted.
+            means = (z.double().mean(0).to(z.dtype).double() for z in (x, y))
+            self._shift = next(means), next(means)
             like = self._shift[0]
             width, targets = x.shape[1], y.shape[1]
             self._x, self._y = like.new_zeros(width), like.new_zeros(targets)
@@ -88,7 +97,7 @@ class Moments:
 
     def mean(self) -> Tensor:
         """(D,) fp64."""
-        return self._x / self.count + self._shifts()[0]
+        return self._shifts()[0] + self._x / self.count
 
     def covariance(self) -> Tensor:
         """(D, D) fp64, the mean of the products, not of T - 1 of them."""
@@ -103,7 +112,7 @@ class Moments:
 
     def target_mean(self) -> Tensor:
         """(O,) fp64."""
-        return self._y / self.count + self._shifts()[1]
+        return self._shifts()[1] + self._y / self.count
 
     def cross(self) -> Tensor:
         """(O, D) fp64, the covariance of targets and rows."""

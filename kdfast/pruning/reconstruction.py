@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kdfast.pruning.adapter import Anatomy, Site
-from kdfast.pruning.calibrate import Calibration, SiteMoments, calibrate
+from kdfast.pruning.calibration import Calibration, SiteMoments, calibrate
 from kdfast.pruning.compensate import RIDGE
 from kdfast.pruning.eliminate import Path, best_sets, inverse, slice_path, slopes, unit_path
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from kdfast.pruning.adapter import Anatomy, Site
 from kdfast.pruning.branch import norm_of
-from kdfast.pruning.calibrate import Calibration, SiteMoments
+from kdfast.pruning.calibration import Calibration, SiteMoments
 from kdfast.pruning.compensate import (
     SiteError,
     channels,
@@ -26,7 +26,7 @@ from kdfast.pruning.compensate import (
     output_variance,
     problem_of,
 )
-from kdfast.pruning.moments import Moments
+from kdfast.pruning.moments import Moments, exact_products, wide
 from kdfast.pruning.observe import frozen_eval, images_of, moved, observe, tokens_of
 from kdfast.pruning.runner import Runner, Watch
 
@@ -188,7 +188,7 @@ class Compensation:
                     f"prune_heads: block {block} must run the projection of {pair[0].name}"
                 )
             c = tokens_of(pruned.input, whole.pads)
-            residual = tokens_of(whole.output, whole.pads).float() - _linear(pair[1], c).float()
+            residual = wide(tokens_of(whole.output, whole.pads)) - _linear(pair[1], c)
             if gain is not None and whole.before is not None and pruned.before is not None:
                 residual += _drift(whole.before, pruned.before, gain.to(residual))
             sums.add(c, residual)
@@ -204,8 +204,14 @@ def _drift(whole: Tensor, pruned: Tensor, gain: Tensor) -> Tensor:
 
 
 def _linear(site: Site, c: Tensor) -> Tensor:
+    """The site's projection of rows (T, K), in fp32 or fp64."""
     projection: Any = site.projection
-    return nn.functional.linear(c, projection.weight, getattr(projection, "bias", None))
+    bias = getattr(projection, "bias", None)
+    c = wide(c)
+    with exact_products(c.device):
+        return nn.functional.linear(
+            c, projection.weight.to(c.dtype), None if bias is None else bias.to(c.dtype)
+        )
 
 
 class ModuleObserver:
@@ -243,7 +249,7 @@ class ModuleObserver:
         pads = self.anatomy.adapter.pads(site, args, kwargs)
         wanted = tokens_of(self._seen.pop(f"output {site.name}"), pads)
         c = tokens_of(self._seen.pop(f"input {target.name}"), pads)
-        self.sums[index].add(c, wanted - _linear(target, c))
+        self.sums[index].add(c, wide(wanted) - _linear(target, c))
 
     def run(self, images: Tensor, batch: Any) -> None:
         with torch.no_grad():

@@ -72,7 +72,9 @@ class Watch:
     def __init__(self, anatomy: Anatomy, site: Site, norm: nn.Module | None) -> None:
         self.adapter, self.site, self.norm = anatomy.adapter, site, norm
         self.before: Tensor | None = None
-        self.input = self.output = self.pads = None
+        self.input: Tensor | None = None
+        self.output: Tensor | None = None
+        self.pads: Tensor | None = None
 
     @contextmanager
     def __call__(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.pruning.adapter import Adapter, HeadWeights, Site
-from kdfast.pruning.calibrate import Calibration
+from kdfast.pruning.calibration import Calibration
 from kdfast.pruning.evaluate import Metric, SelectionObserver, leave_one_out
 from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.observe import (
@@ -149,18 +149,18 @@ def head_scores(
     metadata: dict[str, Any] = {"model": adapter.family, "heads": [site.held for site in sites]}
     if any(site.group > 1 for site in sites):
         metadata["groups"] = [site.group for site in sites]
-    data = _needed("head_scores", method, data)
-    if data is None:
+    given = _needed("head_scores", method, data)
+    if given is None:
         return HeadScores(_magnitude(adapter, sites), method, metadata)
     if method == "reconstruction":
-        known = calibrated("head_scores", anatomy, data, batches, progress)
+        known = calibrated("head_scores", anatomy, given, batches, progress)
         scores, choices = reconstruction_scores(sites, known.attentions, progress)
         return HeadScores(scores, method, {**metadata, **choices, **known.metadata})
     observer: Observer
     if method == "leave_one_out":
         metadata["metric"] = _name(metric) if metric else "minus relative change of the output"
         observer = SelectionObserver(anatomy, leave_one_out(sites), metric, progress)
-        (values,), seen = observe("head_scores", anatomy, observer, data, batches, progress)
+        (values,), seen = observe("head_scores", anatomy, observer, given, batches, progress)
         return HeadScores(_drops(values, sites), method, {**metadata, **seen})
     if method == "entropy":
         observer = EntropyObserver(anatomy, important, unit)
@@ -168,7 +168,7 @@ def head_scores(
     else:
         observer = ContextObserver(sites, model, method, loss or RandomProjection(seed))
         metadata["loss"] = _name(loss) if loss else f"random projection, seed {seed}"
-    scores, seen = observe("head_scores", anatomy, observer, data, batches, progress)
+    scores, seen = observe("head_scores", anatomy, observer, given, batches, progress)
     return HeadScores(scores, method, {**metadata, **seen})
 
 
@@ -213,16 +213,16 @@ def mlp_scores(
     if not sites:
         raise ValueError(f"mlp_scores: no MLP of this {adapter.family} can be pruned")
     metadata: dict[str, Any] = {"model": adapter.family, "part": "mlp"}
-    data = _needed("mlp_scores", method, data)
-    if data is None:
+    given = _needed("mlp_scores", method, data)
+    if given is None:
         return HeadScores([_unit_magnitudes(site).cpu() for site in sites], method, metadata)
     if method == "reconstruction":
-        known = calibrated("mlp_scores", anatomy, data, batches, progress)
+        known = calibrated("mlp_scores", anatomy, given, batches, progress)
         rows, _ = reconstruction_scores(sites, known.mlps, progress)
         return HeadScores(rows, method, {**metadata, **known.metadata})
     observer = ContextObserver(sites, model, method, loss or RandomProjection(seed))
     metadata["loss"] = _name(loss) if loss else f"random projection, seed {seed}"
-    scores, seen = observe("mlp_scores", anatomy, observer, data, batches, progress)
+    scores, seen = observe("mlp_scores", anatomy, observer, given, batches, progress)
     return HeadScores(scores, method, {**metadata, **seen})
 
 

@@ -17,7 +17,7 @@ from kdfast.ops._checks import head_list
 from kdfast.ops.head_gather import MAX_HEADS
 from kdfast.ops.head_gather_block import head_gather_block
 from kdfast.pruning.adapter import Anatomy, Site
-from kdfast.pruning.calibrate import Calibration
+from kdfast.pruning.calibration import Calibration
 from kdfast.pruning.compensate import RIDGE, SiteError
 from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.observe import MeanObserver, observe

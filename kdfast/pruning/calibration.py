@@ -82,7 +82,7 @@ class Calibration:
                 sites[part][name] = facts
         content = {"format": FORMAT, "metadata": self.metadata, "sites": sites}
         with replacing(Path(path)) as partial_path:
-            save_file(tensors, partial_path, {"kdfast": json.dumps(content)})
+            save_file(tensors, partial_path, {"calibration": json.dumps(content)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> "Calibration":
@@ -101,7 +101,7 @@ class Calibration:
             raise FileNotFoundError(f"Calibration: {path} must be a file, got none")
         try:
             with safe_open(path, framework="pt") as file:
-                content = json.loads((file.metadata() or {}).get("kdfast", "{}"))
+                content = json.loads((file.metadata() or {}).get("calibration", "{}"))
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(
@@ -183,7 +183,7 @@ def calibrate(
     counts = torch.tensor([seen["batches"], seen["images"]], dtype=torch.float64)
     sum_over_processes(counts := counts.to(next(model.parameters()).device))
     seen = dict(zip(("batches", "images"), map(int, counts.tolist()), strict=True))
-    result = Calibration(*parts, {"model": anatomy.adapter.family, **seen})
+    result = Calibration(parts[0], parts[1], {"model": anatomy.adapter.family, **seen})
     _warn_of_few(result, seen["images"])
     return result
 
