@@ -62,3 +62,23 @@ def test_pruning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     again = kdfast.load_pretrained("vit_base_half")
     with torch.no_grad():
         torch.testing.assert_close(again(names["images"]), names["small"](names["images"]))
+
+
+@pytest.mark.filterwarnings("ignore:calibrate. .* tokens")
+def test_compensation(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = timm.create_model
+
+    def small(name: str, pretrained: bool) -> torch.nn.Module:
+        return build(name, depth=2, embed_dim=48, num_heads=4, img_size=32, num_classes=5)
+
+    monkeypatch.setattr(timm, "create_model", small)
+    names: dict[str, Any] = {"loader": [torch.randn(2, 3, 32, 32)] * 3}
+    (code,) = blocks("compensation.md")
+    exec(code, names)
+    assert sum(map(len, names["kept"])) == 4 and sum(map(len, names["mlp"])) == 192
+    x = names["loader"][0]
+    with torch.no_grad():
+        cut = kdfast.prune_heads(names["model"], names["kept"], mlp=names["mlp"])
+        want = names["model"](x)
+        for name in ("small", "better"):
+            assert (names[name](x) - want).norm() < (cut(x) - want).norm()

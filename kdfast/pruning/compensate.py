@@ -16,6 +16,8 @@ from kdfast.pruning.eliminate import regular_factor
 from kdfast.pruning.moments import Moments
 
 RIDGE = 1e-3
+# Residuals against a stream hold more that the kept channels cannot explain.
+SEQUENTIAL_RIDGE = 3e-2
 
 
 class SiteError(NamedTuple):

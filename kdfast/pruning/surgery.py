@@ -18,7 +18,7 @@ from kdfast.ops.head_gather import MAX_HEADS
 from kdfast.ops.head_gather_block import head_gather_block
 from kdfast.pruning.adapter import Anatomy, Site
 from kdfast.pruning.calibration import Calibration
-from kdfast.pruning.compensate import RIDGE, SiteError
+from kdfast.pruning.compensate import RIDGE, SEQUENTIAL_RIDGE, SiteError
 from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.observe import MeanObserver, observe
 from kdfast.pruning.refit import Compensation
@@ -33,7 +33,7 @@ def prune_heads(
     mlp: Sequence[Sequence[int]] | None = None,
     compensate: Calibration | None = None,
     sequential: bool = False,
-    ridge: float = RIDGE,
+    ridge: float | None = None,
     mean_context: bool = False,
     data: Iterable[Any] | None = None,
     batches: int | None = None,
@@ -59,7 +59,7 @@ def prune_heads(
         sequential: Fit one site after the other, on what the pruned model computes there, towards
             the stream of the original; needs ``compensate`` and ``data``.
         ridge: Added to the variance of every kept channel in the fit, as a share of their mean; in
-            (0, inf).
+            (0, inf). None: 0.001, with ``sequential`` 0.03.
         mean_context: Add to each projection's bias what the removed slices write on average over
             ``data``, instead of nothing.
         data: Batches as in ``head_scores``: for ``mean_context``, for ``sequential``, and for
@@ -102,7 +102,7 @@ def prune_with_errors(
     mlp: Sequence[Sequence[int]] | None = None,
     compensate: Calibration | None = None,
     sequential: bool = False,
-    ridge: float = RIDGE,
+    ridge: float | None = None,
     mean_context: bool = False,
     data: Iterable[Any] | None = None,
     batches: int | None = None,
@@ -127,6 +127,8 @@ def prune_with_errors(
     errors: list[SiteError] = []
     if compensate is not None:
         smaller = Anatomy.of(adapter, student)
+        if ridge is None:
+            ridge = SEQUENTIAL_RIDGE if sequential else RIDGE
         fit = Compensation(anatomy, smaller, compensate, ridge, data, batches, progress)
         rows = [row for _, row in cuts]
         errors = fit.sequential(rows) if sequential else fit.at_once(rows)
@@ -140,7 +142,7 @@ def _check_options(
     anatomy: Anatomy,
     compensate: Calibration | None,
     sequential: bool,
-    ridge: float,
+    ridge: float | None,
     mean_context: bool,
     data: Iterable[Any] | None,
 ) -> None:
@@ -162,7 +164,7 @@ def _check_options(
         raise ValueError("prune_heads: mean_context must be False with compensate, which has it")
     if sequential and data is None:
         raise ValueError("prune_heads: sequential=True needs data, got None")
-    if not 0 < ridge < math.inf:
+    if ridge is not None and not 0 < ridge < math.inf:
         raise ValueError(f"prune_heads: ridge must be in (0, inf), got {ridge}")
     compensate.check("prune_heads", anatomy)
 
