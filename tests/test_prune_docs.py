@@ -10,6 +10,7 @@ import timm
 import torch
 
 import kdfast.pruning.families
+from tests.test_prune_families import hugging_face, silenced
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "use"
 
@@ -82,3 +83,34 @@ def test_compensation(monkeypatch: pytest.MonkeyPatch) -> None:
         want = names["model"](x)
         for name in ("small", "better"):
             assert (names[name](x) - want).norm() < (cut(x) - want).norm()
+
+
+@pytest.mark.parametrize(
+    "name", ["ViTForImageClassification", "DeiTModel", "Dinov2Model", "CLIPVisionModel"]
+)
+def test_from_prune_heads(
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, x = hugging_face(name)
+    names: dict[str, Any] = {
+        "model": model,
+        "loader": [x],
+        "criterion": lambda output: output[0].square().mean(),
+        "metric": lambda output, batch: -output[0].square().mean(),
+    }
+    first, rest = blocks("from_prune_heads.md")
+    exec(first, names)
+    assert names["kept"] == [[0, 2], [1, 2, 3]]
+    with torch.no_grad():
+        want = silenced(model, names["kept"], None)(x)[0]
+        torch.testing.assert_close(names["small"](x)[0], want, rtol=1e-4, atol=1e-5)
+    exec(rest, names)
+    assert eval(capsys.readouterr().out) == names["kept"]
+    with torch.no_grad():
+        out = names["again"](x)[0]
+        assert torch.equal(out, names["small"](x)[0])
+    assert names["value"] == pytest.approx(-out.square().mean().item(), rel=1e-4)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 PANEL = 64  # removals between two updates of the whole matrices
 COMPACT = 0.8  # share of live channels below which the dead ones are dropped from the matrices
-SUBSETS = 4096  # at most so many sets of slices are tried
+SUBSETS = 1024  # at most so many sets of slices are tried
 
 
 class Path(NamedTuple):
