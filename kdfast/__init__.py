@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         prune_heads,
         pruning_report,
         select_heads,
+        select_together,
     )
     from kdfast.pruning.saving import load_pretrained, save_pretrained
 
@@ -69,6 +70,7 @@ __all__ = [
     "save_pretrained",
     "scaled_dot_product_attention",
     "select_heads",
+    "select_together",
     "swiglu_norm",
 ]
 
@@ -85,6 +87,7 @@ _LAZY = (
             "prune_heads",
             "pruning_report",
             "select_heads",
+            "select_together",
         ),
         "kdfast.pruning",
     )

@@ -164,6 +164,38 @@ def test_global_budgets_go_where_the_stream_suffers_most() -> None:
     assert abs(len(relative[0]) - 128) < 64
 
 
+def test_heads_and_units_share_a_budget_of_flops() -> None:
+    """Against a walk through all steps, and by what the report counts."""
+    model, data = vit()
+    calibration = kdfast.calibrate(model, data, progress=False)
+    heads = kdfast.head_scores(model, "reconstruction", calibration, progress=False)
+    units = kdfast.mlp_scores(model, "reconstruction", calibration, progress=False)
+    for keep in (0.3, 0.6):
+        kept, mlp = kdfast.select_together(model, heads, units, keep)
+        report = kdfast.pruning_report(kdfast.prune_heads(model, kept, mlp=mlp), [0.5]).full
+        full = kdfast.pruning_report(model, [0.5]).full
+        share = (report.flops - report.embed) / (full.flops - full.embed)
+        assert keep - 0.1 < share <= keep
+        # The dearest of what went is cheaper, for each FLOP, than the cheapest of what stayed.
+        block = full.blocks[0]
+        cost = (block.gemm + block.attention) / 4, block.mlp / 256
+        gone, stayed = [], []
+        for scores, rows, each in ((heads, kept, cost[0]), (units, mlp, cost[1])):
+            for values, row in zip(scores.scores, rows, strict=True):
+                ranked = (values / each).sort().values.tolist()
+                gone += ranked[: len(values) - len(row)]
+                stayed += ranked[len(values) - len(row) :]
+        assert max(gone) <= min(stayed)
+    every = kdfast.select_together(model, heads, units, 1.0)
+    assert every == ([list(range(4))] * 2, [list(range(256))] * 2)
+    with pytest.raises(ValueError, match=r"keep must be in \(0, 1\], got 1.5"):
+        kdfast.select_together(model, heads, units, 1.5)
+    with pytest.raises(ValueError, match="heads must be scored by 'reconstruction', got 'magnit"):
+        kdfast.select_together(model, kdfast.head_scores(model, "magnitude"), units, 0.5)
+    with pytest.raises(ValueError, match=r"units must have \[256, 256\] scores per block"):
+        kdfast.select_together(model, heads, heads, 0.5)
+
+
 def test_save_and_load(tmp_path: Path) -> None:
     model, data = vit()
     calibration = kdfast.calibrate(model, data, progress=False)

@@ -2,6 +2,7 @@
 """Head and hidden-unit scores, selection, surgery and accounting. See docs/use/pruning.md."""
 
 from kdfast.pruning.adapter import Site
+from kdfast.pruning.budget import select_together
 from kdfast.pruning.calibration import Calibration, calibrate
 from kdfast.pruning.evaluate import evaluate_selections
 from kdfast.pruning.families import register_family
@@ -27,4 +28,5 @@ __all__ = [
     "pruning_report",
     "register_family",
     "select_heads",
+    "select_together",
 ]
