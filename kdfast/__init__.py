@@ -28,19 +28,23 @@ from kdfast.ops.swiglu_norm import swiglu_norm
 if TYPE_CHECKING:
     from kdfast.nn import AccelerateReport, accelerate, restore
     from kdfast.pruning import (
+        Calibration,
         HeadGates,
         HeadScores,
+        calibrate,
         evaluate_selections,
         head_scores,
         mlp_scores,
         prune_heads,
         pruning_report,
         select_heads,
+        select_together,
     )
     from kdfast.pruning.saving import load_pretrained, save_pretrained
 
 __all__ = [
     "AccelerateReport",
+    "Calibration",
     "FallbackWarning",
     "HeadGates",
     "HeadScores",
@@ -50,6 +54,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "attention_distill",
+    "calibrate",
     "evaluate_selections",
     "feature_loss",
     "head_gather",
@@ -67,20 +72,24 @@ __all__ = [
     "save_pretrained",
     "scaled_dot_product_attention",
     "select_heads",
+    "select_together",
     "swiglu_norm",
 ]
 
 _LAZY = (
     dict.fromkeys(
         (
+            "Calibration",
             "HeadGates",
             "HeadScores",
+            "calibrate",
             "evaluate_selections",
             "head_scores",
             "mlp_scores",
             "prune_heads",
             "pruning_report",
             "select_heads",
+            "select_together",
         ),
         "kdfast.pruning",
     )

@@ -21,20 +21,23 @@ from torch import Tensor, nn
 from kdfast.machine.facts import cpu_name
 from kdfast.ops._processor import processor
 from kdfast.pruning import (
+    Calibration,
     HeadScores,
+    calibrate,
     head_scores,
     mlp_scores,
-    prune_heads,
     pruning_report,
     select_heads,
 )
 from kdfast.pruning.adapter import Anatomy
+from kdfast.pruning.compensate import SiteError
 from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.heat_map import draw_head_scores
 from kdfast.pruning.latency import Latency, latencies, leave_one_out_seconds
 from kdfast.pruning.report import PruningReport
 from kdfast.pruning.saving import CONFIG, save_pretrained
-from kdfast.pruning.scores import METHODS
+from kdfast.pruning.scores import METHODS, MLP_METHODS
+from kdfast.pruning.surgery import prune_with_errors
 from kdfast.sources import MODEL_HELP, image_batches, is_random, load_model, noise
 
 PACKAGES = ("matplotlib", "rich")  # for the heat map and the table
@@ -72,6 +75,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", type=Path, help="folder of pictures; rendered scenes if left out")
     p.add_argument("--batches", type=int, default=8, help="batches of pictures to look at")
     p.add_argument("--batch-size", type=int, default=4)
+    p.add_argument(
+        "--compensate",
+        action=argparse.BooleanOptionalAction,
+        help="fold what is removed into what stays; on where --data is given",
+    )
+    p.add_argument("--calibrate", type=int, default=200, help="pictures for --compensate, at most")
+    p.add_argument("--sequential", action="store_true", help="a slower and better --compensate")
     p.add_argument("--mean-context", action="store_true", help="fold removed means into biases")
     p.add_argument("--pretrained", action="store_true", help="download the weights of --model")
     p.add_argument("--seed", type=int, default=0)
@@ -116,14 +126,27 @@ def run(options: argparse.Namespace) -> None:
                 image_batches(model, size, options.data, count=count, batch_size=options.batch_size)
             )
     print(f"{options.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    pictures: list[Tensor] = []
+    if compensates(options):
+        with asked(OSError, ValueError, ImportError):
+            pictures.extend(
+                image_batches(
+                    model,
+                    size,
+                    options.data,
+                    count=options.calibrate,
+                    batch_size=options.batch_size,
+                )
+            )
+    calibration = calibrated(model, pictures, options)
     print(f"scoring heads by {options.method}, on {source(options)}")
     if options.method == "leave_one_out":
         print(effort(model, sum(len(site.held) for site in anatomy.attentions), batches))
-    data = None if options.method == "magnitude" else batches
-    scores = head_scores(model, options.method, data, seed=options.seed)
-    kept, units = selected(model, scores, batches, options)
-    mean: dict[str, Any] = {"mean_context": True, "data": batches} if options.mean_context else {}
-    pruned = prune_heads(model, kept, mlp=units, **mean).eval()
+    scores = head_scores(
+        model, options.method, data_of(options.method, batches, calibration), seed=options.seed
+    )
+    kept, units = selected(model, scores, batches, calibration, options)
+    pruned, errors = cut(model, kept, units, batches, pictures, calibration, options)
     keep = [[len(row) for row in kept]]
     mlp_keep = None if units is None else [len(row) for row in units]
     report = pruning_report(model, keep, mlp_keep=mlp_keep)
@@ -131,23 +154,76 @@ def run(options: argparse.Namespace) -> None:
         save_pretrained(pruned, options.out)
         scores.save(options.out / "scores.json")
         draw_head_scores(scores, kept, options.out / "heads.png")
-    image = batches[0][:1] if batches else noise(model, size)
+    images = batches or pictures
+    image = images[0][:1] if images else noise(model, size)
     latency = latencies(model, pruned, image, options.rounds)
     with asked(OSError):
-        write_report(options, report, kept, latency)
+        write_report(options, report, kept, latency, errors)
+    if errors:
+        show_errors(errors)
     show(report, latency, options)
 
 
+def compensates(options: argparse.Namespace) -> bool:
+    """Whether removed parts are folded into kept ones: by default where there is data for it."""
+    if options.compensate is None:
+        return options.data is not None and not options.mean_context
+    return bool(options.compensate)
+
+
+def calibrated(
+    model: nn.Module, pictures: Sequence[Tensor], options: argparse.Namespace
+) -> Calibration | None:
+    """The moments for the compensation, with a word about it."""
+    if not pictures:
+        return None
+    origin = options.data or "rendered driving scenes"
+    how = ", one site after the other" if options.sequential else ""
+    why = "" if options.compensate else " (--no-compensate turns it off)"
+    print(f"compensating on {sum(map(len, pictures))} pictures of {origin}{how}{why}")
+    return calibrate(model, pictures)
+
+
+def data_of(method: str, batches: list[Tensor], calibration: Calibration | None) -> Any:
+    """What a score of this method reads."""
+    if method == "magnitude":
+        return None
+    return calibration if method == "reconstruction" and calibration is not None else batches
+
+
+def cut(
+    model: nn.Module,
+    kept: Selection,
+    units: Selection | None,
+    batches: list[Tensor],
+    pictures: list[Tensor],
+    calibration: Calibration | None,
+    options: argparse.Namespace,
+) -> tuple[nn.Module, list[SiteError]]:
+    """The pruned model, and the errors of its sites where it was compensated."""
+    more: dict[str, Any] = {}
+    if calibration is not None:
+        more = {"compensate": calibration, "sequential": options.sequential, "data": pictures}
+    elif options.mean_context:
+        more = {"mean_context": True, "data": batches}
+    pruned, errors = prune_with_errors(model, kept, mlp=units, **more)
+    return pruned.eval(), errors
+
+
 def selected(
-    model: nn.Module, scores: HeadScores, batches: list[Tensor], options: argparse.Namespace
+    model: nn.Module,
+    scores: HeadScores,
+    batches: list[Tensor],
+    calibration: Calibration | None,
+    options: argparse.Namespace,
 ) -> tuple[Selection, Selection | None]:
     """The heads to keep, and the hidden units where MLPs are to be pruned too."""
     with asked(ValueError):
         kept = select_heads(scores, options.keep, options.scope)
     if options.mlp_keep is None:
         return kept, None
-    method = options.method if options.method in ("magnitude", "gradient") else "taylor"
-    units = mlp_scores(model, method, None if method == "magnitude" else batches)
+    method = options.method if options.method in MLP_METHODS else "taylor"
+    units = mlp_scores(model, method, data_of(method, batches, calibration))
     with asked(ValueError):
         return kept, select_heads(units, options.mlp_keep, options.scope)
 
@@ -160,6 +236,12 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError(f"--out: {options.out} holds a model already; --overwrite replaces it")
     if options.batches < 1 or options.batch_size < 1 or options.rounds < 2:
         raise UsageError("--batches and --batch-size must be at least 1, --rounds at least 2")
+    if options.compensate and options.mean_context:
+        raise UsageError("--mean-context: --compensate has it, give one of them")
+    if options.sequential and not compensates(options):
+        raise UsageError("--sequential: needs --compensate or --data")
+    if options.calibrate < 1:
+        raise UsageError(f"--calibrate: must be at least 1, got {options.calibrate}")
     for name in ("keep", "mlp_keep"):
         value = getattr(options, name)
         if isinstance(value, float) and not 0 < value <= 1:
@@ -194,7 +276,9 @@ def check_writable(out: Path) -> None:
 
 
 def reads_pictures(options: argparse.Namespace) -> bool:
-    """Whether the request needs pictures; times can be measured on noise."""
+    """Whether the scores or mean contexts need pictures; times can be measured on noise."""
+    if options.method == "reconstruction" and compensates(options):
+        return False
     return options.method != "magnitude" or options.mean_context
 
 
@@ -202,6 +286,8 @@ def source(options: argparse.Namespace) -> str:
     """What the scores are measured on, in words."""
     if options.method == "magnitude":
         return "the weights alone"
+    if options.method == "reconstruction" and compensates(options):
+        return "the same pictures"
     count = f"up to {options.batches * options.batch_size}"
     if options.data:
         return f"{count} pictures of {options.data}"
@@ -225,11 +311,13 @@ def write_report(
     report: PruningReport,
     kept: list[list[int]],
     latency: dict[str, Latency],
+    errors: list[SiteError],
 ) -> None:
-    """``report.json``: request, kept heads, counts and times."""
+    """``report.json``: request, kept heads, errors of the sites, counts and times."""
     content = {
         "request": {name: str(value) for name, value in vars(options).items()},
         "kept": kept,
+        "errors": [error._asdict() for error in errors],
         "latency_ms": {name: row._asdict() for name, row in latency.items()},
         "threads": torch.get_num_threads(),
         "cpu": cpu_name(),
@@ -238,6 +326,19 @@ def write_report(
         "cost": json.loads(report.to_json()),
     }
     (options.out / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def show_errors(errors: Sequence[SiteError]) -> None:
+    """A table of what pruning does to the output of every site, without and with compensation."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="error of a site's output, as a share of its variance")
+    for name in ("site", "kept", "cut", "compensated"):
+        table.add_column(name, justify="left" if name == "site" else "right")
+    for name, kept, of, before, after in errors:
+        table.add_row(name, f"{kept} of {of}", f"{before:.4f}", f"{after:.4f}")
+    Console().print(table)
 
 
 def show(report: PruningReport, latency: dict[str, Latency], options: argparse.Namespace) -> None:

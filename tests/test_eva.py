@@ -318,7 +318,7 @@ def test_without_position_embedding_and_without_cls_row() -> None:
         ({"heads": [[0], [1]]}, ValueError, r"a list per block \(3\).*got 2 entries"),
         ({"heads": []}, ValueError, r"a list per block \(3\).*got 0 entries"),
         ({"mlp_hidden": [5, 5]}, ValueError, r"mlp_hidden must be one width .*got \[5, 5\]"),
-        ({"mlp_hidden": 0}, ValueError, r"mlp_hidden must be one width of \[1, "),
+        ({"mlp_hidden": -1}, ValueError, r"mlp_hidden must be one width of \[0, "),
         ({"mlp_hidden": [1.0, 1, 1]}, TypeError, "mlp_hidden must be an int or a list of ints"),
         ({"heads": [1, 0]}, ValueError, r"heads\[0\].*ascending order, got \[1, 0\]"),
         ({"heads": [0, 3]}, ValueError, r"heads of \[0, 3\).*got \[0, 3\]"),

@@ -3,6 +3,7 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,34 @@ def test_prunes_saves_draws_and_times(
     with Image.open(out / "heads.png") as image:
         pixels = numpy.asarray(image.convert("L"))
     assert pixels.shape[0] > 100 and pixels.std() > 10
+
+
+def test_compensates_where_there_is_data(
+    tmp_path: Path, model_folder: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By default, said aloud; every site's error falls, and the written model is the fitted one."""
+    more = {"keep": 1, "mlp-keep": 0.25, "data": picture_folder, "method": "reconstruction"}
+    weights = {}
+    for name, flags in (("fit", []), ("slow", ["--sequential"]), ("cut", ["--no-compensate"])):
+        out = tmp_path / name
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "calibrate: .* tokens")
+            assert main([*arguments(model_folder, out, **more), *flags]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        report = json.loads((out / "report.json").read_text())
+        weights[name] = load_pretrained(out).blocks[1].mlp.fc2.weight
+        if name == "cut":
+            assert "compensating on" not in text and report["errors"] == []
+            continue
+        assert f"compensating on 3 pictures of {picture_folder}" in text
+        assert "(--no-compensate turns it off)" in text and "the same pictures" in text
+        assert ("one site after the other" in text) == (name == "slow")
+        assert "blocks.1.mlp" in text and "48 of 192" in text
+        assert len(report["errors"]) == 4
+        assert all(site["compensated"] < site["cut"] for site in report["errors"])
+    assert weights["fit"].shape == weights["cut"].shape == (48, 48)
+    assert not torch.equal(weights["fit"], weights["cut"])
+    assert not torch.equal(weights["fit"], weights["slow"])
 
 
 def test_scenes_without_data_and_pruning_again(
@@ -176,6 +205,7 @@ def test_leave_one_out_says_how_long_it_takes(
         ({"mlp-keep": 0.0}, r"--mlp-keep: with a point it is a fraction in \(0, 1\], got 0.0"),
         ({"mlp-keep": 500}, r"keep must be in \[1, 192\] for block 0, got 500"),
         ({"batches": 0}, "--batches and --batch-size must be at least 1"),
+        ({"calibrate": 0}, "--calibrate: must be at least 1, got 0"),
     ],
 )
 def test_bad_requests_are_one_line(
@@ -201,6 +231,11 @@ def test_more_bad_requests(
     assert "--pretrained: belongs to names of timm and torchvision; " in capsys.readouterr().err
     assert main(arguments(model_folder, model_folder / "config.json" / "x")) == 2
     assert "--out: " in (error := capsys.readouterr().err) and "cannot be written" in error
+    both = ["--compensate", "--mean-context"]
+    assert main([*arguments(model_folder, tmp_path / "x"), *both]) == 2
+    assert "--mean-context: --compensate has it" in capsys.readouterr().err
+    assert main([*arguments(model_folder, tmp_path / "x"), "--sequential"]) == 2
+    assert "--sequential: needs --compensate or --data" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(arguments(model_folder, tmp_path / "x", data=tmp_path / "empty")) == 2
     assert "must hold pictures" in capsys.readouterr().err

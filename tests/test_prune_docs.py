@@ -10,6 +10,7 @@ import timm
 import torch
 
 import kdfast.pruning.families
+from tests.test_prune_families import hugging_face, silenced
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "use"
 
@@ -62,3 +63,54 @@ def test_pruning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     again = kdfast.load_pretrained("vit_base_half")
     with torch.no_grad():
         torch.testing.assert_close(again(names["images"]), names["small"](names["images"]))
+
+
+@pytest.mark.filterwarnings("ignore:calibrate. .* tokens")
+def test_compensation(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = timm.create_model
+
+    def small(name: str, pretrained: bool) -> torch.nn.Module:
+        return build(name, depth=2, embed_dim=48, num_heads=4, img_size=32, num_classes=5)
+
+    monkeypatch.setattr(timm, "create_model", small)
+    names: dict[str, Any] = {"loader": [torch.randn(2, 3, 32, 32)] * 3}
+    (code,) = blocks("compensation.md")
+    exec(code, names)
+    assert sum(map(len, names["kept"])) == 4 and sum(map(len, names["mlp"])) == 192
+    x = names["loader"][0]
+    with torch.no_grad():
+        cut = kdfast.prune_heads(names["model"], names["kept"], mlp=names["mlp"])
+        want = names["model"](x)
+        for name in ("small", "better"):
+            assert (names[name](x) - want).norm() < (cut(x) - want).norm()
+
+
+@pytest.mark.parametrize(
+    "name", ["ViTForImageClassification", "DeiTModel", "Dinov2Model", "CLIPVisionModel"]
+)
+def test_from_prune_heads(
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, x = hugging_face(name)
+    names: dict[str, Any] = {
+        "model": model,
+        "loader": [x],
+        "criterion": lambda output: output[0].square().mean(),
+        "metric": lambda output, batch: -output[0].square().mean(),
+    }
+    first, rest = blocks("from_prune_heads.md")
+    exec(first, names)
+    assert names["kept"] == [[0, 2], [1, 2, 3]]
+    with torch.no_grad():
+        want = silenced(model, names["kept"], None)(x)[0]
+        torch.testing.assert_close(names["small"](x)[0], want, rtol=1e-4, atol=1e-5)
+    exec(rest, names)
+    assert eval(capsys.readouterr().out) == names["kept"]
+    with torch.no_grad():
+        out = names["again"](x)[0]
+        assert torch.equal(out, names["small"](x)[0])
+    assert names["value"] == pytest.approx(-out.square().mean().item(), rel=1e-4)

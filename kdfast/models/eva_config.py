@@ -150,9 +150,9 @@ def mlp_widths(widths: Sequence[int] | int | None, depth: int, full: int) -> lis
         entries = list(widths)
     else:
         raise TypeError(f"EVAViT: mlp_hidden must be an int or a list of ints, got {widths!r}")
-    if len(entries) != depth or not all(1 <= width <= full for width in entries):
+    if len(entries) != depth or not all(0 <= width <= full for width in entries):
         raise ValueError(
-            f"EVAViT: mlp_hidden must be one width of [1, {full}] per block ({depth}), "
+            f"EVAViT: mlp_hidden must be one width of [0, {full}] per block ({depth}), "
             f"got {entries}"
         )
     return entries

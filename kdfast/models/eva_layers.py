@@ -90,14 +90,20 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden_dim)
-        self.w2 = nn.Linear(dim, hidden_dim)
-        self.ffn_ln = GatedNorm(hidden_dim, eps=NORM_EPS)
-        self.w3 = nn.Linear(hidden_dim, dim)
+        with warnings.catch_warnings():
+            # Without units there is nothing to initialise, which torch finds suspicious.
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+            self.w1 = nn.Linear(dim, hidden_dim)
+            self.w2 = nn.Linear(dim, hidden_dim)
+            self.ffn_ln = GatedNorm(hidden_dim, eps=NORM_EPS)
+            self.w3 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
+        """(B, N, C) to (B, N, C); without hidden units the bias of ``w3``."""
         out: Tensor
+        if self.w1.out_features == 0:
+            out = self.w3(x.new_zeros(*x.shape[:-1], 0))
+            return out
         pad = self._pad(x)
         if pad == 0:
             gate, value = apply_linear(self.w1, x), apply_linear(self.w2, x)

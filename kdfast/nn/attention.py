@@ -129,6 +129,10 @@ class FusedAttention(nn.Module):
         """How many sequences attend apart in a call with ``x``, and the tokens of each."""
         return x.shape[0], x.shape[1]
 
+    def pads(self, x: Tensor) -> Tensor | None:
+        """Which rows of the projection's input in a call with ``x`` are pads; None: none can be."""
+        return None
+
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
         """Queries, keys and values of a call with these arguments of ``forward``; H is not 0."""
         raise NotImplementedError(f"{type(self).__name__} must say how it projects")

@@ -42,6 +42,10 @@ class TimmPlainAttention(FusedAttention):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return AttentionCall(q, k, None, None, self.scale, v)
 
+    def pads(self, x: Tensor) -> Tensor | None:
+        # Blocks fill their last windows with zeros, after their norm: no token is all zero.
+        return (x == 0).all(-1).flatten(1)
+
     def context(self, x: Tensor, *args: Any) -> Tensor:
         """The heads' outputs (B, N, H * D) of tokens (B, N, C)."""
         if self.num_heads == 0:
@@ -142,6 +146,9 @@ class TimmScaleAttention(TimmMapAttention):
 
 class TimmChannelsFirstAttention(TimmPlainAttention):
     """``timm.models.fastvit.Attention``: of all tokens of a map (B, C, h, w)."""
+
+    def pads(self, x: Tensor) -> Tensor | None:
+        return None
 
     def sequences(self, x: Tensor) -> tuple[int, int]:
         return x.shape[0], x[0, 0].numel()

@@ -55,6 +55,9 @@ class TorchvisionSwinAttention(TimmPlainAttention):
         (rows, columns), _ = self._grid(x)
         return x.shape[0] * rows * columns, self.window_size[0] * self.window_size[1]
 
+    def pads(self, x: Tensor) -> Tensor | None:
+        return self.windows(torch.ones_like(x[..., :1]))[..., 0] == 0
+
     def windows(self, x: Tensor) -> Tensor:
         """(B * G, N, C) of a map (B, h, w, C): padded, shifted, cut."""
         (rows, columns), shift = self._grid(x)

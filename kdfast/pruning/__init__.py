@@ -2,6 +2,8 @@
 """Head and hidden-unit scores, selection, surgery and accounting. See docs/use/pruning.md."""
 
 from kdfast.pruning.adapter import Site
+from kdfast.pruning.budget import select_together
+from kdfast.pruning.calibration import Calibration, calibrate
 from kdfast.pruning.evaluate import evaluate_selections
 from kdfast.pruning.families import register_family
 from kdfast.pruning.gates import HeadGates
@@ -12,11 +14,13 @@ from kdfast.pruning.site_adapter import SiteAdapter
 from kdfast.pruning.surgery import prune_heads
 
 __all__ = [
+    "Calibration",
     "HeadGates",
     "HeadScores",
     "PruningReport",
     "Site",
     "SiteAdapter",
+    "calibrate",
     "evaluate_selections",
     "head_scores",
     "mlp_scores",
@@ -24,4 +28,5 @@ __all__ = [
     "pruning_report",
     "register_family",
     "select_heads",
+    "select_together",
 ]

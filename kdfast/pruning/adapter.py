@@ -122,6 +122,12 @@ class Adapter(Protocol):
     ) -> AttentionCall:
         """Reads a forward call of ``site.module`` from its arguments and its output."""
 
+    def pads(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Which rows of the projection's input in a call of ``site.module`` are no tokens.
+
+        Bool, of the shape of that input without its last dimension; None: all rows are tokens.
+        """
+
     def running(self, model: nn.Module, attentions: Sequence[Site]) -> AbstractContextManager[None]:
         """Inside, every site's projection and norm are called as modules, so hooks see them."""
 

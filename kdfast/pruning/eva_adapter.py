@@ -105,6 +105,9 @@ class EvaAdapter:
             window = Window(grid, attention.window_size, pad)
         return AttentionCall(q, k, rope, window, None)
 
+    def pads(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        return None  # pads of windows are never computed
+
     def running(self, model: nn.Module, attentions: Sequence[Site]) -> AbstractContextManager[None]:
         return nullcontext()
 

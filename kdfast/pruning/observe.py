@@ -70,7 +70,7 @@ def observe(
         try:
             handles += observer.attach()
             for batch in bar:
-                batch = _moved(batch, device)
+                batch = moved(batch, device)
                 pixels = model_inputs(function, anatomy.model, batch)
                 observer.run(pixels, batch)
                 _check_finite(function, observer.totals, count)
@@ -136,21 +136,30 @@ class ContextObserver:
 
 
 class MeanObserver:
-    """Mean over tokens of the input of every site's projection, (H * D,)."""
+    """Mean over tokens of the input of every site's projection, (H * D,); pads do not count."""
 
-    def __init__(self, sites: Sequence[Site], model: nn.Module) -> None:
-        self.sites, self.model = sites, model
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.adapter, self.model = anatomy.adapter, anatomy.model
+        self.sites = (*anatomy.attentions, *anatomy.mlps)
         self.totals: list[Tensor] = []
+        self._pads: dict[int, Tensor | None] = {}
         self._rows: dict[int, Tensor] = {}
 
     def attach(self) -> list[RemovableHandle]:
-        return [
-            site.projection.register_forward_pre_hook(partial(self._keep, index))
-            for index, site in enumerate(self.sites)
-        ]
+        handles = []
+        for index, site in enumerate(self.sites):
+            enter, keep = partial(self._enter, index), partial(self._keep, index)
+            handles.append(site.module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(site.projection.register_forward_pre_hook(keep))
+        return handles
+
+    def _enter(
+        self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        self._pads[index] = self.adapter.pads(self.sites[index], args, kwargs)
 
     def _keep(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self._rows[index] = args[0].detach().double().flatten(0, -2).mean(0)
+        self._rows[index] = tokens_of(args[0], self._pads[index]).double().mean(0)
 
     def run(self, images: Tensor | Inputs, batch: Any) -> None:
         self._rows.clear()
@@ -250,6 +259,12 @@ def split(context: Tensor, site: Site) -> Tensor:
     return context.unflatten(-1, (len(site.held), site.size)).flatten(1, -3)
 
 
+def tokens_of(x: Tensor, pads: Tensor | None) -> Tensor:
+    """Rows (T, D) of the input or output of a projection, without pads."""
+    rows = x.detach().flatten(0, -2)
+    return rows if pads is None else rows[~pads.flatten()]
+
+
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
     """Context in eval mode and without parameter gradients; flags are put back at the end."""
@@ -269,13 +284,14 @@ def _add(totals: list[Tensor], rows: list[Tensor]) -> None:
     totals[:] = [old + row for old, row in zip(totals, rows, strict=True)] if totals else rows
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def moved(batch: Any, device: torch.device) -> Any:
+    """The batch with all its tensors on the device."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
+        return {key: moved(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return [_moved(value, device) for value in batch]
+        return [moved(value, device) for value in batch]
     return batch
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.pruning.adapter import Adapter, HeadWeights, Site
+from kdfast.pruning.calibration import Calibration
 from kdfast.pruning.evaluate import Metric, SelectionObserver, leave_one_out
 from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.observe import (
@@ -24,9 +25,10 @@ from kdfast.pruning.observe import (
     RandomProjection,
     observe,
 )
+from kdfast.pruning.reconstruction import calibrated, reconstruction_scores
 
-METHODS = ("magnitude", "gradient", "taylor", "entropy", "leave_one_out")
-MLP_METHODS = ("magnitude", "gradient", "taylor")
+METHODS = ("magnitude", "gradient", "taylor", "entropy", "leave_one_out", "reconstruction")
+MLP_METHODS = ("magnitude", "gradient", "taylor", "reconstruction")
 FORMAT = "kdfast.head_scores/1"
 
 
@@ -39,7 +41,8 @@ class HeadScores:
             heads has an empty row.
         method: Method of ``head_scores`` or ``mlp_scores``, or "gate" for ``HeadGates``.
         metadata: JSON values: options, model, original head indices, batches and images seen;
-            "groups" where heads can only go in groups, their size per block.
+            "groups" where heads can only go in groups, their size per block; "choices" for
+            "reconstruction" of few heads, the best positions by their number, per block.
     """
 
     scores: list[Tensor]
@@ -88,7 +91,7 @@ class HeadScores:
 def head_scores(
     model: nn.Module,
     method: str,
-    data: Iterable[Any] | None = None,
+    data: Iterable[Any] | Calibration | None = None,
     *,
     loss: Callable[[Any, Any], Tensor] | None = None,
     metric: Metric | None = None,
@@ -106,14 +109,17 @@ def head_scores(
     token, and g the gradient of an image's loss there: "taylor" is ``|c . g|``, the first-order
     change of the loss if the head is removed at that token; "gradient" is ``||g||``. "entropy" is
     the exact entropy of the attention rows, padded keys included. "leave_one_out" is how much the
-    metric drops when that head alone is silenced: one partial forward per head.
+    metric drops when that head alone is silenced: one partial forward per head. "reconstruction"
+    is the error that the head's removal adds to the stream after the best compensation by the heads
+    that stay, as a share of the stream's variance.
 
     Args:
         model: A model of a family in docs/use/pruning.md, already pruned or not.
-        method: "magnitude", "gradient", "taylor", "entropy" or "leave_one_out".
+        method: "magnitude", "gradient", "taylor", "entropy", "leave_one_out" or "reconstruction".
         data: Batches: the images (B, 3, H, W), a dict with them under "image" or with arguments of
             the model by name, or a tuple or list that starts with one of these; see docs. Tensors
-            are moved to the model's device. None for "magnitude".
+            are moved to the model's device. None for "magnitude"; a ``Calibration`` in place of
+            batches for "reconstruction".
         loss: ``loss(model output, batch)``, a scalar that is the mean over the batch's images. For
             "gradient" and "taylor" only. None: a random projection of the output, see docs.
         metric: ``metric(model output, batch)``, the mean over the batch's images, higher is
@@ -144,14 +150,18 @@ def head_scores(
     metadata: dict[str, Any] = {"model": adapter.family, "heads": [site.held for site in sites]}
     if any(site.group > 1 for site in sites):
         metadata["groups"] = [site.group for site in sites]
-    data = _needed("head_scores", method, data)
-    if data is None:
+    given = _needed("head_scores", method, data)
+    if given is None:
         return HeadScores(_magnitude(adapter, sites), method, metadata)
+    if method == "reconstruction":
+        known = calibrated("head_scores", anatomy, given, batches, progress)
+        scores, choices = reconstruction_scores(sites, known.attentions, progress)
+        return HeadScores(scores, method, {**metadata, **choices, **known.metadata})
     observer: Observer
     if method == "leave_one_out":
         metadata["metric"] = _name(metric) if metric else "minus relative change of the output"
         observer = SelectionObserver(anatomy, leave_one_out(sites), metric, progress)
-        (values,), seen = observe("head_scores", anatomy, observer, data, batches, progress)
+        (values,), seen = observe("head_scores", anatomy, observer, given, batches, progress)
         return HeadScores(_drops(values, sites), method, {**metadata, **seen})
     if method == "entropy":
         observer = EntropyObserver(anatomy, important, unit)
@@ -159,14 +169,14 @@ def head_scores(
     else:
         observer = ContextObserver(sites, model, method, loss or RandomProjection(seed))
         metadata["loss"] = _name(loss) if loss else f"random projection, seed {seed}"
-    scores, seen = observe("head_scores", anatomy, observer, data, batches, progress)
+    scores, seen = observe("head_scores", anatomy, observer, given, batches, progress)
     return HeadScores(scores, method, {**metadata, **seen})
 
 
 def mlp_scores(
     model: nn.Module,
     method: str,
-    data: Iterable[Any] | None = None,
+    data: Iterable[Any] | Calibration | None = None,
     *,
     loss: Callable[[Any, Any], Tensor] | None = None,
     batches: int | None = None,
@@ -176,12 +186,12 @@ def mlp_scores(
     """Scores every hidden unit of a model's MLPs, for ``select_heads`` and ``prune_heads(mlp=)``.
 
     A unit is one channel of the input of the MLP's last projection. "magnitude" is the geometric
-    mean of the norms of its rows, with their biases, its norm weight and its column. "taylor" and
-    "gradient" are those of ``head_scores`` with a unit in place of a head.
+    mean of the norms of its rows, with their biases, its norm weight and its column. "taylor",
+    "gradient" and "reconstruction" are those of ``head_scores`` with a unit in place of a head.
 
     Args:
         model: A model of a family whose MLPs can be pruned, see docs/use/pruning.md.
-        method: "magnitude", "gradient" or "taylor".
+        method: "magnitude", "gradient", "taylor" or "reconstruction".
         data: As in ``head_scores``.
         loss: As in ``head_scores``.
         batches: As in ``head_scores``.
@@ -198,26 +208,32 @@ def mlp_scores(
     anatomy = anatomy_of("mlp_scores", model)
     if method not in MLP_METHODS:
         raise ValueError(f"mlp_scores: method must be one of {MLP_METHODS}, got {method!r}")
-    if loss is not None and method == "magnitude":
-        raise ValueError("mlp_scores: loss must be None for 'magnitude', which has no gradient")
+    if loss is not None and method not in ("gradient", "taylor"):
+        raise ValueError(f"mlp_scores: loss must be None for {method!r}, which has no gradient")
     adapter, sites = anatomy.adapter, anatomy.mlps
     if not sites:
         raise ValueError(f"mlp_scores: no MLP of this {adapter.family} can be pruned")
     metadata: dict[str, Any] = {"model": adapter.family, "part": "mlp"}
-    data = _needed("mlp_scores", method, data)
-    if data is None:
+    given = _needed("mlp_scores", method, data)
+    if given is None:
         return HeadScores([_unit_magnitudes(site).cpu() for site in sites], method, metadata)
+    if method == "reconstruction":
+        known = calibrated("mlp_scores", anatomy, given, batches, progress)
+        rows, _ = reconstruction_scores(sites, known.mlps, progress)
+        return HeadScores(rows, method, {**metadata, **known.metadata})
     observer = ContextObserver(sites, model, method, loss or RandomProjection(seed))
     metadata["loss"] = _name(loss) if loss else f"random projection, seed {seed}"
-    scores, seen = observe("mlp_scores", anatomy, observer, data, batches, progress)
+    scores, seen = observe("mlp_scores", anatomy, observer, given, batches, progress)
     return HeadScores(scores, method, {**metadata, **seen})
 
 
-def _needed(function: str, method: str, data: Iterable[Any] | None) -> Iterable[Any] | None:
+def _needed(function: str, method: str, data: Iterable[Any] | Calibration | None) -> Any:
     if method == "magnitude" and data is not None:
         raise ValueError(f"{function}: data must be None for 'magnitude', which reads no images")
     if method != "magnitude" and data is None:
         raise ValueError(f"{function}: data must be given for {method!r}, got None")
+    if isinstance(data, Calibration) and method != "reconstruction":
+        raise TypeError(f"{function}: data must be batches for {method!r}, got a Calibration")
     return data
 
 

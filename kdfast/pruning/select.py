@@ -10,6 +10,7 @@ from torch import Tensor
 from kdfast.pruning.scores import HeadScores
 
 SCOPES = ("block", "global")
+ONE_UNIT = ("leave_one_out", "reconstruction")
 
 
 def select_heads(
@@ -18,7 +19,7 @@ def select_heads(
     scope: str = "block",
     min_heads: int = 1,
     *,
-    relative: bool = True,
+    relative: bool | None = None,
 ) -> list[list[int]]:
     """Positions of the heads with the highest scores.
 
@@ -35,7 +36,8 @@ def select_heads(
         min_heads: No block keeps fewer; a fraction that gives fewer is raised to it. 0 lets a block
             lose its whole attention.
         relative: In global scope, divide by the mean score of the block. False compares the scores
-            as they are, which makes sense where they are in one unit, as for "leave_one_out".
+            as they are, which makes sense where they are in one unit. None: False for scores of
+            "leave_one_out" and "reconstruction", which are.
 
     Returns:
         For every block the positions of the kept heads in the scored model, ascending. Of equal
@@ -48,9 +50,30 @@ def select_heads(
             scope where they are divided.
     """
     rows = scores.scores if isinstance(scores, HeadScores) else _rows(scores)
-    groups = scores.metadata.get("groups", []) if isinstance(scores, HeadScores) else []
+    metadata = scores.metadata if isinstance(scores, HeadScores) else {}
+    if relative is None:
+        relative = not (isinstance(scores, HeadScores) and scores.method in ONE_UNIT)
+    groups = metadata.get("groups", [])
     if groups and max(groups) > 1:
-        return _select_groups(rows, groups, keep, scope, min_heads, relative)
+        chosen = _select_groups(rows, groups, keep, scope, min_heads, relative)
+    else:
+        chosen = _select(rows, keep, scope, min_heads, relative)
+    # Where all sets were tried, the best of that size is known; the highest scores need not be it.
+    better = metadata.get("choices") or [None] * len(chosen)
+    return [
+        row if sets is None else list(sets[len(row)])
+        for row, sets in zip(chosen, better, strict=True)
+    ]
+
+
+def _select(
+    rows: Sequence[Tensor],
+    keep: int | float | Sequence[int],
+    scope: str,
+    min_heads: int,
+    relative: bool,
+) -> list[list[int]]:
+    """Positions of the highest scores, without groups."""
     sizes = [len(row) for row in rows]
     if scope not in SCOPES:
         raise ValueError(f"select_heads: scope must be one of {SCOPES}, got {scope!r}")
@@ -196,5 +219,5 @@ def _select_groups(
     if not isinstance(keep, float):
         fewer = [c // size for c in counts] if isinstance(keep, Sequence) else keep // size
     sums = [row.unflatten(0, (-1, size)).sum(1) for row in rows]
-    chosen = select_heads(sums, fewer, scope, -(-min_heads // size), relative=relative)
+    chosen = _select(sums, fewer, scope, -(-min_heads // size), relative)
     return [[g * size + i for g in row for i in range(size)] for row in chosen]

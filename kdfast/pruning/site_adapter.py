@@ -103,6 +103,9 @@ class SiteAdapter:
             f"{self.family}: the entropy of attention needs the adapter's method 'call'"
         )
 
+    def pads(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        return None
+
     def running(self, model: nn.Module, attentions: Sequence[Site]) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -124,7 +127,8 @@ class SiteAdapter:
         for site, kept in zip(anatomy.attentions, heads, strict=True):
             self.set_heads(anatomy.model, site, list(kept))
         for site, width in zip(mlps, widths, strict=True):
-            narrow(site, width)
+            if site.held:
+                narrow(site, width)
 
     def set_heads(self, model: nn.Module, site: Site, kept: list[int]) -> None:
         """Cuts one attention; ``kept_heads`` then names the original heads that it holds."""

@@ -4,6 +4,7 @@
 See docs/use/pruning.md.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -16,8 +17,11 @@ from kdfast.ops._checks import head_list
 from kdfast.ops.head_gather import MAX_HEADS
 from kdfast.ops.head_gather_block import head_gather_block
 from kdfast.pruning.adapter import Anatomy, Site
+from kdfast.pruning.calibration import Calibration
+from kdfast.pruning.compensate import RIDGE, SEQUENTIAL_RIDGE, SiteError
 from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.observe import MeanObserver, observe
+from kdfast.pruning.refit import Compensation
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,6 +31,9 @@ def prune_heads(
     selection: Sequence[Sequence[int]] | None,
     *,
     mlp: Sequence[Sequence[int]] | None = None,
+    compensate: Calibration | None = None,
+    sequential: bool = False,
+    ridge: float | None = None,
     mean_context: bool = False,
     data: Iterable[Any] | None = None,
     batches: int | None = None,
@@ -34,9 +41,13 @@ def prune_heads(
 ) -> Model:
     """A new model that holds only the selected heads; the given one is not changed.
 
-    The result computes exactly what the model computes with the context of all other heads (and
-    the other hidden units) set to zero before the projection that reads them, whose bias stays
-    whole. A norm between them, over all heads or hidden units, is taken over the kept ones.
+    Without more, the result computes exactly what the model computes with the context of all other
+    heads (and the other hidden units) set to zero before the projection that reads them, whose bias
+    stays whole. A norm between them, over all heads or hidden units, is taken over the kept ones.
+
+    With ``compensate`` each projection's weight and bias are changed so that its output comes as
+    near to the original's as a linear layer of the kept slices can, in the mean square over the
+    calibration's tokens; see docs/use/compensation.md. A projection without a bias stays without.
 
     Args:
         model: A model of a family in docs/use/pruning.md, already pruned or not.
@@ -44,9 +55,16 @@ def prune_heads(
             holds, so 0 is its first head, whatever its original index; a block may keep none.
             Order has no meaning: heads stay in ascending order. None keeps every head.
         mlp: The same for the hidden units of every block's MLP; None keeps them all.
+        compensate: Result of ``calibrate`` on this model.
+        sequential: Fit one site after the other, on what the pruned model computes there, towards
+            the stream of the original; needs ``compensate`` and ``data``.
+        ridge: Added to the variance of every kept channel in the fit, as a share of their mean; in
+            (0, inf). None: 0.001, with ``sequential`` 0.03.
         mean_context: Add to each projection's bias what the removed slices write on average over
             ``data``, instead of nothing.
-        data: Batches as in ``head_scores``, for ``mean_context`` only.
+        data: Batches as in ``head_scores``: for ``mean_context``, for ``sequential``, and for
+            ``compensate`` where a norm stands between slices and projection (EVA's MLP, scale
+            norms): such a site is fitted on what the norm of the kept slices gives.
         batches: Use at most so many; None: all.
         progress: Show a progress bar on a terminal.
 
@@ -59,11 +77,40 @@ def prune_heads(
     Raises:
         TypeError: The model's family is not known, or a selection is not a list of lists of ints.
         ValueError: Not one list per block, or a position is out of range or repeated, a group of
-            heads that share keys is split, or ``data`` and ``mean_context`` do not go together.
+            heads that share keys is split, the calibration is of another model, or options do not
+            go together.
     """
+    student, _ = prune_with_errors(
+        model,
+        selection,
+        mlp=mlp,
+        compensate=compensate,
+        sequential=sequential,
+        ridge=ridge,
+        mean_context=mean_context,
+        data=data,
+        batches=batches,
+        progress=progress,
+    )
+    return student
+
+
+def prune_with_errors(
+    model: Model,
+    selection: Sequence[Sequence[int]] | None,
+    *,
+    mlp: Sequence[Sequence[int]] | None = None,
+    compensate: Calibration | None = None,
+    sequential: bool = False,
+    ridge: float | None = None,
+    mean_context: bool = False,
+    data: Iterable[Any] | None = None,
+    batches: int | None = None,
+    progress: bool = True,
+) -> tuple[Model, list[SiteError]]:
+    """As ``prune_heads``, with the errors of every site that was compensated."""
     anatomy = anatomy_of("prune_heads", model)
-    if mean_context != (data is not None):
-        raise ValueError("prune_heads: data must be given with mean_context=True, and only then")
+    _check_options(anatomy, compensate, sequential, ridge, mean_context, data)
     adapter, attentions, mlps = anatomy.adapter, anatomy.attentions, anatomy.mlps
     kept = _positions("selection", selection, attentions)
     if mlp is not None and not mlps:
@@ -71,20 +118,55 @@ def prune_heads(
             f"prune_heads: mlp must be None, no MLP of {qualified_name(model)} can be pruned"
         )
     units = _positions("mlp", mlp, mlps)
-    for block, row in enumerate(units):
-        if not row:
-            raise ValueError(f"prune_heads: mlp[{block}] must name at least one unit, got none")
     originals = [[site.held[p] for p in row] for site, row in zip(attentions, kept, strict=True)]
     student = adapter.empty(model, originals, [len(row) for row in units])
     cuts = list(zip((*attentions, *mlps), (*kept, *units), strict=True))
     _fill(model, student, cuts)
     adapter.refresh(student)
     _copy_flags(model, student)
-    if data is not None:
-        observer = MeanObserver([site for site, _ in cuts], model)
-        means, _ = observe("prune_heads", anatomy, observer, data, batches, progress)
+    errors: list[SiteError] = []
+    if compensate is not None:
+        smaller = Anatomy.of(adapter, student)
+        if ridge is None:
+            ridge = SEQUENTIAL_RIDGE if sequential else RIDGE
+        fit = Compensation(anatomy, smaller, compensate, ridge, data, batches, progress)
+        rows = [row for _, row in cuts]
+        errors = fit.sequential(rows) if sequential else fit.at_once(rows)
+    elif data is not None:
+        means, _ = observe("prune_heads", anatomy, MeanObserver(anatomy), data, batches, progress)
         _fold(cuts, means, Anatomy.of(adapter, student))
-    return student  # type: ignore[return-value]
+    return student, errors  # type: ignore[return-value]
+
+
+def _check_options(
+    anatomy: Anatomy,
+    compensate: Calibration | None,
+    sequential: bool,
+    ridge: float | None,
+    mean_context: bool,
+    data: Iterable[Any] | None,
+) -> None:
+    if compensate is None:
+        if sequential:
+            raise ValueError("prune_heads: sequential=True needs compensate and data")
+        if mean_context != (data is not None):
+            raise ValueError(
+                "prune_heads: data must be given with mean_context=True or compensate, and only "
+                "then"
+            )
+        return
+    if not isinstance(compensate, Calibration):
+        raise TypeError(
+            "prune_heads: compensate must be a result of kdfast.calibrate, got "
+            f"{type(compensate).__name__}"
+        )
+    if mean_context:
+        raise ValueError("prune_heads: mean_context must be False with compensate, which has it")
+    if sequential and data is None:
+        raise ValueError("prune_heads: sequential=True needs data, got None")
+    if ridge is not None and not 0 < ridge < math.inf:
+        raise ValueError(f"prune_heads: ridge must be in (0, inf), got {ridge}")
+    compensate.check("prune_heads", anatomy)
 
 
 def _positions(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from kdfast.nn.attention import FusedAttention, qualified_name
 from kdfast.nn.heads import AttentionCall
@@ -88,6 +88,12 @@ class VitAdapter(SiteAdapter):
         # A mask of tokens is left out: entropy is that of attention among all of them.
         call: AttentionCall = attention.read(args, kwargs)
         return call
+
+    def pads(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        attention: Any = site.module
+        x = args[0] if args else kwargs.get("x")
+        known = isinstance(attention, FusedAttention) and isinstance(x, Tensor)
+        return attention.pads(x) if known else None
 
     @contextmanager
     def running(self, model: nn.Module, attentions: Sequence[Site]) -> Iterator[None]:

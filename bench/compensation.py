@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is left of a trained model after pruning: `python -m bench.compensation MODEL PICTURES`.
+
+MODEL is what `kdfast.prune --model` takes, PICTURES a folder. Half of the heads and half of the
+hidden units go, nothing is trained. Tokens of the pruned model are compared with the whole model's
+on pictures that the calibration has not seen: the mean cosine, and the mean relative error.
+docs/use/compensation.md says how its table was made.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kdfast
+from kdfast.machine.facts import cpu_name
+from kdfast.pruning.families import anatomy_of
+from kdfast.sources import image_batches, load_model
+
+
+def tokens(model: Any, batches: list[Tensor]) -> Tensor:
+    """Tokens (T, C) of all pictures after the last norm, or whatever the model gives."""
+    run, rows = getattr(model, "forward_features", model), []
+    for batch in batches:
+        with torch.no_grad():
+            out = run(batch)
+        out = out if isinstance(out, Tensor) else out[0]
+        # A map (B, C, H, W) has its channels second.
+        out = out.flatten(2).transpose(1, 2) if out.dim() == 4 else out
+        rows.append(out.float().flatten(0, -2))
+    return torch.cat(rows)
+
+
+def agreement(got: Tensor, want: Tensor) -> tuple[float, float]:
+    """Mean cosine of tokens and mean relative error."""
+    cosine = F.cosine_similarity(got, want, dim=-1).mean()
+    return cosine.item(), ((got - want).norm(dim=-1) / want.norm(dim=-1)).mean().item()
+
+
+def pruned_models(
+    model: nn.Module,
+    calibration: kdfast.Calibration,
+    data: list[Tensor],
+    options: argparse.Namespace,
+) -> Iterator[tuple[str, str, nn.Module, float]]:
+    """Scope, treatment, pruned model and seconds of each row."""
+    scores = kdfast.head_scores(model, "reconstruction", calibration)
+    units = kdfast.mlp_scores(model, "reconstruction", calibration)
+    treatments: dict[str, dict[str, Any]] = {
+        "cut": {},
+        "mean": {"mean_context": True, "data": data},
+        "at once": {"compensate": calibration, "data": data},
+        "sequential": {"compensate": calibration, "data": data, "sequential": True},
+    }
+    for scope in ("block", "global"):
+        heads = kdfast.select_heads(scores, options.keep, scope, 0)
+        mlp = kdfast.select_heads(units, options.keep, scope, 0)
+        for name, given in treatments.items():
+            start = time.perf_counter()
+            pruned = kdfast.prune_heads(model, heads, mlp=mlp, **given)
+            yield scope, name, pruned, time.perf_counter() - start
+
+
+def main() -> None:
+    """Calibrates, prunes in every way and prints a table."""
+    p = argparse.ArgumentParser(prog="python -m bench.compensation", description=__doc__)
+    p.add_argument("model")
+    p.add_argument("pictures", type=Path)
+    p.add_argument("--calibrate", type=int, default=200, help="pictures to calibrate on")
+    p.add_argument("--test", type=int, default=40, help="other pictures to compare on")
+    p.add_argument("--keep", type=float, default=0.5)
+    p.add_argument("--batch-size", type=int, default=20)
+    options = p.parse_args()
+    model = load_model(options.model)
+    size = anatomy_of("bench.compensation", model).adapter.image_size(model)
+    count = options.calibrate + options.test
+    batches = image_batches(model, size, options.pictures, count=count, batch_size=1)
+    pictures = torch.cat(list(batches))
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
+    test, data = pictures[order].split([options.test, len(pictures) - options.test])
+    held, seen = (list(x.split(options.batch_size)) for x in (test, data))
+    print(
+        f"{cpu_name()}, {torch.get_num_threads()} threads, {len(data)} pictures, {len(test)} held"
+    )
+    start = time.perf_counter()
+    calibration = kdfast.calibrate(model, seen)
+    print(f"calibration: {time.perf_counter() - start:.0f} s", flush=True)
+    want = tokens(model, held)
+    print("| budget | treatment | cosine | relative error | seconds |")
+    print("| --- | --- | --- | --- | --- |")
+    for scope, name, pruned, seconds in pruned_models(model, calibration, seen, options):
+        cosine, error = agreement(tokens(pruned, held), want)
+        print(f"| {scope} | {name} | {cosine:.3f} | {error:.2f} | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
