@@ -105,12 +105,21 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
+            _check_one_device(name, args)
             return fake(**dict(zip(names, args, strict=True)))
 
         torch.library.register_fake(f"kdfast::{name}", call, lib=LIB)
         return fake
 
     return register
+
+
+def _check_one_device(name: str, args: Sequence[Any]) -> None:
+    """Raises ValueError for a meta tensor beside another one, which would get an empty result."""
+    parts = (x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg]))
+    devices = {x.device.type for x in parts if isinstance(x, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"{name}: tensors must be on one device, got {sorted(devices)}")
 
 
 def register_launcher(name: str, launcher: str) -> Callable[..., Any]:

@@ -96,7 +96,7 @@ def reference(
     for index, pads in _groups(q, window):
         keys = k[:, :, index].transpose(-1, -2)
         rows = max(1, TILE // max(1, q.shape[0] * q.shape[1] * len(index)))
-        for some in index.split(rows):
+        for some in index.split(rows) if len(index) else ():
             entropy[:, :, some] = _row_entropy(scale * q[:, :, some] @ keys, pads)
     return entropy
 

@@ -44,8 +44,9 @@ def scaled_dot_product_attention(
     masks of ``torch.nn.attention.bias``) and, on CUDA, masks. Those calls are torch's own function,
     so the call never fails where torch's works, and fails with torch's error where it does not;
     ``backend="fused"`` asks for the kernel or an error. "auto" keeps torch's function too while
-    ``torch.export`` traces, so that the exported graph needs no kdfast, and where
-    ``torch.nn.attention.sdpa_kernel`` leaves out FLASH_ATTENTION, of which the kernel is one.
+    ``torch.export`` traces, so that the exported graph needs no kdfast, and, outside of
+    ``torch.compile``, where ``torch.nn.attention.sdpa_kernel`` leaves out FLASH_ATTENTION, of which
+    the kernel is one.
 
     Args:
         query: (B, H, N, D), fp16, bf16, fp32 or fp64.
@@ -111,7 +112,7 @@ def _torch_is_better(q: Tensor, backend: str | None) -> bool:
         return False
     if torch.compiler.is_exporting() or why_not(q) is not None:
         return True
-    # Not in a compiled graph, where torch's function would not see the setting either.
+    # torch.compile cannot trace the question.
     return not torch.compiler.is_compiling() and not torch.backends.cuda.flash_sdp_enabled()
 
 
