@@ -90,7 +90,7 @@ def scaled_dot_product_attention(
 
 def _fits(mask: Tensor, query: Tensor) -> bool:
     """Whether a mask can be a bias of the scores of query (B, H, N, D)."""
-    if not _is_plain(mask) or mask.dim() > 4 or 0 in mask.shape:
+    if not _is_plain(mask) or not 2 <= mask.dim() <= 4 or 0 in mask.shape:
         return False
     if mask.dtype not in (torch.bool, torch.float32, query.dtype) or mask.device != query.device:
         return False
