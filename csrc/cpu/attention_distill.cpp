@@ -67,9 +67,8 @@ struct Call : StudentCall<A> {
         teacher_tables(kOp, a.teacher_cos, a.teacher_sin, a.teacher_prefix, a.teacher_interleaved,
                        table_rows(a.student.grid, a.student.window, a.q), teacher_q.size(3)),
         teacher_scale(static_cast<A>(a.teacher_scale)),
-        // A tiny temperature leaves nothing of a map but its largest scores: any factor does that.
-        inv_temperature(
-            static_cast<A>(std::min<double>(1 / a.temperature, std::numeric_limits<A>::max()))),
+        // As COLD in kdfast/ops/attention_distill.py.
+        inv_temperature(static_cast<A>(std::min(1 / a.temperature, sizeof(A) == 4 ? 1e30 : 1e300))),
         kind(map_loss(a.kind)),
         kernel(kernel_of<A>(element_of(kOp, a.q), element_of(kOp, teacher_q))) {
     TORCH_CHECK_VALUE(teacher_q.size(0) == this->batch && teacher_q.size(2) == this->tokens, kOp,
@@ -146,7 +145,7 @@ Forward forward(const Arguments& arguments) {
   for (const double sum : sums) total += sum;
   if (call.spoiled && call.rows() > 0) total = std::numeric_limits<double>::quiet_NaN();
   const double count = static_cast<double>(std::max<int64_t>(call.rows(), 1));
-  return {out, at::full({}, total / count, options), stats};
+  return {out, at::full({}, static_cast<A>(total / count), options), stats};
 }
 
 template <class A>

@@ -3,9 +3,9 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/full.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <string>
 #include <tuple>
 
@@ -30,7 +30,9 @@ int64_t count_labels(const at::Tensor& labels, int64_t classes, int64_t ignore_i
   return count;
 }
 
-void check_reduction(std::string_view reduction) {
+void check_options(double temperature, std::string_view reduction) {
+  TORCH_CHECK_VALUE(temperature > 0 && std::isfinite(temperature),
+                    "kd_loss: temperature must be above 0 and finite, got ", temperature);
   TORCH_CHECK_VALUE(reduction == "batchmean" || reduction == "sum" || reduction == "none",
                     "kd_loss: reduction is unknown, got ", reduction);
 }
@@ -67,7 +69,7 @@ Results reduce(const std::string& reduction, const at::Tensor& student, const at
     return {rows(mixed(alpha, kd, ce)), rows(kd), rows(ce), grad};
   }
   const double kd_value = sum_rows(kd) / kd_count, ce_value = sum_rows(ce) / ce_count;
-  const auto scalar = [&](double x) { return at::full({}, x, options); };
+  const auto scalar = [&](double x) { return scalar_result(x, options); };
   return {scalar(mixed(alpha, kd_value, ce_value)), scalar(kd_value), scalar(ce_value), grad};
 }
 
@@ -79,7 +81,7 @@ Results run(const at::Tensor& student, const at::Tensor& teacher,
             const at::Tensor& grad) {
   const at::Tensor goal = target ? target->contiguous() : at::Tensor();
   check_shapes(student, teacher, goal);
-  check_reduction(reduction);
+  check_options(temperature, reduction);
   const at::Tensor s = as_rows(student), t = as_rows(teacher);
   const bool hard = goal.defined() && goal.scalar_type() == at::kLong;
   const int64_t rows = s.size(0), classes = s.size(1);

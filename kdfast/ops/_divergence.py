@@ -129,4 +129,4 @@ def _jsd(x: Tensor) -> Tensor:
 
 def _log1p_over(x: Tensor) -> Tensor:
     """log(1 + x) / x."""
-    return _split(x, x < 1e-4, lambda x: 1 - x / 2 + x * x / 3, lambda x: x.log1p() / x)
+    return _split(x, x < 1e-9, lambda x: 1 - x / 2, lambda x: x.log1p() / x)

@@ -36,6 +36,9 @@ from kdfast.ops._library import (
 )
 from kdfast.ops.geometry import Rope, Window
 
+# The most that scores are multiplied with. Near 0 a temperature leaves nothing of a map but its
+# largest scores, and any large factor does that; repeated in csrc/cpu/attention_distill.cpp.
+COLD = {torch.float32: 1e30, torch.float64: 1e300}
 # Numbers that the fused op keeps per row, by kind, in this order: the maximum of the scores and the
 # log-sum-exp above it; the latter at the temperature; both of the teacher; the gradient's row sums.
 STATS = {"kl": 5, "reverse_kl": 6, "jsd": 6, "mse": 6, "cosine": 7, "logit_mse": 2}
@@ -204,8 +207,7 @@ def row_distance(a: Tensor, b: Tensor, kind: str, temperature: float = 1.0) -> T
 
     Both are scores, not yet over the temperature; "logit_mse" compares them directly.
     """
-    # Near 0 a temperature leaves nothing but the largest scores: any large factor does that.
-    inverse = min(1 / temperature, torch.finfo(a.dtype).max)
+    inverse = min(1 / temperature, COLD[a.dtype])
     if kind == "logit_mse":
         return ((a - b) * inverse).square().mean(-1)
     if temperature != 1 and a.shape[-1]:

@@ -189,12 +189,12 @@ template <class In, class A>
   }
   curved /= row.zt;
   const double rest = curved / temperature / temperature;
-  *kd = rest < 1e-9 ? curved : temperature * temperature * __builtin_log1p(rest);
+  *kd = rest < 1e-9 ? curved * (1 - rest / 2) : temperature * temperature * __builtin_log1p(rest);
   for (int64_t i = 0; a.grad != nullptr && i < a.classes; ++i) {
     if (row.et[i] == 0 && row.es[i] == 0) continue;
     const double u = difference(i) - mean, w = u / temperature;
     const bool small = w < 1e-9 && w > -1e-9;
-    const double grown = small ? u : temperature * __builtin_expm1(w);
+    const double grown = small ? u * (1 + w / 2) : temperature * __builtin_expm1(w);
     row.es[i] = A(row.et[i] * (grown - curved / temperature) / (1 + rest));
   }
   return true;
@@ -215,9 +215,10 @@ template <Ce ce, class In, class Out, class A>
   const A* soft = a.soft ? static_cast<const A*>(a.soft) + r * a.classes : nullptr;
   if (ce == Ce::dense && !soft) row.q = a.smoothing;
   const Weights<A> w{soft, A(1 - a.smoothing), A(a.smoothing / a.classes)};
-  // Near 0 a temperature leaves nothing but the largest logits: any large factor does that.
-  const double most = sizeof(A) == sizeof(double) ? 1e308 : 3e38;
-  const A inv_t = A(1 / a.temperature < most ? 1 / a.temperature : most);
+  // Near 0 a temperature leaves nothing but the largest logits, which any large factor does. A very
+  // high one leaves no difference, but -inf, which fills the last vector, must stay -inf.
+  const double most = sizeof(A) == sizeof(double) ? 1e300 : 1e37, inverse = 1 / a.temperature;
+  const A inv_t = A(inverse < most ? (inverse > 1 / most ? inverse : 1 / most) : most);
   if (inv_t == 1) {
     add_up<ce, true>(s, t, w, a.classes, inv_t, a.student_stride, a.teacher_stride, row);
   } else {
