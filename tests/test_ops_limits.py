@@ -21,12 +21,19 @@ BACKENDS = ["fused", "reference"]
 
 
 def attention(
-    q: Tensor = Q, heads: Any = None, cos: Any = None, grid: Any = None, window: int = 0, pad: Any = None
+    q: Tensor = Q,
+    heads: Any = None,
+    cos: Any = None,
+    grid: Any = None,
+    window: int = 0,
+    pad: Any = None,
 ) -> Any:
     return OPS.pruned_attention(q, q, q, heads, cos, cos, 0, True, 0.3, grid, window, pad, None)
 
 
-def distill(q: Tensor = Q, heads: Any = None, mapped: Any = (0, 1), temperature: float = 1.0) -> Any:
+def distill(
+    q: Tensor = Q, heads: Any = None, mapped: Any = (0, 1), temperature: float = 1.0
+) -> Any:
     plain = (None, None, 0, True, 0.3)
     return OPS.attention_distill(
         *(q, q, q, q, q, heads, list(mapped)),
@@ -114,7 +121,9 @@ def test_a_tensor_on_meta_beside_one_that_is_not(compiled: None) -> None:
     logits = Q.flatten(0, 2)
     for call in (
         lambda: OPS.pruned_attention(Q, meta, Q, *NOTHING, None),
-        lambda: OPS.pruned_attention(Q, Q, Q, *NOTHING[:-1], torch.zeros(2, 8, device="meta"), None),
+        lambda: OPS.pruned_attention(
+            Q, Q, Q, *NOTHING[:-1], torch.zeros(2, 8, device="meta"), None
+        ),
         lambda: OPS.kd_loss(logits, logits.to("meta"), None, 1.0, 0.5, "sum", 0.0, -100, True),
         lambda: OPS.swiglu_norm(logits, logits, logits[0].to("meta"), logits[0], 1e-6),
         lambda: OPS.head_gather_block([Q, meta], [0], 1, [1, 1]),

@@ -88,6 +88,9 @@ def test_masks_without_data(heads: int, make: Callable[[int, int], Tensor]) -> N
     assert torch.equal(OURS(q, k, v, mask), TORCHS(q, k, v, is_causal=True))
     with pytest.raises(NotImplementedError, match="take no mask of this kind"):
         OURS(q, k, v, mask, backend="fused")
+    for backend in ("fused", "reference"):
+        with pytest.raises(TypeError, match="bias must be a tensor with values of its own, got"):
+            kdfast.pruned_attention(q, k, v, bias=mask, backend=backend)
 
 
 class Logged(Tensor):
@@ -114,7 +117,9 @@ def test_subclasses_are_torchs(place: int) -> None:
 def test_parameters_are_fused(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = sdpa.pruned_attention
-    monkeypatch.setattr(sdpa, "pruned_attention", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    monkeypatch.setattr(
+        sdpa, "pruned_attention", lambda *a, **k: (calls.append(1), real(*a, **k))[1]
+    )
     inputs = [torch.nn.Parameter(x) for x in qkv()]
     same(OURS(*inputs, torch.nn.Parameter(torch.ones(8, 8))), TORCHS(*inputs))
     assert calls

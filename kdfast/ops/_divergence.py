@@ -18,7 +18,7 @@ WARM = 32.0
 
 
 def softened(s: Tensor, t: Tensor, temperature: float, kind: str) -> Tensor:
-    """(...) ``T^2`` times the distance ``kind`` of P from R, for logits (..., C) in fp32 or fp64."""
+    """(...) ``T^2`` times the distance ``kind`` of P and R, for fp32 or fp64 logits (..., C)."""
     # Beyond this it is at its limit, and T^2 would be infinite.
     temperature = min(temperature, torch.finfo(s.dtype).max ** 0.5)
     plain = _plain(s, t, temperature, kind)

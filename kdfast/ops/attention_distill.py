@@ -21,8 +21,8 @@ from kdfast.ops._distill_args import (
     teacher_head_list,
     turned_heads,
 )
-from kdfast.ops._divergence import weighted
 from kdfast.ops._distill_routes import by_gram, by_kernel, composed, composed_pays, gram_pays
+from kdfast.ops._divergence import weighted
 from kdfast.ops._library import (
     DEFAULT_BACKEND,
     LIB,

@@ -68,6 +68,8 @@ def attention_entropy(
         if not fused:
             return reference(q, k, rope, window, scale), limit
         grid, size, pad_value = window_args(window)
+        if rope is not None:
+            q, k, rope = rope.whole(q, k)
         op = torch.ops.kdfast.attention_entropy.default
         entropy: Tensor = op(q, k, *score_args(rope, scale), grid, size, pad_value is not None)
         return entropy, limit

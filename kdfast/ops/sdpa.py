@@ -74,7 +74,8 @@ def scaled_dot_product_attention(
     """
     op = "scaled_dot_product_attention"
     check_tensors(op, ("query", "key", "value"), query, key, value)
-    check_tensors(op, ("attn_mask",), attn_mask, optional=True)
+    if attn_mask is not None and not isinstance(attn_mask, Tensor):
+        raise TypeError(f"{op}: attn_mask must be a tensor, got {type(attn_mask).__name__}")
     reason = unfused(query, key, value, None, dropout_p, is_causal, scale)
     if reason is None and attn_mask is not None and not _fits(attn_mask, query):
         reason = "the kernels take no mask of this kind"

@@ -81,7 +81,8 @@ class Draw:
         if dim % 2 or self.maybe():
             return None
         left_out = prefix if self.maybe() else 0
-        angle = self.plain((rows - left_out, dim), torch.float32)
+        width = dim if self.maybe(0.7) else 2 * self.random.randint(1, dim // 2)
+        angle = self.plain((rows - left_out, width), torch.float32)
         layout = self.random.choice(("interleaved", "half"))
         return Rope(angle.cos(), angle.sin(), prefix, layout)
 
@@ -124,7 +125,9 @@ def pruned_attention(d: Draw) -> Call:
         inputs.append(bias)
     kept = d.heads(heads)
 
-    def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **backend: Any) -> Any:
+    def function(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **backend: Any
+    ) -> Any:
         return kdfast.pruned_attention(q, k, v, heads=kept, bias=bias, **options, **backend)
 
     return Call("pruned_attention", function, inputs)
@@ -144,13 +147,15 @@ def attention_distill(d: Draw) -> Call:
     mapped = [d.random.randrange(count) for _ in range(heads if kept is None else len(kept))]
     other = d.dtype if d.maybe(0.7) else d.random.choice(FLOATING)
     teacher = [d.numbers(batch, count, tokens, wide, dtype=other) for _ in range(2)]
-    more = {"kind": d.random.choice(tuple(STATS)), "temperature": d.random.choice((1.0, 0.5, 3.0))}
+    more: dict[str, Any] = {
+        "kind": d.random.choice(tuple(STATS)),
+        "temperature": d.random.choice((1.0, 0.5, 3.0)),
+        "teacher_rope": teacher_rope,
+    }
 
-    def function(*x: Tensor, **backend: Any) -> Any:
-        return kdfast.attention_distill(
-            *x, heads=kept, teacher_heads=mapped, teacher_rope=teacher_rope, **options, **more,
-            **backend,
-        )  # fmt: skip
+    def function(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, **backend: Any) -> Any:
+        both = {**options, **more, **backend}
+        return kdfast.attention_distill(q, k, v, tq, tk, heads=kept, teacher_heads=mapped, **both)
 
     return Call("attention_distill", function, [*(d.numbers(*shape) for _ in range(3)), *teacher])
 
@@ -192,8 +197,12 @@ def kd_loss(d: Draw) -> Call:
     target, ignored = _target(d, rows, classes)
     options = _loss_options(d, ignored)
 
-    def function(s: Tensor, t: Tensor, *y: Tensor, **backend: Any) -> Any:
-        return kdfast.kd_loss(s, t, *y, **options, **backend)
+    inplace = d.dtype in (torch.float32, torch.bfloat16) and d.maybe(0.3)
+
+    def function(s: Tensor, t: Tensor, *y: Tensor, backend: str) -> Any:
+        over = inplace and backend == "fused"
+        s = s.contiguous() * 1 if over else s
+        return kdfast.kd_loss(s, t, *y, **options, inplace=over, backend=backend)
 
     logits = [d.numbers(*rows, classes) for _ in range(2)]
     return Call("kd_loss", function, logits if target is None else [*logits, target])
@@ -205,8 +214,8 @@ def linear_kd_loss(d: Draw) -> Call:
     target, ignored = _target(d, rows, classes)
     options = {**_loss_options(d, ignored), "chunk": d.random.choice((None, 1, 7))}
 
-    def function(h: Tensor, w: Tensor, t: Tensor, *y: Tensor, **backend: Any) -> Any:
-        return kdfast.linear_kd_loss(h, w, t, *y, **options, **backend)
+    def function(h: Tensor, w: Tensor, t: Tensor, y: Tensor | None = None, **backend: Any) -> Any:
+        return kdfast.linear_kd_loss(h, w, t, y, **options, **backend)
 
     inputs = [d.numbers(*rows, features), d.numbers(classes, features), d.numbers(*rows, classes)]
     return Call("linear_kd_loss", function, inputs if target is None else [*inputs, target])
@@ -215,7 +224,7 @@ def linear_kd_loss(d: Draw) -> Call:
 def feature_loss(d: Draw) -> Call:
     """A call of any kind and normalisation."""
     shape = [d.size(9, 0) for _ in range(d.random.randint(0, 2))] + [d.size(80)]
-    options = {
+    options: dict[str, Any] = {
         "kind": d.random.choice(("mse", "cosine", "smooth_l1")),
         "normalize": d.random.choice((None, "layer", "channel")),
     }
@@ -258,8 +267,11 @@ def head_gather_block(d: Draw) -> Call:
         shape[dims[-1]] = count * head_dim
         inputs.append(d.numbers(*shape))
 
+    grad = d.maybe()  # where a gradient is wanted, every tensor has a call of its own
+
     def function(*x: Tensor, **backend: Any) -> Any:
-        return tuple(kdfast.head_gather_block(x, kept, head_dim=head_dim, dims=dims, **backend))
+        with torch.set_grad_enabled(grad):
+            return tuple(kdfast.head_gather_block(x, kept, head_dim=head_dim, dims=dims, **backend))
 
     return Call("head_gather_block", function, inputs)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random calls of all ops, valid and invalid: ``python -m tests.fuzz --calls 20000``.
+"""Random calls of all ops, valid and invalid: ``python -m kdfast.testing.fuzz --calls 20000``.
 
 A valid call must give the reference's results and gradients, leave its inputs as they are, and need
 no more than it is given. Then the registered ops that it ran are called with some arguments
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 import kdfast
-from tests.fuzz.draw import Call, Draw
-from tests.fuzz.raw import REFUSALS, Recorder, changed, tame, tensors
+from kdfast.testing.fuzz.draw import Call, Draw
+from kdfast.testing.fuzz.raw import REFUSALS, Recorder, changed, tame, tensors
 
 RAW_CALLS = 12  # for each valid one
 
@@ -150,7 +150,7 @@ def _error(got: Tensor, exact: Tensor, eager: Tensor, dtype: torch.dtype) -> str
 
 def main() -> int:
     """Runs the command; 1 if there were faults."""
-    parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.fuzz")
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m kdfast.testing.fuzz")
     parser.add_argument("--calls", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the index that a fault names")
@@ -167,7 +167,8 @@ def main() -> int:
             break
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(fuzz.counts.items()))
     seconds = time.monotonic() - start
-    print(f"{fuzz.calls} calls ({kinds}), {len(fuzz.faults)} faults, {seconds:.0f} s, seed {args.seed}")
+    faults = f"{len(fuzz.faults)} faults"
+    print(f"{fuzz.calls} calls ({kinds}), {faults}, {seconds:.0f} s, seed {args.seed}")
     print(f"kdfast {kdfast.__version__}, {kdfast.ops._library.CPU_ISA}, torch {torch.__version__}")
     return 1 if fuzz.faults else 0
 
