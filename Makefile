@@ -8,7 +8,7 @@ CONFIG ?= orion50
 ARGS ?=
 NATIVE := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: install train test test-all sanitize bench gpu gpu-static lint format info clean
+.PHONY: install train test test-all sanitized sanitize fuzz bench gpu gpu-static lint format info clean
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(NATIVE)
@@ -25,20 +25,27 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest tests -n 2 $(ARGS)
+	$(MAKE) fuzz ARGS=
 
-# The op tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, beside the normal build.
-# The report of a finding ends the process and goes to stderr itself, so that must not be captured.
+# Kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, beside the normal build. The report of a
+# finding ends the process and goes to stderr itself, so that must not be captured.
 SANITIZED := build/sanitize
-sanitize: $(INSTALLED)
+WATCHED := LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+sanitized: $(INSTALLED)
 	KDFAST_SANITIZE=ON KDFAST_CUDA=OFF KDFAST_BUILD_DIR=$(SANITIZED)/cmake \
 		$(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		PYTHONPATH=$(SANITIZED)/lib KDFAST_REQUIRE=cpu $(BIN)/pytest -m "not slow" --capture=sys \
+
+sanitize: sanitized  # the op tests on them
+	$(WATCHED) PYTHONPATH=$(SANITIZED)/lib KDFAST_REQUIRE=cpu $(BIN)/pytest -m "not slow" --capture=sys \
 		tests/test_pruned_attention_cpu.py tests/test_pruned_attention_bias.py \
 		tests/test_accelerate_sdpa.py tests/test_attention_entropy.py tests/test_head_gather.py \
 		tests/test_head_gather_block.py tests/test_linear_kd_loss.py tests/test_swiglu_norm.py \
-		tests/test_*_fused.py $(ARGS)
+		tests/test_*_fused.py tests/test_*_limits.py $(ARGS)
+
+fuzz: sanitized  # random calls on them; the call that ended the process is in last_call.txt
+	cd $(SANITIZED)/lib && $(WATCHED) $(abspath $(BIN))/python -m kdfast.testing.fuzz \
+		--calls 20000 --log ../last_call.txt $(ARGS)
 
 gpu: $(INSTALLED)  # on a CUDA machine; ARGS=--dry-run anywhere
 	$(BIN)/python -m bench.gpu $(ARGS)

@@ -3,6 +3,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include "checked_math.h"
 #include "head_gather.h"
 
 namespace kdfast {
@@ -12,13 +13,13 @@ inline HeadLayout head_layout(const at::Tensor& x, int64_t head_dim, int64_t dim
                               int64_t unit) {
   HeadLayout m{};
   const int64_t heads = x.size(dim) / head_dim;
-  TORCH_CHECK_VALUE(heads <= kMaxHeads && dst_heads <= kMaxHeads, "head_gather: at most ",
-                    kMaxHeads, " heads, got ", std::max(heads, dst_heads));
+  // Of an empty tensor the sizes may have any product.
   int64_t inner = 1;
-  for (int64_t d = dim + 1; d < x.dim(); ++d) inner *= x.size(d);
+  for (int64_t d = dim + 1; d < x.dim(); ++d) inner = product_of("head_gather", {inner, x.size(d)});
   m.outer = 1;
-  for (int64_t d = 0; d < dim; ++d) m.outer *= x.size(d);
-  m.run = head_dim * inner * x.element_size() / unit;
+  for (int64_t d = 0; d < dim; ++d) m.outer = product_of("head_gather", {m.outer, x.size(d)});
+  m.run =
+      product_of("head_gather", {head_dim, inner, static_cast<int64_t>(x.element_size())}) / unit;
   m.src_heads = static_cast<int32_t>(heads);
   m.dst_heads = static_cast<int32_t>(dst_heads);
   return m;
@@ -32,9 +33,16 @@ inline int64_t count_heads(const at::Tensor& x, int64_t head_dim, int64_t dim) {
 }
 
 inline void check_heads(at::IntArrayRef heads, int64_t num_heads) {
-  for (const int64_t h : heads)
+  TORCH_CHECK_VALUE(num_heads >= 0 && num_heads <= kMaxHeads, "head_gather: at most ", kMaxHeads,
+                    " heads, got ", num_heads);
+  bool seen[kMaxHeads] = {};
+  for (const int64_t h : heads) {
     TORCH_CHECK_VALUE(h >= 0 && h < num_heads, "head_gather: head must be in [0, ", num_heads,
                       "), got ", h);
+    // The gradient of a head has one place.
+    TORCH_CHECK_VALUE(!seen[h], "head_gather: heads must not repeat one, got ", heads);
+    seen[h] = true;
+  }
 }
 
 // Checks the arguments of the backward: grad holds the gathered heads of num_heads.
@@ -44,6 +52,7 @@ inline void check_scatter(const at::Tensor& grad, at::IntArrayRef heads, int64_t
   TORCH_CHECK_VALUE(held == static_cast<int64_t>(heads.size()), "head_gather: grad must hold ",
                     heads.size(), " heads, got ", held);
   check_heads(heads, num_heads);
+  product_of("head_gather", {num_heads, head_dim});
 }
 
 inline at::Tensor resized(const at::Tensor& x, int64_t dim, int64_t size) {

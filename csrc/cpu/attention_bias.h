@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "checked_math.h"
 #include "cpu/isa/pruned_attention.h"
 
 namespace kdfast::cpu {
@@ -51,7 +52,9 @@ class BiasSums {
     kept_ = kept;
     tokens_ = bias.size(2);
     turns_ = batch / biases_;
-    const int64_t pairs = biases_ * kept_, bytes = pairs * matrix() * sizeof(A);
+    const int64_t pairs = biases_ * kept_;
+    const int64_t bytes =
+        product_of("pruned_attention", {pairs, tokens_, bias_columns(tokens_), sizeof(A)});
     slices_ = std::min(turns_, std::max<int64_t>(1, (kWorks + pairs - 1) / pairs));
     slices_ = std::max<int64_t>(1, std::min(slices_, kBytes / std::max<int64_t>(1, bytes)));
     sums_ = at::empty({slices_, biases_, kept_, tokens_, bias_columns(tokens_)},

@@ -8,9 +8,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <limits>
 #include <optional>
 #include <vector>
 
+#include "checked_math.h"
 #include "cpu/attention_geometry.h"
 #include "cpu/isa/pruned_attention.h"
 
@@ -35,10 +38,10 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& x) {
 
 // The same of x, which must be like another tensor (B, H, N, D).
 inline at::Tensor checked(const char* op, const at::Tensor& x, const at::Tensor& like) {
-  TORCH_CHECK_VALUE(
-      like.dim() == 4 && x.sizes() == like.sizes() && x.scalar_type() == like.scalar_type(), op,
-      ": tensors must be (B, H, N, D) of one shape and dtype, got ", x.sizes(), " and ",
-      like.sizes());
+  TORCH_CHECK_VALUE(like.dim() == 4 && like.size(3) > 0 && x.sizes() == like.sizes() &&
+                        x.scalar_type() == like.scalar_type(),
+                    op, ": tensors must be (B, H, N, D) of one shape and dtype with D >= 1, got ",
+                    x.sizes(), " and ", like.sizes());
   return with_contiguous_rows(x);
 }
 
@@ -57,16 +60,22 @@ inline at::Tensor empty_heads(const at::Tensor& x, int64_t heads, bool zero) {
   return (zero ? at::zeros(shape, x.options()) : at::empty(shape, x.options())).transpose(1, 2);
 }
 
-// The kept heads, each in [0, count); all of them if none are named.
-inline std::vector<int64_t> kept_heads(const char* op, at::OptionalIntArrayRef heads,
-                                       int64_t count) {
+// The heads that are named, each in [0, count); all of them if none are. A kept head must be
+// `distinct`: its gradient has one place.
+inline std::vector<int64_t> kept_heads(const char* op, at::OptionalIntArrayRef heads, int64_t count,
+                                       bool distinct = true) {
   std::vector<int64_t> kept;
-  if (heads.has_value())
-    kept = heads->vec();
-  else
+  if (!heads.has_value()) {
     for (int64_t h = 0; h < count; ++h) kept.push_back(h);
-  for (const int64_t h : kept)
+    return kept;
+  }
+  std::vector<bool> seen(count);
+  for (const int64_t h : *heads) {
     TORCH_CHECK_VALUE(h >= 0 && h < count, op, ": head must be in [0, ", count, "), got ", h);
+    TORCH_CHECK_VALUE(!distinct || !seen[h], op, ": heads must not repeat one, got ", *heads);
+    seen[h] = true;
+    kept.push_back(h);
+  }
   return kept;
 }
 
@@ -74,10 +83,18 @@ inline TokenGrid token_grid(const char* op, at::OptionalIntArrayRef grid, int64_
                             int64_t tokens) {
   if (!grid.has_value()) return {1, tokens, tokens > 0 ? tokens : 1};
   TORCH_CHECK_VALUE(grid->size() == 2 && (*grid)[0] > 0 && (*grid)[1] > 0 && size > 0 &&
-                        (*grid)[0] * (*grid)[1] == tokens,
+                        product_is((*grid)[0], (*grid)[1], tokens),
                     op, ": grid must hold ", tokens, " tokens and window be positive, got ", *grid,
                     " and ", size);
+  product_of(op, {size, size});  // the places in a window
   return {(*grid)[0], (*grid)[1], size};
+}
+
+// What every later product of sizes of a head inside a window rests on.
+inline void check_matrix(const char* op, int64_t tokens, int64_t dim) {
+  constexpr int64_t kMost = int64_t{1} << 40;
+  TORCH_CHECK_VALUE(product_of(op, {tokens, dim}) <= kMost, op, ": a head must have at most ",
+                    kMost, " values, got ", tokens, " tokens of ", dim);
 }
 
 // Tokens that a rotary table counts: those of q, or the places in a window.
@@ -143,10 +160,13 @@ struct StudentCall {
         dim(q.size(3)),
         windows(window_count(grid)),
         largest(largest_window(grid)) {
+    check_matrix(op, largest, dim);
     if (!o.pad_value.has_value()) return;
     pad = o.pad_value->to(kDtype).contiguous();
-    TORCH_CHECK_VALUE(pad.dim() == 2 && pad.size(0) == q.size(1) && pad.size(1) == dim, op,
-                      ": pad_value must be (", q.size(1), ", ", dim, "), got ", pad.sizes());
+    TORCH_CHECK_VALUE(
+        o.grid.has_value() && pad.dim() == 2 && pad.size(0) == q.size(1) && pad.size(1) == dim, op,
+        ": pad_value must be (", q.size(1), ", ", dim, ") in a call with a grid, got ",
+        pad.sizes());
   }
 
   int64_t items() const { return batch * kept * windows; }
@@ -157,6 +177,17 @@ struct StudentCall {
   }
   const A* pad_of(int64_t head) const {
     return pad.defined() ? pad.const_data_ptr<A>() + head * dim : nullptr;
+  }
+
+  // The kernels keep extreme scores finite, so they would hide a factor that is not.
+  bool is_finite() const { return std::isfinite(scale); }
+  // x, a result for each kept head of dimension 1, as a factor that is not finite makes it.
+  static at::Tensor not_a_number(const at::Tensor& x) {
+    return x.fill_(std::numeric_limits<double>::quiet_NaN());
+  }
+  // The same of the kept heads of a gradient, whose heads lie in dimension `at`.
+  void spoil(const at::Tensor& x, int64_t at) const {
+    for (const int64_t h : heads) not_a_number(x.select(at, h));
   }
 
   // The gradient of the padded keys' value from `chunks` parts (D,) of each item: their sum over
@@ -180,7 +211,8 @@ void share_items(int64_t items, int64_t scratch_bytes, const F& work) {
   constexpr int64_t kAlign = 64;
   const int64_t threads = std::min<int64_t>(items, at::get_num_threads());
   const int64_t stride = (scratch_bytes + kAlign - 1) / kAlign * kAlign;
-  const at::Tensor memory = at::empty({threads * stride + kAlign}, at::kByte);
+  const int64_t bytes = product_of("kdfast", {threads, stride});
+  const at::Tensor memory = at::empty({bytes + kAlign}, at::kByte);
   char* base = static_cast<char*>(memory.mutable_data_ptr());
   base += (kAlign - reinterpret_cast<uintptr_t>(base) % kAlign) % kAlign;
   std::atomic<int64_t> next{0};

@@ -55,6 +55,7 @@ struct Call : StudentCall<A> {
   std::vector<int64_t> teacher_heads;
   Tables<A> teacher_tables;
   A teacher_scale, inv_temperature;
+  bool spoiled = false;  // whether a factor that is not finite makes NaN of the loss
   MapLoss kind;
   const DistillKernel<A>& kernel;
 
@@ -62,11 +63,12 @@ struct Call : StudentCall<A> {
       : StudentCall<A>(kOp, a.q, a.k, a.v, a.student),
         teacher_q(of_teacher(a.teacher_q, a.teacher_q)),
         teacher_k(of_teacher(a.teacher_k, a.teacher_q)),
-        teacher_heads(kept_heads(kOp, a.teacher_heads, teacher_q.size(1))),
+        teacher_heads(kept_heads(kOp, a.teacher_heads, teacher_q.size(1), false)),
         teacher_tables(kOp, a.teacher_cos, a.teacher_sin, a.teacher_prefix, a.teacher_interleaved,
                        table_rows(a.student.grid, a.student.window, a.q), teacher_q.size(3)),
         teacher_scale(static_cast<A>(a.teacher_scale)),
-        inv_temperature(static_cast<A>(1 / a.temperature)),
+        // As COLD in kdfast/ops/attention_distill.py.
+        inv_temperature(static_cast<A>(std::min(1 / a.temperature, sizeof(A) == 4 ? 1e30 : 1e300))),
         kind(map_loss(a.kind)),
         kernel(kernel_of<A>(element_of(kOp, a.q), element_of(kOp, teacher_q))) {
     TORCH_CHECK_VALUE(teacher_q.size(0) == this->batch && teacher_q.size(2) == this->tokens, kOp,
@@ -75,6 +77,13 @@ struct Call : StudentCall<A> {
     TORCH_CHECK_VALUE(teacher_heads.size() == this->heads.size(), kOp,
                       ": one teacher head per kept head, got ", teacher_heads.size(), " and ",
                       this->heads.size());
+    TORCH_CHECK_VALUE(a.temperature > 0 && std::isfinite(a.temperature), kOp,
+                      ": temperature must be above 0 and finite, got ", a.temperature);
+    check_matrix(kOp, this->largest, teacher_q.size(3));
+    if (std::isfinite(teacher_scale)) return;
+    // The kernels would hide it in finite scores.
+    spoiled = true;
+    teacher_scale = 0;
   }
 
   // A teacher of fp64 counts as fp32 where the student is no more than that.
@@ -107,6 +116,7 @@ struct Call : StudentCall<A> {
   // work(item, scratch) for every item; no result depends on the number of threads.
   template <class F>
   void for_each(const F& work) const {
+    if (this->items() == 0) return;
     share_items(this->items(), kernel.scratch_bytes(this->largest, this->dim, teacher_q.size(3)),
                 work);
   }
@@ -121,6 +131,9 @@ Forward forward(const Arguments& arguments) {
   const auto options = call.q.options().dtype(call.kDtype);
   const at::Tensor out = empty_heads(call.q, call.kept, false);
   const at::Tensor stats = at::empty(call.stats_shape(), options);
+  if (!call.is_finite())
+    return {call.not_a_number(out), call.not_a_number(at::empty({}, options)),
+            call.not_a_number(stats)};
   A* stats_data = stats.mutable_data_ptr<A>();
   std::vector<double> sums(call.items());
   call.for_each([&](int64_t item, char* scratch) {
@@ -130,8 +143,9 @@ Forward forward(const Arguments& arguments) {
   });
   double total = 0;
   for (const double sum : sums) total += sum;
+  if (call.spoiled && call.rows() > 0) total = std::numeric_limits<double>::quiet_NaN();
   const double count = static_cast<double>(std::max<int64_t>(call.rows(), 1));
-  return {out, at::full({}, total / count, options), stats};
+  return {out, at::full({}, static_cast<A>(total / count), options), stats};
 }
 
 template <class A>
@@ -148,9 +162,10 @@ Backward backward(const at::Tensor& grad_out, const at::Tensor& grad_loss, const
   at::Tensor gradients[3];
   for (auto& x : gradients) x = empty_heads(call.q, call.q.size(1), call.kept < call.q.size(1));
   const auto& [dq, dk, dv] = gradients;
-  const A weight = static_cast<A>(grad_loss.item<double>() /
-                                  static_cast<double>(std::max<int64_t>(call.rows(), 1)));
-  std::vector<A> pads(call.pad.defined() ? call.items() * call.dim : 0);
+  const double upstream = call.spoiled ? 0 : grad_loss.item<double>();
+  const A weight =
+      static_cast<A>(upstream / static_cast<double>(std::max<int64_t>(call.rows(), 1)));
+  std::vector<A> pads(call.pad.defined() ? product_of(kOp, {call.items(), call.dim}) : int64_t{0});
   A* stats_data = stats.data_ptr<A>();
   call.for_each([&](int64_t item, char* scratch) {
     const int64_t b = call.image_of(item), j = call.kept_of(item), h = call.heads[j];
@@ -163,6 +178,9 @@ Backward backward(const at::Tensor& grad_out, const at::Tensor& grad_loss, const
                                pads.empty() ? nullptr : pads.data() + item * call.dim};
     call.kernel.backward(call.head(item, stats_data), grads, scratch);
   });
+  if (call.spoiled || !call.is_finite())
+    for (const at::Tensor& x : {dq, dk}) call.spoil(x, 1);
+  if (!call.is_finite()) call.spoil(dv, 1);
   if (!call.pad.defined()) return {dq, dk, dv, at::empty({0}, call.q.options())};
   return {dq, dk, dv, call.sum_pads(pads, 1, arguments.student.pad_value->scalar_type())};
 }

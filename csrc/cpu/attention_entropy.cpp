@@ -27,6 +27,9 @@ at::Tensor entropy(const at::Tensor& q, const at::Tensor& k, const Tables<A>& ta
   const at::Tensor out =
       at::empty({batch, heads, tokens}, q.options().dtype(c10::CppTypeToScalarType<A>::value));
   if (out.numel() == 0) return out;
+  // The kernels keep extreme scores finite, so they would hide a factor that is not.
+  if (!std::isfinite(static_cast<A>(scale)))
+    return out.fill_(std::numeric_limits<double>::quiet_NaN());
   A* data = out.mutable_data_ptr<A>();
   const EntropyKernel<A>& kernel = kernel_of<A>(element_of(kOp, q));
   const int64_t largest = largest_window(grid);
@@ -49,6 +52,8 @@ at::Tensor attention_entropy(const at::Tensor& q_, const at::Tensor& k_,
                              bool pads) {
   const at::Tensor q = checked(kOp, q_, q_), k = checked(kOp, k_, q_);
   const TokenGrid tokens = token_grid(kOp, grid, window, q.size(2));
+  TORCH_CHECK_VALUE(grid.has_value() || !pads, kOp, ": pads need a grid");
+  check_matrix(kOp, largest_window(tokens), q.size(3));
   const int64_t rows = table_rows(grid, window, q);
   const auto run = [&]<class A>(A) {
     const Tables<A> tables(kOp, cos, sin, prefix, interleaved, rows, q.size(3));

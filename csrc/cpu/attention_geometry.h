@@ -8,8 +8,8 @@
 
 namespace kdfast::cpu {
 
-// Row-major tokens, cut into size x size windows. Without windows: {1, N, N}, one window of one
-// run.
+// Row-major tokens, cut into size x size windows; size >= 1. Without windows: {1, N, N}, one window
+// of one run.
 struct TokenGrid {
   int64_t rows, cols, size;
 };

@@ -2,7 +2,6 @@
 #include "cpu/isa/feature_loss.h"
 
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/full.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -122,7 +121,7 @@ std::tuple<at::Tensor, at::Tensor> feature_loss(const at::Tensor& student,
   args.streamed = grad.nbytes() >= kStreamBytes;
   if (!by_row) {
     const double total = add_elements(args, s.numel(), s.element_size(), grad.element_size());
-    return {at::full({}, total / count, options), grad};
+    return {scalar_result(total / count, options), grad};
   }
 
   args.student_stride = s.stride(0);
@@ -134,7 +133,7 @@ std::tuple<at::Tensor, at::Tensor> feature_loss(const at::Tensor& student,
     args.mean = mean.const_data_ptr();
     args.scale = scale.const_data_ptr();
   }
-  return {at::full({}, add_rows(args, rows) / count, options), grad};
+  return {scalar_result(add_rows(args, rows) / count, options), grad};
 }
 
 }  // namespace

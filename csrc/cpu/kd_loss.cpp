@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/isa/kd_loss.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/full.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <string>
 #include <tuple>
 
@@ -29,6 +30,13 @@ int64_t count_labels(const at::Tensor& labels, int64_t classes, int64_t ignore_i
   return count;
 }
 
+void check_options(double temperature, std::string_view reduction) {
+  TORCH_CHECK_VALUE(temperature > 0 && std::isfinite(temperature),
+                    "kd_loss: temperature must be above 0 and finite, got ", temperature);
+  TORCH_CHECK_VALUE(reduction == "batchmean" || reduction == "sum" || reduction == "none",
+                    "kd_loss: reduction is unknown, got ", reduction);
+}
+
 void check_shapes(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& target) {
   TORCH_CHECK_VALUE(student.dim() > 0 && student.size(-1) > 0 && student.is_same_size(teacher) &&
                         student.scalar_type() == teacher.scalar_type(),
@@ -44,6 +52,13 @@ void check_shapes(const at::Tensor& student, const at::Tensor& teacher, const at
       "kd_loss: target does not fit the logits, got ", target.sizes());
 }
 
+// What does not count is left out, whatever it is: an infinite kd, the mean ce of no rows.
+template <class T>
+T mixed(double alpha, const T& kd, const T& ce) {
+  if (alpha == 1) return T(kd * 1.0);
+  return alpha == 0 ? T(ce * 1.0) : T(kd * alpha + ce * (1 - alpha));
+}
+
 Results reduce(const std::string& reduction, const at::Tensor& student, const at::Tensor& kd,
                const at::Tensor& ce, double kd_count, double ce_count, double alpha,
                const at::Tensor& grad) {
@@ -51,12 +66,11 @@ Results reduce(const std::string& reduction, const at::Tensor& student, const at
   if (reduction == "none") {
     const auto shape = student.sizes().slice(0, student.dim() - 1);
     const auto rows = [&](const at::Tensor& x) { return x.view(shape).to(options.dtype()); };
-    return {rows(kd * alpha + ce * (1 - alpha)), rows(kd), rows(ce), grad};
+    return {rows(mixed(alpha, kd, ce)), rows(kd), rows(ce), grad};
   }
   const double kd_value = sum_rows(kd) / kd_count, ce_value = sum_rows(ce) / ce_count;
-  const auto scalar = [&](double x) { return at::full({}, x, options); };
-  return {scalar(alpha * kd_value + (1 - alpha) * ce_value), scalar(kd_value), scalar(ce_value),
-          grad};
+  const auto scalar = [&](double x) { return scalar_result(x, options); };
+  return {scalar(mixed(alpha, kd_value, ce_value)), scalar(kd_value), scalar(ce_value), grad};
 }
 
 // student, teacher (..., C); target undefined, (...) int64 or (..., C) in the accumulator's type.
@@ -67,6 +81,7 @@ Results run(const at::Tensor& student, const at::Tensor& teacher,
             const at::Tensor& grad) {
   const at::Tensor goal = target ? target->contiguous() : at::Tensor();
   check_shapes(student, teacher, goal);
+  check_options(temperature, reduction);
   const at::Tensor s = as_rows(student), t = as_rows(teacher);
   const bool hard = goal.defined() && goal.scalar_type() == at::kLong;
   const int64_t rows = s.size(0), classes = s.size(1);
@@ -94,7 +109,7 @@ Results run(const at::Tensor& student, const at::Tensor& teacher,
   // Over logits that are in cache by then, other stores are faster.
   args.streamed = grad.nbytes() >= kStreamBytes && !grad.is_same(student);
   args.kd_weight = alpha / kd_count;
-  args.ce_weight = (1 - alpha) / ce_count;
+  args.ce_weight = alpha == 1 ? 0 : (1 - alpha) / ce_count;  // the count may be 0
 
   const auto fn = kernels().rows->kd_loss;
   for_rows(rows, classes, kd_loss_scratch(classes), accumulator(student),
@@ -118,6 +133,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kd_loss_(
   TORCH_CHECK_VALUE(student.is_contiguous() && student.scalar_type() != at::kHalf,
                     "kd_loss: logits to be overwritten must be contiguous and not fp16, got ",
                     student.scalar_type(), " with strides ", student.strides());
+  at::assert_no_overlap(student, teacher);
+  if (target) at::assert_no_overlap(student, *target);
   const auto [loss, kd, ce, _] = run(student, teacher, target, temperature, alpha, reduction,
                                      label_smoothing, ignore_index, student);
   return {loss, kd, ce};

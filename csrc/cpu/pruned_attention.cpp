@@ -70,6 +70,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
   at::Tensor out = empty_heads(q, call.kept, false);
   at::Tensor lse = at::empty({call.batch, call.kept, call.tokens}, q.options().dtype(call.kDtype));
   if (out.numel() == 0) return {out, lse};
+  if (!call.is_finite()) return {call.not_a_number(out), call.not_a_number(lse)};
   // Query rows are independent, so few heads on many cores share a head's queries.
   const int64_t want = 4 * at::get_num_threads() / call.items();
   const int64_t parts =
@@ -95,22 +96,26 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& q, const at::Tenso
                    const at::Tensor& v, const at::Tensor& out_, const at::Tensor& lse_,
                    const Options& options, bool bias_grad) {
   const Call<A> call(q, k, v, options);
-  const at::Tensor grad = with_contiguous_rows(grad_), out = with_contiguous_rows(out_);
+  const at::Tensor out = checked(kOp, out_, out_), grad = checked(kOp, grad_, out_);
   const at::Tensor lse = lse_.contiguous();
   const std::vector<int64_t> want{call.batch, call.kept, call.tokens, call.dim};
-  TORCH_CHECK_VALUE(
-      grad.sizes() == want && out.sizes() == want && grad.scalar_type() == q.scalar_type() &&
-          out.scalar_type() == q.scalar_type() && lse.sizes() == at::IntArrayRef(want).slice(0, 3),
-      kOp, ": grad, out and lse must fit q and heads, got ", grad.sizes(), ", ", out.sizes(),
-      " and ", lse.sizes());
+  TORCH_CHECK_VALUE(out.sizes() == want && out.scalar_type() == q.scalar_type() &&
+                        lse.sizes() == at::IntArrayRef(want).slice(0, 3) &&
+                        lse.scalar_type() == call.kDtype,
+                    kOp, ": grad, out and lse must fit q and heads, got ", grad.sizes(), ", ",
+                    out.sizes(), " and ", lse.sizes());
   at::Tensor gradients[3];
-  for (auto& x : gradients) x = empty_heads(q, q.size(1), options.attention.heads.has_value());
+  for (auto& x : gradients) x = empty_heads(q, q.size(1), call.kept < q.size(1));
   const auto& [dq, dk, dv] = gradients;
   TORCH_CHECK_VALUE(call.bias.defined() || !bias_grad, kOp, ": bias_grad needs a bias");
   at::Tensor dpad = at::zeros({0}, q.options()), dbias = at::zeros({0}, q.options());
-  if (out.numel() == 0) {
+  if (out.numel() == 0 || !call.is_finite()) {
     if (call.pad.defined()) dpad = at::zeros_like(*options.attention.pad_value);
     if (bias_grad) dbias = at::zeros(options.bias->sizes(), options.bias->options());
+    if (out.numel() == 0) return {dq, dk, dv, dpad, dbias};
+    for (const at::Tensor& x : gradients) call.spoil(x, 1);
+    if (call.pad.defined()) call.spoil(dpad, 0);
+    if (bias_grad) call.spoil(dbias, 1);
     return {dq, dk, dv, dpad, dbias};
   }
   const BiasSums<A> bias_sums(bias_grad ? call.bias : at::Tensor(), call.batch, call.kept);
@@ -121,7 +126,8 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& q, const at::Tenso
   const int64_t parts = split ? (call.largest + chunk - 1) / chunk : 1;
   const int64_t sums_size = 2 * sum_rows(call.largest) * sum_columns(call.dim);
   const A* lse_data = lse.const_data_ptr<A>();
-  std::vector<A> pads(call.pad.defined() ? call.items() * parts * call.dim : 0);
+  std::vector<A> pads(call.pad.defined() ? product_of(kOp, {call.items(), parts, call.dim})
+                                         : int64_t{0});
   const auto arguments = [&](int64_t item, int64_t part, A* to) -> AttentionGrad<A> {
     const int64_t b = call.image_of(item), j = call.kept_of(item), h = call.heads[j];
     return {rows_of(grad, b, j),
@@ -149,7 +155,8 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& q, const at::Tenso
       });
     });
   } else {
-    const at::Tensor memory = at::empty({items * parts * sums_size}, lse.options());
+    const at::Tensor memory =
+        at::empty({product_of(kOp, {items, parts, sums_size})}, lse.options());
     A* sums = memory.mutable_data_ptr<A>();
     bias_sums.clear();  // not where they are used: several parts share them
     // A window smaller than the largest may need fewer chunks; its sums lie side by side.

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 
 #include <algorithm>
 
@@ -64,6 +65,12 @@ void for_rows(int64_t rows, int64_t size, int64_t scratch, at::ScalarType accumu
     const at::Tensor buffer = at::empty({scratch}, at::dtype(accumulator));
     fn(begin, end, buffer.mutable_data_ptr());
   });
+}
+
+// The scalar result x, which may be more than its type holds.
+inline at::Tensor scalar_result(double x, const at::TensorOptions& options) {
+  const bool wide = options.dtype().toScalarType() == at::kDouble;
+  return at::full({}, wide ? x : static_cast<double>(static_cast<float>(x)), options);
 }
 
 // In the order of the rows, so the result does not depend on the number of threads.

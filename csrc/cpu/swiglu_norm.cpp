@@ -56,6 +56,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> swiglu_norm(const at::Tensor& gat
   check(gate, value, bias);
   TORCH_CHECK_VALUE(bias.is_same_size(weight), "swiglu_norm: bias must be like weight, got ",
                     bias.sizes());
+  TORCH_CHECK_VALUE(eps >= 0, "swiglu_norm: eps must not be negative, got ", eps);
   const auto wide = accumulator(gate);
   const at::Tensor g = as_rows(gate), v = as_rows(value);
   const at::Tensor w = weight.to(wide).contiguous(), b = bias.to(wide).contiguous();

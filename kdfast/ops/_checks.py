@@ -17,8 +17,15 @@ def check_tensors(op: str, names: Sequence[str], *tensors: object, optional: boo
         optional: Whether None is as good as a tensor.
     """
     for name, x in zip(names, tensors, strict=True):
-        if not isinstance(x, Tensor) and not (optional and x is None):
+        if type(x) is Tensor or (optional and x is None):
+            continue
+        if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+        if type(x).__module__ == "torch.nn.attention.bias":
+            # Its memory was never written: only torch's attention knows what it stands for.
+            raise TypeError(
+                f"{op}: {name} must be a tensor with values of its own, got {type(x).__name__}"
+            )
 
 
 def head_list(

@@ -38,11 +38,17 @@ def by_gram(call: Distillation, fused: bool) -> tuple[Tensor, Tensor]:
 
 def by_kernel(call: Distillation) -> tuple[Tensor, Tensor]:
     """Any kind by the compiled kernel."""
+    q, k, rope = call.q, call.k, call.rope
+    teacher_q, teacher_k, teacher_rope = call.teacher_q, call.teacher_k, call.teacher_rope
+    if rope is not None:
+        q, k, rope = rope.whole(q, k)
+    if teacher_rope is not None:
+        teacher_q, teacher_k, teacher_rope = teacher_rope.whole(teacher_q, teacher_k)
     out, loss, _ = torch.ops.kdfast.attention_distill.default(
-        *(call.q, call.k, call.v, call.teacher_q, call.teacher_k),
+        *(q, k, call.v, teacher_q, teacher_k),
         *(call.heads, call.teacher_heads),
-        *geometry_args(call.rope, call.window, call.scale),
-        *score_args(call.teacher_rope, call.teacher_scale),
+        *geometry_args(rope, call.window, call.scale),
+        *score_args(teacher_rope, call.teacher_scale),
         *(call.temperature, call.kind),
     )
     return out, loss

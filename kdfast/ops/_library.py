@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdfast.ops._checks import check_tensors
+
 BACKENDS = ("auto", "fused", "reference")
 
 
@@ -102,15 +104,27 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     strides and dtypes depend on, and takes the others as ``**_``.
     """
     names = argument_names(name)
+    arguments = getattr(torch.ops.kdfast, name).default._schema.arguments
+    needed = [place for place, x in enumerate(arguments) if str(x.type) == "Tensor"]
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
+            check_tensors(name, [names[i] for i in needed], *(args[i] for i in needed))
+            _check_one_device(name, args)
             return fake(**dict(zip(names, args, strict=True)))
 
         torch.library.register_fake(f"kdfast::{name}", call, lib=LIB)
         return fake
 
     return register
+
+
+def _check_one_device(name: str, args: Sequence[Any]) -> None:
+    """Raises ValueError for a meta tensor beside another one, which would get an empty result."""
+    parts = (x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg]))
+    devices = {x.device.type for x in parts if isinstance(x, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"{name}: tensors must be on one device, got {sorted(devices)}")
 
 
 def register_launcher(name: str, launcher: str) -> Callable[..., Any]:

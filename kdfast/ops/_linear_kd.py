@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast.ops._checks import check_tensors
+from kdfast.ops._divergence import mixed
 from kdfast.ops._losses import Options, accumulator, saved_dtype
 from kdfast.ops._matmul import choice
 from kdfast.ops.linear import input_gradient, linear, weight_gradient
@@ -100,9 +102,13 @@ def chunked(
     """The registered op; ``row_weight`` (rows,) is the upstream gradient of reduction "none".
 
     Shapes are those of the public function with all rows in one dimension.
+
+    Raises:
+        ValueError: The rows of the tensors differ, or there is no chunk or reduction like this.
     """
     teacher = (teacher_logits, teacher_hidden, teacher_weight, teacher_bias)
     layers = Layers(hidden, weight, bias, *teacher, target)
+    _check_rows(layers, row_weight, chunk, reduction)
     options = Options(temperature, alpha, reduction, label_smoothing, ignore_index)
     rows, dtype, some = hidden.shape[0], layers.dtype, any(need_grad)
     kd_count, ce_count = _counts(rows, target, options)
@@ -127,7 +133,24 @@ def chunked(
             (x.sum(dtype=torch.float64) / count).to(x.dtype)
             for x, count in ((kd, kd_count), (ce, ce_count))
         )
-    return alpha * kd + (1 - alpha) * ce, kd, ce, *gradients.results()
+    return mixed(alpha, kd, ce), kd, ce, *gradients.results()
+
+
+def _check_rows(layers: Layers, row_weight: Tensor | None, chunk: int, reduction: str) -> None:
+    """Raises for what would leave a row of the results unwritten, or written by another row."""
+    check_tensors("linear_kd_loss", ("hidden", "weight"), layers.hidden, layers.weight)
+    rows = len(layers.hidden) if layers.hidden.dim() == 2 else -1
+    for x in (layers.teacher_logits, layers.teacher_hidden, layers.target, row_weight):
+        if x is not None and (x.dim() == 0 or len(x) != rows):
+            raise ValueError(
+                f"linear_kd_loss: hidden must be (rows, D) and all else have as many rows, got "
+                f"{tuple(layers.hidden.shape)} and {tuple(x.shape)}"
+            )
+    if chunk < 1 or reduction not in ("batchmean", "sum", "none"):
+        raise ValueError(
+            "linear_kd_loss: chunk must be at least 1 and reduction batchmean, sum or none, got "
+            f"{chunk} and {reduction!r}"
+        )
 
 
 def _counts(rows: int, target: Tensor | None, options: Options) -> tuple[int, int | Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.ops._attention_args import window_args
+from kdfast.ops._checks import check_tensors
 from kdfast.ops._library import (
     LIB,
     forbid_second_derivative,
@@ -136,6 +137,34 @@ def _halves(
     return both
 
 
+def _check(
+    q: Tensor,
+    k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    grid: list[int] | None,
+    window: int,
+) -> None:
+    """Raises ValueError for arguments of the registered op that leave results unwritten."""
+    names = ("q", "k", "teacher_q", "teacher_k")
+    check_tensors("attention_logit_mse", names, q, k, teacher_q, teacher_k)
+    sides = (q, k), (teacher_q, teacher_k)
+    if any(x.dim() != 4 or x.shape != y.shape or x.shape[3] == 0 for x, y in sides) or (
+        q.shape[:3] != teacher_q.shape[:3]
+    ):
+        shapes = [tuple(x.shape) for side in sides for x in side]
+        raise ValueError(
+            f"attention_logit_mse: both sides must be (B, K, N, D) with D >= 1, got {shapes}"
+        )
+    if grid is None:
+        return
+    if len(grid) != 2 or min(*grid, window) < 1 or grid[0] * grid[1] != q.shape[2]:
+        raise ValueError(
+            f"attention_logit_mse: grid must hold {q.shape[2]} tokens and window be positive, got "
+            f"{grid} and {window}"
+        )
+
+
 def _empty_results(
     q: Tensor, teacher_q: Tensor, grid: list[int] | None, window: int
 ) -> tuple[Tensor, Tensor]:
@@ -157,7 +186,10 @@ def _forward(
     grid: list[int] | None,
     window: int,
 ) -> tuple[Tensor, Tensor]:
+    _check(q, k, teacher_q, teacher_k, grid, window)
     loss, factors = _empty_results(q, teacher_q, grid, window)
+    if q.shape[2] == 0:
+        return loss.zero_(), factors.zero_()
     total, wide = q.new_zeros((), dtype=torch.float64), max(q.shape[3], teacher_q.shape[3])
     for images, windows, index in _parts(q, teacher_q, grid, window):
         # With E and A the difference and the mean of the scaled queries, M and F the mean and the
@@ -194,8 +226,11 @@ def _backward(
     grid: list[int] | None,
     window: int,
 ) -> tuple[Tensor, Tensor]:
+    _check(q, k, teacher_q, teacher_k, grid, window)
     dq, dk = torch.empty_like(q), torch.empty_like(k)
-    count = max(1, q.shape[0] * q.shape[1] * q.shape[2])
+    if q.numel() == 0:
+        return dq, dk
+    count = q.shape[0] * q.shape[1] * q.shape[2]
     for images, windows, index in _parts(q, teacher_q, grid, window):
         weight = 2 * grad_loss / (count * index.shape[1] * BLUR**3)
         ea = _halves(q[images], teacher_q[images], index, scale, teacher_scale, False)

@@ -22,6 +22,7 @@ from kdfast.ops._distill_args import (
     turned_heads,
 )
 from kdfast.ops._distill_routes import by_gram, by_kernel, composed, composed_pays, gram_pays
+from kdfast.ops._divergence import weighted
 from kdfast.ops._library import (
     DEFAULT_BACKEND,
     LIB,
@@ -35,6 +36,9 @@ from kdfast.ops._library import (
 )
 from kdfast.ops.geometry import Rope, Window
 
+# The most that scores are multiplied with. Near 0 a temperature leaves nothing of a map but its
+# largest scores, and any large factor does that; repeated in csrc/cpu/attention_distill.cpp.
+COLD = {torch.float32: 1e30, torch.float64: 1e300}
 # Numbers that the fused op keeps per row, by kind, in this order: the maximum of the scores and the
 # log-sum-exp above it; the latter at the temperature; both of the teacher; the gradient's row sums.
 STATS = {"kl": 5, "reverse_kl": 6, "jsd": 6, "mse": 6, "cosine": 7, "logit_mse": 2}
@@ -150,16 +154,15 @@ def why_not(q: Tensor, teacher_q: Tensor) -> str | None:
 
 def by_maps(call: Distillation) -> tuple[Tensor, Tensor]:
     """Both results by their references, which hold whole attention maps."""
-    scale, teacher_scale = call.map_scales
-    student = attention_scores(call.q, call.k, call.heads, call.rope, scale, call.window)
+    student = attention_scores(call.q, call.k, call.heads, call.rope, call.scale, call.window)
     teacher = attention_scores(
         *(call.teacher_q, call.teacher_k, call.teacher_heads),
-        *(call.teacher_rope, teacher_scale, call.window),
+        *(call.teacher_rope, call.teacher_scale, call.window),
     )
     out = attention.reference(
         call.q, call.k, call.v, call.heads, call.rope, call.scale, call.window
     )
-    return out, reference(student, teacher, call.kind)
+    return out, reference(student, teacher, call.kind, call.temperature)
 
 
 def attention_scores(
@@ -183,34 +186,41 @@ def attention_scores(
 
 
 def reference(
-    student: Sequence[tuple[Tensor, int]], teacher: Sequence[tuple[Tensor, int]], kind: str
+    student: Sequence[tuple[Tensor, int]],
+    teacher: Sequence[tuple[Tensor, int]],
+    kind: str,
+    temperature: float = 1.0,
 ) -> Tensor:
     """The specification: mean row distance of the maps of ``attention_scores`` at temperature."""
     total, rows = student[0][0].new_zeros(()), 0
     for (a, pads), (b, _) in zip(student, teacher, strict=True):
         # A padded key is a live key of logit 0 on both sides.
         live = 0 if kind == "logit_mse" else pads
-        distance = row_distance(F.pad(a, (0, live)), F.pad(b.to(a.dtype), (0, live)), kind)
+        a, b = F.pad(a, (0, live)), F.pad(b.to(a.dtype), (0, live))
+        distance = row_distance(a, b, kind, temperature)
         total, rows = total + distance.sum(), rows + distance.numel()
     return total / max(rows, 1)
 
 
-def row_distance(a: Tensor, b: Tensor, kind: str) -> Tensor:
+def row_distance(a: Tensor, b: Tensor, kind: str, temperature: float = 1.0) -> Tensor:
     """(..., N) distance of the rows of softmax(b) (teacher) and softmax(a) (student), (..., N, M).
 
-    Both are scores over the temperature; "logit_mse" compares them directly.
+    Both are scores, not yet over the temperature; "logit_mse" compares them directly.
     """
+    inverse = min(1 / temperature, COLD[a.dtype])
     if kind == "logit_mse":
-        return (a - b).square().mean(-1)
+        return ((a - b) * inverse).square().mean(-1)
+    if temperature != 1 and a.shape[-1]:
+        a, b = ((x - x.amax(-1, keepdim=True).detach()) * inverse for x in (a, b))
     log_p, log_r = a.log_softmax(-1), b.log_softmax(-1)
     p, r = log_p.exp(), log_r.exp()
     if kind == "kl":
-        return (r * (log_r - log_p)).sum(-1)
+        return weighted(r, log_r - log_p).sum(-1)
     if kind == "reverse_kl":
-        return (p * (log_p - log_r)).sum(-1)
+        return weighted(p, log_p - log_r).sum(-1)
     if kind == "jsd":
         log_m = torch.logaddexp(log_p, log_r) - math.log(2)
-        return (r * (log_r - log_m) + p * (log_p - log_m)).sum(-1) / 2
+        return (weighted(r, log_r - log_m) + weighted(p, log_p - log_m)).sum(-1) / 2
     if kind == "mse":
         return (p - r).square().sum(-1)
     return 1 - (p * r).sum(-1) / (p.norm(dim=-1) * r.norm(dim=-1))

@@ -68,6 +68,8 @@ def attention_entropy(
         if not fused:
             return reference(q, k, rope, window, scale), limit
         grid, size, pad_value = window_args(window)
+        if rope is not None:
+            q, k, rope = rope.whole(q, k)
         op = torch.ops.kdfast.attention_entropy.default
         entropy: Tensor = op(q, k, *score_args(rope, scale), grid, size, pad_value is not None)
         return entropy, limit
@@ -96,7 +98,7 @@ def reference(
     for index, pads in _groups(q, window):
         keys = k[:, :, index].transpose(-1, -2)
         rows = max(1, TILE // max(1, q.shape[0] * q.shape[1] * len(index)))
-        for some in index.split(rows):
+        for some in index.split(rows) if len(index) else ():
             entropy[:, :, some] = _row_entropy(scale * q[:, :, some] @ keys, pads)
     return entropy
 

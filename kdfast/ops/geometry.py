@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.ops._checks import check_tensors
@@ -16,18 +17,33 @@ class Rope:
     """Rotary position embedding tables, applied to queries and keys inside the op.
 
     Attributes:
-        cos: (N, D) floating; row = token (row inside the window when the call has a window).
-            (N - prefix, D) is accepted too: the rows of the prefix tokens left out.
+        cos: (N, R) floating, R <= D and even: the first R channels are rotated, the others stay.
+            Row = token (row inside the window when the call has a window). (N - prefix, R) is
+            accepted too: the rows of the prefix tokens left out.
         sin: Like ``cos``.
         prefix: Number of leading tokens (CLS, registers) that are not rotated.
         layout: "interleaved" rotates channel pairs (2i, 2i+1), as EVA and timm do; "half"
-            rotates pairs (i, i + D/2), as NeoX and Hugging Face's DINOv3 do.
+            rotates pairs (i, i + R/2), as NeoX and Hugging Face's DINOv3 do. With R < D the
+            kernels get "half" as "interleaved", by copies of q and k with channels in that order.
     """
 
     cos: Tensor
     sin: Tensor
     prefix: int = 0
     layout: str = "interleaved"
+
+    def whole(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, "Rope"]:
+        """q and k (B, H, N, D) and tables of D columns that give the scores of q, k and these."""
+        width, dim = self.cos.shape[1], q.shape[3]
+        if width == dim:
+            return q, k, self
+        cos, sin = (
+            F.pad(x, (0, dim - width), value=rest) for x, rest in ((self.cos, 1.0), (self.sin, 0.0))
+        )
+        if self.layout == "half":
+            # Scores do not depend on the order of channels, so the pairs may become neighbours.
+            q, k, cos, sin = (_neighbours(x, width) for x in (q, k, cos, sin))
+        return q, k, Rope(cos, sin, self.prefix)
 
     def check(self, op: str, tokens: int, head_dim: int) -> None:
         """Raises TypeError or ValueError unless the tables fit ``tokens`` and ``head_dim``."""
@@ -42,14 +58,24 @@ class Rope:
         for name, table in (("cos", self.cos), ("sin", self.sin)):
             if not table.is_floating_point():
                 raise TypeError(f"{op}: rope.{name} must be floating, got {table.dtype}")
-            if table.dim() != 2 or table.shape[0] not in rows or table.shape[1] != head_dim:
+            fits = table.dim() == 2 and table.shape[0] in rows
+            if not fits or table.shape[1] % 2 or not 0 < table.shape[1] <= head_dim:
                 want = " or ".join(f"({r}, {head_dim})" for r in sorted(rows))
-                raise ValueError(f"{op}: rope.{name} must be {want}, got {tuple(table.shape)}")
+                raise ValueError(
+                    f"{op}: rope.{name} must be {want}, or of fewer channels, an even number, got "
+                    f"{tuple(table.shape)}"
+                )
         if self.cos.shape != self.sin.shape:
             raise ValueError(
                 f"{op}: rope.cos and rope.sin must have one shape, got "
                 f"{tuple(self.cos.shape)} and {tuple(self.sin.shape)}"
             )
+
+
+def _neighbours(x: Tensor, width: int) -> Tensor:
+    """x (..., D) with its channels i and i + width / 2 side by side, for i < width / 2."""
+    pairs = x[..., :width].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    return torch.cat((pairs, x[..., width:]), -1)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.ops._checks import check_tensors
+from kdfast.ops._divergence import KINDS, WARM, mixed, softened, weighted
 from kdfast.ops._library import (
     LIB,
     fused_devices,
@@ -31,6 +32,7 @@ from kdfast.ops._losses import (
     scaled_gradient,
 )
 
+# Those of the registered op; "mean" is made of the first.
 REDUCTIONS = ("batchmean", "sum", "none")
 
 
@@ -41,16 +43,18 @@ def kd_loss(
     *,
     temperature: float = 4.0,
     alpha: float = 0.7,
+    kind: str = "kl",
     reduction: str = "batchmean",
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     inplace: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Softened KL divergence to the teacher plus cross-entropy with the target.
+    """Softened divergence from the teacher plus cross-entropy with the target.
 
     ``kd = T^2 KL(softmax(t / T) || softmax(s / T))``, ``ce = cross_entropy(s, target)`` and
-    ``loss = alpha * kd + (1 - alpha) * ce``; see docs/ops/kd_loss.md.
+    ``loss = alpha * kd + (1 - alpha) * ce``, of which a part with weight 0 is left out even if it
+    is infinite; see docs/ops/kd_loss.md.
 
     Args:
         student_logits: (..., C), fp16/bf16/fp32/fp64. A dense map (B, C, h, w) has to be moved to
@@ -60,8 +64,12 @@ def kd_loss(
             probabilities.
         temperature: T, above 0.
         alpha: Weight of ``kd`` in [0, 1]; ``ce`` has the weight ``1 - alpha``, also without target.
+        kind: "kl" as above; "reverse_kl", with student and teacher swapped in the divergence; or
+            "jsd", the Jensen-Shannon divergence, half the sum of the divergences of both from
+            their mean. The last two have no kernel yet: the reference computes them.
         reduction: "batchmean" averages ``kd`` over all rows and ``ce`` over the rows that are not
-            ignored; "sum" adds the rows up; "none" keeps one value per row.
+            ignored; "mean" divides that ``kd`` by C, as torch's ``kl_div`` of this name; "sum" adds
+            the rows up; "none" keeps one value per row.
         label_smoothing: In [0, 1], with the meaning of ``torch.nn.functional.cross_entropy``.
         ignore_index: Class index of rows that ``ce`` leaves out; ``kd`` keeps them.
         inplace: Overwrites ``student_logits`` with the gradient, which then needs no memory of its
@@ -96,6 +104,8 @@ def kd_loss(
             f"got {tuple(student_logits.shape)}"
         )
     check_options("kd_loss", temperature, alpha, reduction, label_smoothing)
+    if kind not in KINDS:
+        raise ValueError(f"kd_loss: kind must be one of {KINDS}, got {kind!r}")
     if target is not None:
         shape, device = student_logits.shape, student_logits.device
         check_target("kd_loss", shape, device, target, ignore_index)
@@ -104,17 +114,30 @@ def kd_loss(
     if target is not None and target.is_floating_point():
         target = target.detach().to(accumulator(dtype))
     options = Options(temperature, alpha, reduction, label_smoothing, ignore_index)
+    options, factor, per = by_element(options, student.shape[-1])
+    reason = why_not(student, temperature, kind)
     if inplace:
-        _check_inplace(student_logits, teacher, backend)
+        _check_inplace(student_logits, teacher, backend, reason)
         loss, kd, ce = _InPlace.apply(student_logits, teacher, target, options)
-        return loss, kd, ce
-    compiled = student.device.type in FUSED_ON
-    if use_fused("kd_loss", backend, why_not(student), compiled=compiled):
+    elif use_fused("kd_loss", backend, reason, compiled=student.device.type in FUSED_ON):
         need_grad = student.requires_grad and torch.is_grad_enabled()
         op = torch.ops.kdfast.kd_loss.default
         loss, kd, ce, _ = op(student, teacher, target, *options, need_grad)
-        return loss, kd, ce
-    return reference(student, teacher, target, *options)
+    else:
+        loss, kd, ce = reference(student, teacher, target, *options, kind)
+    return (loss, kd, ce) if reduction != "mean" else (loss * factor, kd / per, ce)
+
+
+def by_element(options: Options, classes: int) -> tuple[Options, float, int]:
+    """Options of the registered op, and what its loss is multiplied and its kd divided by.
+
+    ``alpha kd / C + (1 - alpha) ce`` is a multiple of ``share kd + (1 - share) ce``.
+    """
+    if options.reduction != "mean":
+        return options, 1.0, 1
+    part = options.alpha / classes
+    factor = part + 1 - options.alpha
+    return options._replace(alpha=part / factor, reduction="batchmean"), factor, classes
 
 
 def check_options(
@@ -125,8 +148,9 @@ def check_options(
         raise ValueError(f"{op}: temperature must be above 0 and finite, got {temperature}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"{op}: alpha must be in [0, 1], got {alpha}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{op}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if reduction not in (*REDUCTIONS, "mean"):
+        known = (*REDUCTIONS, "mean")
+        raise ValueError(f"{op}: reduction must be one of {known}, got {reduction!r}")
     if not 0 <= smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {smoothing}")
 
@@ -153,7 +177,11 @@ def check_target(
         )
 
 
-def _check_inplace(student: Tensor, teacher: Tensor, backend: str | None) -> None:
+def _check_inplace(
+    student: Tensor, teacher: Tensor, backend: str | None, reason: str | None
+) -> None:
+    if reason and student.device.type in INPLACE_ON:
+        raise NotImplementedError(f"kd_loss: inplace cannot run here: {reason}")
     if student.device.type not in INPLACE_ON or backend == "reference":
         raise NotImplementedError(
             f"kd_loss: inplace needs a compiled kernel, got {student.device.type} tensors and "
@@ -175,11 +203,22 @@ def _check_inplace(student: Tensor, teacher: Tensor, backend: str | None) -> Non
         )
 
 
-def why_not(student: Tensor) -> str | None:
+def why_not(student: Tensor, temperature: float = 1.0, kind: str = "kl") -> str | None:
     """The reason why the compiled kernel cannot run this input, or None."""
     if student.device.type == "cuda" and student.dtype == torch.float64:
         return "the CUDA kernel takes fp16, bf16 and fp32, not fp64"
-    return not_compiled("kd_loss", student.device, FUSED_ON)
+    if kind != "kl" and student.device.type in FUSED_ON:
+        return f"the kernels have the kind 'kl', got {kind!r}"
+    return too_warm(student.device, temperature) or not_compiled(
+        "kd_loss", student.device, FUSED_ON
+    )
+
+
+def too_warm(device: torch.device, temperature: float) -> str | None:
+    """The reason why the kernel of a device lacks the digits for this temperature, or None."""
+    if device.type == "cuda" and temperature > WARM:
+        return f"the CUDA kernel takes temperatures up to {WARM}, got {temperature}"
+    return None
 
 
 def reference(
@@ -191,18 +230,18 @@ def reference(
     reduction: str,
     label_smoothing: float,
     ignore_index: int,
+    kind: str = "kl",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The specification, in plain torch on checked arguments."""
     dtype = accumulator(student.dtype)
     s, t = student.to(dtype), teacher.detach().to(dtype)
-    log_s, log_t = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
-    kd = temperature**2 * _weighted(log_t.exp(), log_t - log_s).sum(-1)
-    kd = _reduced(kd, reduction)
+    kd = _reduced(softened(s, t, temperature, kind), reduction)
     if target is None:
-        ce = torch.zeros_like(kd)
+        # Zeros with a place in the graph: alone in the loss they have the gradient 0.
+        ce = _reduced(s[..., :0].sum(-1), "none" if reduction == "none" else "sum")
     elif target.is_floating_point():
         weight = target.detach() * (1 - label_smoothing) + label_smoothing / s.shape[-1]
-        ce = _reduced(-_weighted(weight, F.log_softmax(s, -1)).sum(-1), reduction)
+        ce = _reduced(-weighted(weight, F.log_softmax(s, -1)).sum(-1), reduction)
     else:
         ce = F.cross_entropy(
             s.reshape(-1, s.shape[-1]),
@@ -211,18 +250,13 @@ def reference(
             reduction="mean" if reduction == "batchmean" else reduction,
             label_smoothing=label_smoothing,
         ).view(kd.shape)
-    return alpha * kd + (1 - alpha) * ce, kd.detach(), ce.detach()
+    return mixed(alpha, kd, ce), kd.detach(), ce.detach()
 
 
 def _reduced(rows: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return rows
     return rows.mean() if reduction == "batchmean" else rows.sum()
-
-
-def _weighted(weight: Tensor, x: Tensor) -> Tensor:
-    """``weight * x``, and 0 where the weight is 0 even if x is infinite."""
-    return torch.where(weight == 0, 0, weight * x)
 
 
 LIB.define(

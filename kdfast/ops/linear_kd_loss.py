@@ -67,7 +67,7 @@ def linear_kd_loss(
         bias: (C,), dtype of hidden.
         temperature: As in ``kd_loss``, like the next four.
         alpha: Weight of ``kd``.
-        reduction: "batchmean", "sum" or "none".
+        reduction: "batchmean", "mean", "sum" or "none".
         label_smoothing: In [0, 1].
         ignore_index: Class index of rows that ``ce`` leaves out.
         chunk: Rows whose logits exist at a time; chosen by the device and C if None. The result
@@ -112,9 +112,12 @@ def linear_kd_loss(
         raise ValueError(f"{OP}: chunk must be at least 1, got {chunk}")
     layers = Layers._make((hidden, weight, bias, *teacher, target))
     options = Options(temperature, alpha, reduction, label_smoothing, ignore_index)
-    fused = use_fused(OP, backend, why_not(hidden.device, dtype), compiled=device in FUSED_ON)
+    options, factor, per = logits_op.by_element(options, classes)
+    reason = why_not(hidden.device, dtype, temperature)
+    fused = use_fused(OP, backend, reason, compiled=device in FUSED_ON)
     with context:
-        return _fused(layers, options, chunk) if fused else reference(layers, options)
+        loss, kd, ce = _fused(layers, options, chunk) if fused else reference(layers, options)
+    return (loss, kd, ce) if reduction != "mean" else (loss * factor, kd / per, ce)
 
 
 def _fused(layers: Layers, options: Options, chunk: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,11 +198,11 @@ def _check_teacher(
     return x.dtype
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype, temperature: float = 1.0) -> str | None:
     """The reason why the compiled kernel cannot run logits of ``dtype``, or None."""
     if device.type == "cuda" and dtype == torch.float64:
         return "the CUDA kernel of kd_loss takes fp16, bf16 and fp32, not fp64"
-    return not_compiled(OP, device, FUSED_ON)
+    return logits_op.too_warm(device, temperature) or not_compiled(OP, device, FUSED_ON)
 
 
 def reference(layers: Layers, options: Options) -> tuple[Tensor, Tensor, Tensor]:

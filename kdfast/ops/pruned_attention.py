@@ -104,6 +104,8 @@ def pruned_attention(
     fused = use_fused("pruned_attention", backend, why_not(q), compiled=device in FUSED_ON)
     with context:
         if fused:
+            if rope is not None:
+                q, k, rope = rope.whole(q, k)
             op = torch.ops.kdfast.pruned_attention.default
             out: Tensor = op(q, k, v, kept, *geometry_args(rope, window, scale), bias)[0]
             return out
@@ -137,13 +139,16 @@ def rotated(x: Tensor, rope: Rope | None, window: Window | None) -> Tensor:
     skipped = rope.prefix if rope.cos.shape[0] < tokens and window is None else 0
     row = row[rope.prefix :] - skipped
     cos, sin = rope.cos.to(dtype)[row], rope.sin.to(dtype)[row]
-    y = x[:, :, rope.prefix :].to(dtype)
+    width = cos.shape[1]
+    y = x[:, :, rope.prefix :, :width].to(dtype)
     if rope.layout == "interleaved":
         turned = torch.stack((-y[..., 1::2], y[..., ::2]), -1).flatten(-2)
     else:
         first, second = y.chunk(2, -1)
         turned = torch.cat((-second, first), -1)
     y = (y * cos + turned * sin).to(x.dtype)
+    if width < x.shape[3]:
+        y = torch.cat((y, x[:, :, rope.prefix :, width:]), 3)
     return torch.cat((x[:, :, : rope.prefix], y), 2) if rope.prefix else y
 
 

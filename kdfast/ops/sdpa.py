@@ -9,7 +9,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from kdfast.ops._attention_args import DTYPES
 from kdfast.ops._checks import check_tensors
 from kdfast.ops._library import BACKENDS, DEFAULT_BACKEND
 from kdfast.ops.geometry import Rope
@@ -17,6 +19,9 @@ from kdfast.ops.pruned_attention import pruned_attention, rotated, why_not
 
 # What a model without kdfast runs; no choice of users, who leave kdfast out for that.
 TORCH = "torch"
+# Other subclasses may have no data of their own, as the masks of torch.nn.attention.bias, or be
+# known to torch's function alone.
+PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def scaled_dot_product_attention(
@@ -37,10 +42,13 @@ def scaled_dot_product_attention(
     compiled kernel is there; on the CPU also with a mask, which becomes the bias of
     ``kdfast.pruned_attention``. A query whose keys are all masked gets zeros, as from torch. Not
     fused: another number of keys than of queries, grouped heads, other than four dimensions,
-    dropout, causal calls (their mask can be passed instead) and, on CUDA, masks. Those calls are
-    torch's own function, so the call never fails where torch's works; ``backend="fused"`` asks for
-    the kernel or an error. While ``torch.export`` traces, "auto" keeps torch's function too, so
-    that the exported graph needs no kdfast.
+    dropout, causal calls (their mask can be passed instead), tensor subclasses (nested tensors, the
+    masks of ``torch.nn.attention.bias``) and, on CUDA, masks. Those calls are torch's own function,
+    so the call never fails where torch's works, and fails with torch's error where it does not;
+    ``backend="fused"`` asks for the kernel or an error. "auto" keeps torch's function too while
+    ``torch.export`` traces, so that the exported graph needs no kdfast, and, outside of
+    ``torch.compile``, where ``torch.nn.attention.sdpa_kernel`` leaves out FLASH_ATTENTION, of which
+    the kernel is one.
 
     Args:
         query: (B, H, N, D), fp16, bf16, fp32 or fp64.
@@ -60,16 +68,19 @@ def scaled_dot_product_attention(
 
     Raises:
         TypeError: query, key, value or attn_mask is no tensor.
-        ValueError: ``backend`` is not one of the three, or torch's function refuses the call.
+        ValueError: ``backend`` is not one of the three.
+        RuntimeError: torch's function refuses the call.
         NotImplementedError: ``backend="fused"`` and the kernel lacks something (it says what).
 
     Gradients: query, key, value and an additive attn_mask.
     """
     op = "scaled_dot_product_attention"
     check_tensors(op, ("query", "key", "value"), query, key, value)
-    check_tensors(op, ("attn_mask",), attn_mask, optional=True)
-    fits = attn_mask is not None and _fits(attn_mask, query)
-    reason = unfused(query, key, value, None if fits else attn_mask, dropout_p, is_causal)
+    if attn_mask is not None and not isinstance(attn_mask, Tensor):
+        raise TypeError(f"{op}: attn_mask must be a tensor, got {type(attn_mask).__name__}")
+    reason = unfused(query, key, value, None, dropout_p, is_causal, scale)
+    if reason is None and attn_mask is not None and not _fits(attn_mask, query):
+        reason = "the kernels take no mask of this kind"
     if reason and _choice(backend) == "fused":
         raise NotImplementedError(f"{op}: backend='fused' cannot run here: {reason}")
     if reason or _torch_is_better(query, backend):
@@ -82,7 +93,7 @@ def scaled_dot_product_attention(
 
 def _fits(mask: Tensor, query: Tensor) -> bool:
     """Whether a mask can be a bias of the scores of query (B, H, N, D)."""
-    if query.dim() != 4 or mask.dim() > 4 or 0 in mask.shape:
+    if not _is_plain(mask) or not 2 <= mask.dim() <= 4 or 0 in mask.shape:
         return False
     if mask.dtype not in (torch.bool, torch.float32, query.dtype) or mask.device != query.device:
         return False
@@ -104,8 +115,15 @@ def _torch_is_better(q: Tensor, backend: str | None) -> bool:
         return True
     if _choice(backend) != "auto":
         return False
-    exporting = torch.compiler.is_exporting()
-    return exporting or why_not(q) is not None
+    if torch.compiler.is_exporting() or why_not(q) is not None:
+        return True
+    # torch.compile cannot trace the question.
+    return not torch.compiler.is_compiling() and not torch.backends.cuda.flash_sdp_enabled()
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether x is a strided tensor whose own memory is its value."""
+    return type(x) in PLAIN and x.layout == torch.strided and not x.is_nested
 
 
 def unfused(
@@ -115,19 +133,32 @@ def unfused(
     attn_mask: Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    scale: float | None = None,
 ) -> str | None:
     """What the call has that no kernel of this package does, or None."""
     if attn_mask is not None:
         return "the kernels take no mask of this kind"
     if is_causal:
         return "the kernels are not causal"
-    if dropout_p > 0:
+    if dropout_p != 0:
         return f"the kernels have no dropout of attention weights, got dropout_p={dropout_p}"
-    if query.dim() != 4:
-        return f"the kernels take 4 dimensions, got {query.dim()}"
+    if scale is not None and not (isinstance(scale, int | float) and -math.inf < scale < math.inf):
+        return f"the kernels take a finite number as scale, got {scale}"
+    inputs = (query, key, value)
+    if not all(_is_plain(x) for x in inputs):
+        kinds = ", ".join(type(x).__name__ for x in inputs)
+        return f"the kernels take plain strided tensors, got {kinds}"
+    if query.dim() != 4 or query.shape[3] == 0:
+        return f"the kernels take 4 dimensions, D >= 1, got {query.dim()}: {tuple(query.shape)}"
     if not query.shape == key.shape == value.shape:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         return f"the kernels take query, key and value of one shape, got {shapes}"
+    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
+        dtypes = ", ".join(str(x.dtype) for x in inputs)
+        return f"the kernels take query, key and value of one floating dtype, got {dtypes}"
+    if not query.device == key.device == value.device:
+        devices = ", ".join(str(x.device) for x in inputs)
+        return f"the kernels take query, key and value on one device, got {devices}"
     return None
 
 

@@ -100,7 +100,7 @@ def _check(gate: Tensor, value: Tensor, weight: Tensor, bias: Tensor, eps: float
                 f"swiglu_norm: {name} must be on the device of gate, "
                 f"got {x.device} and {gate.device}"
             )
-    if eps < 0:
+    if not eps >= 0:
         raise ValueError(f"swiglu_norm: eps must not be negative, got {eps}")
 
 

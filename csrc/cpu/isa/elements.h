@@ -52,13 +52,23 @@ inline A load(Half x) {
   return as_float(sign | as_bits(value));
 }
 
+// One specialisation for each pair of types: a cast of a number to Bf16 or Half compiles, and makes
+// its integer part their bits.
 template <class T>
-inline T store(double x) {
-  return static_cast<T>(x);
+T store(double x) = delete;
+template <class T>
+T store(float x) = delete;
+template <>
+inline double store<double>(double x) {
+  return x;
 }
-template <class T>
-inline T store(float x) {
-  return static_cast<T>(x);
+template <>
+inline float store<float>(double x) {
+  return static_cast<float>(x);
+}
+template <>
+inline float store<float>(float x) {
+  return x;
 }
 template <>
 inline Bf16 store<Bf16>(float x) {
@@ -77,6 +87,14 @@ inline Half store<Half>(float x) {
   }
   const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1);
   return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
+}
+template <>
+inline Bf16 store<Bf16>(double x) {
+  return store<Bf16>(static_cast<float>(x));
+}
+template <>
+inline Half store<Half>(double x) {
+  return store<Half>(static_cast<float>(x));
 }
 
 }  // namespace

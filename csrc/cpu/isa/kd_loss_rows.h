@@ -13,6 +13,8 @@ enum class Ce { none, label, dense };
 
 // Vectors after which the lanes' sums are emptied into doubles, so long rows lose no digits.
 constexpr int64_t kFlush = kVecBytes;
+// Temperature above which rows are finished by finish_warm; as WARM in kdfast/ops/_divergence.py.
+constexpr double kWarm = 32;
 
 template <class A>
 struct Row {
@@ -154,6 +156,50 @@ void write_gradient(const Row<A>& row, const Weights<A>& w, int64_t classes, A c
   if (i < classes) store_some(grad + i, gradient(classes - i), classes - i);
 }
 
+// (e^w - 1 - w) / w^2 for |w| < 0.05.
+KDFAST_INLINE double curve_series(double w) {
+  double sum = 1;
+  for (int n = 9; n >= 3; --n) sum = 1 + sum * w / n;
+  return sum / 2;
+}
+
+// kd at a high temperature T, where KL and its gradient are small differences of large numbers.
+// With R = p_T(t), u = s - t less its mean under R and w = u / T, KL = log E[e^w] = log1p(E[e^w - 1
+// - w]) and T (p_T(s) - R) = R T (e^w / E[e^w] - 1), in which nothing cancels. Writes *kd, and the
+// latter times zt to row.es; false, and nothing written, where w is not small or a class is ruled
+// out.
+template <class In, class A>
+[[gnu::noinline]] bool finish_warm(const KdLossArgs& a, const In* s, const In* t, Row<A>& row,
+                                   double* kd) {
+  const double temperature = a.temperature;
+  const auto difference = [&](int64_t i) { return double(load<A>(s[i])) - load<A>(t[i]); };
+  double mean = 0;
+  for (int64_t i = 0; i < a.classes; ++i) {
+    if (row.et[i] == 0 && row.es[i] == 0) continue;
+    mean += double(row.et[i]) * difference(i);
+  }
+  mean /= row.zt;
+  double curved = 0;  // T^2 E[e^w - 1 - w]
+  for (int64_t i = 0; i < a.classes; ++i) {
+    if (row.et[i] == 0 && row.es[i] == 0) continue;
+    const double u = difference(i) - mean, w = u / temperature;
+    if (!(w <= 1 && w >= -1)) return false;
+    const bool small = w < 0.05 && w > -0.05;
+    curved += row.et[i] * u * u * (small ? curve_series(w) : (__builtin_expm1(w) - w) / (w * w));
+  }
+  curved /= row.zt;
+  const double rest = curved / temperature / temperature;
+  *kd = rest < 1e-9 ? curved * (1 - rest / 2) : temperature * temperature * __builtin_log1p(rest);
+  for (int64_t i = 0; a.grad != nullptr && i < a.classes; ++i) {
+    if (row.et[i] == 0 && row.es[i] == 0) continue;
+    const double u = difference(i) - mean, w = u / temperature;
+    const bool small = w < 1e-9 && w > -1e-9;
+    const double grown = small ? u * (1 + w / 2) : temperature * __builtin_expm1(w);
+    row.es[i] = A(row.et[i] * (grown - curved / temperature) / (1 + rest));
+  }
+  return true;
+}
+
 // Not inlined: in one function with the other kinds of target, gcc made rows of bf16 a quarter
 // slower without AVX2.
 template <Ce ce, class In, class Out, class A>
@@ -169,16 +215,21 @@ template <Ce ce, class In, class Out, class A>
   const A* soft = a.soft ? static_cast<const A*>(a.soft) + r * a.classes : nullptr;
   if (ce == Ce::dense && !soft) row.q = a.smoothing;
   const Weights<A> w{soft, A(1 - a.smoothing), A(a.smoothing / a.classes)};
-  const A inv_t = A(1 / a.temperature);
+  // Near 0 a temperature leaves nothing but the largest logits, which any large factor does. A very
+  // high one leaves no difference, but -inf, which fills the last vector, must stay -inf.
+  const double most = sizeof(A) == sizeof(double) ? 1e300 : 1e37, inverse = 1 / a.temperature;
+  const A inv_t = A(inverse < most ? (inverse > 1 / most ? inverse : 1 / most) : most);
   if (inv_t == 1) {
     add_up<ce, true>(s, t, w, a.classes, inv_t, a.student_stride, a.teacher_stride, row);
   } else {
     add_up<ce, false>(s, t, w, a.classes, inv_t, a.student_stride, a.teacher_stride, row);
   }
 
-  const double log_zs = __builtin_log(row.zs), log_zt = __builtin_log(row.zt);
-  const double kl = row.cross * (1 / a.temperature) / row.zt - log_zt + log_zs;
-  a.kd[r] = a.temperature * a.temperature * kl;
+  const double change = __builtin_log(row.zs) - __builtin_log(row.zt);
+  const bool warm = a.temperature > kWarm && finish_warm(a, s, t, row, a.kd + r);
+  // T^2 KL; where the logarithms agree T^2 must not be infinite times zero.
+  if (!warm)
+    a.kd[r] = a.temperature * (row.cross / row.zt + (change == 0 ? 0 : a.temperature * change));
   a.ce[r] = 0;
   const int64_t label = ce != Ce::none && a.labels ? a.labels[r] : -1;
   const double hot = label < 0 ? 0 : 1 - a.smoothing;
@@ -189,8 +240,11 @@ template <Ce ce, class In, class Out, class A>
   if (!a.grad) return;
 
   Out* grad = static_cast<Out*>(a.grad) + r * a.classes;
-  const A c_s = A(a.kd_weight * a.temperature / row.zs);
-  const A c_t = A(a.kd_weight * a.temperature / row.zt);
+  // A loss without weight has no gradient, whatever the teacher says.
+  if (a.kd_weight == 0) row.et = row.es;
+  const double kd_weight = a.kd_weight * a.temperature;
+  const A c_s = A(warm ? a.kd_weight / row.zt : kd_weight / row.zs);
+  const A c_t = A(warm || a.kd_weight == 0 ? 0 : kd_weight / row.zt);
   const A c_1 = ce == Ce::none ? 0 : A(a.ce_weight * (row.q + hot) / row.z1);
   write_gradient<ce>(row, w, a.classes, c_s, c_t, c_1, A(a.ce_weight), a.streamed, grad);
   if (hot != 0) {

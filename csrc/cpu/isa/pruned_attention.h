@@ -83,6 +83,7 @@ static inline int64_t sum_rows(int64_t tokens) { return round_up(tokens, kSumRow
 // Queries that the backward takes at a time. It depends on the window alone, and a chunk's share of
 // dk and dv is summed up from zero, so splitting chunks over threads changes no bit.
 static inline int64_t query_chunk(int64_t tokens) {
+  if (tokens < 1) return 0;
   const int64_t chunks = (tokens + kMaxQueryChunk - 1) / kMaxQueryChunk;
   return round_up((tokens + chunks - 1) / chunks, 2 * kLanes);
 }
