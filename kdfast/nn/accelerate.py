@@ -120,14 +120,25 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> AccelerateRep
             _put_back(module)
         return AccelerateReport(replaced, left)
     # Stand-ins of attention first: a block asks what its attention is.
-    layers, layers_left = _replace(model, linear, "kdfast.linear")
-    blocks, blocks_left = _replace(model, block_swap, "fused in inference")
-    return AccelerateReport(replaced, left, layers, layers_left, blocks, blocks_left)
+    return AccelerateReport(replaced, left, *accelerate_layers(model))
 
 
-def _accelerate_attention(
-    model: nn.Module, backend: str | None
-) -> tuple[tuple[Replacement, ...], tuple[Replacement, ...]]:
+Rows = tuple[Replacement, ...]
+
+
+def accelerate_layers(model: nn.Module) -> tuple[Rows, Rows, Rows, Rows]:
+    """``accelerate`` without attention: the last four fields of its report."""
+    return *_replace(model, linear, "kdfast.linear"), *_replace(
+        model, block_swap, "fused in inference"
+    )
+
+
+def has_fast_layers(model: nn.Module) -> bool:
+    """Whether ``accelerate_layers`` changed a module of the model."""
+    return any(hasattr(type(module), "kdfast_source") for module in model.modules())
+
+
+def _accelerate_attention(model: nn.Module, backend: str | None) -> tuple[Rows, Rows]:
     """Replaces attentions; the rows of those that were, and of those that were left."""
     replaced: list[Replacement] = []
     left: list[Replacement] = []
@@ -157,9 +168,7 @@ def _accelerate_attention(
     return tuple(replaced), tuple(_innermost(left, replaced))
 
 
-def _replace(
-    model: nn.Module, kind: Any, now: str
-) -> tuple[tuple[Replacement, ...], tuple[Replacement, ...]]:
+def _replace(model: nn.Module, kind: Any, now: str) -> tuple[Rows, Rows]:
     """Gives modules another class; the rows of those that got it, and of those that were left.
 
     Args:

@@ -17,6 +17,7 @@ from torchvision.models import VisionTransformer
 
 from kdfast._version import __version__
 from kdfast.models.eva import EVAViT
+from kdfast.nn.accelerate import accelerate_layers, has_fast_layers
 from kdfast.nn.attention import FusedAttention, qualified_name
 from kdfast.pruning.adapter import Anatomy
 from kdfast.pruning.behaviour import Differences, behaviour_differences, set_attributes
@@ -95,6 +96,7 @@ def _section(model: nn.Module) -> dict[str, Any]:
         "family": family,
         "class": type(model).__name__,
         "fused": any(isinstance(module, FusedAttention) for module in model.modules()),
+        "fast_layers": has_fast_layers(model),
         "heads": [site.held for site in anatomy.attentions],
         "mlp_hidden": [len(site.held) for site in anatomy.mlps],
         "tables": {name: dtype for name, dtype in tables.items() if dtype != "float32"},
@@ -169,6 +171,8 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     except KeyError as error:
         raise ValueError(f"load_pretrained: config.json has no usable {error}") from error
     set_attributes(model, section.get("attributes", {}))
+    if section.get("fast_layers"):
+        accelerate_layers(model)
     return model
 
 
