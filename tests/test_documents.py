@@ -65,7 +65,7 @@ def test_blocks_hold_ratios_against_the_best_other() -> None:
     assert "| kd_loss | a float32 | 4.00 | 5.00 | 1.25 |" in blocks["weighted"]
     assert "| attention KL on top of attention | KL | +50 % |" in blocks["yardsticks"]
     assert "| kd_loss | a float32 | 1.0 | 3.0 |  |  |" in blocks["peaks"]
-    assert "| model, ms | original (SDPA) | openvino | kdfast | ratio |" in blocks["models"]
+    assert "| model, ms | original (SDPA) | OpenVINO | kdfast | ratio |" in blocks["models"]
     assert "| fwd ViT | 9 | 8 | 6 | 1.33 |" in blocks["models"]
     assert "| step | 9 | 8 |  |" in blocks["chain"]
     found = "2 kernels are compiled ahead of time for sm_90: at most 24 bytes of registers spilled"
