@@ -46,6 +46,7 @@ CALLS: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [
         {**LINEAR, "teacher_logits": torch.randn(3, 3), "target": torch.arange(3)},
     ),
     ("linear_kd_loss", kdfast.linear_kd_loss, {**LINEAR, **TEACHER}),
+    ("linear", kdfast.linear, {"x": ROWS, "weight": ROWS, "bias": ROWS[:, 0]}),
     ("feature_loss", kdfast.feature_loss, {"student": ROWS, "teacher": ROWS}),
     (
         "swiglu_norm",

@@ -31,7 +31,9 @@ def test_every_op_is_drawn_and_recorded(compiled: None) -> None:
     for index in range(200):
         fuzz.run(index)
     names = torch._C._dispatch_get_all_op_names()
-    assert seen == {x.removeprefix("kdfast::") for x in names if x.startswith("kdfast::")}
+    ours = {x.removeprefix("kdfast::") for x in names if x.startswith("kdfast::")}
+    # A dispatch mode is shown torch's own linear layer, and packed weights are for none.
+    assert seen == ours - {"linear", "tensor_state"}
 
 
 def test_faults_are_found(compiled: None, capsys: pytest.CaptureFixture[str]) -> None:

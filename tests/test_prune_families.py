@@ -466,5 +466,7 @@ def test_accelerated_models_prune_the_same() -> None:
     kdfast.accelerate(model)
     got = prune_heads(model, [[0, 2], [1]])
     assert got.state_dict().keys() == want.state_dict().keys()
+    report = kdfast.accelerate(want)
+    assert [type(m) for m in got.modules()] == [type(m) for m in want.modules()] and report.blocks
     with torch.no_grad():
         assert torch.equal(got(x), want(x))

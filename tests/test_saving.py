@@ -108,6 +108,7 @@ def test_what_the_files_say(tmp_path: Path) -> None:
         "class": "VisionTransformer",
         "fused": True,
         "heads": KEEP,
+        "fast_layers": False,
         "mlp_hidden": [192, 192],
         "tables": {},
     }

@@ -16,6 +16,7 @@ from torch import nn
 from kdfast import attention, prune
 from kdfast.models.eva import EVAViT
 from kdfast.pictures import capture
+from kdfast.pruning import prune_heads
 from kdfast.pruning.saving import load_pretrained, save_pretrained
 from kdfast.sources import (
     SourceError,
@@ -109,7 +110,7 @@ def test_heads_of_a_pruned_hugging_face_model_keep_their_numbers(tmp_path: Path)
         hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
         image_size=32, patch_size=8,
     )  # fmt: skip
-    model = prune.prune_heads(transformers.ViTModel(config).eval(), [[0, 2], [1]])
+    model = prune_heads(transformers.ViTModel(config).eval(), [[0, 2], [1]])
     save_pretrained(model, tmp_path)
     assert heads_seen(tmp_path) == [[0, 2], [1]]
 
@@ -192,6 +193,6 @@ def test_a_pruned_folder_is_not_for_transformers(tmp_path: Path) -> None:
         hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=96,
         image_size=32, patch_size=8,
     )  # fmt: skip
-    save_pretrained(prune.prune_heads(transformers.ViTModel(config).eval(), [[0]]), tmp_path)
+    save_pretrained(prune_heads(transformers.ViTModel(config).eval(), [[0]]), tmp_path)
     with pytest.raises(SourceError, match="^--model: hf: .* without hf:"):
         load_model(f"hf:{tmp_path}")

@@ -181,7 +181,7 @@ class ChainConfig:
     patience: Count | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     checkpointing: bool = False
-    accelerate: bool = False
+    accelerate: bool = True
     cache: bool = False
     cache_dir: str | None = None
     cache_top_k: Count = 16

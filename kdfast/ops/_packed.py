@@ -75,11 +75,13 @@ class Product:
 
     Attributes:
         dtype: Of inputs and results.
+        nbytes: Memory of the packed weight and the bias.
     """
 
     def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
         self.dtype = dtype
         weight, self._bias = layer.folded(dtype)
+        self.nbytes = weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
         # The layout does not depend on the number of rows that the input is going to have.
         self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
@@ -125,6 +127,12 @@ _packs: weakref.WeakKeyDictionary[nn.Module, _Packs] = weakref.WeakKeyDictionary
 def forget(module: nn.Module) -> None:
     """Frees the packed weights of a module, if it has any."""
     _packs.pop(module, None)
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Memory of the packed weights that a model's modules hold now."""
+    kept = [_packs[module] for module in model.modules() if module in _packs]
+    return sum(product.nbytes for packs in kept for product in packs.products)
 
 
 def inferring(module: nn.Module, x: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.ops._autocast import without_autocast
+from kdfast.ops._checks import check_tensors
 from kdfast.ops._library import LIB, call_below_autograd, register_fake, register_gradient
 from kdfast.ops._matmul import LEAST_WORK, SUPPORTED, choice, is_plain, product, seen_by_torch
 
@@ -34,11 +35,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (..., P) in x's dtype.
 
     Raises:
+        TypeError: An argument is not a tensor.
         RuntimeError: What torch's own function raises, where shapes, dtypes or devices do not
             match.
 
     Gradients: x, weight, bias, of any order. Deterministic: yes. Source: as ``F.linear``.
     """
+    check_tensors(OP, ("x", "weight"), x, weight)
+    check_tensors(OP, ("bias",), bias, optional=True)
     if not is_plain(x, weight, bias) or seen_by_torch():
         return F.linear(x, weight, bias)
     context, (x, weight, bias) = without_autocast("cpu", x, weight, bias)
