@@ -2,9 +2,9 @@
 """What is left of a trained model after pruning: `python -m bench.compensation MODEL PICTURES`.
 
 MODEL is what `kdfast.prune --model` takes, PICTURES a folder. Half of the heads and half of the
-hidden units go, nothing is trained. Tokens of the pruned model are compared with the whole model's
-on pictures that the calibration has not seen: the mean cosine, and the mean relative error.
-docs/use/compensation.md says how its table was made.
+hidden units go, or both together half of the FLOPs; nothing is trained. Tokens of the pruned model
+are compared with the whole model's on pictures that the calibration has not seen: the mean cosine,
+and the mean relative error. docs/use/compensation.md says how its table was made.
 """
 
 import argparse
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kdfast
+from kdfast.data.files import list_images
 from kdfast.machine.facts import cpu_name
 from kdfast.pruning.families import anatomy_of
-from kdfast.sources import image_batches, load_model
+from kdfast.sources import load_images, load_model, transform_of
 
 
 def tokens(model: Any, batches: list[Tensor]) -> Tensor:
@@ -57,9 +58,12 @@ def pruned_models(
         "at once": {"compensate": calibration, "data": data},
         "sequential": {"compensate": calibration, "data": data, "sequential": True},
     }
-    for scope in ("block", "global"):
-        heads = kdfast.select_heads(scores, options.keep, scope, 0)
-        mlp = kdfast.select_heads(units, options.keep, scope, 0)
+    for scope in ("block", "global", "together"):
+        if scope == "together":
+            heads, mlp = kdfast.select_together(model, scores, units, options.keep)
+        else:
+            heads = kdfast.select_heads(scores, options.keep, scope, 0)
+            mlp = kdfast.select_heads(units, options.keep, scope, 0)
         for name, given in treatments.items():
             start = time.perf_counter()
             pruned = kdfast.prune_heads(model, heads, mlp=mlp, **given)
@@ -78,11 +82,11 @@ def main() -> None:
     options = p.parse_args()
     model = load_model(options.model)
     size = anatomy_of("bench.compensation", model).adapter.image_size(model)
-    count = options.calibrate + options.test
-    batches = image_batches(model, size, options.pictures, count=count, batch_size=1)
-    pictures = torch.cat(list(batches))
-    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
-    test, data = pictures[order].split([options.test, len(pictures) - options.test])
+    names = list_images(options.pictures)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = [options.pictures / names[i] for i in order[: options.calibrate + options.test]]
+    pictures = load_images(chosen, transform_of(model, size))
+    data, test = pictures[: options.calibrate], pictures[options.calibrate :]
     held, seen = (list(x.split(options.batch_size)) for x in (test, data))
     print(
         f"{cpu_name()}, {torch.get_num_threads()} threads, {len(data)} pictures, {len(test)} held"
