@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from kdfast.models.trace import BlockTarget
 from kdfast.ops._matmul import choice
 from kdfast.ops._no_heads import no_heads
-from kdfast.ops._packed import Layer, Product, forget, hooked, inferring, is_plain_linear, packed
+from kdfast.ops._packed import (
+    Layer,
+    Product,
+    forget,
+    free_in_training,
+    hooked,
+    inferring,
+    is_plain_linear,
+    packed,
+    tracked,
+)
 from kdfast.ops.attention_distill import attention_distill
 from kdfast.ops.geometry import Rope, Window
 from kdfast.ops.linear import linear
@@ -268,7 +278,7 @@ class Block(nn.Module):
         Returns:
             Residual stream (B, N, C); queries and keys (B, K, N, D) or None; loss or None.
         """
-        if (products := self._products(x)) is not None:
+        if (products := self._products(x, rope, target)) is not None:
             x, q, k, loss = self._infer(products, x, grid, rope, target)
         else:
             y, q, k, loss = self.attn(self.norm1(x), grid, rope, target)
@@ -276,9 +286,12 @@ class Block(nn.Module):
             x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x, q if want_qk else None, k if want_qk else None, loss
 
-    def _products(self, x: Tensor) -> tuple[Product, ...] | None:
+    def _products(
+        self, x: Tensor, rope: Rope, target: BlockTarget | None
+    ) -> tuple[Product, ...] | None:
         """The packed projections of q, k, v, output, gate, value and MLP; None in training."""
-        if not inferring(self, x):
+        free_in_training(self)
+        if not inferring(self, x) or tracked(self, rope.cos, rope.sin, *(target or ())):
             return None
         attn, mlp = self.attn, self.mlp
         projections = (attn.q_proj, attn.k_proj, attn.v_proj, attn.proj, mlp.w1, mlp.w2, mlp.w3)

@@ -12,7 +12,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from kdfast.ops._packed import Layer, Product, enough_work, forget, hooked, inferring, packed
+from kdfast.ops._packed import (
+    Layer,
+    Product,
+    enough_work,
+    forget,
+    free_in_training,
+    hooked,
+    inferring,
+    packed,
+    tracked,
+)
 
 # The channels are chosen as oneDNN's SiLU takes them: QuickGELU is x sigmoid(1.702 x).
 QUICK = 1.702
@@ -91,7 +101,10 @@ _DROPPING = ("Dropout", "DropPath", "Dinov2DropPath", "StochasticDepth")
 def run_block(block: nn.Module, read: Reader, args: Any, kwargs: Any) -> Tensor | None:
     """The block's output, or None if its own code has to run."""
     x = args[0] if args else None
-    if not isinstance(x, Tensor) or x.dim() != 3 or not inferring(block, x):
+    free_in_training(block)
+    if not isinstance(x, Tensor) or not inferring(block, x) or x.dim() != 3:
+        return None
+    if tracked(block, *args, *kwargs.values()):
         return None
     parts = read(block, *args, **kwargs)
     if parts is None or not enough_work(x, parts.out.weights[0]):
@@ -111,7 +124,8 @@ def run_block(block: nn.Module, read: Reader, args: Any, kwargs: Any) -> Tensor 
 def run_mlp(module: nn.Module, read: MlpReader, args: Any, kwargs: Any) -> Tensor | None:
     """The MLP's output, or None if its own code has to run."""
     x = args[0] if len(args) == 1 and not kwargs else None
-    if not isinstance(x, Tensor) or not inferring(module, x):
+    free_in_training(module)
+    if not isinstance(x, Tensor) or not inferring(module, x) or tracked(module):
         return None
     parts = read(module)
     if parts is None or not enough_work(x, parts.out.weights[0]):

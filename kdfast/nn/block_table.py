@@ -141,7 +141,7 @@ MLPS: dict[str, MlpReader] = {
 def read_mlp(mlp: nn.Module, gain: Tensor | None) -> Mlp | None:
     """The parts of a block's MLP, whatever its class, if it is known."""
     read: Any = MLPS.get(qualified_name(mlp))
-    if read is None or hooked(mlp) or "forward" in mlp.__dict__:
+    if read is None or hooked(mlp):
         return None
     found: Mlp | None = read(mlp, gain)
     return found
@@ -149,7 +149,7 @@ def read_mlp(mlp: nn.Module, gain: Tensor | None) -> Mlp | None:
 
 def _quiet(*modules: nn.Module) -> bool:
     """Whether nothing watches modules whose forward is not called, or replaces it."""
-    return not any(hooked(module) or "forward" in module.__dict__ for module in modules)
+    return not any(map(hooked, modules))
 
 
 def timm_gain(module: Any) -> Tensor | None | bool:
@@ -242,12 +242,11 @@ class HfLayout(NamedTuple):
     drops: tuple[str, ...] = ()
 
 
-def hf_block(
-    layout: HfLayout, block: Any, x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-) -> Branches | None:
+def hf_block(layout: HfLayout, block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Branches | None:
     """A layer of transformers whose attention goes through kdfast's attention function."""
     attn = getattr(block, layout.attention)
-    if attention_mask is not None or any(v is not None and v is not False for v in kwargs.values()):
+    # A mask, or a wish for something else.
+    if any(v is not None and v is not False for v in (*args, *kwargs.values())):
         return None
     if attn.config._attn_implementation != transformers_attention.NAME or attn.is_causal:
         return None

@@ -10,10 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 
 from kdfast.nn.attention import qualified_name
-from kdfast.ops._matmul import SETTING, choice, seen_by_torch
-from kdfast.ops._packed import Layer, Product, enough_work, forget, inferring, packed
+from kdfast.ops._matmul import SETTING, choice, is_plain, seen_by_torch
+from kdfast.ops._packed import (
+    Layer,
+    Product,
+    enough_work,
+    forget,
+    free_in_training,
+    inferring,
+    packed,
+)
 from kdfast.ops.linear import linear
 
 # Channels of a patch from which on a product beats torch's convolution; smaller ones are Swin's.
@@ -48,8 +57,11 @@ class FusedPatches(nn.Conv2d):
         """(B, C, h * p, w * p) to (B, P, h, w), as a view of (B, h * w, P)."""
         x = input
         side, width = self.kernel_size
-        fits = x.dim() == 4 and x.shape[1] == self.in_channels and x.dtype == self.weight.dtype
-        if not fits or x.shape[2] % side or x.shape[3] % width or not _faster(self, x):
+        # First whether it is a tensor at all: a tracer's stand-in must not be asked for its shape.
+        fits = is_plain(x, self.weight) and x.dim() == 4 and x.shape[1] == self.in_channels
+        if not fits or x.dtype != self.weight.dtype or not _faster(x):
+            return super().forward(x)
+        if x.numel() == 0 or x.shape[2] % side or x.shape[3] % width:
             return super().forward(x)
         grid = (x.shape[2] // side, x.shape[3] // width)
         tall = x.unflatten(2, (grid[0], side)).unflatten(4, (grid[1], width))
@@ -58,9 +70,9 @@ class FusedPatches(nn.Conv2d):
         return out.transpose(1, 2).unflatten(2, grid)
 
 
-def _faster(conv: nn.Conv2d, x: Tensor) -> bool:
+def _faster(x: Tensor) -> bool:
     """Whether the rule says so, for a call that nothing watches."""
-    return x.device.type == "cpu" and not seen_by_torch() and choice(x.dtype).forward
+    return not seen_by_torch() and choice(x.dtype).forward
 
 
 # What an instance of a class becomes; exactly these classes: a subclass may compute anything.
@@ -97,6 +109,7 @@ def _product(
     tensor = module._parameters.get(weight)
     if tensor is None:  # parametrized: it is computed anew at every call
         return None
+    free_in_training(module)
     if torch.is_grad_enabled() and tensor.requires_grad:
         # Soon to be changed: a copy would only take memory.
         if not torch.compiler.is_compiling():
@@ -119,6 +132,7 @@ def is_known(module: nn.Module) -> bool:
         and module.dilation == (1, 1)
         and module.groups == 1
         and module.weight is not None
+        and not is_lazy(module.weight)
         and module.weight[0].numel() >= PATCH_CHANNELS
     )
 

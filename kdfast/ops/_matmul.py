@@ -121,7 +121,9 @@ def choice(dtype: torch.dtype) -> Choice:
 @torch.compiler.assume_constant_result  # a compiled graph keeps what held when it was compiled
 def _settings_of_torch() -> tuple[bool, bool]:
     """Whether oneDNN is enabled, and whether fp32 is to be multiplied in full precision."""
-    return torch._C._get_mkldnn_enabled(), torch.get_float32_matmul_precision() == "highest"
+    # torch.get_float32_matmul_precision raises once torch.backends.*.fp32_precision was set.
+    precision = torch._C._get_fp32_precision_getter("mkldnn", "matmul")
+    return torch._C._get_mkldnn_enabled(), precision in ("none", "ieee")
 
 
 def seen_by_torch() -> bool:
@@ -140,10 +142,24 @@ def seen_by_torch() -> bool:
     )
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether vmap gave a tensor, as it does where gradients of several outputs are asked for."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether all are ordinary tensors of the CPU: no subclass, which may mean anything."""
+    """Whether all are ordinary floating-point tensors of the CPU, no subclass, nothing sparse."""
     return all(
-        x is None or (type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu")
+        x is None
+        or (
+            type(x) in (Tensor, torch.nn.Parameter)
+            and x.device.type == "cpu"
+            and x.layout == torch.strided
+            and x.is_floating_point()
+            and not x.is_nested
+        )
         for x in tensors
     )
 

@@ -5,6 +5,7 @@ A packed weight is a copy, so at every use the original is asked whether it is s
 docs/ops/linear.md. C input channels, P output channels.
 """
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
 
 from kdfast.ops._library import EXTENSION, LIB
-from kdfast.ops._matmul import LEAST_WORK, SUPPORTED, choice, seen_by_torch
+from kdfast.ops._matmul import LEAST_WORK, choice, is_plain, seen_by_torch
 
 LIB.define("tensor_state(Tensor[] x) -> int")
 # oneDNN's name and algorithm of what can follow a product in the same pass.
@@ -113,7 +115,13 @@ class Product:
 
 
 class _Packs(NamedTuple):
-    """The packed layers of a module, and the state of the tensors that they were made of."""
+    """The packed layers of a module, and the state of the tensors that they were made of.
+
+    Attributes:
+        dtype: Of inputs and results.
+        state: What ``_state`` said of the tensors.
+        products: The packed layers.
+    """
 
     dtype: torch.dtype
     state: object
@@ -143,10 +151,25 @@ def inferring(module: nn.Module, x: Tensor) -> bool:
     return not (
         module.training
         or torch.compiler.is_compiling()
-        or x.device.type != "cpu"
-        or type(x) not in (Tensor, nn.Parameter)
+        # A tracer's stand-in for a tensor must not be asked for anything.
+        or type(x) not in _KINDS
+        or not is_plain(x)
         or (torch.is_grad_enabled() and x.requires_grad)
         or seen_by_torch()
+    )
+
+
+def free_in_training(module: nn.Module) -> None:
+    """Frees the packed weights of a module that trains: they would only take memory."""
+    if module.training and not torch.compiler.is_compiling():
+        forget(module)
+
+
+def tracked(module: nn.Module, *given: Any) -> bool:
+    """Whether autograd would record a call of a module with these further arguments."""
+    return torch.is_grad_enabled() and (
+        any(parameter.requires_grad for parameter in module.parameters())
+        or any(isinstance(x, Tensor) and x.requires_grad for x in given)
     )
 
 
@@ -159,21 +182,19 @@ def packed(module: nn.Module, x: Tensor, layers: Sequence[Layer]) -> tuple[Produ
         x: (..., C), the input of the first.
         layers: Its layers; in autocast they multiply in its dtype.
     """
-    dtype = _compute_dtype(x)
+    cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return None
+    if not choice(dtype).packed or not all(_may_be_packed(t, dtype, cast) for t in tensors):
+        return None
+    first = layers[0].weights[0]
+    if first.dim() < 2 or x.shape[-1] != math.prod(first.shape[1:]):
+        return None
     kept = _packs.get(module)
-    # What cannot be asked for its state was never packed.
-    if kept is not None and kept.dtype == dtype and all(type(t) in _KINDS for t in tensors):
-        if kept.state == _state(tensors):
-            return kept.products
-    first = layers[0]
-    fits = dtype in SUPPORTED and choice(dtype).packed and first.weights[0].dim() > 1
-    if not fits or not all(_may_be_packed(tensor, dtype, x) for tensor in tensors):
-        return None
-    if x.shape[-1] != first.weights[0][0].numel():
-        return None
+    if kept is not None and kept.dtype == dtype and kept.state == _state(tensors):
+        return kept.products
     with torch.inference_mode(False), torch.no_grad():
         products = tuple(Product(layer, dtype) for layer in layers)
     _packs[module] = _Packs(dtype, _state(tensors), products)
@@ -187,7 +208,6 @@ def is_plain_linear(module: Any) -> bool:
     return (
         # Or one of those classes whose forward is kdfast's.
         (plain or "kdfast_linear" in cls.__dict__)
-        and "forward" not in module.__dict__
         and not hooked(module)
         and module._parameters.get("weight") is not None
     )
@@ -200,6 +220,8 @@ def hooked(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
     )
 
 
@@ -211,23 +233,29 @@ def enough_work(x: Tensor, weight: Tensor) -> bool:
 _KINDS = (Tensor, nn.Parameter)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer multiplies ``x``: autocast's where it is on."""
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
-        return torch.get_autocast_dtype("cpu")
-    return x.dtype
+def _may_be_packed(tensor: Tensor, dtype: torch.dtype, cast: bool) -> bool:
+    """Whether a tensor can be watched, and has a dtype that torch's own layer would take.
 
-
-def _may_be_packed(tensor: Tensor, dtype: torch.dtype, x: Tensor) -> bool:
-    """Whether a tensor can be watched, and has a dtype that torch's own layer would take."""
+    Args:
+        tensor: A weight, a bias or a gain.
+        dtype: In which the layer multiplies.
+        cast: Whether autocast casts to it.
+    """
     return (
-        type(tensor) in _KINDS
-        and tensor.device.type == "cpu"
-        and tensor.layout == torch.strided
+        is_plain(tensor)
         and not tensor.is_inference()
-        and tensor.is_floating_point()
-        and (tensor.dtype == x.dtype or (dtype != x.dtype and tensor.dtype != torch.float64))
+        and (tensor.dtype == dtype or (cast and tensor.dtype != torch.float64))
+        and _is_dense(tensor)
     )
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements fill a piece of memory, in any order of dimensions."""
+    if x.is_contiguous():
+        return True
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda dim: strides[dim], reverse=True)
+    return x.permute(order).is_contiguous()
 
 
 def _state(tensors: list[Tensor]) -> object:

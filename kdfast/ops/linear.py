@@ -4,16 +4,26 @@
 C input channels, P output channels; rows are all the leading dimensions.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kdfast.ops._autocast import without_autocast
 from kdfast.ops._checks import check_tensors
 from kdfast.ops._library import LIB, call_below_autograd, register_fake, register_gradient
-from kdfast.ops._matmul import LEAST_WORK, SUPPORTED, choice, is_plain, product, seen_by_torch
+from kdfast.ops._matmul import (
+    LEAST_WORK,
+    SUPPORTED,
+    choice,
+    is_batched,
+    is_plain,
+    product,
+    seen_by_torch,
+)
 
 OP = "linear"
 
@@ -88,13 +98,19 @@ def _fake(*, x: Tensor, weight: Tensor, **_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@register_flop_formula(torch.ops.kdfast.linear)  # type: ignore[untyped-decorator]
+def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """What torch counts for its own; asked where a counter looks at a backward pass alone."""
+    return 2 * math.prod(x) * int(weight[0])
+
+
 def _setup_context(ctx: Any, given: Any, output: Tensor) -> None:
     ctx.save_for_backward(given.x, given.weight)
 
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """The gradient (..., C) of the input, from that of the output (..., P) and the weight."""
-    if choice(grad.dtype).input_gradient:
+    if choice(grad.dtype).input_gradient and not is_batched(grad):
         out: Tensor = torch.ops.kdfast.linear.default(grad, weight.t(), None)
         return out
     return grad @ weight
@@ -103,10 +119,17 @@ def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient (P, C) of the weight, from that of the output (rows, P) and x (rows, C)."""
     chosen = choice(grad.dtype)
+    if is_batched(grad):
+        return grad.t() @ x
     if chosen.tall_gradient if grad.shape[1] > x.shape[1] else chosen.weight_gradient:
         out: Tensor = torch.ops.kdfast.linear.default(grad.t(), x.t(), None)
         return out
     return grad.t() @ x
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(rows, C) of (..., C), also of (C,) and under vmap."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
@@ -116,9 +139,9 @@ def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     with torch.autocast("cpu", enabled=False):
         if ctx.needs.x:
             gradients["x"] = input_gradient(grad, weight)
-        rows = grad.flatten(0, -2)
+        rows = _rows(grad)
         if ctx.needs.weight:
-            gradients["weight"] = weight_gradient(rows, x.flatten(0, -2))
+            gradients["weight"] = weight_gradient(rows, _rows(x))
         if ctx.needs.bias:
             gradients["bias"] = rows.sum(0)
     return gradients
