@@ -181,6 +181,27 @@ def models(whole: Sequence[dict[str, Any]]) -> str:
     return markdown(["model, ms", *(titles.get(n, n) for n in names), "ratio"], rows)
 
 
+def whole(rows: Iterable[dict[str, Any]]) -> str:
+    """Whole models of one image, and training steps: torch at its best, others, and kdfast."""
+    table = []
+    for (_, case), group in grouped(rows).items():
+        if OURS not in group or ("fwd " in case and "batch 1" not in case):
+            continue
+        ours = group[OURS]["ms"]
+        torchs = min(
+            (group[n]["ms"] for n in ("eager", "compile", "freezing") if n in group), default=None
+        )
+        others = (group[n]["ms"] if n in group else None for n in ("onnx", "openvino"))
+        times = [torchs, *others, ours]
+        cells = ["" if ms is None else f"{ms:.0f}" for ms in times]
+        gains = ["" if ms is None else f"{ms / ours:.2f}" for ms in (torchs, times[2])]
+        # Without the count of multiply-adds.
+        name = ", ".join(part for part in case.split(", ") if not part.endswith("GMACs"))
+        table.append([name.split(", half of")[0], *cells, *gains])
+    header = ["ms", "PyTorch at its best", "ONNX Runtime", "OpenVINO", "kdfast"]
+    return markdown([*header, "gain on PyTorch", "on OpenVINO"], table)
+
+
 def chain(steps: Iterable[dict[str, Any]]) -> str:
     """Steps and evaluations of the ViT chain."""
     names = ("timm", OURS, "kdfast, cache")
@@ -210,10 +231,10 @@ def wrapped(text: str) -> str:
 
 def blocks(shown: Machine, every: Iterable[Machine], gpu: dict[str, Any]) -> dict[str, str]:
     """The generated blocks of the documents by name."""
-    ops, whole = ops_rows(shown), model_rows(shown)
+    ops, every_model = ops_rows(shown), model_rows(shown)
     lost = [
         f"- `{op}` {case}: {value:.2f}"
-        for (op, case), group in grouped(ops + whole).items()
+        for (op, case), group in grouped(ops + every_model).items()
         if (value := ratio(group)) is not None and value < 1
     ]
     skipped = skipped_lines(shown.ops)
@@ -228,7 +249,8 @@ def blocks(shown: Machine, every: Iterable[Machine], gpu: dict[str, Any]) -> dic
         "weighted": weighted(ops),
         "yardsticks": yardsticks(ops),
         "peaks": peaks(ops),
-        "models": models(whole),
+        "models": models(every_model),
+        "whole": whole(every_model),
         "chain": chain(row for row in shown.ops["rows"] if row["op"] == "vit_chain"),
         "binaries": binaries(gpu),
     }

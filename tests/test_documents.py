@@ -75,6 +75,26 @@ def test_blocks_hold_ratios_against_the_best_other() -> None:
     assert "accelerate" not in blocks["ops"] and "accelerate" in blocks["span"]
 
 
+def test_whole_models_are_held_against_torch_at_its_best() -> None:
+    times = {
+        "fwd ViT batch 1, 4.6 GMACs, half of the heads 3.7": {"eager": 9, "freezing": 8, "onnx": 7},
+        "fwd ViT batch 8, 36.8 GMACs": {"eager": 90},
+        "fwd ViT batch 1, bf16": {"eager": 6, "openvino": 3},
+        "fwd+bwd ViT batch 4": {"compile": 30},
+    }
+    rows = [
+        {"op": "accelerate", "case": case, "candidate": name, "ms": ms}
+        for case, found in times.items()
+        for name, ms in {**found, "kdfast": 4}.items()
+    ]
+    lines = documents.whole(rows).splitlines()[2:]
+    assert lines == [
+        "| fwd ViT batch 1 | 8 | 7 |  | 4 | 2.00 |  |",
+        "| fwd ViT batch 1, bf16 | 6 |  | 3 | 4 | 1.50 | 0.75 |",
+        "| fwd+bwd ViT batch 4 | 30 |  |  | 4 | 7.50 |  |",
+    ]
+
+
 def test_blocks_name_machines_rates_and_what_was_not_timed() -> None:
     blocks = documents.blocks(SHOWN, [OTHER, SHOWN], GPU)
     assert blocks["machine"] == "Zen 9, avx2, 2 threads, torch 9, commit abc, 2000-01-02."

@@ -146,7 +146,7 @@ class ChainConfig:
         patience: Epochs without a better validation score after which a link ends; null: never.
         precision: ``fp32``, or autocast in ``bf16`` or ``fp16`` (with loss scaling, on a GPU).
         checkpointing: Recompute the blocks in the backward.
-        accelerate: Apply ``kdfast.accelerate`` to all models.
+        accelerate: Apply ``kdfast.accelerate`` to all models; results are the same within rounding.
         cache: Keep the teacher's outputs on disk instead of running it in every epoch.
         cache_dir: Folder of kept outputs, shared by runs; null: beside the link.
         cache_top_k: Classes of which the cache keeps the output.

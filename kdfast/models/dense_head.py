@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdfast.models.eva_layers import apply_linear
+
 
 class DenseHead(nn.Module):
     """Per-pixel logits: norm over channels, two 3x3 convolutions around one upsampling.
@@ -37,7 +39,7 @@ class DenseHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (B, L, h * patch, w * patch) of a feature map (B, C, h, w)."""
-        x = self.expand(self.norm(features.movedim(1, -1))).movedim(-1, 1)
+        x = apply_linear(self.expand, self.norm(features.movedim(1, -1))).movedim(-1, 1)
         x = F.gelu(self.shuffle(x))
         x = self.classify(F.gelu(self.mix(x)))
         return F.interpolate(x, scale_factor=self.scale, mode="bilinear", align_corners=False)

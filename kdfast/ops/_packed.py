@@ -193,11 +193,13 @@ def packed(module: nn.Module, x: Tensor, layers: Sequence[Layer]) -> tuple[Produ
     if first.dim() < 2 or x.shape[-1] != math.prod(first.shape[1:]):
         return None
     kept = _packs.get(module)
-    if kept is not None and kept.dtype == dtype and kept.state == _state(tensors):
+    # Asked before anything is copied: what another thread writes meanwhile is seen by the next call.
+    state = _state(tensors)
+    if kept is not None and kept.dtype == dtype and kept.state == state:
         return kept.products
     with torch.inference_mode(False), torch.no_grad():
         products = tuple(Product(layer, dtype) for layer in layers)
-    _packs[module] = _Packs(dtype, _state(tensors), products)
+    _packs[module] = _Packs(dtype, state, products)
     return products
 
 
