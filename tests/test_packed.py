@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A packed weight is never stale, never saved, never kept in training; it goes with its module."""
+"""A packed weight is never stale, saved or kept in training, and is freed with its module."""
 
 import copy
 import gc
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import kdfast
 from kdfast.ops import _matmul, _packed
 from kdfast.ops._matmul import Choice
+from kdfast.testing import small_eva
 
 C, P, ROWS = 192, 144, 50  # above LEAST_WORK, and no multiples of each other
 
@@ -251,7 +252,7 @@ def test_blocks_free_theirs_in_training(kind: str) -> None:
         model: Any = tiny_vit()
         x = torch.randn(2, 3, 64, 64)
     else:
-        model = kdfast.testing.small_eva(embed_dim=96, num_heads=3)
+        model = small_eva(embed_dim=96, num_heads=3)
         x = torch.randn(1, 3, 96, 96)
     before = len(_packed._packs)
     with torch.no_grad():
@@ -323,7 +324,6 @@ def test_strange_weights_are_torchs_own() -> None:
     check(model)
     model[0].weight = nn.Parameter(torch.randn(P, 2 * C)[:, :C])  # not dense
     check(model)
-    assert torch.equal(model[0].weight, model[0].weight)
     model[0].weight = nn.Parameter(torch.randn(P, 1).expand(P, C))
     check(model)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), torch.no_grad():
@@ -371,6 +371,48 @@ def test_torchs_settings_keep_their_meaning(monkeypatch: pytest.MonkeyPatch) -> 
     torch.set_float32_matmul_precision("highest")
     check(model)
     assert len(calls) == 1
+
+
+def test_layers_can_be_traced_by_fx() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, C, 16, 16), nn.Flatten(2), nn.Linear(16, 8)).eval()
+    x = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        want = model(x)
+        assert len(kdfast.accelerate(model).layers) == 2
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+        traced = torch.fx.symbolic_trace(model)
+        torch.testing.assert_close(traced(x), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 64, 32), (2, 3, 70, 37), (3, 64, 64), (0, 3, 64, 64)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_patches(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 256, (16, 16), (16, 16))).to(dtype)
+    fused = copy.deepcopy(plain)
+    assert len(kdfast.accelerate(fused).layers) == 1
+    x = torch.randn(shape).to(dtype)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    results = []
+    for model in (plain, fused):
+        out = model(x)
+        grads = torch.autograd.grad(out.sin().sum(), list(model.parameters()))
+        with torch.no_grad():
+            results.append([out, *grads, model.eval()(x)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=50 * tolerance)
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [(3, 10, 10), (2, 4, 32, 32)])
+def test_wrong_pictures_raise_what_torch_raises(size: tuple[int, ...]) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 8, 16, 16)).eval()
+    fused = copy.deepcopy(plain)
+    kdfast.accelerate(fused)
+    for model in (plain, fused):
+        with pytest.raises(RuntimeError, match="Kernel size can't be|expected input"):
+            model(torch.randn(size))
 
 
 def test_threads() -> None:

@@ -95,7 +95,10 @@ def inert(*modules: nn.Module) -> bool:
     )
 
 
-_DROPPING = ("Dropout", "DropPath", "Dinov2DropPath", "StochasticDepth")
+_DROPPING = (
+    *("Dropout", "DropPath", "StochasticDepth"),
+    *("Dinov2DropPath", "Dinov2WithRegistersDropPath"),
+)
 
 
 def run_block(block: nn.Module, read: Reader, args: Any, kwargs: Any) -> Tensor | None:
@@ -110,7 +113,9 @@ def run_block(block: nn.Module, read: Reader, args: Any, kwargs: Any) -> Tensor 
     if parts is None or not enough_work(x, parts.out.weights[0]):
         return None
     first = [] if parts.project is None else [parts.project]
-    products = packed(block, x, [*first, parts.out, *parts.mlp.layers()])
+    # Heads may have been removed: it is the MLP that has C channels for certain.
+    layers = [*first, parts.out, *parts.mlp.layers()]
+    products = packed(block, x, layers, reads=len(first) + 1)
     if products is None:
         forget(block)
         return None

@@ -82,6 +82,8 @@ class Product:
 
     def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        gain = dtype if layer.gain is None else layer.gain.dtype
+        self._branch_dtype = torch.promote_types(dtype, gain)
         weight, self._bias = layer.folded(dtype)
         self.nbytes = weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
         # The layout does not depend on the number of rows that the input is going to have.
@@ -100,8 +102,9 @@ class Product:
 
     def onto(self, x: Tensor, stream: Tensor) -> Tensor:
         """``added`` to a residual stream, in the dtype that eager code gives."""
-        # Under autocast the stream is fp32, and stays so.
-        return self.added(x, stream) if stream.dtype == self.dtype else stream + self(x)
+        # Under autocast a LayerScale gives fp32, and a stream of fp32 stays so.
+        dtype = torch.promote_types(stream.dtype, self._branch_dtype)
+        return self.added(x, stream) if dtype == self.dtype else stream.to(dtype) + self(x)
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
         """(x W^T + b) * other, (..., P)."""
@@ -173,14 +176,17 @@ def tracked(module: nn.Module, *given: Any) -> bool:
     )
 
 
-def packed(module: nn.Module, x: Tensor, layers: Sequence[Layer]) -> tuple[Product, ...] | None:
+def packed(
+    module: nn.Module, x: Tensor, layers: Sequence[Layer], reads: int = 0
+) -> tuple[Product, ...] | None:
     """The packed layers of a module for a call that is ``inferring``, or None if it must not be.
 
     Args:
         module: What owns the packed weights: they are freed with it, and kept until a call with
             other layers, or the same ones changed.
-        x: (..., C), the input of the first.
+        x: (..., C).
         layers: Its layers; in autocast they multiply in its dtype.
+        reads: Which of the layers reads C channels.
     """
     cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
@@ -189,8 +195,8 @@ def packed(module: nn.Module, x: Tensor, layers: Sequence[Layer]) -> tuple[Produ
         return None
     if not choice(dtype).packed or not all(_may_be_packed(t, dtype, cast) for t in tensors):
         return None
-    first = layers[0].weights[0]
-    if first.dim() < 2 or x.shape[-1] != math.prod(first.shape[1:]):
+    reader = layers[reads].weights[0]
+    if reader.dim() < 2 or x.shape[-1] != math.prod(reader.shape[1:]):
         return None
     kept = _packs.get(module)
     # Asked before anything is copied: what another thread writes meanwhile is seen by the next call.
