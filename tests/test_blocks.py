@@ -21,7 +21,7 @@ from torchvision.models.vision_transformer import EncoderBlock
 
 import kdfast
 from kdfast.nn import block as block_module
-from kdfast.nn import block_swap
+from kdfast.nn.attention import qualified_name
 from kdfast.ops import _matmul, _packed
 from kdfast.ops._matmul import Choice
 from kdfast.testing import assert_no_worse, small_eva
@@ -504,7 +504,7 @@ def test_policies_by_class_find_blocks() -> None:
     names = {type(m).__name__ for m in holder.modules()}
     assert {"Block", "Mlp"} <= names and isinstance(block, Block)
     assert transformer_auto_wrap_policy(block, False, 1, {Block})
-    assert block_swap.source_name(block) == "timm.models.vision_transformer.Block"
+    assert qualified_name(block) == "timm.models.vision_transformer.Block"
 
 
 @pytest.mark.parametrize("kept", [[0, 2, 5], []], ids=str)

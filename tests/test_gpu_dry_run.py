@@ -22,7 +22,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "KDFAST_DRY_RUN")}
+    # In a worker of pytest-xdist pytest-benchmark would write no file.
+    unset = ("TRITON_INTERPRET", "KDFAST_DRY_RUN", "PYTEST_XDIST_WORKER")
+    env = {k: v for k, v in os.environ.items() if k not in unset}
     run = [sys.executable, "-m", "bench.gpu", *arguments]
     return subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 

@@ -199,7 +199,7 @@ def packed(
     if reader.dim() < 2 or x.shape[-1] != math.prod(reader.shape[1:]):
         return None
     kept = _packs.get(module)
-    # Asked before anything is copied: what another thread writes meanwhile is seen by the next call.
+    # Asked before anything is copied: the next call sees what another thread writes meanwhile.
     state = _state(tensors)
     if kept is not None and kept.dtype == dtype and kept.state == state:
         return kept.products

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
 from kdfast.ops._autocast import without_autocast
@@ -51,9 +52,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Gradients: x, weight, bias, of any order. Deterministic: yes. Source: as ``F.linear``.
     """
-    check_tensors(OP, ("x", "weight"), x, weight)
-    check_tensors(OP, ("bias",), bias, optional=True)
-    if not is_plain(x, weight, bias) or seen_by_torch():
+    if x is None or weight is None or not is_plain(x, weight, bias):
+        # A tracer's stand-in for a tensor is none, and torch's function takes it.
+        if not has_torch_function((x, weight, bias)):
+            check_tensors(OP, ("x", "weight"), x, weight)
+            check_tensors(OP, ("bias",), bias, optional=True)
+        return F.linear(x, weight, bias)
+    if seen_by_torch():
         return F.linear(x, weight, bias)
     context, (x, weight, bias) = without_autocast("cpu", x, weight, bias)
     with context:
