@@ -94,7 +94,7 @@ def _fake(*, x: Tensor, weight: Tensor, **_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@register_flop_formula(torch.ops.kdfast.linear)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.kdfast.linear)
 def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     """What torch counts for its own; asked where a counter looks at a backward pass alone."""
     return 2 * math.prod(x) * int(weight[0])
