@@ -6,16 +6,21 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 if not torch.cuda.is_available():
     # Triton decides when it is imported, which several packages do: before any of them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import kdfast
+from kdfast.nn import block as block_module
+from kdfast.ops import _matmul, _packed
 from kdfast.ops._library import EXTENSION
+from kdfast.ops._matmul import Choice
 
 ROOT = Path(__file__).resolve().parents[1]
 # Behind what is installed: tests of bench/ import it.
@@ -69,6 +74,26 @@ def precision(compiled: None) -> Iterator[None]:
     for x, value in zip(holders, before, strict=True):
         x.fp32_precision = value
     EXTENSION.set_cpu_isa(isa)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[type[nn.Module]]:
+    """Blocks and MLPs may be packed on any machine with oneDNN; the classes of those that were."""
+    if not _matmul._available() or _matmul.SETTING == "torch":
+        pytest.skip("blocks are not fused here")
+    always = Choice(True, True, True, True, True, "as the test wants it")
+    monkeypatch.setattr(_matmul, "CHOICES", dict.fromkeys((torch.float32, torch.bfloat16), always))
+    seen: list[type[nn.Module]] = []
+    real = _packed.packed
+
+    def packed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        products = real(module, *args, **kwargs)
+        if products is not None:
+            seen.append(type(module))
+        return products
+
+    monkeypatch.setattr(block_module, "packed", packed)
+    return seen
 
 
 @pytest.fixture
