@@ -297,7 +297,7 @@ def test_orions_eva(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(counted) == 2
 
 
-def test_attention_weights_of_transformers() -> None:
+def test_what_transformers_records(ran: list[Any]) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
         hidden_size=C, intermediate_size=2 * C, num_hidden_layers=2, num_attention_heads=HEADS,
@@ -309,6 +309,13 @@ def test_attention_weights_of_transformers() -> None:
         want = model(x, output_hidden_states=True)
         kdfast.accelerate(model)
         got = model(x, output_hidden_states=True)
+        assert [cls.__name__ for cls in ran] == ["ViTMLP"] * 2
+        ran.clear()
+        model(x, output_attentions=True)
+        assert [cls.__name__ for cls in ran] == ["ViTMLP"] * 2
+        ran.clear()
+        model(x)  # transformers leaves its recorder on the attentions
+        assert [cls.__name__ for cls in ran] == ["ViTLayer"] * 2
     assert len(got.hidden_states) == len(want.hidden_states) == 3
     for one, other in zip(got.hidden_states, want.hidden_states, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

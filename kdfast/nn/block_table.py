@@ -253,7 +253,9 @@ def hf_block(layout: HfLayout, block: Any, x: Tensor, *args: Any, **kwargs: Any)
     scales = [getattr(block, name) for name in layout.gains]
     projections = [getattr(attn, name) for name in ("q_proj", "k_proj", "v_proj", layout.out)]
     drops = [getattr(block, name) for name in layout.drops]
-    if not _quiet(attn, *scales) or not inert(*drops) or not all(map(is_plain_linear, projections)):
+    if hooked(attn, transformers_attention.is_idle) or not _quiet(*scales) or not inert(*drops):
+        return None
+    if not all(map(is_plain_linear, projections)):
         return None
     gains = [scale.lambda1 for scale in scales] or [None, None]
     mlp = read_mlp(block.mlp, gains[1])

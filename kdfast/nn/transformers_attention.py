@@ -6,6 +6,7 @@ See docs/use/accelerate.md.
 transformers is imported only by functions that are given one of its models, or asked to register.
 """
 
+import sys
 from typing import Any
 
 from torch import Tensor, nn
@@ -91,6 +92,19 @@ def backend_of(module: nn.Module) -> str | None:
     """The backend that ``switch`` gave an attention; None if none."""
     backend: str | None = getattr(module, _BACKEND, None)
     return backend
+
+
+def is_idle(hook: Any) -> bool:
+    """Whether a hook is transformers' recorder of attention weights, which no call asks for now.
+
+    It stays on an attention once a call with ``output_attentions`` or ``output_hidden_states`` put
+    it there.
+    """
+    recorder = sys.modules.get("transformers.utils.output_capturing")
+    if recorder is None or getattr(hook, "__module__", None) != recorder.__name__:
+        return False
+    asked = recorder._active_collector.get()
+    return asked is None or not any("attentions" in name for name in asked)
 
 
 def _is_bias(mask: Tensor | None, query: Tensor) -> bool:

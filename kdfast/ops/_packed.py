@@ -7,7 +7,7 @@ docs/ops/linear.md. C input channels, P output channels.
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -221,10 +221,16 @@ def is_plain_linear(module: Any) -> bool:
     )
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether something wants to see or change what goes into or out of a module."""
+def hooked(module: nn.Module, idle: Callable[[Any], bool] | None = None) -> bool:
+    """Whether something wants to see or change what goes into or out of a module.
+
+    Args:
+        module: Any module.
+        idle: Says of a forward hook whether it does nothing now.
+    """
+    hooks = module._forward_hooks.values()
     return bool(
-        module._forward_hooks
+        any(idle is None or not idle(hook) for hook in hooks)
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
