@@ -370,8 +370,8 @@ MACHINES = {
 TABLE = [
     ("Zen 4", torch.float32, "11110"), ("Zen 5", torch.float32, "11111"),
     ("Sapphire Rapids", torch.float32, "01000"), ("Neoverse V2", torch.float32, "01000"),
-    ("Zen 4", torch.bfloat16, "11000"), ("Zen 5", torch.bfloat16, "11000"),
-    ("Sapphire Rapids", torch.bfloat16, "11000"), ("Neoverse V2", torch.bfloat16, "11000"),
+    ("Zen 4", torch.bfloat16, "01000"), ("Zen 5", torch.bfloat16, "01000"),
+    ("Sapphire Rapids", torch.bfloat16, "01000"), ("Neoverse V2", torch.bfloat16, "01000"),
 ]  # fmt: skip
 
 

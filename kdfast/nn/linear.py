@@ -72,7 +72,7 @@ class FusedPatches(nn.Conv2d):
 
 def _faster(x: Tensor) -> bool:
     """Whether the rule says so, for a call that nothing watches."""
-    return not seen_by_torch() and choice(x.dtype).forward
+    return not seen_by_torch() and choice(x.dtype).packed
 
 
 # What an instance of a class becomes; exactly these classes: a subclass may compute anything.

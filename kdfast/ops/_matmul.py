@@ -74,8 +74,8 @@ def rule(dtype: torch.dtype, machine: Processor, setting: str, supported: bool) 
     if setting != "auto":
         return all_or_none(setting == "onednn", f"KDFAST_LINEAR={setting}")
     if dtype != torch.float32:
-        why = "torch uses oneDNN itself; called directly it adds the bias in the product"
-        return Choice(True, True, False, False, False, why)
+        why = "torch uses oneDNN itself; in inference weights are packed"
+        return Choice(False, True, False, False, False, why)
     if machine.name in _WIDE:
         return all_or_none(True, f"MKL reaches half of oneDNN's rate on {machine.name}")
     if machine.vendor == "AuthenticAMD":
