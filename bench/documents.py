@@ -185,24 +185,29 @@ def models(whole: Sequence[dict[str, Any]]) -> str:
 
 
 def whole(rows: Iterable[dict[str, Any]]) -> str:
-    """Whole models of one image, and training steps: torch at its best, others, and kdfast."""
+    """Whole models of one image and training steps in fp32: torch at its best, and kdfast."""
     table = []
     for (_, case), group in grouped(rows).items():
-        if OURS not in group or ("fwd " in case and "batch 1" not in case):
+        if OURS not in group or "bf16" in case or ("fwd " in case and "batch 1" not in case):
             continue
         ours = group[OURS]["ms"]
-        torchs = min(
-            (group[n]["ms"] for n in ("eager", "compile", "freezing") if n in group), default=None
-        )
-        others = (group[n]["ms"] if n in group else None for n in ("onnx", "openvino"))
-        times = [torchs, *others, ours]
-        cells = ["" if ms is None else f"{ms:.0f}" for ms in times]
-        gains = ["" if ms is None else f"{ms / ours:.2f}" for ms in (torchs, times[2])]
+        best = min(group[n]["ms"] for n in ("eager", "compile", "freezing") if n in group)
         # Without the count of multiply-adds.
-        name = ", ".join(part for part in case.split(", ") if not part.endswith("GMACs"))
-        table.append([name.split(", half of")[0], *cells, *gains])
-    header = ["ms", "PyTorch at its best", "ONNX Runtime", "OpenVINO", "kdfast"]
-    return markdown([*header, "gain on PyTorch", "on OpenVINO"], table)
+        name = case.partition(", ")[0]
+        table.append([name, f"{best:.0f}", f"{ours:.0f}", f"{best / ours:.2f}"])
+    return markdown(["ms", "PyTorch at its best", "kdfast", "gain"], table)
+
+
+def rivals(found: dict[str, Any]) -> str:
+    """Whole models by ``kdfast.compare``, which gives each candidate a process of its own."""
+    names = ("eager", "onnx", "openvino", OURS, "eager-bf16", "openvino-bf16", f"{OURS}-bf16")
+    table = []
+    for model, rows in found["models"].items():
+        times = {row["name"]: row["ms"] for row in rows}
+        table.append([model, *(f"{times[n]:.0f}" if n in times else "" for n in names)])
+    header = ("eager", "ONNX Runtime", "OpenVINO", "kdfast", "eager bf16", "OpenVINO bf16")
+    facts = facts_line(found["machine"])
+    return f"{facts}.\n\n" + markdown(["ms", *header, "kdfast bf16"], table)
 
 
 def chain(steps: Iterable[dict[str, Any]]) -> str:
@@ -263,7 +268,9 @@ def committed() -> dict[str, str]:
     """The blocks of the committed result files."""
     every = machines()
     gpu = json.loads((RESULTS / "gpu_static.json").read_text(encoding="utf-8"))
-    return blocks(every[SHOWN], every.values(), gpu)
+    found = json.loads((RESULTS / f"{SHOWN}_rivals.json").read_text(encoding="utf-8"))
+    contents = blocks(every[SHOWN], every.values(), gpu)
+    return {**contents, "rivals": rivals(found)}
 
 
 def filled(text: str, contents: dict[str, str]) -> str:
