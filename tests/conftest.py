@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 if not torch.cuda.is_available():
@@ -26,6 +28,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # Behind what is installed: tests of bench/ import it.
 sys.path.append(str(ROOT))
 SHARED = Path(os.environ.get("KDFAST_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Path:
+    """Five pictures of noise, of different sizes, in a folder of a folder."""
+    folder = tmp_path / "pictures" / "cats"
+    folder.mkdir(parents=True)
+    for index in range(5):
+        pixels = numpy.random.default_rng(index).integers(0, 255, (40, 50 + index, 3))
+        Image.fromarray(pixels.astype(numpy.uint8)).save(folder / f"{index}.png")
+    return folder.parent
 
 
 @pytest.fixture(autouse=True)

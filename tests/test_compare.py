@@ -33,16 +33,6 @@ def model_folder(tmp_path: Path) -> Path:
     return save_pretrained(model, tmp_path / "model")
 
 
-@pytest.fixture
-def picture_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures" / "cats"
-    folder.mkdir(parents=True)
-    for index in range(5):
-        pixels = numpy.random.default_rng(index).integers(0, 255, (40, 50 + index, 3))
-        Image.fromarray(pixels.astype(numpy.uint8)).save(folder / f"{index}.png")
-    return folder.parent
-
-
 def arguments(model: Path, out: Path, /, **more: Any) -> list[str]:
     given = {"model": model, "out": out, "seconds": 0.05, "only": "eager,kdfast", **more}
     return [part for name, value in given.items() for part in (f"--{name}", str(value))]

@@ -28,16 +28,6 @@ def model_folder(tmp_path: Path) -> Path:
     return save_pretrained(model, tmp_path / "model")
 
 
-@pytest.fixture
-def picture_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures" / "cats"
-    folder.mkdir(parents=True)
-    for index in range(3):
-        pixels = numpy.random.default_rng(index).integers(0, 255, (40, 50 + index, 3))
-        Image.fromarray(pixels.astype(numpy.uint8)).save(folder / f"{index}.png")
-    return folder.parent
-
-
 def arguments(model: Path, out: Path, /, **more: Any) -> list[str]:
     given: dict[str, Any] = {
         "model": model,
@@ -91,7 +81,7 @@ def test_compensates_where_there_is_data(
         if name == "cut":
             assert "compensating on" not in text and report["errors"] == []
             continue
-        assert f"compensating on 3 pictures of {picture_folder}" in text
+        assert f"compensating on 5 pictures of {picture_folder}" in text
         assert "(--no-compensate turns it off)" in text and "the same pictures" in text
         assert ("one site after the other" in text) == (name == "slow")
         assert "blocks.1.mlp" in text and "48 of 192" in text

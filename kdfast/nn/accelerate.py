@@ -5,16 +5,17 @@ See docs/use/accelerate.md.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from kdfast.nn import block_swap, linear, transformers_attention
-from kdfast.nn.attention import FusedAttention, qualified_name
+from kdfast.nn.attention import FusedAttention, own_call, qualified_name
 from kdfast.nn.table import FUSED, UNKNOWN, unfused_reason
 from kdfast.ops._library import BACKENDS, DEFAULT_BACKEND
+from kdfast.ops._matmul import SETTING
 
 
 class Replacement(NamedTuple):
@@ -128,9 +129,8 @@ Rows = tuple[Replacement, ...]
 
 def accelerate_layers(model: nn.Module) -> tuple[Rows, Rows, Rows, Rows]:
     """``accelerate`` without attention: the last four fields of its report."""
-    return *_replace(model, linear, "kdfast.linear"), *_replace(
-        model, block_swap, "fused in inference"
-    )
+    layers = _replace(model, linear, "kdfast.linear", linear.why_not)
+    return *layers, *_replace(model, block_swap, "fused in inference", lambda module: None)
 
 
 def has_fast_layers(model: nn.Module) -> bool:
@@ -168,21 +168,25 @@ def _accelerate_attention(model: nn.Module, backend: str | None) -> tuple[Rows, 
     return tuple(replaced), tuple(_innermost(left, replaced))
 
 
-def _replace(model: nn.Module, kind: Any, now: str) -> tuple[Rows, Rows]:
+def _replace(
+    model: nn.Module, kind: Any, now: str, why_not: Callable[[nn.Module], str | None]
+) -> tuple[Rows, Rows]:
     """Gives modules another class; the rows of those that got it, and of those that were left.
 
     Args:
         model: The whole model.
-        kind: ``linear`` or ``block_swap``, with ``is_known``, ``why_not`` and ``replace``.
+        kind: ``linear`` or ``block_swap``, with ``is_known`` and ``replace``.
         now: What they are then.
+        why_not: The reason that the class of a known module gives against it, or None.
     """
     found: list[Replacement] = []
     left: list[Replacement] = []
+    setting = "KDFAST_LINEAR=torch" if SETTING == "torch" else None
     for name, module in model.named_modules():
         if not kind.is_known(module):
             continue
         source = qualified_name(module)
-        if reason := kind.why_not(module):
+        if reason := setting or why_not(module) or own_call(module):
             left.append(Replacement(name, source, reason))
         else:
             kind.replace(module)
@@ -247,11 +251,7 @@ def _reason(name: str, module: nn.Module) -> str | None:
         return unfused_reason(module)
     if not name:
         return "it is the model itself, which nothing holds; accelerate a module around it"
-    if "forward" in module.__dict__:
-        return "its instance has a forward of its own"
-    if module.__dict__.get("_compiled_call_impl") is not None:
-        return "it is compiled already; accelerate first, then compile"
-    return FUSED[source].why_not(module)
+    return own_call(module) or FUSED[source].why_not(module)
 
 
 def _substitute(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:

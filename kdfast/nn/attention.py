@@ -34,6 +34,15 @@ def qualified_name(module: nn.Module) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def own_call(module: nn.Module) -> str | None:
+    """Why a module must not be replaced whatever its class: its instance says how it is called."""
+    if "forward" in module.__dict__:
+        return "its instance has a forward of its own"
+    if module.__dict__.get("_compiled_call_impl") is not None:
+        return "it is compiled already; accelerate first, then compile"
+    return None
+
+
 class FusedAttention(nn.Module):
     """Stands in for an attention module of some library, on that module's own tensors.
 

@@ -9,7 +9,6 @@ from torch import nn
 from kdfast.nn.attention import qualified_name
 from kdfast.nn.block import run_block, run_mlp
 from kdfast.nn.block_table import BLOCKS, MLPS
-from kdfast.ops._matmul import SETTING
 from kdfast.ops._packed import forget
 
 
@@ -55,17 +54,6 @@ def rebuild(source: Any) -> nn.Module:
 def is_known(module: nn.Module) -> bool:
     """Whether a module is a block or an MLP that can run fused, or one that does."""
     return qualified_name(module) in BLOCKS or qualified_name(module) in MLPS
-
-
-def why_not(module: nn.Module) -> str | None:
-    """The reason why a known block or MLP has to stay as it is, or None."""
-    if SETTING == "torch":
-        return "KDFAST_LINEAR=torch"
-    if "forward" in module.__dict__:
-        return "its instance has a forward of its own"
-    if module.__dict__.get("_compiled_call_impl") is not None:
-        return "it is compiled already; accelerate first, then compile"
-    return None
 
 
 def replace(module: nn.Module) -> None:

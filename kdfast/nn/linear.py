@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from kdfast.nn.attention import qualified_name
-from kdfast.ops._matmul import SETTING, choice, is_plain, seen_by_torch
+from kdfast.ops._matmul import choice, is_plain, seen_by_torch
 from kdfast.ops._packed import (
     Layer,
     Product,
@@ -138,17 +138,11 @@ def is_known(module: nn.Module) -> bool:
 
 
 def why_not(module: nn.Module) -> str | None:
-    """The reason why a layer has to stay as it is, or None."""
-    if SETTING == "torch":
-        return "KDFAST_LINEAR=torch"
+    """The reason why a layer of this class has to stay as it is, or None."""
     if type(module) not in FUSED_LAYERS and type(module) not in ORIGINAL_LAYERS:
         if getattr(module, "parametrizations", None) is not None:
             return "it is parametrized"
         return f"{qualified_name(module)} may compute something else than its base class"
-    if "forward" in module.__dict__:
-        return "its instance has a forward of its own"
-    if module.__dict__.get("_compiled_call_impl") is not None:
-        return "it is compiled already; accelerate first, then compile"
     return None
 
 

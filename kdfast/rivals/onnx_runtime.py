@@ -78,31 +78,36 @@ class OnnxRuntimeInt8(OnnxRuntime):
     name = "onnx-int8"
     dtype = "int8"
     about = "ONNX Runtime, quantize_static (QDQ, products only, calibrated on the pictures)"
+    quantiser = "quantize_static"
 
     def export(
         self, model: nn.Module, example: Tensor, pictures: Sequence[Tensor], folder: Path
     ) -> None:
         """As in ``Rival``."""
         whole = self._whole(model, example, pictures, folder)
-        with told("quantize_static"), quiet():
-            import onnx
-            from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-            from onnxruntime.quantization.shape_inference import quant_pre_process
+        with told(self.quantiser), quiet():
+            self._quantize(whole, folder / f"{self.name}.onnx", pictures)
 
-            ready = folder / "preprocessed.onnx"
-            quant_pre_process(whole, ready, skip_symbolic_shape=True)
-            entry = onnx.load(ready, load_external_data=False).graph.input[0].name
-            quantize_static(
-                ready,
-                folder / f"{self.name}.onnx",
-                _reader(entry, pictures),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=list(PRODUCTS),
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                per_channel=True,
-            )
-            ready.unlink()
+    def _quantize(self, whole: Path, target: Path, pictures: Sequence[Tensor]) -> None:
+        """Writes the quantised graph."""
+        import onnx
+        from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        ready = target.parent / "preprocessed.onnx"
+        quant_pre_process(whole, ready, skip_symbolic_shape=True)
+        entry = onnx.load(ready, load_external_data=False).graph.input[0].name
+        quantize_static(
+            ready,
+            target,
+            _reader(entry, pictures),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(PRODUCTS),
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+        )
+        ready.unlink()
 
     def load(self, model: nn.Module | None, example: Tensor, folder: Path) -> Loaded:
         """As in ``Rival``."""
@@ -114,17 +119,13 @@ class OnnxRuntimeDynamic(OnnxRuntimeInt8):
 
     name = "onnx-int8-dynamic"
     about = "ONNX Runtime, quantize_dynamic (no calibration)"
+    quantiser = "quantize_dynamic"
 
-    def export(
-        self, model: nn.Module, example: Tensor, pictures: Sequence[Tensor], folder: Path
-    ) -> None:
-        """As in ``Rival``."""
-        whole = self._whole(model, example, pictures, folder)
-        with told("quantize_dynamic"), quiet():
-            from onnxruntime.quantization import QuantType, quantize_dynamic
+    def _quantize(self, whole: Path, target: Path, pictures: Sequence[Tensor]) -> None:
+        """Writes the quantised graph."""
+        from onnxruntime.quantization import QuantType, quantize_dynamic
 
-            target = folder / f"{self.name}.onnx"
-            quantize_dynamic(whole, target, weight_type=QuantType.QInt8)
+        quantize_dynamic(whole, target, weight_type=QuantType.QInt8)
 
 
 def _reader(entry: str, pictures: Sequence[Tensor]) -> Any:
