@@ -97,7 +97,7 @@ def ready(
             missing[name] = "nothing is compiled in a dry run"
             continue
         if RIVALS[name].runtime != "torch" and not (PASSIVE or DRY_RUN):
-            # DeiT-S by OpenVINO took 85 ms beside spinning threads, 47 ms alone.
+            # Beside threads that spin OpenVINO takes nearly twice as long as alone.
             missing[name] = "torch's threads must not spin on its cores: OMP_WAIT_POLICY=passive"
             continue
         if x.is_cuda and RIVALS[name].runtime != "torch":

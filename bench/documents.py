@@ -258,7 +258,7 @@ def blocks(shown: Machine, every: Iterable[Machine], gpu: dict[str, Any]) -> dic
         "yardsticks": yardsticks(ops),
         "peaks": peaks(ops),
         "models": models(every_model),
-        "whole": whole(every_model),
+        "whole": facts_line(shown.whole["machine"]) + ".\n\n" + whole(every_model),
         "chain": chain(row for row in shown.ops["rows"] if row["op"] == "vit_chain"),
         "binaries": binaries(gpu),
     }

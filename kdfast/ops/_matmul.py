@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from kdfast.ops._processor import Processor, processor
 
 SETTINGS = ("auto", "onednn", "torch")
-# Multiply-adds from which on oneDNN's product pays for the 12 us more that it takes to be called.
+# Multiply-adds from which on oneDNN's product pays for the longer time that it takes to be called.
 LEAST_WORK = 1 << 20
 # Those of AMD where MKL reaches half of the core's rate in fp32 (it takes its AVX2 path), so that
 # oneDNN wins every product.
