@@ -129,21 +129,34 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Which heads the student keeps.
+    """Which heads the student keeps, and what it starts from; docs/use/compensation.md.
 
     Attributes:
         method: Criterion of ``kdfast.pruning.head_scores``.
         keep: Part of the heads that stays.
         scope: ``block``: the same number in each block; ``global``: the best of the whole model.
-        batches: Batches of training images for criteria that read data.
-        batch_size: Images of such a batch; without recomputation, so memory grows with it.
+        batches: Batches of training images for criteria that read data; ``reconstruction`` reads
+            ``calibration_views``.
+        batch_size: Images of such a batch, and per process of one of the calibration; without
+            recomputation, so memory grows with it.
+        compensate: Fold what the removed heads compute into the weights that stay; the distillation
+            starts from there. False: they are only cut away.
+        calibration_views: Training images of all processes that this is fitted on, without their
+            labels; rounded up to whole batches.
+        sequential: Fit one block after the other on the pruned model's own stream, which keeps
+            these images and two streams of each in memory. False: all at once.
+        ridge: Strength of the fit's ridge term; null: that of ``kdfast.prune_heads``.
     """
 
-    method: Literal["magnitude", "gradient", "taylor", "entropy"] = "taylor"
+    method: Literal["magnitude", "gradient", "taylor", "entropy", "reconstruction"] = "taylor"
     keep: Share = 0.5
     scope: Literal["block", "global"] = "block"
     batches: Count = 32
     batch_size: Count = 1
+    compensate: bool = True
+    calibration_views: Count = 256
+    sequential: bool = True
+    ridge: Positive | None = None
 
 
 @dataclass(frozen=True)

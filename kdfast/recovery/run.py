@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a pruning: teacher, head scores, pruned student, distillation, and the report at the end."""
+"""Runs a pruning: teacher, head scores, compensated student, distillation, and the report."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ from kdfast.configs import plain, save
 from kdfast.configs.fields import as_config_error
 from kdfast.configs.recovery import Config
 from kdfast.data.scenes import CLASSES, PALETTE
-from kdfast.models.checkpoint import save_backbone
+from kdfast.models.checkpoint import load_backbone, save_backbone
 from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT
+from kdfast.pruning import Calibration, head_scores, prune_heads
+from kdfast.recovery.compensation import (
+    CalibrationViews,
+    calibrate_teacher,
+    compensated_student,
+)
 from kdfast.recovery.data import Data, build_data, some_views
 from kdfast.recovery.evaluate import EvaluateEpochs, Evaluator
-from kdfast.recovery.heads import build_student, choose_heads, score_heads
+from kdfast.recovery.heads import choose_heads, score_heads
 from kdfast.recovery.objective import Distiller
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
 from kdfast.recovery.report import draw_predictions, measure, write_report
@@ -33,6 +39,8 @@ from kdfast.trainer.state import identity, load_checkpoint, newest
 
 # Images in the picture of predictions.
 VIEWS = 4
+# The student as it was before training, where it was compensated.
+COMPENSATED = "compensated.safetensors"
 # What a resumed run may change: it moves files or stops elsewhere, but computes the same.
 FREE = (
     *("name", "output", "note", "teacher.cache", "data.workers", "data.cache"),
@@ -99,10 +107,9 @@ class Run:
     resume: bool
 
     def train(self) -> None:
-        """Choose the heads, distil, and write the report."""
-        heads = self.heads()
+        """Choose the heads, compensate, distil, and write the report."""
         with as_config_error():
-            student = self.student(heads)
+            heads, student = self.start()
             distiller = Distiller(student, self.teacher, self.head, self.config.distill)
             distiller.to(self.accelerator.device)
         evaluate = self.evaluator()
@@ -117,35 +124,69 @@ class Run:
         self.accelerator.free_memory()
         quality["distilled"] = evaluate(student)
         if self.accelerator.is_main_process:
-            pruned = self.student(heads)
-            self.finish({"teacher": self.teacher, "pruned": pruned, "distilled": student}, quality)
+            models = {"teacher": self.teacher, **self.untrained(heads), "distilled": student}
+            self.finish(models, quality)
 
-    def heads(self) -> list[list[int]]:
-        """The student's heads: those of the run that is resumed, else chosen by score."""
-        path = newest(self.folder) if self.resume else None
+    def start(self) -> tuple[list[list[int]], EVAViT]:
+        """The kept heads and the student to train: those of the run that is resumed, else new."""
+        path, config = newest(self.folder) if self.resume else None, self.config.prune
+        views = CalibrationViews(self.data.calibration, config.calibration_views)
+        calibration: Calibration | None = None
         if path is not None:
-            with as_config_error():
-                kept: list[list[int]] = load_checkpoint(path)["meta"]["heads"]
-            return kept
-        config = self.config.prune
-        scores = score_heads(
-            self.teacher,
-            self.head,
-            self.data.calibration,
-            config,
-            self.accelerator,
-            seed=self.config.seed,
+            heads: list[list[int]] = load_checkpoint(path)["meta"]["heads"]
+            if not config.compensate or (self.folder / COMPENSATED).is_file():
+                # The checkpoint replaces its weights.
+                return heads, self.cut(heads)
+        elif config.method == "reconstruction":
+            calibration = calibrate_teacher(self.teacher, views, self.accelerator)
+            heads = self.heads(calibration)
+        else:
+            heads = self.heads(None)
+        if not config.compensate:
+            return heads, self.cut(heads)
+        if calibration is None:
+            calibration = calibrate_teacher(self.teacher, views, self.accelerator)
+        student = compensated_student(
+            self.teacher, heads, calibration, views, config, self.accelerator
         )
-        kept = choose_heads(config, scores)
         if self.accelerator.is_main_process:
+            save_backbone(student, self.folder / COMPENSATED)
+        self.accelerator.wait_for_everyone()
+        return heads, self.trainable(student)
+
+    def heads(self, calibration: Calibration | None) -> list[list[int]]:
+        """The heads with the best scores; a calibration is for the method "reconstruction"."""
+        config, main = self.config.prune, self.accelerator.is_main_process
+        if calibration is None:
+            seed, images = self.config.seed, self.data.scoring
+            scores = score_heads(
+                self.teacher, self.head, images, config, self.accelerator, seed=seed
+            )
+        else:
+            scores = head_scores(self.teacher, config.method, calibration, progress=main)
+        kept = choose_heads(config, scores)
+        if main:
             scores.save(self.folder / "head_scores.json")
         counts = sorted({len(block) for block in kept})
         LOG.info("kept heads per block (%s): %s", config.method, counts)
         return kept
 
-    def student(self, heads: list[list[int]]) -> EVAViT:
-        """The pruned teacher, untrained."""
-        return build_student(self.teacher, heads, checkpointing=self.config.run.checkpointing)
+    def trainable(self, student: EVAViT) -> EVAViT:
+        """The student, set to be trained as the config says."""
+        student.with_cp = self.config.run.checkpointing
+        return student.requires_grad_(True)
+
+    def cut(self, heads: list[list[int]]) -> EVAViT:
+        """The teacher with these heads alone."""
+        return self.trainable(prune_heads(self.teacher, heads))
+
+    def untrained(self, heads: list[list[int]]) -> dict[str, EVAViT]:
+        """The student before training: ``pruned``, and ``compensated`` where the config says so."""
+        models = {"pruned": self.cut(heads)}
+        if self.config.prune.compensate:
+            compensated = load_backbone(self.folder / COMPENSATED)
+            models["compensated"] = compensated.to(self.accelerator.device)
+        return models
 
     def evaluator(self) -> Evaluator:
         """Measures backbones by the labels, or without them by likeness to the teacher."""
@@ -158,12 +199,13 @@ class Run:
         )
 
     def baseline(self, heads: list[list[int]], evaluate: Evaluator) -> dict[str, float]:
-        """Held-out quality of teacher and pruned student, measured once per run."""
+        """Held-out quality of the teacher and the untrained student, measured once per run."""
         path = self.folder / "baseline.json"
         if self.resume and path.is_file():
             known: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
             return known
-        quality = {"teacher": evaluate(self.teacher), "pruned": evaluate(self.student(heads))}
+        models = {"teacher": self.teacher, **self.untrained(heads)}
+        quality = {name: evaluate(model) for name, model in models.items()}
         if self.accelerator.is_main_process:
             path.write_text(json.dumps(quality) + "\n", encoding="utf-8")
         text = ", ".join(f"{name} {value:.4f}" for name, value in quality.items())
@@ -205,12 +247,14 @@ class Run:
         """Save the student, print the table, draw the picture, and say where everything is.
 
         Args:
-            models: ``teacher``, ``pruned`` and ``distilled``.
+            models: ``teacher``, ``pruned``, perhaps ``compensated``, and ``distilled``.
             quality: Held-out metric of each.
         """
         folder, head, autocast = self.folder, self.head, self.accelerator.autocast
         paths = {"student": folder / "student.safetensors"}
         save_backbone(models["distilled"], paths["student"])
+        if "compensated" in models:
+            paths["compensated"] = folder / COMPENSATED
         if head is not None:
             paths["head"] = folder / "head.safetensors"
             save_head(head, paths["head"])
