@@ -21,8 +21,12 @@ def _check_recovery(config: Config) -> list[str]:
     teacher, data, run = config.teacher, config.data, config.run
     if teacher.checkpoint is None and teacher.fit is None:
         found.append("teacher.checkpoint: must name a file, or teacher.fit say how to train one")
-    if teacher.checkpoint is None and data.kind != "scenes":
+    if teacher.checkpoint is None and data.kind not in ("scenes", "frames"):
         found.append(f"teacher.checkpoint: {data.kind} has no labels to train one, must be a file")
+    if data.kind == "frames":
+        found += _check_frames(config)
+    elif config.distill.vl:
+        found.append(f"distill.vl: needs the heads of data.kind frames, got {data.kind}")
     if teacher.checkpoint is not None and not Path(teacher.checkpoint).expanduser().is_file():
         found.append(f"teacher.checkpoint: no such file: {teacher.checkpoint}")
     if data.kind != "scenes" and data.root is None:
@@ -34,6 +38,28 @@ def _check_recovery(config: Config) -> list[str]:
     if config.distill.feature + config.distill.attention + config.distill.output == 0:
         found.append("distill: feature, attention and output must not all be 0")
     return found + _check_device(run.device, run.precision, "run.")
+
+
+def _check_frames(config: Config) -> list[str]:
+    """Problems of a run with ORION's heads."""
+    data, fit = config.data, config.teacher.fit
+    found = []
+    if config.teacher.checkpoint is None and fit is not None and fit.heads is None:
+        found.append("teacher.fit.heads: must be the sizes of the heads of data.kind frames")
+    if data.root is not None and Path(data.root).expanduser().is_dir():
+        absent = [
+            name
+            for name in ("kdfast_infos_train", "kdfast_infos_val", "kdfast_maps")
+            if not (Path(data.root).expanduser() / name).is_dir()
+        ]
+        if absent:
+            found.append(
+                f"data.root: {data.root} must hold {', '.join(absent)}; make them with "
+                f"`python -m kdfast.data infos --root {data.root}`"
+            )
+    if data.cache:
+        found.append("data.cache: not for data.kind frames, got true")
+    return found
 
 
 def _check_chain(config: ChainConfig) -> list[str]:
