@@ -42,6 +42,7 @@ def test_three_steps_and_resume(tmp_path: Path) -> None:
         "data.root": pictures,
         "data.workers": 0,
         "prune.batches": 1,
+        "prune.calibration_views": 2,
         "run.batch_size": 1,
         "run.device": "cpu",
         "run.eval_images": 1,
@@ -57,7 +58,10 @@ def test_three_steps_and_resume(tmp_path: Path) -> None:
     steps = read_rows(folder / "steps.csv")
     assert [row["step"] for row in steps] == ["1", "2", "3", "4"]
     assert all(np.isfinite(float(row["total"])) for row in steps)
-    teacher, pruned, distilled = json.loads((folder / "report.json").read_text())["models"]
+    teacher, pruned, compensated, distilled = json.loads((folder / "report.json").read_text())[
+        "models"
+    ]
+    assert pruned["quality"] < compensated["quality"]
     assert teacher["params"] == 303_388_608 and distilled["params"] == 253_032_384
     assert (teacher["gflop"], pruned["gflop"]) == pytest.approx((1074.356, 860.480), rel=1e-5)
     student = load_backbone(folder / "student.safetensors")

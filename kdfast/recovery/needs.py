@@ -10,7 +10,8 @@ import torch
 from kdfast import data
 from kdfast.configs import Config, plain
 from kdfast.machine.needs import Need, disk_need
-from kdfast.memory.steps import device_of, memory_need
+from kdfast.memory.ledger import PARAMETERS
+from kdfast.memory.steps import before_need, device_of, memory_need
 from kdfast.models.checkpoint import load_orion_backbone
 from kdfast.models.eva import EVAViT
 from kdfast.recovery.planning import recovery_step
@@ -23,13 +24,18 @@ def recovery_needs(config: Config) -> list[Need]:
     except (OSError, ValueError) as error:
         found = f"{config.teacher.checkpoint}: {error}"
         return [Need("checkpoint", found, "--set teacher.checkpoint=FILE"), _data(config)]
-    plan = recovery_step(config, model.config).configured_plan(device_of(config.run.device))
+    device = device_of(config.run.device)
+    step = recovery_step(config, model.config)
+    plan = step.configured_plan(device)
     fix = "--set run.batch_size=1 --set run.checkpointing=true"
+    # The student is written twice more: as it is before the training, and as the result.
+    students = 2 * plan.categories[PARAMETERS]
     return [
         checkpoint,
         _data(config),
+        *([] if step.before is None else [before_need(step.before, device)]),
         memory_need([plan], fix),
-        disk_need(config.output, plan.checkpoint_bytes),
+        disk_need(config.output, plan.checkpoint_bytes, students),
     ]
 
 
