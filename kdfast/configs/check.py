@@ -31,7 +31,7 @@ def _check_recovery(config: Config) -> list[str]:
         found.append(f"teacher.checkpoint: no such file: {teacher.checkpoint}")
     if data.kind != "scenes" and data.root is None:
         found.append(f"data.root: {data.kind} needs a folder")
-    elif data.kind != "scenes" and not Path(str(data.root)).expanduser().is_dir():
+    elif data.kind not in ("scenes", "frames") and not Path(str(data.root)).expanduser().is_dir():
         found.append(f"data.root: no such folder: {data.root}")
     if data.cache and data.augment:
         found.append("data.cache: needs data.augment false, got true")
@@ -43,14 +43,15 @@ def _check_recovery(config: Config) -> list[str]:
 def _check_frames(config: Config) -> list[str]:
     """Problems of a run with ORION's heads."""
     data, fit = config.data, config.teacher.fit
-    found = []
+    found: list[str] = []
     if config.teacher.checkpoint is None and fit is not None and fit.heads is None:
         found.append("teacher.fit.heads: must be the sizes of the heads of data.kind frames")
-    if data.root is not None and Path(data.root).expanduser().is_dir():
+    root = None if data.root is None else Path(data.root).expanduser()
+    if root is not None and (root.is_dir() or not data.sample):
         absent = [
             name
             for name in ("kdfast_infos_train", "kdfast_infos_val", "kdfast_maps")
-            if not (Path(data.root).expanduser() / name).is_dir()
+            if not (root / name).is_dir()
         ]
         if absent:
             found.append(

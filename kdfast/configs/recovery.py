@@ -137,6 +137,7 @@ class DataConfig:
         cache: Keep every item in memory; needs ``augment`` false.
         sequence: Frames of ``frames`` that a stream walks through in a row; 0: whole clips.
         stride: Every how many frames of a clip one is taken, for ``frames``.
+        sample: Write the synthetic set of ``kdfast.data sample`` to ``root`` if nothing is there.
     """
 
     kind: Literal["images", "bench2drive", "scenes", "frames"] = "images"
@@ -153,6 +154,7 @@ class DataConfig:
     cache: bool = False
     sequence: Natural = 80
     stride: Count = 1
+    sample: bool = False
 
 
 @dataclass(frozen=True)

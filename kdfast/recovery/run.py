@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from kdfast.configs import plain, save
 from kdfast.configs.fields import as_config_error
@@ -61,6 +62,22 @@ def run_recovery(config: Config, accelerator: Accelerator, *, resume: bool) -> i
         Interrupted: A signal came; the state was saved.
         NonFiniteLoss: A training broke; the state before was saved.
     """
+    folder = started(config, accelerator, resume=resume)
+    with as_config_error():
+        data = build_data(config, accelerator)
+        torch.manual_seed(config.seed)
+        teacher, head = get_teacher(config, accelerator, data, folder / "teacher", resume=resume)
+    Run(config, accelerator, folder, data, teacher, head, resume).train()
+    accelerator.wait_for_everyone()
+    return 0
+
+
+def started(config: Config, accelerator: Accelerator, *, resume: bool) -> Path:
+    """The folder of a run, claimed, with the first lines of its log.
+
+    Raises:
+        ConfigError: There is no run to resume, or another process has the folder.
+    """
     missing = "--resume: " if resume else None
     folder = run_folder(Path(config.output).expanduser(), accelerator, missing)
     words = [f"{accelerator.num_processes} x {accelerator.device}"]
@@ -75,13 +92,7 @@ def run_recovery(config: Config, accelerator: Accelerator, *, resume: bool) -> i
         save=partial(save, config),
         resume=resume,
     )
-    with as_config_error():
-        data = build_data(config, accelerator)
-        torch.manual_seed(config.seed)
-        teacher, head = get_teacher(config, accelerator, data, folder / "teacher", resume=resume)
-    Run(config, accelerator, folder, data, teacher, head, resume).train()
-    accelerator.wait_for_everyone()
-    return 0
+    return folder
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,7 @@ class Run:
         """Choose the heads, compensate, distil, and write the report."""
         with as_config_error():
             heads, student = self.start()
-            distiller = Distiller(student, self.teacher, self.head, self.config.distill)
+            distiller = self.distiller(student)
             distiller.to(self.accelerator.device)
         evaluate = self.evaluator()
         quality = self.baseline(heads, evaluate)
@@ -188,6 +199,10 @@ class Run:
             models["compensated"] = compensated.to(self.accelerator.device)
         return models
 
+    def distiller(self, student: EVAViT) -> Distiller:
+        """The objective of the run."""
+        return Distiller(student, self.teacher, self.head, self.config.distill)
+
     def evaluator(self) -> Evaluator:
         """Measures backbones by the labels, or without them by likeness to the teacher."""
         return Evaluator(
@@ -260,17 +275,12 @@ class Run:
             save_head(head, paths["head"])
         for model in models.values():
             model.eval()
-        device = self.accelerator.device
-        images, labels = some_views(self.data.held_out.dataset, VIEWS, device)
-        lines = measure(models, quality, images[:1], autocast)
-        metric = "mIoU" if head is not None else "similarity"
+        lines = measure(models, quality, self.shown()[0][:1], autocast)
+        metric = self.evaluator().name
         facts: dict[str, object] = {"config": self.config.name, "note": self.config.note}
         text = write_report(folder, lines, metric, facts)
-        named = dict(zip(CLASSES, PALETTE, strict=True))
         with autocast():
-            paths["picture"] = draw_predictions(
-                folder / "predictions.png", models, head, images, labels, named
-            )
+            paths["picture"] = self.picture(models, folder / "predictions.png")
         paths |= {
             "curves": folder / "curves.png",
             "report": folder / "report.json",
@@ -282,3 +292,13 @@ class Run:
         LOG.info("\n\n%s\n", text)
         for name, path in paths.items():
             LOG.info("%-12s %s", name, path)
+
+    def shown(self) -> tuple[Tensor, Tensor | None]:
+        """Held-out images for the picture, and their labels."""
+        return some_views(self.data.held_out.dataset, VIEWS, self.accelerator.device)
+
+    def picture(self, models: dict[str, EVAViT], path: Path) -> Path:
+        """What every model makes of some held-out images."""
+        images, labels = self.shown()
+        named = dict(zip(CLASSES, PALETTE, strict=True))
+        return draw_predictions(path, models, self.head, images, labels, named)

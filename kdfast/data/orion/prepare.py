@@ -25,6 +25,7 @@ from kdfast.data.orion.geometry import Floats
 from kdfast.data.orion.infos import Infos, InfosBuilder, open_infos, read_pickled_infos
 from kdfast.data.orion.maps import read_hd_maps, read_pickled_maps, write_maps
 from kdfast.data.orion.names import CAMERAS, detection_class
+from kdfast.data.orion.sample import SPLIT_FILE, SampleOptions, write_sample
 from kdfast.data.views.bench2drive import read_val_clips
 
 PARTS = ".kdfast_parts"
@@ -193,3 +194,20 @@ def unknown_types(folders: Iterable[Path]) -> list[str]:
     """Blueprints of boxes that ORION has no class for."""
     names = {name for folder in folders for name in open_infos(folder).names}
     return sorted(name for name in names if detection_class(name) < 0)
+
+
+def new_sample(root: Path, options: SampleOptions) -> None:
+    """Write a synthetic set with its infos and maps; ``root`` appears when all of it is there.
+
+    Raises:
+        FileExistsError: ``root`` is taken.
+    """
+    if root.exists():
+        raise FileExistsError(f"{root}: must be free")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    aside = root.with_name(f".{root.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    write_sample(aside, options)
+    infos_from_download(aside, clips_of(aside, aside / "splits" / SPLIT_FILE))
+    maps_from(aside / "maps", aside)
+    aside.rename(root)

@@ -109,12 +109,9 @@ class FrameEvaluator:
                 )
             )
         rows = gather_object(rows)
-        found, truth, lines, wanted = zip(*rows, strict=True) if rows else ((), (), (), ())
-        return FrameScores(
-            score_detections(found, truth, DETECTION_CLASSES),
-            score_lines(lines, wanted, MAP_CLASSES),
-            len(rows),
-        )
+        boxes = score_detections([r[0] for r in rows], [r[1] for r in rows], DETECTION_CLASSES)
+        lines = score_lines([r[2] for r in rows], [r[3] for r in rows], MAP_CLASSES)
+        return FrameScores(boxes, lines, len(rows))
 
     @torch.no_grad()
     def results(self, backbone: nn.Module) -> Iterator[tuple[FrameResult, Batch]]:
@@ -144,9 +141,7 @@ def _lines(found: FoundLanes) -> Lines:
 
 
 @torch.no_grad()
-def fidelity(
-    student: EVAViT, teacher: EVAViT, images: Tensor
-) -> list[tuple[int, float, float]]:
+def fidelity(student: EVAViT, teacher: EVAViT, images: Tensor) -> list[tuple[int, float, float]]:
     """Likeness of the residual streams: block, cosine, squared error over the teacher's square.
 
     Args:

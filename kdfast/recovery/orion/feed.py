@@ -14,14 +14,19 @@ from torch import Tensor
 from kdfast.configs.recovery import Config
 from kdfast.data import build
 from kdfast.data.orion.frames import FrameBatch, OrionFrames, collate_frames
+from kdfast.data.orion.prepare import new_sample
+from kdfast.data.orion.sample import SampleOptions
 from kdfast.data.orion.sequences import SequenceSampler
 from kdfast.data.views.base import CorruptCounter
 from kdfast.data.views.gridmask import GridMask
 from kdfast.models.orion import HeadsMemory
 from kdfast.recovery.data import Views, view_feed
 from kdfast.trainer.feed import Batch, Feed
+from kdfast.trainer.logs import LOG
 
 Frames = Feed[OrionFrames]
+# What a run makes for itself: 240 training frames and 40 to measure on.
+SAMPLE = SampleOptions(clips=14, val_clips=2, frames=20, size=(180, 320))
 
 
 class Streams:
@@ -95,6 +100,11 @@ def build_frames(config: Config, accelerator: Accelerator) -> FrameData:
     """
     data, device = config.data, accelerator.device
     root = Path(str(data.root)).expanduser()
+    if data.sample and not root.exists():
+        if accelerator.is_main_process:
+            LOG.info("writing the synthetic set of `python -m kdfast.data sample` to %s", root)
+            new_sample(root, SAMPLE)
+        accelerator.wait_for_everyone()
     shared = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     streams = Streams(device)
     train = OrionFrames(
@@ -156,6 +166,7 @@ def frame_feed(
         shuffle=train,
     )
     corrupt = CorruptCounter(len(dataset) * dataset.views)
+    names = dataset.infos.pictures
     mask = GridMask(config.seed, rank, prob=data.gridmask) if train and data.gridmask else None
 
     def to_batch(found: FrameBatch, epoch: int, number: int) -> Batch:
@@ -164,8 +175,9 @@ def frame_feed(
         images = found.images.flatten(0, 1).to(device, non_blocking=True)
         if mask is not None:
             images = mask(images, epoch=epoch, step=number)
-        index = found.index.tolist()
-        paths = [f"{dataset.infos.clip(at)} frame {at}" for at in index]
+        # One entry an image, as of every feed.
+        index = found.index.repeat_interleave(dataset.views).tolist()
+        paths = [str(dataset.root / name) for at in found.index.tolist() for name in names(at)]
         return Batch(images, found.batch.to(device), index, paths)
 
     return Feed(

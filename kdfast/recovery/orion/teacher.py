@@ -19,7 +19,14 @@ from kdfast.configs.recovery import Config, FitTeacherConfig, HeadSizes
 from kdfast.machine.files import replacing
 from kdfast.models.checkpoint import load_orion_backbone, save_backbone
 from kdfast.models.eva import EVAViT
-from kdfast.models.orion import Batch, DetectionConfig, HeadsConfig, MapConfig, OrionHeads, task_loss
+from kdfast.models.orion import (
+    Batch,
+    DetectionConfig,
+    HeadsConfig,
+    MapConfig,
+    OrionHeads,
+    task_loss,
+)
 from kdfast.recovery.evaluate import EvaluateEpochs
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
 from kdfast.recovery.orion.evaluate import FrameEvaluator
@@ -111,7 +118,7 @@ def get_frame_teacher(
     spec = config.teacher.fit
     if config.teacher.checkpoint is not None:
         path = Path(config.teacher.checkpoint).expanduser()
-        heads = load_orion_heads(path)
+        heads = load_heads(path)
     elif spec is not None and spec.heads is not None:
         training = FrameTeacherTraining(config, spec, spec.heads, accelerator, data, folder)
         path = training.path
