@@ -26,6 +26,7 @@ from kdfast.ops.sdpa import scaled_dot_product_attention
 from kdfast.ops.swiglu_norm import swiglu_norm
 
 if TYPE_CHECKING:
+    from kdfast.models.orion.export import export_orion
     from kdfast.nn import AccelerateReport, accelerate, restore
     from kdfast.pruning import (
         Calibration,
@@ -56,6 +57,7 @@ __all__ = [
     "attention_distill",
     "calibrate",
     "evaluate_selections",
+    "export_orion",
     "feature_loss",
     "head_gather",
     "head_gather_block",
@@ -94,6 +96,7 @@ _LAZY = (
         "kdfast.pruning",
     )
     | dict.fromkeys(("AccelerateReport", "accelerate", "restore"), "kdfast.nn")
+    | {"export_orion": "kdfast.models.orion.export"}
     | dict.fromkeys(("load_pretrained", "save_pretrained"), "kdfast.pruning.saving")
 )
 

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kdfast.models.orion import (
-    Batch,
     DetectionConfig,
     Frame,
     HeadsConfig,
@@ -55,7 +54,9 @@ class Golden:
 
     def frame(self, i: int) -> Frame:
         scenes: dict[str, int] = {}
-        numbers = [scenes.setdefault(t, len(scenes)) for s in self.config["scene_tokens"] for t in s]
+        numbers = [
+            scenes.setdefault(t, len(scenes)) for s in self.config["scene_tokens"] for t in s
+        ]
         streams = len(self.config["scene_tokens"][i])
         given = self.group(f"f{i}.in.")
         names = ("lidar2img", "ego_pose", "ego_pose_inv", "timestamp", "command", "can_bus")

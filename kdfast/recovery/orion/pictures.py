@@ -20,7 +20,7 @@ from kdfast.data.views.preprocess import MEAN, STD
 Pixels = NDArray[np.uint8]
 # Metres to each side of the view from above, and its pixels.
 REACH, SIDE = 51.2, 384
-TILE = (192, 128)
+TILE = (256, 192)
 # The order in which people look at cameras, by their number.
 ROWS = ((1, 0, 2), (4, 3, 5))
 SURE = 0.2

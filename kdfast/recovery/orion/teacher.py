@@ -27,6 +27,7 @@ from kdfast.models.orion import (
     OrionHeads,
     task_loss,
 )
+from kdfast.models.orion.checkpoint import load_orion_heads
 from kdfast.recovery.evaluate import EvaluateEpochs
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
 from kdfast.recovery.orion.evaluate import FrameEvaluator
@@ -118,7 +119,7 @@ def get_frame_teacher(
     spec = config.teacher.fit
     if config.teacher.checkpoint is not None:
         path = Path(config.teacher.checkpoint).expanduser()
-        heads = load_heads(path)
+        heads = load_orion_heads(path)
     elif spec is not None and spec.heads is not None:
         training = FrameTeacherTraining(config, spec, spec.heads, accelerator, data, folder)
         path = training.path
