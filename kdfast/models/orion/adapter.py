@@ -182,9 +182,8 @@ class PrunedEVAViT(nn.Module):
         if self.pos_embed is not None:
             x = x + self._positions(self.pos_embed, grid).to(x.dtype)
         side = self.config["window_size"]
-        tables = {bool(block.window): None for block in self.blocks}
-        for windowed in tables:
-            tables[windowed] = self._table((side, side) if windowed else grid, x)
+        kinds = {bool(block.window) for block in self.blocks}
+        tables = {kind: self._table((side, side) if kind else grid, x) for kind in kinds}
         for block in self.blocks:
             cos, sin = tables[bool(block.window)]
             if self.with_cp and self.training and torch.is_grad_enabled():
