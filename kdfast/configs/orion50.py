@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kdfast.configs.recovery import (
     Config,
     DataConfig,
@@ -43,6 +45,21 @@ def orion50() -> Config:
         run=RunConfig(
             epochs=3, batch_size=4, precision="bf16", checkpointing=True, eval_images=240
         ),
+    )
+
+
+def orion50_frames() -> Config:
+    """``orion50`` with the loss of ORION's frozen heads, on a Bench2Drive that has infos.
+
+    A batch is frames of two streams, twelve images; ORION walks through 80 frames in a row in its
+    first epoch.
+    """
+    base = orion50()
+    return replace(
+        base,
+        name="orion50_frames",
+        data=replace(base.data, kind="frames", sequence=80),
+        run=replace(base.run, batch_size=2),
     )
 
 
