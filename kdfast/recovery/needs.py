@@ -9,6 +9,7 @@ import torch
 
 from kdfast import data
 from kdfast.configs import Config, plain
+from kdfast.data.orion.frames import OrionFrames
 from kdfast.machine.needs import Need, disk_need
 from kdfast.memory.ledger import PARAMETERS
 from kdfast.memory.steps import before_need, device_of, memory_need
@@ -56,8 +57,22 @@ def _data(config: Config) -> Need:
     spec = config.data
     if spec.kind == "scenes":
         return Need("data", f"scenes, rendered here: {spec.frames} frames of six views")
+    if spec.kind == "frames":
+        return _frames(config)
     try:
         images = data.build(kind=spec.kind, root=spec.root, split="train", size=spec.size)
     except (OSError, ValueError) as error:
         return Need("data", str(error), "--set data.root=FOLDER")
     return Need("data", f"{spec.kind} in {spec.root}: {len(images):,} items to train on")
+
+
+def _frames(config: Config) -> Need:
+    root = Path(str(config.data.root)).expanduser()
+    if config.data.sample and not root.exists():
+        return Need("data", f"a synthetic set, written to {root} first")
+    try:
+        frames = {split: len(OrionFrames(root, split=split)) for split in ("train", "val")}
+    except (OSError, ValueError) as error:
+        return Need("data", str(error), f"python -m kdfast.data check --root {root}")
+    counts = " and ".join(f"{count:,} {split}" for split, count in frames.items())
+    return Need("data", f"frames in {root}: {counts}, six images each")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.configs import Config, plain
+from kdfast.data.orion.names import CAMERAS
 from kdfast.data.scenes import CLASSES
 from kdfast.memory.measure import Step
 from kdfast.memory.steps import PRECISION, Before, PlannedStep
@@ -49,10 +50,13 @@ def recovery_step(config: Config, teacher: Mapping[str, Any] | None = None) -> P
         return Step(distiller, loss, frozen, optimizer)
 
     keep = f"{config.prune.keep:.0%}" if isinstance(config.prune.keep, float) else config.prune.keep
+    frames = config.data.kind == "frames"
+    # The heads' own share depends on what they match, and is small beside the backbone's.
+    note = ", six images a stream, without the frozen heads" if frames else ""
     return PlannedStep(
-        f"{config.name}: distil into {keep} of the heads",
+        f"{config.name}: distil into {keep} of the heads{note}",
         build,
-        config.run.batch_size,
+        config.run.batch_size * (len(CAMERAS) if frames else 1),
         config.data.size,
         PRECISION[config.run.precision],
         config.run.checkpointing,
