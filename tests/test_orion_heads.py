@@ -2,6 +2,7 @@
 """ORION's heads by themselves: memory, losses, gradients and checkpoints of small random heads."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -413,6 +414,19 @@ def test_every_fault_of_a_checkpoint_is_named(heads: OrionHeads, tmp_path: Path)
     torch.save({"state_dict": {**state, "map_head.x": "text"}}, path)
     with pytest.raises(ValueError, match=r"must hold tensors, got other values for \['map_head.x'"):
         load_orion_heads(path, small_heads_config())
+
+
+def test_the_documents_example_runs(heads: OrionHeads, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "use" / "orion.md"
+    block = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)[0]
+    student = torch.nn.Conv2d(3, CHANNELS, 16, 16)
+    monkeypatch.setattr("kdfast.models.load_backbone", lambda path: student)
+    monkeypatch.setattr("kdfast.models.orion.load_orion_heads", lambda path: heads)
+    pictures = torch.randn(2 * VIEWS, 3, 16 * GRID[0], 16 * GRID[1])
+    scope: dict[str, Any] = {"frames": [(pictures, batch(step)) for step in range(2)]}
+    exec(block, scope)
+    assert scope["memory"].scene.frames.tolist() == [2, 2]
+    assert student.weight.grad is not None and student.weight.grad.abs().sum() > 0
 
 
 def test_wrong_arguments_are_named(heads: OrionHeads) -> None:
