@@ -251,11 +251,11 @@ TWO = torch.zeros(4, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"class_weight": [1.0] * 5}, TypeError, "class_weight must be a tensor of one of"),
+        ({"class_weight": [1.0] * 5}, TypeError, "class_weight must be a tensor, got list"),
         (
             {"class_weight": TWO},
             TypeError,
-            "class_weight must be a tensor of one of .* got torch.i",
+            "class_weight must be one of .* got torch.int64",
         ),
         ({"class_weight": torch.ones(4)}, ValueError, r"class_weight must be \(5,\), got \(4,\)"),
         ({"class_weight": torch.ones(5, device="meta")}, ValueError, "on the device of student"),

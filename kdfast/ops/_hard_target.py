@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.ops import _library
+from kdfast.ops._checks import check_tensors
 from kdfast.ops._divergence import weighted
 from kdfast.ops._losses import FLOATING
 
@@ -20,11 +21,11 @@ def check_weights(op: str, name: str, value: Tensor | None, logits: Tensor) -> N
 
     Their values are not looked at, which would stall a GPU.
     """
+    check_tensors(op, (name,), value, optional=True)
     if value is None:
         return
-    if not isinstance(value, Tensor) or value.dtype not in FLOATING:
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{op}: {name} must be a tensor of one of {FLOATING}, got {got}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} must be one of {FLOATING}, got {value.dtype}")
     if value.shape != logits.shape[-1:]:
         want = tuple(logits.shape[-1:])
         raise ValueError(f"{op}: {name} must be {want}, got {tuple(value.shape)}")
