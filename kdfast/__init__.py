@@ -21,6 +21,7 @@ from kdfast.ops.head_gather_block import head_gather_block
 from kdfast.ops.kd_loss import kd_loss
 from kdfast.ops.linear import linear
 from kdfast.ops.linear_kd_loss import linear_kd_loss
+from kdfast.ops.multilabel_kd_loss import multilabel_kd_loss
 from kdfast.ops.pruned_attention import pruned_attention
 from kdfast.ops.sdpa import scaled_dot_product_attention
 from kdfast.ops.swiglu_norm import swiglu_norm
@@ -67,6 +68,7 @@ __all__ = [
     "linear_kd_loss",
     "load_pretrained",
     "mlp_scores",
+    "multilabel_kd_loss",
     "prune_heads",
     "pruned_attention",
     "pruning_report",

@@ -111,6 +111,12 @@ def _check_training(config: ChainConfig) -> list[str]:
                 f"optim.warmup_epochs: must be below epochs, got {optim.warmup_epochs} of "
                 f"{min(epochs)}"
             )
+    if distill.focal_alpha is not None and not distill.focal_gamma:
+        found.append(f"distill.focal_alpha: needs a distill.focal_gamma, got {distill.focal_alpha}")
+    for name in ("class_weights", "pos_weights"):
+        value = getattr(distill, name)
+        if isinstance(value, tuple) and not any(value):
+            found.append(f"distill.{name}: must have a number above 0, got {list(value)}")
     batches = config.batch if isinstance(config.batch, tuple) else (config.batch,)
     if mixing and any(isinstance(b, int) and b % 2 for b in batches):
         found.append("batch: must be even for optim.mixup and optim.cutmix")
