@@ -196,6 +196,10 @@ def test_resume_refuses_another_compensation(
     changed = words(tmp_path / "run", teachers, "prune.sequential=false", "run.max_steps=2")
     assert main([*changed, "--resume"]) == 2
     assert "config.prune.sequential True, got False" in capsys.readouterr().err
+    # Nor does a refused run leave its own student behind.
+    (tmp_path / "run/compensated.safetensors").unlink()
+    assert main([*changed, "--resume"]) == 2
+    assert not (tmp_path / "run/compensated.safetensors").exists()
 
 
 @pytest.mark.parametrize(

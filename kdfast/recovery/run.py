@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -144,8 +145,11 @@ class Run:
         views = CalibrationViews(self.data.calibration, config.calibration_views)
         calibration: Calibration | None = None
         if path is not None:
-            heads: list[list[int]] = load_checkpoint(path)["meta"]["heads"]
-            if not config.compensate or (self.folder / COMPENSATED).is_file():
+            meta = load_checkpoint(path)["meta"]
+            heads: list[list[int]] = meta["heads"]
+            # The loop will refuse another recipe, whose student must not be kept as this run's.
+            known = (self.folder / COMPENSATED).is_file() or meta["config"] != self.recipe()
+            if known or not config.compensate:
                 # The checkpoint replaces its weights.
                 return heads, self.cut(heads)
         elif config.method == "reconstruction":
@@ -164,6 +168,10 @@ class Run:
             save_backbone(student, self.folder / COMPENSATED)
         self.accelerator.wait_for_everyone()
         return heads, self.trainable(student)
+
+    def recipe(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its beginning."""
+        return identity(plain(self.config), FREE)
 
     def heads(self, calibration: Calibration | None) -> list[list[int]]:
         """The heads with the best scores; a calibration is for the method "reconstruction"."""
@@ -243,7 +251,6 @@ class Run:
             log_every=run.log_every,
         )
         optimizer = adamw(param_groups(distiller, optim, len(student.blocks)), optim)
-        recipe = identity(plain(self.config), FREE)
         return Job(
             title="distil",
             folder=self.folder,
@@ -254,7 +261,7 @@ class Run:
             optimizer=optimizer,
             set_lr=lr_setter(optimizer, optim, length.total),
             clip=optim.clip,
-            meta={"stage": "distil", "config": recipe, "heads": heads},
+            meta={"stage": "distil", "config": self.recipe(), "heads": heads},
             watch=EvaluateEpochs("distil", evaluate, student),
         )
 
