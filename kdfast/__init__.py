@@ -21,11 +21,13 @@ from kdfast.ops.head_gather_block import head_gather_block
 from kdfast.ops.kd_loss import kd_loss
 from kdfast.ops.linear import linear
 from kdfast.ops.linear_kd_loss import linear_kd_loss
+from kdfast.ops.multilabel_kd_loss import multilabel_kd_loss
 from kdfast.ops.pruned_attention import pruned_attention
 from kdfast.ops.sdpa import scaled_dot_product_attention
 from kdfast.ops.swiglu_norm import swiglu_norm
 
 if TYPE_CHECKING:
+    from kdfast.models.orion.export import export_orion
     from kdfast.nn import AccelerateReport, accelerate, restore
     from kdfast.pruning import (
         Calibration,
@@ -56,6 +58,7 @@ __all__ = [
     "attention_distill",
     "calibrate",
     "evaluate_selections",
+    "export_orion",
     "feature_loss",
     "head_gather",
     "head_gather_block",
@@ -65,6 +68,7 @@ __all__ = [
     "linear_kd_loss",
     "load_pretrained",
     "mlp_scores",
+    "multilabel_kd_loss",
     "prune_heads",
     "pruned_attention",
     "pruning_report",
@@ -94,6 +98,7 @@ _LAZY = (
         "kdfast.pruning",
     )
     | dict.fromkeys(("AccelerateReport", "accelerate", "restore"), "kdfast.nn")
+    | {"export_orion": "kdfast.models.orion.export"}
     | dict.fromkeys(("load_pretrained", "save_pretrained"), "kdfast.pruning.saving")
 )
 

@@ -157,8 +157,13 @@ def _report(step: PlannedStep, vram: int | None, modules: bool) -> bool:
     if step.batch is not None:
         plan = step.plan(step.batch, step.checkpointing)
         print(_text(plan, modules))
+    if step.before is not None:
+        print(f"  before it, {step.before.title} keeps {mib(step.before.bytes)}")
     if vram is None:
         return True
+    small = step.before is None or step.before.bytes <= vram
+    if step.before is not None and not small:
+        print(f"  {step.before.title} DOES NOT FIT into {vram / GIB:.1f} GiB: {step.before.fix}")
     fits = plan is not None and plan.peak_bytes <= vram
     if plan is not None:
         rest = vram - plan.peak_bytes
@@ -177,7 +182,7 @@ def _report(step: PlannedStep, vram: int | None, modules: bool) -> bool:
         f"  largest batch in {vram / GIB:.1f} GiB: {best.batch}{more}{recompute}, "
         f"{mib(best.peak_bytes)}"
     )
-    return fits or step.batch is None
+    return small and (fits or step.batch is None)
 
 
 def _text(plan: MemoryPlan, modules: bool) -> str:

@@ -87,6 +87,11 @@ def run(config: Config | ChainConfig, *, resume: bool = False) -> int:
         accelerator = make_accelerator(config.precision, config.device)
         return run_chain(config, accelerator, resume=resume)
     accelerator = make_accelerator(config.run.precision, config.run.device)
+    if config.data.kind == "frames":
+        # Imported here: matching and metrics take a second to import.
+        from kdfast.recovery.orion.run import run_frames
+
+        return run_frames(config, accelerator, resume=resume)
     return run_recovery(config, accelerator, resume=resume)
 
 

@@ -38,7 +38,18 @@ CALLS: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [
     (
         "kd_loss",
         kdfast.kd_loss,
-        {"student_logits": ROWS, "teacher_logits": ROWS, "target": torch.arange(3)},
+        {
+            **{"student_logits": ROWS, "teacher_logits": ROWS, "target": torch.arange(3)},
+            "class_weight": ROWS[0],
+        },
+    ),
+    (
+        "multilabel_kd_loss",
+        kdfast.multilabel_kd_loss,
+        {
+            **{"student_logits": ROWS, "teacher_logits": ROWS, "target": ROWS.sigmoid()},
+            **{"class_weight": ROWS[0], "pos_weight": ROWS[0]},
+        },
     ),
     (
         "linear_kd_loss",

@@ -121,7 +121,7 @@ def test_alpha_schedules() -> None:
 
 def test_distill_loss_of_classes() -> None:
     s, t, y = torch.randn(6, 5), torch.randn(6, 5), torch.randint(0, 5, (6,))
-    loss, kd, ce = distill_loss(s, t, y, "multiclass", temperature=4.0, alpha=0.7)
+    loss, kd, ce = distill_loss(s, t, y, "multiclass", ChainDistillConfig(), 0.7)
     want = 16 * F.kl_div((s / 4).log_softmax(1), (t / 4).softmax(1), reduction="batchmean")
     torch.testing.assert_close(kd, want)
     torch.testing.assert_close(ce, F.cross_entropy(s, y))
@@ -131,7 +131,8 @@ def test_distill_loss_of_classes() -> None:
 def test_distill_loss_of_several_labels() -> None:
     s, t = torch.randn(6, 3).double(), torch.randn(6, 3).double()
     y = (torch.rand(6, 3) > 0.5).double()
-    loss, kd, bce = distill_loss(s, t, y, "multilabel", temperature=2.0, alpha=0.4)
+    config = ChainDistillConfig(temperature=2.0)
+    loss, kd, bce = distill_loss(s, t, y, "multilabel", config, 0.4)
     p, q = torch.sigmoid(t / 2), torch.sigmoid(s / 2)
     want = 4 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
     torch.testing.assert_close(kd, want)

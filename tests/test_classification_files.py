@@ -139,6 +139,58 @@ def test_imagefolder_rejects(tmp_path):
         load("imagefolder", root)
 
 
+@pytest.mark.parametrize("form", ["folder", "tar", "wrapped"])
+@pytest.mark.parametrize("inside", [None, "notes.txt", ".hidden.png"])
+def test_an_empty_class_folder_is_named(tmp_path, form, inside):
+    """Left out without a word it would shift the numbers of the classes after it."""
+    root = write_tree(tmp_path / "set", ("",), classes=("ant", "cow"))
+    empty = root / "bee"
+    empty.mkdir()
+    if inside is not None:
+        (empty / inside).write_bytes(b"")
+    path = root
+    if form != "folder":
+        path = pack(root, tmp_path / "set.tar", "set" if form == "wrapped" else ".")
+    where = f"{path}/set" if form == "wrapped" else str(path)
+    with pytest.raises(
+        ValueError, match=r"every class folder must hold pictures .*\.tiff"
+    ) as error:
+        load("imagefolder", path)
+    assert f"got none for bee in {where}; add some, or remove the folder" in str(error.value)
+    if inside is not None:
+        (empty / inside).unlink()
+    empty.rmdir()
+    (root / ".cache").mkdir()
+    (root / "ant" / "more").mkdir()
+    assert load("imagefolder", root).class_names == ["ant", "cow"]
+
+
+def test_an_empty_class_folder_of_a_split(tmp_path):
+    """An error in train; elsewhere the classes are known, and a warning says what is missing."""
+    root = write_tree(tmp_path / "set", ("train", "val", "test"), classes=("ant", "bee"), count=2)
+    (root / "val" / "bee" / "000.png").unlink()
+    (root / "val" / "bee" / "001.png").unlink()
+    with pytest.warns(
+        UserWarning, match=rf"classes without a picture in a split.*bee in {root}/val"
+    ):
+        data = load("imagefolder", root)
+    assert data.class_names == ["ant", "bee"] and data.val.targets.unique().tolist() == [0]
+    (root / "train" / "cow").mkdir()
+    with pytest.raises(ValueError, match=rf"got none for cow in {root}/train; add some, or remove"):
+        load("imagefolder", root)
+
+
+def test_tiff_pictures_of_classes(tmp_path):
+    for name, value in (("ant", 10), ("bee", 200)):
+        (tmp_path / name).mkdir()
+        for index in range(12):
+            picture = Image.new("RGB", (9, 9), (value, index, 0))
+            picture.save(tmp_path / name / f"{index}.{'tif' if index % 2 else 'TIFF'}")
+    data = load("imagefolder", tmp_path, val_fraction=0.2)
+    assert data.class_names == ["ant", "bee"]
+    assert {int(stored(data.train, i)[0, 0, 0]) for i in range(len(data.train))} == {10, 200}
+
+
 def test_shared_archive_is_read_in_place(shared):
     data = build_classification("imagefolder", shared / "cifar10.tar", size=32, seed=0, memory=0)
     assert (len(data.train), len(data.val), len(data.test)) == (27000, 5000, 3000)

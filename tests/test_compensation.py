@@ -356,6 +356,30 @@ def test_the_model_is_left_as_it_was() -> None:
         assert all(p.requires_grad for p in some.parameters())
 
 
+def test_moments_of_the_heads_alone(tmp_path: Path) -> None:
+    """Without the hidden units heads are compensated the same, and units not at all."""
+    model, x = eva()
+    data = more(x)
+    every, few = (kdfast.calibrate(model, data, mlps=m, progress=False) for m in (True, False))
+    assert every.mlps and not few.mlps
+    few.save(tmp_path / "few.safetensors")
+    few = kdfast.Calibration.load(tmp_path / "few.safetensors", model)
+    kept = [[0, 2], [1], [0, 3]]
+    for options in ({}, {"sequential": True, "data": data}):
+        results = [
+            kdfast.prune_heads(model, kept, compensate=c, progress=False, **options).state_dict()
+            for c in (every, few)
+        ]
+        assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+    for a, b in zip(every.attentions.values(), few.attentions.values(), strict=True):
+        assert torch.equal(a.covariance, b.covariance) and a.stream == b.stream
+    units = [[0, 1]] * 3
+    with pytest.raises(ValueError, match="must know the hidden units to remove some"):
+        kdfast.prune_heads(model, kept, mlp=units, compensate=few, data=data)
+    with pytest.raises(ValueError, match="mlp_scores: the calibration must have hidden units"):
+        kdfast.mlp_scores(model, "reconstruction", few)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "match"),
     [

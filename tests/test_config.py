@@ -157,6 +157,17 @@ def test_stand_in(here: Path) -> None:
     assert load("orion50", ["data.kind=scenes"]).name == "orion50_scenes"
 
 
+def test_infos_bring_the_heads_in(inputs: Path) -> None:
+    plain = load("orion50", ["teacher.checkpoint=ckpts/orion/orion.pth"])
+    assert plain.name == "orion50" and not plain.note
+    for name in ("kdfast_infos_train", "kdfast_infos_val", "kdfast_maps"):
+        (inputs / "data" / "bench2drive" / name).mkdir()
+    config = load("orion50")
+    assert config.name == "orion50_frames" and config.data.kind == "frames"
+    assert "loss of ORION's heads" in config.note
+    assert load("orion50", ["data.kind=bench2drive"]).data.kind == "bench2drive"
+
+
 def test_stand_in_has_the_same_kind_of_blocks() -> None:
     fit = CONFIGS["orion50_scenes"]().teacher.fit
     assert fit is not None

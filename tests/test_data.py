@@ -103,6 +103,60 @@ def test_every_format_reads_the_same(tmp_path):
     np.testing.assert_array_equal(read_bgr(tmp_path / "grey.png"), np.stack([grey] * 3, -1))
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_deflate", "jpeg"])
+def test_tiff(tmp_path, compression):
+    pixels = np.kron(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5, np.ones((8, 8, 1)))
+    picture = Image.fromarray(pixels.astype(np.uint8))
+    quality = {"quality": 100} if compression == "jpeg" else {}
+    picture.save(tmp_path / "a.tif", compression=compression, **quality)
+    got = read_bgr(tmp_path / "a.tif")
+    assert got.dtype == np.uint8 and got.flags.c_contiguous
+    exact = {"rtol": 0, "atol": 6 if compression == "jpeg" else 0}
+    np.testing.assert_allclose(got[..., ::-1].astype(int), pixels.astype(int), **exact)
+    assert list_images(tmp_path) == ["a.tif"]
+
+
+def test_tiff_of_other_kinds(tmp_path):
+    """Grey, 16 bits, palette, alpha, big-endian and several pages; floats have no range."""
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    three = np.stack([grey] * 3, -1)
+    wide = grey.astype(np.uint16) * 256 + 7
+    kinds = {
+        "grey": Image.fromarray(grey),
+        "wide": Image.fromarray(wide),
+        "palette": Image.fromarray(grey).convert("P"),
+        "alpha": Image.merge("RGBA", [Image.fromarray(grey)] * 3 + [Image.new("L", (8, 8), 9)]),
+    }
+    for name, picture in kinds.items():
+        picture.save(tmp_path / f"{name}.tiff")
+        np.testing.assert_array_equal(read_bgr(tmp_path / f"{name}.tiff"), three, err_msg=name)
+    pages = [Image.new("L", (4, 4), value) for value in (3, 4)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    assert (read_bgr(tmp_path / "pages.tif") == 3).all()
+    pages[0].save(tmp_path / "big.tif", big_tiff=True)
+    assert (read_bgr(tmp_path / "big.tif") == 3).all()
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tif")
+    assert "values of mode 'F', whose range is not known" in read_bgr(tmp_path / "float.tif")
+
+
+def test_damaged_tiff_is_a_reason(tmp_path):
+    write(tmp_path / "a.tif")
+    code = bytearray((tmp_path / "a.tif").read_bytes())
+    draw = np.random.default_rng(0)
+    reasons = 0
+    for _ in range(200):
+        bad = code.copy()
+        for place in draw.integers(0, min(len(bad), 300), 4):
+            bad[place] = draw.integers(0, 256)
+        (tmp_path / "bad.tif").write_bytes(bad)
+        got = read_bgr(tmp_path / "bad.tif")
+        reasons += isinstance(got, str)
+        assert isinstance(got, str) or (got.ndim == 3 and got.dtype == np.uint8)
+    assert reasons > 20
+    (tmp_path / "bad.tif").write_bytes(code[: len(code) // 2])
+    assert read_bgr(tmp_path / "bad.tif").startswith("cannot be decoded: ")
+
+
 def test_split_of_a_plain_tree(pictures):
     train, val = build(pictures), build(pictures, split="val")
     assert len(train) == 36 and len(val) == 4

@@ -116,6 +116,8 @@ def test_too_little_memory_and_disk(name: str, monkeypatch: pytest.MonkeyPatch) 
     fixes = {need.name: need.fix for need in found}
     assert "checkpointing=true" in fixes.pop("memory")
     assert "output=FOLDER" in fixes.pop("disk")
+    if name == "orion50":
+        assert "prune.sequential to false" in fixes.pop("start")
     assert not any(fixes.values())
 
 

@@ -487,3 +487,17 @@ def test_ddp() -> None:
         wrapped(torch.randn(ROWS, C)).square().sum().backward()
         optimizer.step()
     check(model.eval())
+
+
+def test_layers_without_units_are_left_to_torch() -> None:
+    """oneDNN has no layout for a matrix without rows or columns."""
+    model = small_eva(heads=[[0, 1]] * 3, mlp_hidden=[0, 128, 0]).eval()
+    image = torch.randn(1, 3, 64, 64)
+    want = model(image).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(image), want, rtol=1e-4, atol=1e-4)
+    empty = nn.Sequential(nn.Linear(C, 0), nn.Linear(0, P)).eval()
+    kdfast.accelerate(empty)
+    with torch.no_grad():
+        got = empty(torch.randn(ROWS, C))
+    torch.testing.assert_close(got, empty[1].bias.expand(ROWS, P))

@@ -316,6 +316,27 @@ def test_a_config_is_planned_without_its_files() -> None:
         load("orion50", ["prune.keep=2"], files=False)
 
 
+def test_memory_of_the_compensation(capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights of both models, D^2 doubles a block, and every image with its two streams."""
+    config = load("smoke", ["prune.calibration_views=30"], files=False)
+    (step,) = steps_of(config)
+    step_module = step.build(False)
+    models = (step_module.module.student, step_module.teachers[0])
+    weights = sum(p.nbytes for model in models for p in model.parameters())
+    each = 4 * (3 * 32 * 32 + 2 * 16 * 64)
+    assert step.before is not None
+    assert step.before.bytes == weights + 4 * 8 * 64**2 + 32 * each  # 8 whole batches of 4
+    (once,) = steps_of(load("smoke", ["prune.sequential=false"], files=False))
+    assert once.before is not None and once.before.bytes == step.before.bytes - 28 * each
+    (cut,) = steps_of(load("smoke", ["prune.compensate=false"], files=False))
+    assert cut.before is None
+    many = ["--config", "smoke", "--set", "prune.calibration_views=1000000", "--vram", "4GiB"]
+    assert main(many) == 1
+    text = capsys.readouterr().out
+    assert "the compensation DOES NOT FIT into 4.0 GiB: set fewer prune.calibration_views" in text
+    assert " fits into 4.0 GiB" in text
+
+
 @pytest.mark.slow
 def test_eva_l_distils_in_24_gib() -> None:
     (step,) = steps_of(load("orion50", files=False))
@@ -337,6 +358,7 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert main(["--config", "smoke", "--vram", "1GiB", "--modules"]) == 0
     text = capsys.readouterr().out
     assert "smoke: distil into 50% of the heads" in text
+    assert "before it, the compensation keeps 7 MiB" in text
     assert "fits into 1.0 GiB" in text and "largest batch in 1.0 GiB: 8 or more, " in text
     assert "blocks.0" in text
     assert main(["--model", "test_vit", "--teacher", "test_vit2", "--vram", "100MiB"]) == 1

@@ -80,9 +80,10 @@ def test_whole_run(tmp_path: Path, teachers: Path, capsys: pytest.CaptureFixture
     assert [row["step"] for row in epochs] == ["12", "24"]
 
     result = json.loads((folder / "report.json").read_text())
-    assert [line["model"] for line in result["models"]] == ["teacher", "pruned", "distilled"]
-    assert [line["heads"] for line in result["models"]] == [16, 8, 8]
-    teacher, pruned, distilled = result["models"]
+    names = [line["model"] for line in result["models"]]
+    assert names == ["teacher", "pruned", "compensated", "distilled"]
+    assert [line["heads"] for line in result["models"]] == [16, 8, 8, 8]
+    teacher, pruned, _, distilled = result["models"]
     assert teacher["params"] > pruned["params"] == distilled["params"]
     assert teacher["gflop"] > pruned["gflop"] == distilled["gflop"]
     assert teacher["peak_mib"] > pruned["peak_mib"] > 0
@@ -252,7 +253,8 @@ def test_orion_file_on_a_picture_folder(
     result = json.loads((folder / "report.json").read_text())
     assert result["metric"] == "similarity"
     assert result["models"][0]["quality"] == pytest.approx(1.0, abs=1e-5)
-    assert result["models"][1]["quality"] < 0.9999
+    teacher, pruned, compensated, _ = (line["quality"] for line in result["models"])
+    assert pruned < compensated < teacher
     assert Image.open(folder / "predictions.png").size[0] > 300
     out = capsys.readouterr().out
     # Under DropPath 0 and bf16 the recipe's GridMask and photometric distortion still run.
@@ -379,3 +381,9 @@ def test_two_processes_give_the_gradient_of_one(
     for name in ("total", "task", "feature", "grad_norm"):
         assert float(first[name]) == pytest.approx(float(second[name]), rel=2e-3)
     assert done.stdout.count("starting smoke") == 1
+    # The calibration's sums are those of all processes: they share the same images.
+    first, second = (load_file(tmp_path / x / "compensated.safetensors") for x in ("one", "two"))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=1e-4)
+    logs = [(tmp_path / name / "train.log").read_text() for name in ("one", "two")]
+    assert all("calibration: 48 views" in log for log in logs)

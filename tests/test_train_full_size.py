@@ -12,7 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from kdfast.data.orion.prepare import new_sample
+from kdfast.data.orion.sample import SPLIT_FILE, SampleOptions
 from kdfast.models import eva_vit_l_orion, load_backbone
+from kdfast.models.orion import OrionHeads
 from kdfast.trainer.logs import read_rows
 from kdfast.trainer.state import load_checkpoint
 
@@ -42,6 +45,7 @@ def test_three_steps_and_resume(tmp_path: Path) -> None:
         "data.root": pictures,
         "data.workers": 0,
         "prune.batches": 1,
+        "prune.calibration_views": 2,
         "run.batch_size": 1,
         "run.device": "cpu",
         "run.eval_images": 1,
@@ -57,11 +61,45 @@ def test_three_steps_and_resume(tmp_path: Path) -> None:
     steps = read_rows(folder / "steps.csv")
     assert [row["step"] for row in steps] == ["1", "2", "3", "4"]
     assert all(np.isfinite(float(row["total"])) for row in steps)
-    teacher, pruned, distilled = json.loads((folder / "report.json").read_text())["models"]
+    teacher, pruned, compensated, distilled = json.loads((folder / "report.json").read_text())[
+        "models"
+    ]
+    assert pruned["quality"] < compensated["quality"]
     assert teacher["params"] == 303_388_608 and distilled["params"] == 253_032_384
     assert (teacher["gflop"], pruned["gflop"]) == pytest.approx((1074.356, 860.480), rel=1e-5)
     student = load_backbone(folder / "student.safetensors")
     assert [len(kept) for kept in student.heads] == [8] * 24
+
+
+@pytest.mark.slow
+def test_a_step_through_the_heads(tmp_path: Path) -> None:
+    heads = OrionHeads().state_dict()
+    torch.save({"meta": {}, "state_dict": {**orion_state(), **heads}}, tmp_path / "orion.pth")
+    root = tmp_path / "b2d"
+    new_sample(root, SampleOptions(clips=3, val_clips=1, frames=2, size=(450, 800)))
+    changes = {
+        "output": tmp_path / "run",
+        "teacher.checkpoint": tmp_path / "orion.pth",
+        "data.root": root,
+        "data.split_file": root / "splits" / SPLIT_FILE,
+        "data.workers": 0,
+        "prune.method": "magnitude",
+        "prune.compensate": False,
+        "run.batch_size": 1,
+        "run.device": "cpu",
+        "run.eval_images": 6,
+        "run.log_every": 1,
+        "run.max_steps": 1,
+    }
+    words = ["--config", "orion50"]
+    words += [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    out = run(words)
+    assert int(out.rsplit("peak ", 1)[1]) < 20 * 2**20
+    (step,) = read_rows(tmp_path / "run" / "steps.csv")
+    assert float(step["detection"]) > 0 and float(step["map"]) > 0
+    assert np.isfinite(float(step["total"]))
+    frames = json.loads((tmp_path / "run" / "frames.json").read_text())
+    assert frames["frames"] == 1 and len(frames["models"]["distilled"]["blocks"]) == 24
 
 
 def orion_state() -> dict[str, torch.Tensor]:

@@ -16,10 +16,14 @@ from kdfast.chain.capture import Capture
 from kdfast.chain.links import LinkModel
 from kdfast.chain.map_distance import as_relation, map_distance
 from kdfast.chain.pairing import attention_pairs, feature_pairs
+from kdfast.chain.weights import TaskWeights
 from kdfast.configs.chain import ChainDistillConfig
 from kdfast.nn.frozen import Frozen
 from kdfast.ops.feature_loss import feature_loss
 from kdfast.ops.kd_loss import kd_loss
+from kdfast.ops.multilabel_kd_loss import multilabel_kd_loss
+
+NO_WEIGHTS = TaskWeights()
 
 
 def scheduled_alpha(epoch: int, epochs: int, config: ChainDistillConfig) -> float:
@@ -38,18 +42,32 @@ def scheduled_alpha(epoch: int, epochs: int, config: ChainDistillConfig) -> floa
     return config.alpha + (config.alpha_end - config.alpha) * part
 
 
-def task_loss(logits: Tensor, target: Tensor, task: str, smoothing: float = 0.0) -> Tensor:
+def task_loss(
+    logits: Tensor,
+    target: Tensor,
+    task: str,
+    config: ChainDistillConfig | None = None,
+    weights: TaskWeights = NO_WEIGHTS,
+) -> Tensor:
     """Cross-entropy, or for "multilabel" the binary one averaged over images and classes.
 
     Args:
         logits: (B, C).
         target: (B,) int64, or (B, C): class probabilities, or ones and zeros of "multilabel".
         task: Kind of classification, as in ``Classification.task``.
-        smoothing: Label smoothing of the cross-entropy; unused by the binary one.
+        config: Label smoothing of the cross-entropy and focal terms; None: neither.
+        weights: Of classes and positives.
     """
+    logits = logits.float()
+    if config is not None and config.focal_gamma:
+        # A distillation without weight, from itself, costs little beside a model's forward.
+        return distill_loss(logits, logits.detach(), target, task, config, 0.0, weights)[0]
     if task == "multilabel":
-        return F.binary_cross_entropy_with_logits(logits.float(), target.float())
-    return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
+        return F.binary_cross_entropy_with_logits(
+            logits, target.float(), weights.classes, pos_weight=weights.positives
+        )
+    smoothing = 0.0 if config is None else config.label_smoothing
+    return F.cross_entropy(logits, target, weights.classes, label_smoothing=smoothing)
 
 
 def distill_loss(
@@ -57,36 +75,45 @@ def distill_loss(
     teacher: Tensor,
     target: Tensor,
     task: str,
-    *,
-    temperature: float,
+    config: ChainDistillConfig,
     alpha: float,
-    smoothing: float = 0.0,
+    weights: TaskWeights = NO_WEIGHTS,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``kdfast.kd_loss`` of a task: (loss, kd, task's loss), the last two detached.
-
-    For "multilabel" a logit z is the two-class logits (z, 0), since softmax((z, 0) / T) is
-    sigmoid(z / T): ``kd = T^2 mean_bc KL(Bern(sigmoid(t / T)) || Bern(sigmoid(s / T)))``, and the
-    cross-entropy of these is the binary one.
+    """``kdfast.kd_loss``, or for "multilabel" ``kdfast.multilabel_kd_loss``.
 
     Args:
         logits: (B, C) logits of the student.
         teacher: (B, C) logits of the teacher.
         target: As in ``task_loss``.
         task: Kind of classification, as in ``Classification.task``.
-        temperature: T, by which both logits are divided.
-        alpha: Weight of ``kd``.
-        smoothing: Label smoothing; unused by "multilabel".
+        config: Temperature, label smoothing (unused by "multilabel") and focal terms.
+        alpha: Weight of the distillation.
+        weights: Of classes and positives.
+
+    Returns:
+        (loss, distillation, task's loss), the last two detached.
     """
     if task == "multilabel":
-        logits, teacher = (torch.stack([x, torch.zeros_like(x)], -1) for x in (logits, teacher))
-        target, smoothing = (target < 0.5).long(), 0.0
+        return multilabel_kd_loss(
+            logits,
+            teacher,
+            target.to(logits.dtype),
+            temperature=config.temperature,
+            alpha=alpha,
+            class_weight=weights.classes,
+            pos_weight=weights.positives,
+            focal_gamma=config.focal_gamma,
+            focal_alpha=config.focal_alpha,
+        )
     return kd_loss(
         logits,
         teacher,
         target,
-        temperature=temperature,
+        temperature=config.temperature,
         alpha=alpha,
-        label_smoothing=smoothing,
+        label_smoothing=config.label_smoothing,
+        class_weight=weights.classes,
+        focal_gamma=config.focal_gamma,
     )
 
 
@@ -109,6 +136,7 @@ class Objective(nn.Module):
         epochs: int,
         distilled: bool,
         size: tuple[int, int] | None = None,
+        weights: TaskWeights = NO_WEIGHTS,
     ) -> None:
         """Pair the layers of both models; for this both run once, on one black image.
 
@@ -120,6 +148,7 @@ class Objective(nn.Module):
             epochs: Number of epochs of the link, for the schedule of alpha.
             distilled: False: plain training on the targets.
             size: (height, width) of the images to come; None: what the models are made for.
+            weights: Of classes and positives, in the task's loss.
 
         Raises:
             ValueError: A term does not fit the models; the message names model and reason.
@@ -127,6 +156,9 @@ class Objective(nn.Module):
         super().__init__()
         self.student, self.task, self.config = student, task, config
         self.epochs, self.distilled = epochs, distilled
+        # They go where the student goes, and are no part of a checkpoint.
+        self.register_buffer("_classes", weights.classes, persistent=False)
+        self.register_buffer("_positives", weights.positives, persistent=False)
         self._teacher = None if teacher is None else Frozen(teacher)
         self.attention: list[tuple[str, str]] = []
         self.features: list[tuple[str, str]] = []
@@ -142,6 +174,11 @@ class Objective(nn.Module):
                 nn.Identity() if a.width == b.width else nn.Linear(a.width, b.width)
                 for a, b in pairs
             )
+
+    @property
+    def weights(self) -> TaskWeights:
+        """Weights of the task's loss, on the device of the module."""
+        return TaskWeights(self._buffers["_classes"], self._buffers["_positives"])
 
     @property
     def teacher(self) -> LinkModel | None:
@@ -166,7 +203,7 @@ class Objective(nn.Module):
         config = self.config
         if not self.distilled:
             logits = self.student(images)
-            total = task_loss(logits, target, self.task, config.label_smoothing)
+            total = task_loss(logits, target, self.task, config, self.weights)
             return {"total": total, "task": total.detach()}, logits.detach()
         theirs = self._run_teacher(images) if teacher_logits is None else None
         names = ([s for s, _ in self.attention], [s for s, _ in self.features])
@@ -181,9 +218,9 @@ class Objective(nn.Module):
             teacher_logits.to(logits.dtype),
             target,
             self.task,
-            temperature=config.temperature,
-            alpha=alpha,
-            smoothing=config.label_smoothing,
+            config,
+            alpha,
+            self.weights,
         )
         losses = {"task": task, "kd": kd}
         if theirs is not None and self.attention:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kdfast.chain.link_run import LinkRun
 from kdfast.chain.links import Link, LinkModel, build_link, links_of, switch_checkpointing
 from kdfast.chain.objective import Objective
+from kdfast.chain.weights import planned_weights
 from kdfast.configs.chain import ChainConfig, per_link, stages
 from kdfast.configs.fields import ConfigError, as_config_error
 from kdfast.memory.measure import Step, optimizer_of
@@ -64,6 +65,7 @@ def link_step(config: ChainConfig, link: Link, teacher: Link | None, classes: in
                 epochs=link.epochs,
                 distilled=teacher is not None,
                 size=(config.data.size, config.data.size),
+                weights=planned_weights(config.distill, "multiclass", classes),
             )
 
         def loss(images: Tensor, labels: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from kdfast.chain.planning import batch_size
 from kdfast.chain.step import LinkStep, mixup_of
 from kdfast.chain.summary import finish_link, summary_of
 from kdfast.chain.watch import LinkWatch
+from kdfast.chain.weights import TaskWeights, described, task_weights
 from kdfast.configs.fields import as_config_error
 from kdfast.data.labelled import Classification
 from kdfast.machine.memory import release
@@ -65,6 +66,7 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
             kept, teacher = kept_logits(run, teacher, accelerator), None
             release(device)
     with as_config_error():
+        weights = _weights(run)
         objective = Objective(
             student,
             teacher,
@@ -73,6 +75,7 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
             epochs=link.epochs,
             distilled=run.teacher is not None,
             size=(config.data.size, config.data.size),
+            weights=weights,
         ).to(device)
         classes = len(run.data.class_names)
         step = LinkStep(link.role, mixup_of(config.optim, run.data.task, classes), kept)
@@ -85,6 +88,8 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
         *(link.role, run.seed, link.model, f"{student.count:,}", batch, link.epochs),
         *(loop.per_epoch * batch, run.folder),
     )
+    if words := described(config.distill, weights, run.data.class_names):
+        LOG.info("%s: loss of the task: %s", link.role, words)
     loop.fit(resume=resume)
     if not loop.done:
         return None
@@ -92,6 +97,14 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
     summary = finish_link(run, watch, batch=batch, seconds=seconds)
     accelerator.wait_for_everyone()
     return summary
+
+
+def _weights(run: LinkRun) -> TaskWeights:
+    """Weights of the task's loss, balanced over the images that the link is trained on."""
+    data, targets = run.data, run.data.train.targets
+    chosen = even_part(targets, run.config.data.limit, _data_seed(data))
+    targets = targets if chosen is None else targets[chosen]
+    return task_weights(run.config.distill, data.task, targets, data.class_names)
 
 
 def _models(run: LinkRun, accelerator: Accelerator) -> tuple[LinkModel, LinkModel | None]:

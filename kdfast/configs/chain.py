@@ -58,6 +58,13 @@ class ChainDistillConfig:
         schedule: How alpha moves to ``alpha_end`` over the epochs.
         alpha_end: Alpha in the last epoch, unless the schedule is constant.
         label_smoothing: Label smoothing of the task's cross-entropy.
+        class_weights: Factors of the task's loss by class: ``none``, ``balanced`` (N / (C n) for n
+            of N training images), or a list in the order of the classes.
+        pos_weights: For several labels per image, factors of the positive part: ``none``,
+            ``balanced`` (negatives / positives of a label), or a list.
+        focal_gamma: Exponent of the task's focal term; 0: none.
+        focal_alpha: For several labels per image, the focal term's factor of positives, negatives
+            have 1 minus it; null: neither.
         attention: Weight of the attention term.
         attention_kind: Kind of ``kdfast.attention_distill``.
         attention_map: ``groups``: student head i imitates teacher head floor(i Ht / Hs);
@@ -75,6 +82,10 @@ class ChainDistillConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     alpha_end: Fraction = 0.5
     label_smoothing: Fraction = 0.0
+    class_weights: Literal["none", "balanced"] | tuple[NonNegative, ...] = "none"
+    pos_weights: Literal["none", "balanced"] | tuple[NonNegative, ...] = "none"
+    focal_gamma: NonNegative = 0.0
+    focal_alpha: Fraction | None = None
     attention: NonNegative = 0.0
     attention_kind: Literal["kl", "reverse_kl", "jsd", "mse", "cosine", "logit_mse"] = "kl"
     attention_map: Literal["groups", "relation"] = "groups"

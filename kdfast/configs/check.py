@@ -21,19 +21,46 @@ def _check_recovery(config: Config) -> list[str]:
     teacher, data, run = config.teacher, config.data, config.run
     if teacher.checkpoint is None and teacher.fit is None:
         found.append("teacher.checkpoint: must name a file, or teacher.fit say how to train one")
-    if teacher.checkpoint is None and data.kind != "scenes":
+    if teacher.checkpoint is None and data.kind not in ("scenes", "frames"):
         found.append(f"teacher.checkpoint: {data.kind} has no labels to train one, must be a file")
+    if data.kind == "frames":
+        found += _check_frames(config)
+    elif config.distill.vl:
+        found.append(f"distill.vl: needs the heads of data.kind frames, got {data.kind}")
     if teacher.checkpoint is not None and not Path(teacher.checkpoint).expanduser().is_file():
         found.append(f"teacher.checkpoint: no such file: {teacher.checkpoint}")
     if data.kind != "scenes" and data.root is None:
         found.append(f"data.root: {data.kind} needs a folder")
-    elif data.kind != "scenes" and not Path(str(data.root)).expanduser().is_dir():
+    elif data.kind not in ("scenes", "frames") and not Path(str(data.root)).expanduser().is_dir():
         found.append(f"data.root: no such folder: {data.root}")
     if data.cache and data.augment:
         found.append("data.cache: needs data.augment false, got true")
     if config.distill.feature + config.distill.attention + config.distill.output == 0:
         found.append("distill: feature, attention and output must not all be 0")
     return found + _check_device(run.device, run.precision, "run.")
+
+
+def _check_frames(config: Config) -> list[str]:
+    """Problems of a run with ORION's heads."""
+    data, fit = config.data, config.teacher.fit
+    found: list[str] = []
+    if config.teacher.checkpoint is None and fit is not None and fit.heads is None:
+        found.append("teacher.fit.heads: must be the sizes of the heads of data.kind frames")
+    root = None if data.root is None else Path(data.root).expanduser()
+    if root is not None and (root.is_dir() or not data.sample):
+        absent = [
+            name
+            for name in ("kdfast_infos_train", "kdfast_infos_val", "kdfast_maps")
+            if not (root / name).is_dir()
+        ]
+        if absent:
+            found.append(
+                f"data.root: {data.root} must hold {', '.join(absent)}; make them with "
+                f"`python -m kdfast.data infos --root {data.root}`"
+            )
+    if data.cache:
+        found.append("data.cache: not for data.kind frames, got true")
+    return found
 
 
 def _check_chain(config: ChainConfig) -> list[str]:
@@ -84,6 +111,12 @@ def _check_training(config: ChainConfig) -> list[str]:
                 f"optim.warmup_epochs: must be below epochs, got {optim.warmup_epochs} of "
                 f"{min(epochs)}"
             )
+    if distill.focal_alpha is not None and not distill.focal_gamma:
+        found.append(f"distill.focal_alpha: needs a distill.focal_gamma, got {distill.focal_alpha}")
+    for name in ("class_weights", "pos_weights"):
+        value = getattr(distill, name)
+        if isinstance(value, tuple) and not any(value):
+            found.append(f"distill.{name}: must have a number above 0, got {list(value)}")
     batches = config.batch if isinstance(config.batch, tuple) else (config.batch,)
     if mixing and any(isinstance(b, int) and b % 2 for b in batches):
         found.append("batch: must be even for optim.mixup and optim.cutmix")

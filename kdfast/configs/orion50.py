@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kdfast.configs.recovery import (
     Config,
     DataConfig,
     DistillConfig,
     FitTeacherConfig,
+    HeadSizes,
     OptimConfig,
     PruneConfig,
     RunConfig,
@@ -17,6 +20,8 @@ from kdfast.configs.recovery import (
 
 CHECKPOINT = "ckpts/orion/orion.pth"
 DATA = "data/bench2drive"
+# Where `orion50_mini` has its synthetic set; it is written there if nothing is.
+SAMPLE = "runs/orion_sample"
 
 
 def orion50() -> Config:
@@ -40,6 +45,21 @@ def orion50() -> Config:
         run=RunConfig(
             epochs=3, batch_size=4, precision="bf16", checkpointing=True, eval_images=240
         ),
+    )
+
+
+def orion50_frames() -> Config:
+    """``orion50`` with the loss of ORION's frozen heads, on a Bench2Drive that has infos.
+
+    A batch is frames of two streams, twelve images; ORION walks through 80 frames in a row in its
+    first epoch.
+    """
+    base = orion50()
+    return replace(
+        base,
+        name="orion50_frames",
+        data=replace(base.data, kind="frames", sequence=80),
+        run=replace(base.run, batch_size=2),
     )
 
 
@@ -78,4 +98,56 @@ def orion50_scenes() -> Config:
         distill=DistillConfig(),
         optim=OptimConfig(lr=7e-4, warmup=50),
         run=RunConfig(epochs=3, batch_size=8, save_every=200),
+    )
+
+
+def orion50_mini() -> Config:
+    """The same with small versions of ORION's heads, on the synthetic set of `kdfast.data sample`.
+
+    Task loss through frozen heads with a memory, detection and map metrics; needs no file and a few
+    minutes on two cores.
+    """
+    vit = VitConfig(
+        img_size=96,
+        patch_size=8,
+        embed_dim=96,
+        depth=4,
+        num_heads=12,
+        window_size=6,
+        window_block_indexes=(0, 2),
+        pt_hw_seq_len=6,
+        pretrain_img_size=96,
+    )
+    fit = FitTeacherConfig(
+        model=vit,
+        head_dim=64,
+        epochs=10,
+        batch_size=2,
+        optim=OptimConfig(lr=1e-3, weight_decay=0.01, warmup=100, clip=35.0),
+        heads=HeadSizes(),
+    )
+    return Config(
+        name="orion50_mini",
+        output="runs/orion50_mini",
+        teacher=TeacherConfig(checkpoint=None, fit=fit),
+        data=DataConfig(
+            kind="frames",
+            root=SAMPLE,
+            split_file=f"{SAMPLE}/splits/bench2drive_base_train_val_split.json",
+            size=(96, 96),
+            augment=False,
+            sequence=10,
+            sample=True,
+        ),
+        prune=PruneConfig(
+            method="taylor",
+            keep=0.5,
+            scope="block",
+            batches=16,
+            batch_size=6,
+            calibration_views=240,
+        ),
+        distill=DistillConfig(),
+        optim=OptimConfig(lr=4e-4, warmup=50),
+        run=RunConfig(epochs=3, batch_size=2, save_every=200),
     )

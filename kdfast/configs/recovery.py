@@ -60,15 +60,37 @@ class VitConfig:
 
 
 @dataclass(frozen=True)
+class HeadSizes:
+    """Sizes of small versions of ORION's heads, for a teacher that is trained here on frames.
+
+    Attributes:
+        dim: Width of the queries, a multiple of 8.
+        layers: Layers of both decoders.
+        ffn: Hidden width of their feed-forward layers.
+        queries: Learned queries of the detection head; half as many come from its memory.
+        lanes: One-to-one lanes of the map head; three times as many one-to-many ones help.
+        dn_groups: Noised copies of every box in training.
+    """
+
+    dim: Count = 64
+    layers: Count = 2
+    ffn: Count = 128
+    queries: Count = 40
+    lanes: Count = 20
+    dn_groups: Count = 3
+
+
+@dataclass(frozen=True)
 class FitTeacherConfig:
     """How to train a teacher where there is no checkpoint of one.
 
     Attributes:
         model: The backbone.
-        head_dim: Width of the dense head.
+        head_dim: Width of the dense head; frames have ``heads`` instead.
         epochs: Passes over the training data.
         batch_size: Images per process and step.
         optim: Optimiser.
+        heads: Small heads for ``frames``; null for labels of pixels.
     """
 
     model: VitConfig
@@ -76,6 +98,7 @@ class FitTeacherConfig:
     epochs: Count
     batch_size: Count
     optim: OptimConfig = field(default_factory=OptimConfig)
+    heads: HeadSizes | None = None
 
 
 @dataclass(frozen=True)
@@ -98,9 +121,10 @@ class DataConfig:
     """What the images are.
 
     Attributes:
-        kind: ``images`` (a folder of pictures), ``bench2drive`` or ``scenes`` (rendered, with
-            labels).
-        root: Folder of ``images`` and ``bench2drive``.
+        kind: ``images`` (a folder of pictures), ``bench2drive``, ``scenes`` (rendered, with
+            labels), or ``frames``: Bench2Drive prepared by ``kdfast.data infos``, with the loss of
+            ORION's heads.
+        root: Folder of ``images``, ``bench2drive`` and ``frames``.
         split_file: List of validation clips of ``bench2drive``.
         val_fraction: Part of ``images`` that is held out where there are no folders train and val.
         size: (height, width) of the network input.
@@ -111,9 +135,12 @@ class DataConfig:
         val_frames: Held-out frames of ``scenes``.
         workers: Loader processes; 0 loads in the training process.
         cache: Keep every item in memory; needs ``augment`` false.
+        sequence: Frames of ``frames`` that a stream walks through in a row; 0: whole clips.
+        stride: Every how many frames of a clip one is taken, for ``frames``.
+        sample: Write the synthetic set of ``kdfast.data sample`` to ``root`` if nothing is there.
     """
 
-    kind: Literal["images", "bench2drive", "scenes"] = "images"
+    kind: Literal["images", "bench2drive", "scenes", "frames"] = "images"
     root: str | None = None
     split_file: str | None = None
     val_fraction: Half = 0.1
@@ -125,25 +152,41 @@ class DataConfig:
     val_frames: Count = 20
     workers: Natural = 0
     cache: bool = False
+    sequence: Natural = 80
+    stride: Count = 1
+    sample: bool = False
 
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Which heads the student keeps.
+    """Which heads the student keeps, and what it starts from; docs/use/compensation.md.
 
     Attributes:
         method: Criterion of ``kdfast.pruning.head_scores``.
         keep: Part of the heads that stays.
         scope: ``block``: the same number in each block; ``global``: the best of the whole model.
-        batches: Batches of training images for criteria that read data.
-        batch_size: Images of such a batch; without recomputation, so memory grows with it.
+        batches: Batches of training images for criteria that read data; ``reconstruction`` reads
+            ``calibration_views``.
+        batch_size: Images of such a batch, and per process of one of the calibration; without
+            recomputation, so memory grows with it.
+        compensate: Fold what the removed heads compute into the weights that stay; the distillation
+            starts from there. False: they are only cut away.
+        calibration_views: Training images of all processes that this is fitted on, without their
+            labels; rounded up to whole batches.
+        sequential: Fit one block after the other on the pruned model's own stream, which keeps
+            these images and two streams of each in memory. False: all at once.
+        ridge: Strength of the fit's ridge term; null: that of ``kdfast.prune_heads``.
     """
 
-    method: Literal["magnitude", "gradient", "taylor", "entropy"] = "taylor"
+    method: Literal["magnitude", "gradient", "taylor", "entropy", "reconstruction"] = "taylor"
     keep: Share = 0.5
     scope: Literal["block", "global"] = "block"
     batches: Count = 32
     batch_size: Count = 1
+    compensate: bool = True
+    calibration_views: Count = 256
+    sequential: bool = True
+    ridge: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +201,8 @@ class DistillConfig:
         feature: Weight of the feature term.
         attention: Weight of the attention term.
         output: Weight of the output term.
+        vl: Weight of the tokens that the heads of ``frames`` hand to a language model; ORION's
+            documents have 0, and 0.1 in a variant.
         attention_kind: Kind of ``kdfast.attention_distill``.
         feature_kind: Kind of ``kdfast.feature_loss``.
         feature_normalize: Normalisation of ``kdfast.feature_loss``; null: none.
@@ -173,6 +218,7 @@ class DistillConfig:
     feature: NonNegative = 0.5
     attention: NonNegative = 0.3
     output: NonNegative = 0.2
+    vl: NonNegative = 0.0
     attention_kind: Literal["kl", "reverse_kl", "jsd", "mse", "cosine", "logit_mse"] = "kl"
     feature_kind: Literal["mse", "cosine", "smooth_l1"] = "mse"
     feature_normalize: Literal["layer", "channel"] | None = "layer"
@@ -186,7 +232,7 @@ class RunConfig:
 
     Attributes:
         epochs: Passes over the training data.
-        batch_size: Images per process and forward.
+        batch_size: Images per process and forward; of ``frames`` streams, with six images each.
         accumulate: Forwards per optimiser step.
         precision: ``fp32``, or autocast in ``bf16`` or ``fp16`` (with loss scaling, on a GPU).
         checkpointing: Recompute the student's blocks in the backward.

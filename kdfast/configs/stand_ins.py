@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embedded defaults: the config that stands in for one whose checkpoint and data are absent.
+"""The config that a command starts from where the files decide: its ``note`` says what happened.
 
-It needs no file, so that every command runs on a fresh clone; its ``note`` says what happened.
+An embedded default stands in for a config whose checkpoint and data are absent. It needs no file,
+so that every command runs on a fresh clone. ``orion50`` learns from labels where there are any.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ def _for_recovery(default: Config, user: Mapping[str, Any]) -> tuple[str, str]:
     With one of them there, the user is told what the other one is.
     """
     checkpoint, root = str(default.teacher.checkpoint), str(default.data.root)
+    root = str(user.get("data.root", root))
+    if "data.kind" not in user and _has_infos(Path(root).expanduser()):
+        note = f"{root} has infos: the loss of ORION's heads is a part of the objective"
+        return "orion50_frames", f"{note} (data.kind=bench2drive leaves it out)"
     if "teacher.checkpoint" in user:
         return default.name, ""
     rendered = user.get("data.kind") == "scenes"
@@ -56,6 +61,12 @@ def _for_recovery(default: Config, user: Mapping[str, Any]) -> tuple[str, str]:
         note = f"EMBEDDED DEFAULT: no {absent}, so this is {name}: rendered scenes"
         return name, f"{note} and a small EVA-ViT teacher trained here"
     return default.name, ""
+
+
+def _has_infos(root: Path) -> bool:
+    """Whether `kdfast.data infos` has prepared a folder."""
+    names = ("kdfast_infos_train", "kdfast_infos_val", "kdfast_maps")
+    return all((root / name).is_dir() for name in names)
 
 
 def _for_chain(default: ChainConfig, user: Mapping[str, Any]) -> tuple[str, str]:

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# The first bytes of TIFF and BigTIFF, in either order of bytes.
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class CorruptDataError(RuntimeError):
@@ -56,6 +58,8 @@ def decode_bgr(data: bytes) -> NDArray[np.uint8] | str:
     if not data:
         return "the file is empty"
     try:
+        if data.startswith(TIFF):
+            return _decode_tiff(data)
         image = cv2.imdecode(
             np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
         )
@@ -64,6 +68,24 @@ def decode_bgr(data: bytes) -> NDArray[np.uint8] | str:
     if image is None:
         return "cannot be decoded: broken, truncated, or not a picture"
     return _truncated(data) or np.asarray(image, np.uint8)
+
+
+def _decode_tiff(data: bytes) -> NDArray[np.uint8] | str:
+    """The first page of a TIFF file as (H, W, 3) BGR, by Pillow; or why it cannot be decoded."""
+    try:
+        with Image.open(BytesIO(data)) as picture:
+            picture.load()
+            if picture.mode.startswith("I;16"):
+                # As OpenCV does with other files of 16 bits.
+                grey = (np.asarray(picture) >> 8).astype(np.uint8)
+                return np.stack([grey] * 3, -1)
+            if picture.mode in ("I", "F"):
+                return (
+                    f"has values of mode {picture.mode!r}, whose range is not known; 8 or 16 bits"
+                )
+            return np.ascontiguousarray(np.asarray(picture.convert("RGB"), np.uint8)[..., ::-1])
+    except Exception as error:  # on damaged bytes Pillow's reader stumbles over whatever comes
+        return f"cannot be decoded: {error}"
 
 
 def _truncated(data: bytes) -> str | None:

@@ -35,17 +35,18 @@ def package_need(modules: Sequence[str]) -> Need | None:
     return Need("packages", f"missing: {', '.join(missing)}", 'pip install -e ".[train]"')
 
 
-def disk_need(output: str, checkpoint: int) -> Need:
-    """Disk of a run: its last two checkpoints, and the one being written.
+def disk_need(output: str, checkpoint: int, more: int = 0) -> Need:
+    """Disk of a run: its last two checkpoints, the one being written, and other files.
 
     Args:
         output: Folder of the run, which need not exist yet.
         checkpoint: Bytes of a checkpoint.
+        more: Bytes of the other files.
     """
     folder = Path(output).expanduser().absolute()
     while not folder.exists():
         folder = folder.parent
-    need, free = 3 * checkpoint, shutil.disk_usage(folder).free
+    need, free = 3 * checkpoint + more, shutil.disk_usage(folder).free
     fix = "" if need < free else "free some space, or --set output=FOLDER on another disk"
     return Need("disk", f"about {gib(need)} needed in {output}, {gib(free)} free", fix)
 

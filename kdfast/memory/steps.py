@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +14,14 @@ from kdfast.machine.needs import Need, gib
 from kdfast.memory.measure import MemoryPlan, Step, plan_step
 
 PRECISION = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Before(NamedTuple):
+    """A part of a run before the training step: its name, its bytes, and what makes them fewer."""
+
+    title: str
+    bytes: int
+    fix: str
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,8 @@ class PlannedStep:
         image_size: (height, width).
         amp: Dtype of autocast; None: fp32.
         checkpointing: Whether the config says to recompute activations.
+        before: What comes before the training, with the bytes that it keeps, activations left out,
+            and what to set where they are too many; None: nothing that counts.
     """
 
     title: str
@@ -34,6 +45,7 @@ class PlannedStep:
     image_size: tuple[int, int]
     amp: torch.dtype | None
     checkpointing: bool
+    before: Before | None = None
 
     def plan(self, batch: int, checkpointing: bool, device: str = "cuda") -> MemoryPlan:
         """Predicted peak with this batch; ``device`` as in ``plan_step``."""
@@ -76,3 +88,15 @@ def memory_need(plans: Sequence[MemoryPlan], fix: str) -> Need:
         f"{gib(free)} {where} free"
     )
     return Need("memory", found, "" if need < free else fix)
+
+
+def before_need(before: Before, device: str) -> Need:
+    """Memory of what comes before a training, against what this machine has free.
+
+    Args:
+        before: Of a ``PlannedStep``.
+        device: Type of the device of the run.
+    """
+    free = free_bytes(torch.device(device))
+    found = f"{before.title} keeps {gib(before.bytes)}, {gib(free)} free"
+    return Need("start", found, "" if before.bytes < free else before.fix)

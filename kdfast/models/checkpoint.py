@@ -162,16 +162,20 @@ def _build(
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Backbone tensors by backbone name, and the metadata of a safetensors file."""
-    with path.open("rb") as file:
-        start = file.read(9)
-    if start[8:] == b"{":
+    if is_safetensors(path):
         return _read_safetensors(path)
-    state = _read_torch(path)
+    state = read_torch(path)
     names = backbone_names(state)
     odd = [key for key in names.values() if not isinstance(state[key], Tensor)]
     if odd:
         raise ValueError(f"checkpoint: {path} must hold tensors, got other values for {odd}")
     return {name: state[key] for name, key in names.items()}, {}
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file starts like one of safetensors."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -184,8 +188,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"checkpoint: {path} must be a whole safetensors file: {error}") from error
 
 
-def _read_torch(path: Path) -> Mapping[str, Any]:
-    """State dict of a PyTorch checkpoint, mapped from the file where its format allows."""
+def read_torch(path: Path) -> Mapping[str, Any]:
+    """State dict of a PyTorch checkpoint, mapped from the file where its format allows.
+
+    Raises:
+        ValueError: The file cannot be read without running code from it, or holds no state dict.
+    """
     try:
         loaded = load_torch(path, mmap=zipfile.is_zipfile(path))
     except NeedsCode as error:

@@ -248,7 +248,7 @@ _KINDS = (Tensor, nn.Parameter)
 
 
 def _may_be_packed(tensor: Tensor, dtype: torch.dtype, cast: bool) -> bool:
-    """Whether a tensor can be watched, and has a dtype that torch's own layer would take.
+    """Whether a tensor holds something to watch, in a dtype that torch's own layer would take.
 
     Args:
         tensor: A weight, a bias or a gain.
@@ -259,6 +259,8 @@ def _may_be_packed(tensor: Tensor, dtype: torch.dtype, cast: bool) -> bool:
         is_plain(tensor)
         and not tensor.is_inference()
         and (tensor.dtype == dtype or (cast and tensor.dtype != torch.float64))
+        # oneDNN has no layout for a matrix without rows or columns.
+        and tensor.numel() > 0
         and _is_dense(tensor)
     )
 

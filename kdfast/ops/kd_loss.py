@@ -14,6 +14,12 @@ from torch import Tensor
 
 from kdfast.ops._checks import check_tensors
 from kdfast.ops._divergence import KINDS, WARM, mixed, softened, weighted
+from kdfast.ops._hard_target import (
+    check_gamma,
+    check_weights,
+    class_probabilities,
+    focal_rows,
+)
 from kdfast.ops._library import (
     LIB,
     fused_devices,
@@ -47,6 +53,8 @@ def kd_loss(
     reduction: str = "batchmean",
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    class_weight: Tensor | None = None,
+    focal_gamma: float = 0.0,
     inplace: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,6 +80,10 @@ def kd_loss(
             the rows up; "none" keeps one value per row.
         label_smoothing: In [0, 1], with the meaning of ``torch.nn.functional.cross_entropy``.
         ignore_index: Class index of rows that ``ce`` leaves out; ``kd`` keeps them.
+        class_weight: (C,) floating: ``weight`` of ``cross_entropy``, by whose sum over the rows the
+            mean of ``ce`` is then divided; acts on ``ce`` alone. None: ones.
+        focal_gamma: Multiplies the part of ``ce`` of class c by ``(1 - softmax(s)_c)^focal_gamma``;
+            0: no focal term. Torch computes it beside the kernel.
         inplace: Overwrites ``student_logits`` with the gradient, which then needs no memory of its
             own. They must be contiguous, not a leaf, and of no further use; one backward pass only.
         backend: "auto", "fused" or "reference"; ``KDFAST_BACKEND`` if None.
@@ -82,13 +94,14 @@ def kd_loss(
         As in torch, the mean over no rows is NaN and the sum is 0.
 
     Raises:
-        TypeError: Logits or target have an unsupported dtype, or are no tensors.
+        TypeError: Logits, target or weights have an unsupported dtype, or are no tensors.
         ValueError: Shapes or devices do not match, there are no classes, or an option is out of
             range.
         IndexError: A class index is neither in [0, C) nor ``ignore_index`` (CPU only: looking
             would stall a GPU).
-        NotImplementedError: ``backend="fused"`` and the kernel cannot run (the reason is given);
-            second derivatives of the fused kernel; ``inplace`` where the kernel for it cannot run.
+        NotImplementedError: ``backend="fused"`` and the kernel cannot run (the reason is given), or
+            with a focal term; second derivatives of the fused kernel; ``inplace`` where the kernel
+            for it cannot run.
 
     Gradients: student_logits; never teacher_logits or target. The fused kernel computes the
     gradient in the forward pass and keeps it (one tensor like the logits, fp32 for fp16) in place
@@ -106,6 +119,8 @@ def kd_loss(
     check_options("kd_loss", temperature, alpha, reduction, label_smoothing)
     if kind not in KINDS:
         raise ValueError(f"kd_loss: kind must be one of {KINDS}, got {kind!r}")
+    check_weights("kd_loss", "class_weight", class_weight, student_logits)
+    check_gamma("kd_loss", focal_gamma, backend)
     if target is not None:
         shape, device = student_logits.shape, student_logits.device
         check_target("kd_loss", shape, device, target, ignore_index)
@@ -114,6 +129,12 @@ def kd_loss(
     if target is not None and target.is_floating_point():
         target = target.detach().to(accumulator(dtype))
     options = Options(temperature, alpha, reduction, label_smoothing, ignore_index)
+    scale = None
+    if target is not None and (class_weight is not None or focal_gamma):
+        target, options, scale = with_weights(student, target, class_weight, options)
+        if focal_gamma:
+            q = target if scale is None else target * scale
+            return _focal(student, teacher, q, options, focal_gamma, kind, inplace, backend)
     options, factor, per = by_element(options, student.shape[-1])
     reason = why_not(student, temperature, kind)
     if inplace:
@@ -125,7 +146,61 @@ def kd_loss(
         loss, kd, ce, _ = op(student, teacher, target, *options, need_grad)
     else:
         loss, kd, ce = reference(student, teacher, target, *options, kind)
+    ce = ce if scale is None else ce * scale
     return (loss, kd, ce) if reduction != "mean" else (loss * factor, kd / per, ce)
+
+
+def with_weights(
+    student: Tensor, target: Tensor, class_weight: Tensor | None, options: Options
+) -> tuple[Tensor, Options, Tensor | None]:
+    """The target as class probabilities that hold smoothing and weights, and the options left.
+
+    Returns:
+        (..., C); the options; what ``ce`` has still to be multiplied by, or None.
+    """
+    q, scale = class_probabilities(
+        "kd_loss",
+        target,
+        student.shape[-1],
+        class_weight,
+        dtype=accumulator(student.dtype),
+        smoothing=options.label_smoothing,
+        ignore_index=options.ignore_index,
+    )
+    options = options._replace(label_smoothing=0.0, ignore_index=-100)
+    if scale is None or options.reduction not in ("batchmean", "mean"):
+        return q, options, None
+    # Without weight in the loss it must not get there either: it is NaN if no row has weight.
+    return (q, options, scale) if options.alpha == 1 else (q * scale, options, None)
+
+
+def _focal(
+    student: Tensor,
+    teacher: Tensor,
+    q: Tensor,
+    options: Options,
+    gamma: float,
+    kind: str,
+    inplace: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel's distillation beside torch's focal term of class probabilities q (..., C)."""
+    if inplace:
+        raise NotImplementedError(f"kd_loss: inplace has no focal term, got focal_gamma {gamma}")
+    reduction = options.reduction
+    # A part without weight gets no gradient.
+    kd, logged, _ = kd_loss(
+        student if options.alpha else student.detach(),
+        teacher,
+        temperature=options.temperature,
+        alpha=1.0,
+        kind=kind,
+        reduction=reduction,
+        backend=backend,
+    )
+    rows = focal_rows(student.to(accumulator(student.dtype)), q, gamma)
+    ce = _reduced(rows, "batchmean" if reduction == "mean" else reduction)
+    return mixed(options.alpha, kd, ce), logged, ce.detach()
 
 
 def by_element(options: Options, classes: int) -> tuple[Options, float, int]:

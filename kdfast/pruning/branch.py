@@ -84,7 +84,7 @@ def watch_branches(anatomy: Anatomy, branches: Sequence[Sequence[Branch]]) -> li
         norms = [norm_of(block, part) for part in range(2)]
         if None in norms:
             continue
-        sites = (anatomy.attentions[index], *mlps[index : index + 1])
+        sites = (anatomy.attentions[index], *mlps[index : index + 1])[: len(parts)]
         for site, branch in zip(sites, parts, strict=True):
             handles.append(site.projection.register_forward_hook(_keep_output(branch)))
         for part, norm in enumerate(norms):

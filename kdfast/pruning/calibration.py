@@ -61,7 +61,7 @@ class Calibration:
 
     Attributes:
         attentions: Of the input of every attention's output projection, by the site's name.
-        mlps: Of the hidden units of every MLP; empty where MLPs cannot be pruned.
+        mlps: Of the hidden units of every MLP; empty where MLPs cannot be pruned or were left out.
         metadata: JSON values: model, batches and images that all processes saw.
     """
 
@@ -119,7 +119,7 @@ class Calibration:
     def check(self, function: str, anatomy: Anatomy) -> None:
         """Raises ValueError unless this belongs to a model with these sites and weights."""
         given = {**self.attentions, **self.mlps}
-        sites = [*anatomy.attentions, *anatomy.mlps]
+        sites = [*anatomy.attentions, *(anatomy.mlps if self.mlps else ())]
         if missing := [site.name for site in sites if site.name not in given]:
             raise ValueError(f"{function}: the calibration must know {missing[0]}, got none")
         if len(given) != len(sites):
@@ -146,6 +146,7 @@ def calibrate(
     data: Iterable[Any],
     *,
     batches: int | None = None,
+    mlps: bool = True,
     progress: bool = True,
 ) -> Calibration:
     """Means and covariances of every attention's context and of all hidden units, in one pass.
@@ -157,6 +158,8 @@ def calibrate(
         model: A model of a family in docs/use/pruning.md, already pruned or not.
         data: Batches as in ``head_scores``.
         batches: Use at most so many; None: all.
+        mlps: False leaves the hidden units out, which are most of the memory: enough to compensate
+            for heads.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -175,7 +178,7 @@ def calibrate(
     full precision whatever the model's type, sums in fp64.
     """
     anatomy = anatomy_of("calibrate", model)
-    observer = MomentObserver(anatomy)
+    observer = MomentObserver(anatomy, mlps)
     _, seen = observe("calibrate", anatomy, observer, data, batches, progress)
     parts = [
         {record[0].name: _moments(*record) for record in records}
@@ -192,11 +195,11 @@ def calibrate(
 class MomentObserver:
     """Adds up the moments of every site and how its block uses it."""
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, anatomy: Anatomy, mlps: bool) -> None:
         self.anatomy = anatomy
         self.totals: list[Tensor] = []
         self.attentions = [(site, Moments(), Branch()) for site in anatomy.attentions]
-        self.mlps = [(site, Moments(), Branch()) for site in anatomy.mlps]
+        self.mlps = [(site, Moments(), Branch()) for site in (anatomy.mlps if mlps else ())]
         self._pads: dict[str, Tensor | None] = {}
 
     def attach(self) -> list[RemovableHandle]:

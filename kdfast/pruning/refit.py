@@ -132,6 +132,11 @@ class Compensation:
     def _lost(self, rows: Sequence[Sequence[int]]) -> list[int]:
         """Indices of the sites that lost slices."""
         lost = [i for i, (site, _) in enumerate(self._sites) if len(rows[i]) < len(site.held)]
+        if not self.calibration.mlps and any(i >= len(self.anatomy.attentions) for i in lost):
+            raise ValueError(
+                "prune_heads: compensate must know the hidden units to remove some, got a "
+                "calibration with mlps=False"
+            )
         weights = [id(self._sites[i][1].projection.weight) for i in lost]
         if len(set(weights)) < len(weights):
             raise ValueError(

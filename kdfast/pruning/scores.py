@@ -219,6 +219,8 @@ def mlp_scores(
         return HeadScores([_unit_magnitudes(site).cpu() for site in sites], method, metadata)
     if method == "reconstruction":
         known = calibrated("mlp_scores", anatomy, given, batches, progress)
+        if not known.mlps:
+            raise ValueError("mlp_scores: the calibration must have hidden units, got mlps=False")
         rows, _ = reconstruction_scores(sites, known.mlps, progress)
         return HeadScores(rows, method, {**metadata, **known.metadata})
     observer = ContextObserver(sites, model, method, loss or RandomProjection(seed))

@@ -47,17 +47,19 @@ class Data:
 
     Attributes:
         train: Training images, augmented and masked.
-        calibration: The same images as they are, for head scores.
+        scoring: The same images as they are, for head scores; every process sees all of them.
+        calibration: The same, shared among the processes, for the compensation.
         held_out: Images for evaluation.
     """
 
     train: Views
+    scoring: Views
     calibration: Views
     held_out: Views
 
     def fingerprint(self) -> str:
         """Hash of the first training item and the number of items: other data, other hash."""
-        dataset = self.calibration.dataset
+        dataset = self.scoring.dataset
         item = dataset[0]
         digest = hashlib.sha256(f"{len(dataset)} {dataset.classes}".encode())
         if not isinstance(item, Corrupt):
@@ -87,11 +89,11 @@ def build_data(config: Config, accelerator: Accelerator) -> Data:
         "seed": config.seed,
     }
     shared = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    size = config.run.batch_size
+    size, few = config.run.batch_size, config.prune.batch_size
     return Data(
         view_feed(train, batch_size=size, gridmask=data.gridmask, **common, **shared),
-        # Every process scores the same images.
-        view_feed(plain, batch_size=config.prune.batch_size, train=False, **common),
+        view_feed(plain, batch_size=few, train=False, **common),
+        view_feed(plain, batch_size=few, train=False, whole_frames=False, **common, **shared),
         view_feed(dataset("val", False), batch_size=size, train=False, **common, **shared),
     )
 
@@ -123,6 +125,7 @@ def view_feed(
     rank: int = 0,
     world: int = 1,
     train: bool = True,
+    whole_frames: bool = True,
     gridmask: float = 0.0,
 ) -> Views:
     """Feed of camera views; unreadable pictures are left out and counted.
@@ -135,7 +138,8 @@ def view_feed(
         seed: Seed of the order and the masks.
         rank: This process.
         world: Number of processes.
-        train: Whole batches only; otherwise every item once, frames kept together.
+        train: Whole batches only; otherwise every item once.
+        whole_frames: Keep the views of a frame together where it is not for training.
         gridmask: Probability of GridMask.
 
     Raises:
@@ -159,7 +163,7 @@ def view_feed(
             labels = labels.to(device, non_blocking=True)
         return Batch(images, labels, index, item["path"], weight)
 
-    group = 1 if train else dataset.views
+    group = 1 if train or not whole_frames else dataset.views
     return Feed(
         dataset,
         EpochSampler(len(dataset), seed=seed, rank=rank, world=world, group=group, even=train),

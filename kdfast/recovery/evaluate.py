@@ -6,6 +6,8 @@ B batch, C channels, L classes, (H, W) pixels, (h, w) grid of patches.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -117,10 +119,19 @@ class Evaluator:
         return float(sums[0] / sums[1])
 
 
+class Measure(Protocol):
+    """Measures a backbone by one number, which has a name."""
+
+    name: str
+
+    def __call__(self, backbone: nn.Module) -> float:
+        """The number."""
+
+
 class EvaluateEpochs(Watch):
     """Measures a backbone after every epoch of a training."""
 
-    def __init__(self, title: str, evaluate: Evaluator, backbone: nn.Module) -> None:
+    def __init__(self, title: str, evaluate: Measure, backbone: nn.Module) -> None:
         """Set up.
 
         Args:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which heads a student keeps: scores on training images, the choice, and the pruned copy."""
+"""Which heads a student keeps: scores on training images, and the choice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdfast.configs.recovery import PruneConfig
 from kdfast.data.views.base import Item
 from kdfast.models.eva import EVAViT
-from kdfast.pruning import HeadScores, head_scores, prune_heads, select_heads
+from kdfast.pruning import HeadScores, head_scores, select_heads
 from kdfast.recovery.data import Views
 
 
@@ -27,7 +27,7 @@ def score_heads(
     *,
     seed: int,
 ) -> HeadScores:
-    """Importance of the teacher's heads on training images.
+    """Importance of the teacher's heads on training images, by a method that needs no calibration.
 
     With a head the loss of "taylor" and "gradient" is the cross-entropy of the labels, without one
     a random projection of the features.
@@ -73,16 +73,3 @@ def choose_heads(config: PruneConfig, scores: HeadScores) -> list[list[int]]:
     chosen = [select_heads(scores, config.keep, config.scope)]
     broadcast_object_list(chosen)
     return chosen[0]
-
-
-def build_student(teacher: EVAViT, heads: list[list[int]], *, checkpointing: bool) -> EVAViT:
-    """A copy of the teacher with these heads of every block, ready to train.
-
-    Args:
-        teacher: The whole model.
-        heads: Kept heads of every block.
-        checkpointing: Recompute the blocks in the backward.
-    """
-    student = prune_heads(teacher, heads)
-    student.with_cp = checkpointing
-    return student.requires_grad_(True)

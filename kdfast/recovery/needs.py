@@ -9,8 +9,10 @@ import torch
 
 from kdfast import data
 from kdfast.configs import Config, plain
+from kdfast.data.orion.frames import OrionFrames
 from kdfast.machine.needs import Need, disk_need
-from kdfast.memory.steps import device_of, memory_need
+from kdfast.memory.ledger import PARAMETERS
+from kdfast.memory.steps import before_need, device_of, memory_need
 from kdfast.models.checkpoint import load_orion_backbone
 from kdfast.models.eva import EVAViT
 from kdfast.recovery.planning import recovery_step
@@ -23,13 +25,18 @@ def recovery_needs(config: Config) -> list[Need]:
     except (OSError, ValueError) as error:
         found = f"{config.teacher.checkpoint}: {error}"
         return [Need("checkpoint", found, "--set teacher.checkpoint=FILE"), _data(config)]
-    plan = recovery_step(config, model.config).configured_plan(device_of(config.run.device))
+    device = device_of(config.run.device)
+    step = recovery_step(config, model.config)
+    plan = step.configured_plan(device)
     fix = "--set run.batch_size=1 --set run.checkpointing=true"
+    # The student is written twice more: as it is before the training, and as the result.
+    students = 2 * plan.categories[PARAMETERS]
     return [
         checkpoint,
         _data(config),
+        *([] if step.before is None else [before_need(step.before, device)]),
         memory_need([plan], fix),
-        disk_need(config.output, plan.checkpoint_bytes),
+        disk_need(config.output, plan.checkpoint_bytes, students),
     ]
 
 
@@ -50,8 +57,22 @@ def _data(config: Config) -> Need:
     spec = config.data
     if spec.kind == "scenes":
         return Need("data", f"scenes, rendered here: {spec.frames} frames of six views")
+    if spec.kind == "frames":
+        return _frames(config)
     try:
         images = data.build(kind=spec.kind, root=spec.root, split="train", size=spec.size)
     except (OSError, ValueError) as error:
         return Need("data", str(error), "--set data.root=FOLDER")
     return Need("data", f"{spec.kind} in {spec.root}: {len(images):,} items to train on")
+
+
+def _frames(config: Config) -> Need:
+    root = Path(str(config.data.root)).expanduser()
+    if config.data.sample and not root.exists():
+        return Need("data", f"a synthetic set, written to {root} first")
+    try:
+        frames = {split: len(OrionFrames(root, split=split)) for split in ("train", "val")}
+    except (OSError, ValueError) as error:
+        return Need("data", str(error), f"python -m kdfast.data check --root {root}")
+    counts = " and ".join(f"{count:,} {split}" for split, count in frames.items())
+    return Need("data", f"frames in {root}: {counts}, six images each")

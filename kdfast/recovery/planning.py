@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.configs import Config, plain
+from kdfast.data.orion.names import CAMERAS
 from kdfast.data.scenes import CLASSES
 from kdfast.memory.measure import Step
-from kdfast.memory.steps import PRECISION, PlannedStep
+from kdfast.memory.steps import PRECISION, Before, PlannedStep
 from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT, eva_vit_l_orion
 from kdfast.pruning.select import kept_counts
@@ -49,14 +50,39 @@ def recovery_step(config: Config, teacher: Mapping[str, Any] | None = None) -> P
         return Step(distiller, loss, frozen, optimizer)
 
     keep = f"{config.prune.keep:.0%}" if isinstance(config.prune.keep, float) else config.prune.keep
+    frames = config.data.kind == "frames"
+    # The heads' own share depends on what they match, and is small beside the backbone's.
+    note = ", six images a stream, without the frozen heads" if frames else ""
     return PlannedStep(
-        f"{config.name}: distil into {keep} of the heads",
+        f"{config.name}: distil into {keep} of the heads{note}",
         build,
-        config.run.batch_size,
+        config.run.batch_size * (len(CAMERAS) if frames else 1),
         config.data.size,
         PRECISION[config.run.precision],
         config.run.checkpointing,
+        _compensation(config, teacher),
     )
+
+
+def _compensation(config: Config, shape: Mapping[str, Any] | None) -> Before | None:
+    """The compensation: both models, moments, and the images with two streams of each."""
+    prune = config.prune
+    if not prune.compensate:
+        return None
+    with torch.device("meta"):
+        teacher = _teacher(config, shape)
+        student = _student(config, teacher, False)
+    weights = sum(p.nbytes for model in (teacher, student) for p in model.parameters())
+    moments = 8 * len(teacher.blocks) * teacher.config["embed_dim"] ** 2
+    height, width = config.data.size
+    patch = teacher.config["patch_size"]
+    image = 4 * 3 * height * width
+    streams = 2 * 4 * (height // patch) * (width // patch) * teacher.config["embed_dim"]
+    views = -(-prune.calibration_views // prune.batch_size) * prune.batch_size
+    kept = views if prune.sequential else prune.batch_size
+    size = weights + moments + kept * (image + streams)
+    fix = "set fewer prune.calibration_views, or prune.sequential to false"
+    return Before("the compensation", size, fix)
 
 
 def _teacher(config: Config, shape: Mapping[str, Any] | None) -> EVAViT:

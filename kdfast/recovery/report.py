@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table and the picture at the end of a run: teacher, pruned and distilled side by side."""
+"""The table and the picture at the end of a run: teacher, pruned, compensated and distilled."""
 
 from __future__ import annotations
 
@@ -107,10 +107,15 @@ def measure(
     return lines
 
 
-def recovery(lines: Sequence[Line]) -> float | None:
-    """Part of the quality lost by pruning that distillation brought back; None if none was lost."""
-    teacher, pruned, distilled = (line.quality for line in lines)
-    return (distilled - pruned) / (teacher - pruned) if teacher > pruned else None
+def recovery(lines: Sequence[Line]) -> dict[str, float]:
+    """Part of the quality lost by pruning that every later model has back; empty if none was lost.
+
+    Args:
+        lines: The teacher, the pruned student, and what was made of it.
+    """
+    teacher, pruned, *later = lines
+    lost = teacher.quality - pruned.quality
+    return {x.model: (x.quality - pruned.quality) / lost for x in later} if lost > 0 else {}
 
 
 def table(lines: Sequence[Line], metric: str) -> Table:
@@ -134,17 +139,18 @@ def table(lines: Sequence[Line], metric: str) -> Table:
 
 def write_report(folder: Path, lines: Sequence[Line], metric: str, facts: dict[str, object]) -> str:
     """Save the lines as ``report.json`` and ``report.txt``; returns the text of the table."""
-    part = recovery(lines)
-    content = {"metric": metric, "recovered": part, **facts, "models": [asdict(x) for x in lines]}
+    parts = recovery(lines)
+    content = {"metric": metric, "recovered": parts, **facts, "models": [asdict(x) for x in lines]}
     (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     console = Console(width=110, file=None, record=False)
     with console.capture() as capture:
         console.print(table(lines, metric))
     lost = lines[0].quality - lines[1].quality
-    if part is None:
-        note = f"pruning lost no {metric}"
+    if parts:
+        shares = ", ".join(f"{name} has back {part:.0%}" for name, part in parts.items())
+        note = f"pruning lost {lost:.4f} {metric}; of it {shares}"
     else:
-        note = f"pruning lost {lost:.4f} {metric}; distillation recovered {part:.0%} of it"
+        note = f"pruning lost no {metric}"
     text = "\n".join(row.rstrip() for row in capture.get().strip("\n").splitlines()) + f"\n\n{note}"
     (folder / "report.txt").write_text(text + "\n", encoding="utf-8")
     return text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a pruning: teacher, head scores, pruned student, distillation, and the report at the end."""
+"""Runs a pruning: teacher, head scores, compensated student, distillation, and the report."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from kdfast.configs import plain, save
 from kdfast.configs.fields import as_config_error
 from kdfast.configs.recovery import Config
 from kdfast.data.scenes import CLASSES, PALETTE
-from kdfast.models.checkpoint import save_backbone
+from kdfast.models.checkpoint import load_backbone, save_backbone
 from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT
+from kdfast.pruning import Calibration, head_scores, prune_heads
+from kdfast.recovery.compensation import (
+    CalibrationViews,
+    calibrate_teacher,
+    compensated_student,
+)
 from kdfast.recovery.data import Data, build_data, some_views
 from kdfast.recovery.evaluate import EvaluateEpochs, Evaluator
-from kdfast.recovery.heads import build_student, choose_heads, score_heads
+from kdfast.recovery.heads import choose_heads, score_heads
 from kdfast.recovery.objective import Distiller
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
 from kdfast.recovery.report import draw_predictions, measure, write_report
@@ -33,6 +41,8 @@ from kdfast.trainer.state import identity, load_checkpoint, newest
 
 # Images in the picture of predictions.
 VIEWS = 4
+# The student as it was before training, where it was compensated.
+COMPENSATED = "compensated.safetensors"
 # What a resumed run may change: it moves files or stops elsewhere, but computes the same.
 FREE = (
     *("name", "output", "note", "teacher.cache", "data.workers", "data.cache"),
@@ -53,6 +63,22 @@ def run_recovery(config: Config, accelerator: Accelerator, *, resume: bool) -> i
         Interrupted: A signal came; the state was saved.
         NonFiniteLoss: A training broke; the state before was saved.
     """
+    folder = started(config, accelerator, resume=resume)
+    with as_config_error():
+        data = build_data(config, accelerator)
+        torch.manual_seed(config.seed)
+        teacher, head = get_teacher(config, accelerator, data, folder / "teacher", resume=resume)
+    Run(config, accelerator, folder, data, teacher, head, resume).train()
+    accelerator.wait_for_everyone()
+    return 0
+
+
+def started(config: Config, accelerator: Accelerator, *, resume: bool) -> Path:
+    """The folder of a run, claimed, with the first lines of its log.
+
+    Raises:
+        ConfigError: There is no run to resume, or another process has the folder.
+    """
     missing = "--resume: " if resume else None
     folder = run_folder(Path(config.output).expanduser(), accelerator, missing)
     words = [f"{accelerator.num_processes} x {accelerator.device}"]
@@ -67,13 +93,7 @@ def run_recovery(config: Config, accelerator: Accelerator, *, resume: bool) -> i
         save=partial(save, config),
         resume=resume,
     )
-    with as_config_error():
-        data = build_data(config, accelerator)
-        torch.manual_seed(config.seed)
-        teacher, head = get_teacher(config, accelerator, data, folder / "teacher", resume=resume)
-    Run(config, accelerator, folder, data, teacher, head, resume).train()
-    accelerator.wait_for_everyone()
-    return 0
+    return folder
 
 
 @dataclass(frozen=True)
@@ -99,11 +119,10 @@ class Run:
     resume: bool
 
     def train(self) -> None:
-        """Choose the heads, distil, and write the report."""
-        heads = self.heads()
+        """Choose the heads, compensate, distil, and write the report."""
         with as_config_error():
-            student = self.student(heads)
-            distiller = Distiller(student, self.teacher, self.head, self.config.distill)
+            heads, student = self.start()
+            distiller = self.distiller(student)
             distiller.to(self.accelerator.device)
         evaluate = self.evaluator()
         quality = self.baseline(heads, evaluate)
@@ -117,35 +136,80 @@ class Run:
         self.accelerator.free_memory()
         quality["distilled"] = evaluate(student)
         if self.accelerator.is_main_process:
-            pruned = self.student(heads)
-            self.finish({"teacher": self.teacher, "pruned": pruned, "distilled": student}, quality)
+            models = {"teacher": self.teacher, **self.untrained(heads), "distilled": student}
+            self.finish(models, quality)
 
-    def heads(self) -> list[list[int]]:
-        """The student's heads: those of the run that is resumed, else chosen by score."""
-        path = newest(self.folder) if self.resume else None
+    def start(self) -> tuple[list[list[int]], EVAViT]:
+        """The kept heads and the student to train: those of the run that is resumed, else new."""
+        path, config = newest(self.folder) if self.resume else None, self.config.prune
+        views = CalibrationViews(self.data.calibration, config.calibration_views)
+        calibration: Calibration | None = None
         if path is not None:
-            with as_config_error():
-                kept: list[list[int]] = load_checkpoint(path)["meta"]["heads"]
-            return kept
-        config = self.config.prune
-        scores = score_heads(
-            self.teacher,
-            self.head,
-            self.data.calibration,
-            config,
-            self.accelerator,
-            seed=self.config.seed,
+            meta = load_checkpoint(path)["meta"]
+            heads: list[list[int]] = meta["heads"]
+            # The loop will refuse another recipe, whose student must not be kept as this run's.
+            known = (self.folder / COMPENSATED).is_file() or meta["config"] != self.recipe()
+            if known or not config.compensate:
+                # The checkpoint replaces its weights.
+                return heads, self.cut(heads)
+        elif config.method == "reconstruction":
+            calibration = calibrate_teacher(self.teacher, views, self.accelerator)
+            heads = self.heads(calibration)
+        else:
+            heads = self.heads(None)
+        if not config.compensate:
+            return heads, self.cut(heads)
+        if calibration is None:
+            calibration = calibrate_teacher(self.teacher, views, self.accelerator)
+        student = compensated_student(
+            self.teacher, heads, calibration, views, config, self.accelerator
         )
-        kept = choose_heads(config, scores)
         if self.accelerator.is_main_process:
+            save_backbone(student, self.folder / COMPENSATED)
+        self.accelerator.wait_for_everyone()
+        return heads, self.trainable(student)
+
+    def recipe(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its beginning."""
+        return identity(plain(self.config), FREE)
+
+    def heads(self, calibration: Calibration | None) -> list[list[int]]:
+        """The heads with the best scores; a calibration is for the method "reconstruction"."""
+        config, main = self.config.prune, self.accelerator.is_main_process
+        if calibration is None:
+            seed, images = self.config.seed, self.data.scoring
+            scores = score_heads(
+                self.teacher, self.head, images, config, self.accelerator, seed=seed
+            )
+        else:
+            scores = head_scores(self.teacher, config.method, calibration, progress=main)
+        kept = choose_heads(config, scores)
+        if main:
             scores.save(self.folder / "head_scores.json")
         counts = sorted({len(block) for block in kept})
         LOG.info("kept heads per block (%s): %s", config.method, counts)
         return kept
 
-    def student(self, heads: list[list[int]]) -> EVAViT:
-        """The pruned teacher, untrained."""
-        return build_student(self.teacher, heads, checkpointing=self.config.run.checkpointing)
+    def trainable(self, student: EVAViT) -> EVAViT:
+        """The student, set to be trained as the config says."""
+        student.with_cp = self.config.run.checkpointing
+        return student.requires_grad_(True)
+
+    def cut(self, heads: list[list[int]]) -> EVAViT:
+        """The teacher with these heads alone."""
+        return self.trainable(prune_heads(self.teacher, heads))
+
+    def untrained(self, heads: list[list[int]]) -> dict[str, EVAViT]:
+        """The student before training: ``pruned``, and ``compensated`` where the config says so."""
+        models = {"pruned": self.cut(heads)}
+        if self.config.prune.compensate:
+            compensated = load_backbone(self.folder / COMPENSATED)
+            models["compensated"] = compensated.to(self.accelerator.device)
+        return models
+
+    def distiller(self, student: EVAViT) -> Distiller:
+        """The objective of the run."""
+        return Distiller(student, self.teacher, self.head, self.config.distill)
 
     def evaluator(self) -> Evaluator:
         """Measures backbones by the labels, or without them by likeness to the teacher."""
@@ -158,12 +222,13 @@ class Run:
         )
 
     def baseline(self, heads: list[list[int]], evaluate: Evaluator) -> dict[str, float]:
-        """Held-out quality of teacher and pruned student, measured once per run."""
+        """Held-out quality of the teacher and the untrained student, measured once per run."""
         path = self.folder / "baseline.json"
         if self.resume and path.is_file():
             known: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
             return known
-        quality = {"teacher": evaluate(self.teacher), "pruned": evaluate(self.student(heads))}
+        models = {"teacher": self.teacher, **self.untrained(heads)}
+        quality = {name: evaluate(model) for name, model in models.items()}
         if self.accelerator.is_main_process:
             path.write_text(json.dumps(quality) + "\n", encoding="utf-8")
         text = ", ".join(f"{name} {value:.4f}" for name, value in quality.items())
@@ -186,7 +251,6 @@ class Run:
             log_every=run.log_every,
         )
         optimizer = adamw(param_groups(distiller, optim, len(student.blocks)), optim)
-        recipe = identity(plain(self.config), FREE)
         return Job(
             title="distil",
             folder=self.folder,
@@ -197,7 +261,7 @@ class Run:
             optimizer=optimizer,
             set_lr=lr_setter(optimizer, optim, length.total),
             clip=optim.clip,
-            meta={"stage": "distil", "config": recipe, "heads": heads},
+            meta={"stage": "distil", "config": self.recipe(), "heads": heads},
             watch=EvaluateEpochs("distil", evaluate, student),
         )
 
@@ -205,28 +269,25 @@ class Run:
         """Save the student, print the table, draw the picture, and say where everything is.
 
         Args:
-            models: ``teacher``, ``pruned`` and ``distilled``.
+            models: ``teacher``, ``pruned``, perhaps ``compensated``, and ``distilled``.
             quality: Held-out metric of each.
         """
         folder, head, autocast = self.folder, self.head, self.accelerator.autocast
         paths = {"student": folder / "student.safetensors"}
         save_backbone(models["distilled"], paths["student"])
+        if "compensated" in models:
+            paths["compensated"] = folder / COMPENSATED
         if head is not None:
             paths["head"] = folder / "head.safetensors"
             save_head(head, paths["head"])
         for model in models.values():
             model.eval()
-        device = self.accelerator.device
-        images, labels = some_views(self.data.held_out.dataset, VIEWS, device)
-        lines = measure(models, quality, images[:1], autocast)
-        metric = "mIoU" if head is not None else "similarity"
+        lines = measure(models, quality, self.shown()[0][:1], autocast)
+        metric = self.evaluator().name
         facts: dict[str, object] = {"config": self.config.name, "note": self.config.note}
         text = write_report(folder, lines, metric, facts)
-        named = dict(zip(CLASSES, PALETTE, strict=True))
         with autocast():
-            paths["picture"] = draw_predictions(
-                folder / "predictions.png", models, head, images, labels, named
-            )
+            paths["picture"] = self.picture(models, folder / "predictions.png")
         paths |= {
             "curves": folder / "curves.png",
             "report": folder / "report.json",
@@ -238,3 +299,13 @@ class Run:
         LOG.info("\n\n%s\n", text)
         for name, path in paths.items():
             LOG.info("%-12s %s", name, path)
+
+    def shown(self) -> tuple[Tensor, Tensor | None]:
+        """Held-out images for the picture, and their labels."""
+        return some_views(self.data.held_out.dataset, VIEWS, self.accelerator.device)
+
+    def picture(self, models: dict[str, EVAViT], path: Path) -> Path:
+        """What every model makes of some held-out images."""
+        images, labels = self.shown()
+        named = dict(zip(CLASSES, PALETTE, strict=True))
+        return draw_predictions(path, models, self.head, images, labels, named)

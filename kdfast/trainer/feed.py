@@ -22,7 +22,7 @@ class Batch:
 
     Attributes:
         images: (B, 3, H, W).
-        labels: What the dataset says about the images, B in front; None: nothing.
+        labels: What the dataset says about the images, as the job's module takes it; None: nothing.
         index: Indices in the dataset.
         path: Where the images come from, for messages.
         weight: 0 for a batch whose pictures were all unreadable (``images`` is one black image
@@ -31,7 +31,7 @@ class Batch:
     """
 
     images: Tensor
-    labels: Tensor | None
+    labels: Any
     index: list[int]
     path: list[str]
     weight: float = 1.0

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 import tarfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -68,11 +69,14 @@ def read_classfolder(root: str | Path | None) -> Raw:
 
     Raises:
         FileNotFoundError: The folder, or every picture in it, is missing.
-        ValueError: Pictures lie outside of class folders, splits have different classes, or the
-            archive is compressed or broken.
+        ValueError: Pictures lie outside of class folders, a class folder is empty, splits have
+            different classes, or the archive is compressed or broken.
+
+    Warns:
+        UserWarning: A class has no picture in a split beside train.
     """
     path = resolve("imagefolder", root, EXPECTED, OBTAIN)
-    entries = list_tar(path) if path.is_file() else list_folder(path)
+    entries, folders = list_tar(path) if path.is_file() else list_folder(path)
     if not entries:
         raise FileNotFoundError(f"root: must hold {EXPECTED}, got no picture in {path}; {OBTAIN}")
     parts = [entry.name.split("/") for entry in entries]
@@ -82,6 +86,7 @@ def read_classfolder(root: str | Path | None) -> Raw:
     for entry, names in zip(entries, parts, strict=True):
         if len(names) < depth + 2:
             raise ValueError(f"root: must hold {EXPECTED}, got {entry.name} in {path}")
+    _check_empty(path, folders, parts, strip, own_splits)
     classes = sorted({names[depth] for names in parts})
     numbers = {name: number for number, name in enumerate(classes)}
     labels = np.array([numbers[names[depth]] for names in parts], np.int64)
@@ -96,6 +101,40 @@ def read_classfolder(root: str | Path | None) -> Raw:
     }
     _check_splits(found, classes, path)
     return Raw("imagefolder", found["train"], found.get("val"), found.get("test"), classes)
+
+
+def _check_empty(
+    path: Path, folders: set[str], parts: list[list[str]], strip: int, own_splits: bool
+) -> None:
+    """Names the class folders without a picture, which would shift the numbers of the others.
+
+    Args:
+        path: Of the set, for messages.
+        folders: Of all folders the path below it.
+        parts: The same of all pictures, split at "/".
+        strip: Folders around the splits or classes.
+        own_splits: Whether there are splits.
+    """
+    depth = strip + own_splits
+    around, used = parts[0][:strip], {tuple(names[: depth + 1]) for names in parts}
+    empty = []
+    for folder in sorted(folders):
+        names = folder.split("/")
+        below = len(names) == depth + 1 and names[:strip] == around
+        if below and tuple(names) not in used and (not own_splits or names[strip] in SPLITS):
+            empty.append(names)
+    bad = [names for names in empty if not own_splits or SPLITS[names[strip]] == "train"]
+    said = "; ".join(
+        f"{names[-1]} in {path / '/'.join(names[:-1])}" for names in (bad or empty)[:5]
+    )
+    if bad:
+        raise ValueError(
+            f"root: every class folder must hold pictures ({', '.join(SUFFIXES)}), got none for "
+            f"{said}; add some, or remove the folder"
+        )
+    if empty:
+        text = f"classes without a picture in a split, which its figures leave out: {said}"
+        warnings.warn(text, UserWarning, stacklevel=4)
 
 
 def _check_splits(found: dict[str, Part], classes: list[str], path: Path) -> None:
@@ -121,32 +160,49 @@ def common_folders(parts: Sequence[Sequence[str]]) -> int:
     return depth
 
 
-def list_folder(root: Path) -> list[Entry]:
-    """Pictures below a folder, in one order on every machine."""
+def list_folder(root: Path) -> tuple[list[Entry], set[str]]:
+    """Pictures below a folder, in one order on every machine, and the folders that hold none."""
     entries = []
     for name in list_images(root):
         state = os.stat(root / name)
         entries.append(Entry(name, state.st_size, state.st_mtime_ns))
-    return entries
+    return entries, _folders(root, {entry.name for entry in entries})
 
 
-def list_tar(path: Path) -> list[Entry]:
-    """Pictures in an uncompressed archive, sorted by name.
+def _folders(root: Path, pictures: set[str]) -> set[str]:
+    """Folders below one, without those in folders that hold no picture."""
+    used = {str(above) for name in pictures for above in PurePosixPath(name).parents}
+    found: set[str] = set()
+    for name in used:
+        inside = (entry for entry in os.scandir(root / name) if entry.is_dir())
+        found |= {
+            (PurePosixPath(name) / entry.name).as_posix()
+            for entry in inside
+            if not entry.name.startswith(".")
+        }
+    return found
+
+
+def list_tar(path: Path) -> tuple[list[Entry], set[str]]:
+    """Pictures in an uncompressed archive, sorted by name, and its folders.
 
     Raises:
         ValueError: It is compressed or no whole archive.
     """
-    entries = {}
+    entries, folders = {}, set()
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 name = member.name.removeprefix("./")
-                if not member.isreg() or not name.lower().endswith(SUFFIXES):
+                if any(part.startswith(".") for part in name.split("/")):
                     continue
-                if not any(part.startswith(".") for part in name.split("/")):
+                folders |= {str(above) for above in PurePosixPath(name).parents}
+                if member.isdir():
+                    folders.add(name)
+                if member.isreg() and name.lower().endswith(SUFFIXES):
                     entries[name] = Entry(name, member.size, int(member.mtime), member.offset_data)
     except tarfile.TarError as error:
         raise ValueError(
             f"root: must be a folder or an uncompressed .tar, got {path}: {error}"
         ) from error
-    return [entries[name] for name in sorted(entries)]
+    return [entries[name] for name in sorted(entries)], folders - {"."}

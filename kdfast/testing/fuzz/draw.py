@@ -192,20 +192,41 @@ def _loss_options(d: Draw, ignore_index: int) -> dict[str, Any]:
 
 
 def kd_loss(d: Draw) -> Call:
-    """A call with any target."""
+    """A call with any target, with class weights or without."""
     rows, classes = [d.size(9, 0) for _ in range(d.random.randint(0, 2))], d.size(80)
     target, ignored = _target(d, rows, classes)
     options = _loss_options(d, ignored)
+    weight = [] if target is None or d.maybe(0.7) else [d.numbers(classes).abs()]
 
     inplace = d.dtype in (torch.float32, torch.bfloat16) and d.maybe(0.3)
 
-    def function(s: Tensor, t: Tensor, *y: Tensor, backend: str) -> Any:
+    def function(s: Tensor, t: Tensor, *rest: Tensor, backend: str) -> Any:
         over = inplace and backend == "fused"
         s = s.contiguous() * 1 if over else s
-        return kdfast.kd_loss(s, t, *y, **options, inplace=over, backend=backend)
+        y, w = [*rest, None, None][:2]
+        return kdfast.kd_loss(s, t, y, **options, class_weight=w, inplace=over, backend=backend)
 
     logits = [d.numbers(*rows, classes) for _ in range(2)]
-    return Call("kd_loss", function, logits if target is None else [*logits, target])
+    return Call("kd_loss", function, logits if target is None else [*logits, target, *weight])
+
+
+def multilabel_kd_loss(d: Draw) -> Call:
+    """A call with weights."""
+    shape = [d.size(9, 0), d.size(40)]
+    options: dict[str, Any] = {
+        "temperature": d.random.choice((0.5, 1.0, 4.0)),
+        "alpha": d.random.choice((0.0, 0.3, 1.0)),
+        "reduction": d.random.choice(("mean", "sum", "none")),
+    }
+
+    def function(s: Tensor, t: Tensor, y: Tensor, w: Tensor, p: Tensor, **backend: Any) -> Any:
+        more = {**options, **backend}
+        return kdfast.multilabel_kd_loss(s, t, y, class_weight=w, pos_weight=p, **more)
+
+    inputs = [d.numbers(*shape), d.numbers(*shape), d.numbers(*shape).sigmoid()]
+    return Call(
+        "multilabel_kd_loss", function, [*inputs, *(d.numbers(shape[1]).abs() for _ in "wp")]
+    )
 
 
 def linear_kd_loss(d: Draw) -> Call:
@@ -278,5 +299,6 @@ def head_gather_block(d: Draw) -> Call:
 
 CALLS = (
     *(pruned_attention, pruned_attention, attention_distill, attention_distill, entropy),
-    *(kd_loss, linear_kd_loss, feature_loss, swiglu_norm, head_gather, head_gather_block),
+    *(kd_loss, multilabel_kd_loss, linear_kd_loss, feature_loss, swiglu_norm),
+    *(head_gather, head_gather_block),
 )

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m kdfast.evaluate``: a pruned backbone of ORION against its teacher, frame by frame.
+
+Boxes as nuScenes measures them, lanes by their Chamfer distance, and the features of every block,
+through the same frozen heads on the same held-out frames (docs/use/orion.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from kdfast.configs import CONFIGS, ChainConfig, Config, ConfigError, load
+from kdfast.configs.fields import as_config_error
+from kdfast.data.files import CorruptDataError
+from kdfast.models.checkpoint import load_backbone
+
+EXAMPLES = """examples:
+  python -m kdfast.evaluate --config orion50_mini --checkpoint runs/orion50_mini/student.safetensors
+  python -m kdfast.evaluate --config runs/orion50/config.yaml \\
+      --checkpoint runs/orion50/student.safetensors --frames 200
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m kdfast.evaluate",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--config", required=True, help="name or YAML file of a run with frames")
+    made.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
+    made.add_argument(
+        "--checkpoint", type=Path, action="append", required=True, help="student.safetensors"
+    )
+    made.add_argument("--frames", type=int, help="held-out frames to use [all]")
+    made.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="[runs/evaluate]")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the table, and write it with a picture.
+
+    Returns:
+        0; 2 if the request cannot be met.
+    """
+    args = parser().parse_args(argv)
+    try:
+        return run(args)
+    except (ConfigError, ValueError, OSError, CorruptDataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Everything that ``main`` does after the command line; raises instead of printing."""
+    config = load(args.config, args.changes)
+    _check(config, args)
+    assert isinstance(config, Config)
+    # Imported here: matching and metrics take a second to import.
+    from kdfast.recovery.orion.evaluate import FrameEvaluator
+    from kdfast.recovery.orion.feed import build_frames
+    from kdfast.recovery.orion.run import draw_results, report_frames
+    from kdfast.recovery.orion.teacher import get_frame_teacher
+
+    accelerator = Accelerator(cpu=config.run.device == "cpu")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with as_config_error():
+        data = build_frames(config, accelerator)
+        teacher, heads = get_frame_teacher(
+            config, accelerator, data, args.out / "teacher", resume=False
+        )
+    models = {"teacher": teacher}
+    for path in args.checkpoint:
+        name = path.parent.name if path.stem == "student" else path.stem
+        models[name or path.stem] = load_backbone(path).to(accelerator.device).eval()
+    limit = None if args.frames is None else args.frames * data.held_out.dataset.views
+    evaluate = FrameEvaluator(accelerator, data.held_out, heads, limit)
+    images = next(iter(data.held_out.batches(0, limit=1))).images
+    print(report_frames(args.out, models, evaluate, teacher, images))
+    picture = draw_results(args.out / "frames.png", models, evaluate, data)
+    for path in (args.out / "frames.json", picture):
+        print(path)
+    return 0
+
+
+def _check(config: Config | ChainConfig, args: argparse.Namespace) -> None:
+    if isinstance(config, ChainConfig) or config.data.kind != "frames":
+        kind = "a chain" if isinstance(config, ChainConfig) else config.data.kind
+        fitting = [name for name, make in CONFIGS.items() if _has_frames(make())]
+        raise ValueError(
+            f"--config: must be a run with data.kind frames ({', '.join(fitting)}), got {kind}"
+        )
+    if args.frames is not None and args.frames < 1:
+        raise ValueError(f"--frames: must be at least 1, got {args.frames}")
+    absent = [str(path) for path in args.checkpoint if not path.is_file()]
+    if absent:
+        raise ValueError(f"--checkpoint: no such file: {', '.join(absent)}")
+
+
+def _has_frames(config: Config | ChainConfig) -> bool:
+    return isinstance(config, Config) and config.data.kind == "frames"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

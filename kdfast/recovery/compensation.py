@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folds what a student's removed heads computed into what stays. See docs/use/compensation.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import mean
+
+from accelerate import Accelerator
+
+from kdfast.configs.recovery import PruneConfig
+from kdfast.data.views.base import Item
+from kdfast.models.eva import EVAViT
+from kdfast.pruning import Calibration, calibrate
+from kdfast.pruning.surgery import prune_with_errors
+from kdfast.recovery.data import Views
+from kdfast.trainer.logs import LOG
+
+
+@dataclass(frozen=True)
+class CalibrationViews:
+    """Training images without their labels, as batches that can be read more than once.
+
+    Attributes:
+        feed: Shares them among the processes.
+        count: Images of all processes, rounded up to whole batches.
+    """
+
+    feed: Views
+    count: int
+
+    def __iter__(self) -> Iterator[Item]:
+        for batch in self.feed.batches(0, limit=self.count):
+            if batch.weight:
+                yield {"image": batch.images}
+
+
+def calibrate_teacher(
+    teacher: EVAViT, views: CalibrationViews, accelerator: Accelerator
+) -> Calibration:
+    """Moments of the teacher's heads over the views of all processes.
+
+    Args:
+        teacher: The whole model.
+        views: At least one readable image for every process.
+        accelerator: Autocast, and which process shows progress.
+    """
+    with accelerator.autocast():
+        found = calibrate(teacher, views, mlps=False, progress=accelerator.is_main_process)
+    LOG.info("calibration: %d views", found.metadata["images"])
+    return found
+
+
+def compensated_student(
+    teacher: EVAViT,
+    heads: list[list[int]],
+    calibration: Calibration,
+    views: CalibrationViews,
+    config: PruneConfig,
+    accelerator: Accelerator,
+) -> EVAViT:
+    """A copy of the teacher with these heads of every block, fitted to make up for the others.
+
+    Args:
+        teacher: The whole model.
+        heads: Kept heads of every block.
+        calibration: Of the teacher.
+        views: What the calibration was made on.
+        config: How to fit.
+        accelerator: Autocast, and which process shows progress.
+
+    Raises:
+        ValueError: The ridge term is too small for a fit.
+    """
+    with accelerator.autocast():
+        student, errors = prune_with_errors(
+            teacher,
+            heads,
+            compensate=calibration,
+            sequential=config.sequential,
+            ridge=config.ridge,
+            data=views if config.sequential else None,
+            progress=accelerator.is_main_process,
+        )
+    if errors:
+        LOG.info(
+            "error of the attentions' outputs, as a share of their variance, mean of %d blocks: "
+            "cut %.4f, compensated %.4f",
+            *(len(errors), mean(e.cut for e in errors), mean(e.compensated for e in errors)),
+        )
+    return student
