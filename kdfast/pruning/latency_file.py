@@ -24,6 +24,7 @@ from kdfast.ops._matmul import SETTING
 
 FORMAT = "kdfast.latency/1"
 VARIABLE = "KDFAST_CACHE"
+NUMBERS = ("dense_ms", "fixed_ms", "spread")
 
 
 class Origin(NamedTuple):
@@ -190,8 +191,10 @@ def _problem(content: Any, setting: Setting) -> str | None:
 
 def _is_table(content: Mapping[str, Any]) -> bool:
     kinds = content.get("kinds")
-    numbers = [content.get("dense_ms"), content.get("spread")]
+    numbers = [content.get(name) for name in NUMBERS]
     if not isinstance(kinds, list) or not kinds or not all(map(_is_number, numbers)):
+        return False
+    if min(content["dense_ms"], content["fixed_ms"]) <= 0:
         return False
     return all(isinstance(k, dict) and _is_kind(k) for k in kinds)
 

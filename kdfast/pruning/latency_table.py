@@ -9,7 +9,7 @@ import os
 import statistics
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from kdfast.nn.attention import qualified_name
 from kdfast.pruning.adapter import Anatomy, Site
 from kdfast.pruning.constant import drop_blocks
 from kdfast.pruning.families import anatomy_of
-from kdfast.pruning.latency_file import Origin, Setting, read_table, write_table
+from kdfast.pruning.latency_file import NUMBERS, Origin, Setting, read_table, write_table
 from kdfast.pruning.surgery import prune_heads
 
 # Samples of every model, and how many of them count.
@@ -71,23 +71,19 @@ class LatencyTable:
 
     Attributes:
         dense_ms: The whole model.
-        spread: Distance of the quartiles of that time, as a share of it.
+        fixed_ms: What no choice changes: the whole model with every block empty.
+        spread: Distance of the quartiles of the whole model's time, as a share of it.
         kinds: Blocks by their shapes.
         setting: What the times belong to: model, machine, batch, dtype, threads.
         origin: Where the times are from, in words.
     """
 
     dense_ms: float
+    fixed_ms: float
     spread: float
     kinds: list[BlockTimes]
     setting: Setting
     origin: Origin
-
-    @property
-    def fixed_ms(self) -> float:
-        """What no choice changes: the whole model without its blocks."""
-        whole = sum(k.at(k.heads[-1], k.units[-1]) * len(k.blocks) for k in self.kinds)
-        return self.dense_ms - whole
 
     def kind(self, block: int) -> BlockTimes:
         """The times of a block."""
@@ -150,19 +146,16 @@ def latency_table(
         write_table(setting, _content(table), cache)
         return table
     content, origin = found
-    return LatencyTable(
-        content["dense_ms"],
-        content["spread"],
-        [BlockTimes(**kind) for kind in content["kinds"]],
-        setting,
-        origin,
-    )
+    kinds = [BlockTimes(**kind) for kind in content["kinds"]]
+    dense, fixed, spread = (content[name] for name in NUMBERS)
+    return LatencyTable(dense, fixed, spread, kinds, setting, origin)
 
 
 def _content(table: LatencyTable) -> dict[str, Any]:
     """The table's part of its file."""
     kinds = [vars(kind) for kind in table.kinds]
-    return {"dense_ms": table.dense_ms, "spread": table.spread, "kinds": kinds}
+    numbers = {name: getattr(table, name) for name in NUMBERS}
+    return {**numbers, "kinds": kinds}
 
 
 def unit_step(count: int) -> int:
@@ -185,7 +178,7 @@ def unit_grid(count: int) -> list[int]:
 
 
 def monotone(ms: Sequence[Sequence[float]]) -> list[list[float]]:
-    """The nearest table, in the mean square, whose rows and columns never fall.
+    """The nearest table, in the mean square, whose rows and columns never fall, from 0 on.
 
     Falls are noise: less work does not take longer. By Dykstra's alternating projections.
     """
@@ -199,8 +192,9 @@ def monotone(ms: Sequence[Sequence[float]]) -> list[list[float]]:
             steps[axis] = moved - x
         if np.abs(x - before).max() < 1e-9 * (1e-9 + np.abs(x).max()):
             break
-    # What is left after the last pass is rounding.
-    rising: list[list[float]] = np.maximum.accumulate(np.maximum.accumulate(x, 0), 1).tolist()
+    # What is left after the last pass is rounding. The first entry is 0 by definition.
+    x = np.maximum.accumulate(np.maximum.accumulate(x, 0), 1)
+    rising: list[list[float]] = (x - x[0, 0]).tolist()
     return rising
 
 
@@ -291,12 +285,12 @@ class _Measurement:
                 kinds.append(BlockTimes(group, heads, units, monotone(ms)))
         quarter = statistics.quantiles(seconds, n=4)
         middle = statistics.median(seconds)
-        # Until here in shares of the whole model's time.
-        kinds = [
-            BlockTimes(k.blocks, k.heads, k.units, [[middle * x for x in row] for row in k.ms])
-            for k in kinds
-        ]
-        return LatencyTable(middle, (quarter[2] - quarter[0]) / middle, kinds, self.setting, origin)
+        # Blocks and the rest make up the whole model's time, whatever noise says.
+        sums = sum(kind.ms[-1][-1] * len(kind.blocks) for kind in kinds)
+        scale = middle * max(1 - ratio, 0.0) / max(sums, 1e-9)
+        kinds = [replace(k, ms=[[scale * x for x in row] for row in k.ms]) for k in kinds]
+        spread = (quarter[2] - quarter[0]) / middle
+        return LatencyTable(middle, middle * ratio, spread, kinds, self.setting, origin)
 
     def _kind(
         self,

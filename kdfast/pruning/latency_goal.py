@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a selection is as fast as asked, and what to do if not. See docs/use/pruning.md."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.machine.timing import interleave, summarize
+from kdfast.nn import accelerate
+from kdfast.pruning.adapter import Anatomy
+from kdfast.pruning.by_latency import LatencySelection, Losses, selected
+from kdfast.pruning.constant import drop_blocks
+from kdfast.pruning.latency import Latency
+from kdfast.pruning.latency_table import LatencyTable
+from kdfast.pruning.surgery import prune_heads
+
+# Predictions that are off by more get an explanation.
+CLOSE = 0.1
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What was asked for; one of the two is None."""
+
+    speedup: float | None
+    latency_ms: float | None
+
+    def ms(self, dense_ms: float) -> float:
+        """The time that meets it, where the whole model takes ``dense_ms``."""
+        if self.speedup is not None:
+            return dense_ms / self.speedup
+        return self.latency_ms or 0.0
+
+    def __str__(self) -> str:
+        if self.speedup is not None:
+            return f"a speedup of {self.speedup:g}"
+        return f"{self.latency_ms:g} ms"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Predicted and measured time of a selection.
+
+    Attributes:
+        selection: The heads and hidden units.
+        factor: What the table's prediction was multiplied by, after a first measurement.
+        dense: Measured time of the whole model.
+        pruned: Measured time of the pruned model.
+    """
+
+    selection: LatencySelection
+    factor: float
+    dense: Latency
+    pruned: Latency
+
+    @property
+    def table(self) -> LatencyTable:
+        """The times that the selection was made by."""
+        return self.selection.table
+
+    @property
+    def predicted_ms(self) -> float:
+        """Of the pruned model."""
+        return self.factor * self.selection.predicted_ms
+
+    @property
+    def predicted_speedup(self) -> float:
+        """Over the whole model."""
+        return self.table.dense_ms / self.predicted_ms
+
+    @property
+    def speedup(self) -> float:
+        """As measured."""
+        return self.dense.ms / self.pruned.ms
+
+    @property
+    def spread(self) -> float:
+        """The larger distance of quartiles of the two samples, as a share of their medians."""
+        return max(x.iqr / x.ms for x in (self.dense, self.pruned))
+
+    def misses(self, goal: Goal) -> bool:
+        """Whether the goal is missed by more than the spread of the samples."""
+        return self.pruned.ms > goal.ms(self.dense.ms) * (1 + self.spread)
+
+    def facts(self) -> dict[str, Any]:
+        """JSON values for a report."""
+        return {
+            "predicted_ms": self.predicted_ms,
+            "measured_ms": self.pruned.ms,
+            "deviation": self.pruned.ms / self.predicted_ms - 1,
+            "dense_ms": {"table": self.table.dense_ms, "measured": self.dense.ms},
+            "fixed_ms": self.table.fixed_ms,
+            "speedup": {"predicted": self.predicted_speedup, "measured": self.speedup},
+            "factor": self.factor,
+            "spread": self.spread,
+            "loss": self.selection.loss,
+            "empty": self.selection.empty,
+            "table": self.table.origin.text,
+        }
+
+    def reasons(self) -> list[str]:
+        """Why the prediction is off, if it is by more than 10 %: one line each."""
+        table, drift = self.table, self.dense.ms / self.table.dense_ms - 1
+        if abs(self.pruned.ms / self.predicted_ms - 1) <= CLOSE:
+            return []
+        lines = []
+        if abs(drift) > CLOSE / 2:
+            lines.append(
+                f"the whole model takes {drift:+.0%} of its time in the table too: the machine "
+                "is another or as busy as never; --no-cache measures the table again"
+            )
+        lines.append(
+            f"quartiles lie {table.spread:.0%} apart when the table was measured, "
+            f"{self.spread:.0%} now: nothing closer than that can be told"
+        )
+        fixed = table.fixed_ms / table.dense_ms
+        lines.append(f"{fixed:.0%} of the whole model's time lies outside of its blocks")
+        return lines
+
+
+def tried(
+    model: nn.Module, selection: LatencySelection, images: Tensor, rounds: int, factor: float = 1.0
+) -> Outcome:
+    """Times the whole and the pruned model, which is only cut: weights do not change times.
+
+    Args:
+        model: The whole model.
+        selection: What to keep.
+        images: (B, 3, H, W), in the type in which the models run.
+        rounds: Samples of each.
+        factor: As in ``Outcome``.
+    """
+    whole = copy.deepcopy(model).to(images.dtype).eval()
+    pruned = prune_heads(whole, selection.heads, mlp=selection.mlp)
+    drop_blocks(pruned, images)
+    calls = {}
+    for name, some in (("dense", whole), ("pruned", pruned)):
+        accelerate(some)
+        calls[name] = lambda m=some: m(images)
+    with torch.inference_mode():
+        samples = {name: summarize(rows) for name, rows in interleave(calls, rounds=rounds).items()}
+    dense, cut = (Latency(samples[name]["ms"], samples[name]["iqr"]) for name in calls)
+    return Outcome(selection, factor, dense, cut)
+
+
+def corrected(anatomy: Anatomy, losses: Losses, first: Outcome, goal: Goal) -> Outcome:
+    """Another selection, for predictions as far off as the first was; not measured yet.
+
+    Args:
+        anatomy: Of the whole model.
+        losses: Of its sites.
+        first: A selection that misses the goal.
+        goal: What was asked for.
+
+    Returns:
+        The selection with the factor of its prediction, and the times of the first.
+
+    Raises:
+        ValueError: No selection would meet the goal.
+    """
+    table = first.table
+    if goal.speedup is not None:
+        factor = first.predicted_speedup / first.speedup
+    else:
+        factor = first.pruned.ms / first.predicted_ms
+    again = selected(anatomy, losses, table, goal.ms(table.dense_ms) / factor)
+    return Outcome(again, factor, first.dense, first.pruned)
