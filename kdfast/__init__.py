@@ -31,15 +31,19 @@ if TYPE_CHECKING:
         Calibration,
         HeadGates,
         HeadScores,
+        LatencyTable,
         calibrate,
+        drop_blocks,
         evaluate_selections,
         head_scores,
+        latency_table,
         mlp_scores,
         prune_heads,
         pruning_report,
         select_heads,
         select_together,
     )
+    from kdfast.pruning.by_latency import LatencySelection, select
     from kdfast.pruning.saving import load_pretrained, save_pretrained
 
 __all__ = [
@@ -48,6 +52,8 @@ __all__ = [
     "FallbackWarning",
     "HeadGates",
     "HeadScores",
+    "LatencySelection",
+    "LatencyTable",
     "NotCompiledWarning",
     "Rope",
     "Window",
@@ -55,12 +61,14 @@ __all__ = [
     "accelerate",
     "attention_distill",
     "calibrate",
+    "drop_blocks",
     "evaluate_selections",
     "feature_loss",
     "head_gather",
     "head_gather_block",
     "head_scores",
     "kd_loss",
+    "latency_table",
     "linear",
     "linear_kd_loss",
     "load_pretrained",
@@ -71,6 +79,7 @@ __all__ = [
     "restore",
     "save_pretrained",
     "scaled_dot_product_attention",
+    "select",
     "select_heads",
     "select_together",
     "swiglu_norm",
@@ -82,9 +91,12 @@ _LAZY = (
             "Calibration",
             "HeadGates",
             "HeadScores",
+            "LatencyTable",
             "calibrate",
+            "drop_blocks",
             "evaluate_selections",
             "head_scores",
+            "latency_table",
             "mlp_scores",
             "prune_heads",
             "pruning_report",
@@ -93,6 +105,8 @@ _LAZY = (
         ),
         "kdfast.pruning",
     )
+    # Not of the package: it has a module of that name.
+    | dict.fromkeys(("LatencySelection", "select"), "kdfast.pruning.by_latency")
     | dict.fromkeys(("AccelerateReport", "accelerate", "restore"), "kdfast.nn")
     | dict.fromkeys(("load_pretrained", "save_pretrained"), "kdfast.pruning.saving")
 )

@@ -8,7 +8,6 @@ import argparse
 import copy
 import importlib.util
 import json
-import signal
 import sys
 import tempfile
 import time
@@ -33,14 +32,14 @@ from kdfast.pruning import (
     select_heads,
 )
 from kdfast.pruning.adapter import Anatomy
-from kdfast.pruning.by_latency import check_goal, losses_of, selected
+from kdfast.pruning.block_times import latency_table
+from kdfast.pruning.by_latency import Losses, check_goal, losses_of, selected
 from kdfast.pruning.compensate import SiteError
 from kdfast.pruning.constant import DropReport, drop_blocks
 from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.heat_map import draw_head_scores
 from kdfast.pruning.latency import Latency, latencies, leave_one_out_seconds
-from kdfast.pruning.latency_goal import Goal, Outcome, corrected, tried
-from kdfast.pruning.latency_table import latency_table
+from kdfast.pruning.latency_goal import Goal, Outcome, corrected, remarks, tried
 from kdfast.pruning.report import PruningReport
 from kdfast.pruning.saving import CONFIG, save_pretrained
 from kdfast.pruning.scores import METHODS, MLP_METHODS
@@ -137,9 +136,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
     return 0
 
 
@@ -243,14 +239,21 @@ def for_latency(
     result = tried(model, selection, images, options.rounds)
     print(f"first try: {result.pruned.ms:.2f} ms, predicted {result.predicted_ms:.2f} ms")
     if result.misses(goal):
-        with asked(ValueError):
-            result = corrected(anatomy, losses, result, goal)
-        print(
-            f"it misses {goal} by more than the spread of {result.spread:.0%}: chosen again, "
-            f"with predictions times {result.factor:.3f}"
-        )
+        result = again(anatomy, losses, result, goal)
     scores = head_scores(model, "reconstruction", calibration)
     return Chosen(scores, result.selection.heads, result.selection.mlp, result), images
+
+
+def again(anatomy: Anatomy, losses: Losses, first: Outcome, goal: Goal) -> Outcome:
+    """The selection for predictions as far off as the first was, or the first if there is none."""
+    missed = f"it misses {goal} by more than the spread of {first.spread:.0%}"
+    try:
+        result = corrected(anatomy, losses, first, goal)
+    except ValueError as error:
+        print(f"{missed}, and nothing can be done about it: {error}")
+        return first
+    print(f"{missed}: chosen again, with predictions times {result.factor:.3f}")
+    return result
 
 
 def compensates(options: argparse.Namespace) -> bool:
@@ -472,24 +475,11 @@ def show(
     )
     if chosen.outcome is not None:
         console.print(outcome(chosen.outcome))
-        for line in latency_lines(chosen.outcome, dropped, options):
+        goal = Goal(options.speedup, options.latency_ms)
+        for line in remarks(chosen.outcome, goal, dropped):
             console.print(line, highlight=False)
     for name in ("model.safetensors", CONFIG, "scores.json", "heads.png", "report.json"):
         print(options.out / name)
-
-
-def latency_lines(
-    result: Outcome, dropped: DropReport, options: argparse.Namespace
-) -> Iterator[str]:
-    """What there is to say of a goal in time."""
-    goal = Goal(options.speedup, options.latency_ms)
-    missed = "not " if result.misses(goal) else ""
-    yield f"{goal}: {missed}reached, within the spread of {result.spread:.0%}"
-    yield from result.reasons()
-    if dropped.dropped:
-        yield f"removed blocks: {', '.join(dropped.dropped)}"
-    for name, reason in dropped.left.items():
-        yield f"empty, but not removed: {name}: {reason}"
 
 
 if __name__ == "__main__":

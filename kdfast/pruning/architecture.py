@@ -256,13 +256,19 @@ def _shrunk(
     return model
 
 
-def _replace_block(model: nn.Module, name: str, channels: int) -> None:
-    try:
-        model.get_submodule(name)
-    except AttributeError as error:
+def _replace_block(model: nn.Module, name: str, channels: Any) -> None:
+    """Puts what ``drop_blocks`` leaves in place of a block of the architecture.
+
+    Raises:
+        ValueError: There is no such block, or it has not that many channels.
+    """
+    block = dict(model.named_modules()).get(name) if name else None
+    sizes = {size for tensor in block.parameters() for size in tensor.shape} if block else set()
+    if type(channels) is not int or channels not in sizes:
         raise ValueError(
-            f"load_pretrained: config.json must name blocks of the architecture, got {name!r}"
-        ) from error
+            "load_pretrained: config.json must name blocks of the architecture with their "
+            f"channels, got {name!r} with {channels!r}"
+        )
     put(model, name, ConstantBlock(channels))
 
 

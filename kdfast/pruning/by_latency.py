@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from kdfast.pruning.adapter import Anatomy
+from kdfast.pruning.block_times import LatencyTable, latency_table, unit_step
 from kdfast.pruning.calibration import Calibration
 from kdfast.pruning.families import anatomy_of
-from kdfast.pruning.latency_table import LatencyTable, latency_table, unit_step
 from kdfast.pruning.reconstruction import Curve, site_curves
 
 # Of the smallest loss: the solver proves no less than this.

@@ -2,6 +2,7 @@
 """Whether a selection is as fast as asked, and what to do if not. See docs/use/pruning.md."""
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from kdfast.machine.timing import interleave, summarize
 from kdfast.nn import accelerate
 from kdfast.pruning.adapter import Anatomy
+from kdfast.pruning.block_times import LatencyTable
 from kdfast.pruning.by_latency import LatencySelection, Losses, selected
-from kdfast.pruning.constant import drop_blocks
+from kdfast.pruning.constant import DropReport, drop_blocks
 from kdfast.pruning.latency import Latency
-from kdfast.pruning.latency_table import LatencyTable
 from kdfast.pruning.surgery import prune_heads
 
 # Predictions that are off by more get an explanation.
@@ -109,16 +110,27 @@ class Outcome:
         lines = []
         if abs(drift) > CLOSE / 2:
             lines.append(
-                f"the whole model takes {drift:+.0%} of its time in the table too: the machine "
-                "is another or as busy as never; --no-cache measures the table again"
+                f"the whole model takes {1 + drift:.2f} times as long as when the table was "
+                "measured: the machine's speed or load changed; --no-cache measures again"
             )
         lines.append(
-            f"quartiles lie {table.spread:.0%} apart when the table was measured, "
+            f"quartiles of the samples lie {table.spread:.0%} apart in the table and "
             f"{self.spread:.0%} now: nothing closer than that can be told"
         )
         fixed = table.fixed_ms / table.dense_ms
         lines.append(f"{fixed:.0%} of the whole model's time lies outside of its blocks")
         return lines
+
+
+def remarks(result: Outcome, goal: Goal, dropped: DropReport) -> Iterator[str]:
+    """What there is to say of a measured selection, in lines."""
+    missed = "not " if result.misses(goal) else ""
+    yield f"{goal}: {missed}reached, within the spread of {result.spread:.0%}"
+    yield from result.reasons()
+    if dropped.dropped:
+        yield f"removed blocks: {', '.join(dropped.dropped)}"
+    for name, reason in dropped.left.items():
+        yield f"empty, but not removed: {name}: {reason}"
 
 
 def tried(
