@@ -246,7 +246,7 @@ def for_latency(
 
 def again(anatomy: Anatomy, losses: Losses, first: Outcome, goal: Goal) -> Outcome:
     """The selection for predictions as far off as the first was, or the first if there is none."""
-    missed = f"it misses {goal} by more than the spread of {first.spread:.0%}"
+    missed = f"it misses {goal}, by more than times may be off ({first.spread:.1%})"
     try:
         result = corrected(anatomy, losses, first, goal)
     except ValueError as error:

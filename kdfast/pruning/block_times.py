@@ -230,12 +230,16 @@ def same_shapes(anatomy: Anatomy, size: tuple[int, int]) -> list[list[int]]:
 def paired(whole: Callable[[], Any], other: Callable[[], Any]) -> tuple[float, list[float]]:
     """Time of the other as a multiple of the whole's, and the whole's times in ms.
 
-    Both are the means of their fastest rounds: others on the machine only ever add time.
+    Both are the means of the fastest samples.
     """
     samples = interleave({"whole": whole, "other": other}, rounds=ROUNDS)
-    seconds = [sorted(s for s, _ in samples[name]) for name in ("whole", "other")]
-    first, second = (statistics.fmean(row[:FASTEST]) for row in seconds)
-    return second / first, [1e3 * s for s in seconds[0]]
+    first, second = ([s for s, _ in samples[name]] for name in ("whole", "other"))
+    return fastest(second) / fastest(first), [1e3 * s for s in first]
+
+
+def fastest(seconds: Sequence[float]) -> float:
+    """The mean of the fastest samples: others on the machine only ever add time."""
+    return statistics.fmean(sorted(seconds)[:FASTEST])
 
 
 class _Measurement:

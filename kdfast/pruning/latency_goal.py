@@ -2,8 +2,9 @@
 """Whether a selection is as fast as asked, and what to do if not. See docs/use/pruning.md."""
 
 import copy
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from kdfast.machine.timing import interleave, summarize
 from kdfast.nn import accelerate
 from kdfast.pruning.adapter import Anatomy
-from kdfast.pruning.block_times import LatencyTable
+from kdfast.pruning.block_times import LatencyTable, fastest
 from kdfast.pruning.by_latency import LatencySelection, Losses, selected
 from kdfast.pruning.constant import DropReport, drop_blocks
 from kdfast.pruning.latency import Latency
@@ -50,12 +51,14 @@ class Outcome:
         factor: What the table's prediction was multiplied by, after a first measurement.
         dense: Measured time of the whole model.
         pruned: Measured time of the pruned model.
+        rounds: Samples of each.
     """
 
     selection: LatencySelection
     factor: float
     dense: Latency
     pruned: Latency
+    rounds: int
 
     @property
     def table(self) -> LatencyTable:
@@ -79,11 +82,12 @@ class Outcome:
 
     @property
     def spread(self) -> float:
-        """The larger distance of quartiles of the two samples, as a share of their medians."""
-        return max(x.iqr / x.ms for x in (self.dense, self.pruned))
+        """What the times may be off by, as a share of them: the larger distance of quartiles of
+        the two samples, over the root of their number."""
+        return max(x.iqr / x.ms for x in (self.dense, self.pruned)) / math.sqrt(self.rounds)
 
     def misses(self, goal: Goal) -> bool:
-        """Whether the goal is missed by more than the spread of the samples."""
+        """Whether the goal is missed by more than the times may be off."""
         return self.pruned.ms > goal.ms(self.dense.ms) * (1 + self.spread)
 
     def facts(self) -> dict[str, Any]:
@@ -114,8 +118,8 @@ class Outcome:
                 "measured: the machine's speed or load changed; --no-cache measures again"
             )
         lines.append(
-            f"quartiles of the samples lie {table.spread:.0%} apart in the table and "
-            f"{self.spread:.0%} now: nothing closer than that can be told"
+            f"quartiles of the samples lie {table.spread:.0%} apart in the table, and times of now "
+            f"may be off by {self.spread:.0%}"
         )
         fixed = table.fixed_ms / table.dense_ms
         lines.append(f"{fixed:.0%} of the whole model's time lies outside of its blocks")
@@ -125,7 +129,7 @@ class Outcome:
 def remarks(result: Outcome, goal: Goal, dropped: DropReport) -> Iterator[str]:
     """What there is to say of a measured selection, in lines."""
     missed = "not " if result.misses(goal) else ""
-    yield f"{goal}: {missed}reached, within the spread of {result.spread:.0%}"
+    yield f"{goal}: {missed}reached, times may be off by {result.spread:.1%}"
     yield from result.reasons()
     if dropped.dropped:
         yield f"removed blocks: {', '.join(dropped.dropped)}"
@@ -137,6 +141,8 @@ def tried(
     model: nn.Module, selection: LatencySelection, images: Tensor, rounds: int, factor: float = 1.0
 ) -> Outcome:
     """Times the whole and the pruned model, which is only cut: weights do not change times.
+
+    Like those of a table, times are the means of the fastest samples.
 
     Args:
         model: The whole model.
@@ -153,9 +159,12 @@ def tried(
         accelerate(some)
         calls[name] = lambda m=some: m(images)
     with torch.inference_mode():
-        samples = {name: summarize(rows) for name, rows in interleave(calls, rounds=rounds).items()}
-    dense, cut = (Latency(samples[name]["ms"], samples[name]["iqr"]) for name in calls)
-    return Outcome(selection, factor, dense, cut)
+        samples = interleave(calls, rounds=rounds)
+    dense, cut = (
+        Latency(1e3 * fastest([s for s, _ in row]), summarize(row)["iqr"])
+        for row in samples.values()
+    )
+    return Outcome(selection, factor, dense, cut, rounds)
 
 
 def corrected(anatomy: Anatomy, losses: Losses, first: Outcome, goal: Goal) -> Outcome:
@@ -178,5 +187,6 @@ def corrected(anatomy: Anatomy, losses: Losses, first: Outcome, goal: Goal) -> O
         factor = first.predicted_speedup / first.speedup
     else:
         factor = first.pruned.ms / first.predicted_ms
-    again = selected(anatomy, losses, table, goal.ms(table.dense_ms) / factor)
-    return Outcome(again, factor, first.dense, first.pruned)
+    # Beyond the goal by what the first measurement may be off, so as not to miss it again.
+    aim = goal.ms(table.dense_ms) / factor / (1 + first.spread)
+    return replace(first, selection=selected(anatomy, losses, table, aim), factor=factor)
