@@ -14,13 +14,20 @@ import torch
 
 import kdfast
 from kdfast.pruning import block_times, latency_file
-from kdfast.pruning.block_times import BlockTimes, LatencyTable, monotone, unit_grid, unit_step
+from kdfast.pruning.block_times import (
+    BlockTimes,
+    LatencyTable,
+    added,
+    monotone,
+    unit_grid,
+    unit_step,
+)
 from kdfast.pruning.by_latency import Choice, select, solved, undominated
 from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.latency_file import Origin, Setting, cache_folder
 from tests.test_prune_families import small
 
-Table = LatencyTable
+pytestmark = pytest.mark.filterwarnings("ignore:calibrate. .* tokens")
 
 
 @pytest.fixture
@@ -66,7 +73,7 @@ def test_the_solver_finds_what_trying_everything_finds() -> None:
             every[0] = Choice(0, 0, 0.0, 1.0)
             rows.append(every)
         dense = 0.5 + sum(max(c.ms for c in row) for row in rows)
-        table = Table(dense, 0.5, 0.0, [], None, Origin(""))  # type: ignore[arg-type]
+        table = LatencyTable(dense, 0.5, 0.0, [], None, Origin(""))  # type: ignore[arg-type]
         possible = [c for c in itertools.product(*rows) if not all(x.empty for x in c)]
         fastest = min(0.5 + sum(x.ms for x in c) for c in possible)
         goal = fastest + (dense - fastest) * numbers.random()
@@ -106,6 +113,20 @@ def test_interpolation_is_linear_and_never_falls() -> None:
     times = [[fine.at(h, u) for u in range(61)] for h in range(7)]
     assert (numpy.diff(times, axis=0) >= -1e-12).all()
     assert (numpy.diff(times, axis=1) >= -1e-12).all()
+
+
+def test_times_of_attention_and_mlp_add_up() -> None:
+    heads, units = [0, 1, 2, 3, 4], [0, 10, 20, 30, 40]
+    clean = numpy.add.outer(2.0 + numpy.array(heads), 0.5 * numpy.array(units))
+    clean[0], clean[:, 0] = numpy.arange(5) ** 2, numpy.arange(5) ** 3
+    numpy.testing.assert_allclose(added(clean.tolist(), heads, units), clean, atol=1e-12)
+    outlier = clean.copy()
+    outlier[2, 3] += 50
+    numpy.testing.assert_allclose(added(outlier.tolist(), heads, units), clean, atol=1e-12)
+    edge = clean.copy()
+    edge[0, 3] += 50
+    numpy.testing.assert_allclose(added(edge.tolist(), heads, units), edge, atol=1e-12)
+    assert added([[0.0, 1.0]], [0], [0, 4]) == [[0.0, 1.0]]
 
 
 def test_widths_are_what_kernels_like() -> None:
