@@ -70,6 +70,17 @@ def pruned_models(
             yield scope, name, pruned, time.perf_counter() - start
 
 
+def chosen_pictures(
+    model: nn.Module, size: tuple[int, int], options: argparse.Namespace
+) -> tuple[Tensor, Tensor]:
+    """Pictures to calibrate on, and others to compare on."""
+    names = list_images(options.pictures)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = [options.pictures / names[i] for i in order[: options.calibrate + options.test]]
+    pictures = load_images(chosen, transform_of(model, size))
+    return pictures[: options.calibrate], pictures[options.calibrate :]
+
+
 def main() -> None:
     """Calibrates, prunes in every way and prints a table."""
     p = argparse.ArgumentParser(prog="python -m bench.compensation", description=__doc__)
@@ -82,11 +93,7 @@ def main() -> None:
     options = p.parse_args()
     model = load_model(options.model)
     size = anatomy_of("bench.compensation", model).adapter.image_size(model)
-    names = list_images(options.pictures)
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
-    chosen = [options.pictures / names[i] for i in order[: options.calibrate + options.test]]
-    pictures = load_images(chosen, transform_of(model, size))
-    data, test = pictures[: options.calibrate], pictures[options.calibrate :]
+    data, test = chosen_pictures(model, size, options)
     held, seen = (list(x.split(options.batch_size)) for x in (test, data))
     print(
         f"{cpu_name()}, {torch.get_num_threads()} threads, {len(data)} pictures, {len(test)} held"

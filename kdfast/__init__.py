@@ -33,15 +33,19 @@ if TYPE_CHECKING:
         Calibration,
         HeadGates,
         HeadScores,
+        LatencyTable,
         calibrate,
+        drop_blocks,
         evaluate_selections,
         head_scores,
+        latency_table,
         mlp_scores,
         prune_heads,
         pruning_report,
         select_heads,
         select_together,
     )
+    from kdfast.pruning.by_latency import LatencySelection, select
     from kdfast.pruning.saving import load_pretrained, save_pretrained
 
 __all__ = [
@@ -50,6 +54,8 @@ __all__ = [
     "FallbackWarning",
     "HeadGates",
     "HeadScores",
+    "LatencySelection",
+    "LatencyTable",
     "NotCompiledWarning",
     "Rope",
     "Window",
@@ -57,6 +63,7 @@ __all__ = [
     "accelerate",
     "attention_distill",
     "calibrate",
+    "drop_blocks",
     "evaluate_selections",
     "export_orion",
     "feature_loss",
@@ -64,6 +71,7 @@ __all__ = [
     "head_gather_block",
     "head_scores",
     "kd_loss",
+    "latency_table",
     "linear",
     "linear_kd_loss",
     "load_pretrained",
@@ -75,6 +83,7 @@ __all__ = [
     "restore",
     "save_pretrained",
     "scaled_dot_product_attention",
+    "select",
     "select_heads",
     "select_together",
     "swiglu_norm",
@@ -86,9 +95,12 @@ _LAZY = (
             "Calibration",
             "HeadGates",
             "HeadScores",
+            "LatencyTable",
             "calibrate",
+            "drop_blocks",
             "evaluate_selections",
             "head_scores",
+            "latency_table",
             "mlp_scores",
             "prune_heads",
             "pruning_report",
@@ -97,6 +109,8 @@ _LAZY = (
         ),
         "kdfast.pruning",
     )
+    # Not of the package: it has a module of that name.
+    | dict.fromkeys(("LatencySelection", "select"), "kdfast.pruning.by_latency")
     | dict.fromkeys(("AccelerateReport", "accelerate", "restore"), "kdfast.nn")
     | {"export_orion": "kdfast.models.orion.export"}
     | dict.fromkeys(("load_pretrained", "save_pretrained"), "kdfast.pruning.saving")

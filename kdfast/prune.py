@@ -5,6 +5,7 @@ See docs/use/pruning.md.
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import sys
@@ -12,8 +13,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +32,42 @@ from kdfast.pruning import (
     select_heads,
 )
 from kdfast.pruning.adapter import Anatomy
+from kdfast.pruning.block_times import latency_table
+from kdfast.pruning.by_latency import Losses, check_goal, losses_of, selected
 from kdfast.pruning.compensate import SiteError
+from kdfast.pruning.constant import DropReport, drop_blocks
 from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.heat_map import draw_head_scores
 from kdfast.pruning.latency import Latency, latencies, leave_one_out_seconds
+from kdfast.pruning.latency_goal import Goal, Outcome, corrected, remarks, tried
 from kdfast.pruning.report import PruningReport
 from kdfast.pruning.saving import CONFIG, save_pretrained
 from kdfast.pruning.scores import METHODS, MLP_METHODS
 from kdfast.pruning.surgery import prune_with_errors
+from kdfast.pruning.tables import costs, outcome, site_errors
 from kdfast.sources import MODEL_HELP, image_batches, is_random, load_model, noise
 
 PACKAGES = ("matplotlib", "rich")  # for the heat map and the table
+DTYPES = ("float32", "bfloat16", "float16")
+# What --speedup and --latency-ms choose by themselves, and what stands for it without them.
+DEFAULTS = {"keep": 0.5, "mlp_keep": None, "method": "taylor", "scope": "block"}
 Selection = list[list[int]]  # positions that are kept, per block
+
+
+class Chosen(NamedTuple):
+    """What stays of a model.
+
+    Attributes:
+        scores: Of its heads, for the files.
+        heads: Positions that are kept.
+        units: The same of hidden units, where MLPs are pruned.
+        outcome: Predicted and measured time, where a latency was asked for.
+    """
+
+    scores: HeadScores
+    heads: Selection
+    units: Selection | None
+    outcome: Outcome | None = None
 
 
 class UsageError(Exception):
@@ -68,10 +94,17 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--model", required=True, help=MODEL_HELP)
     p.add_argument("--out", required=True, type=Path, help="folder to write")
-    p.add_argument("--keep", type=number, default=0.5, help="0.5: fraction; 6: heads per block")
+    p.add_argument("--keep", type=number, help="0.5, if left out: fraction; 6: heads per block")
     p.add_argument("--mlp-keep", type=number, help="the same for hidden units; all if left out")
-    p.add_argument("--method", choices=METHODS, default="taylor", help="score of a head")
-    p.add_argument("--scope", choices=("block", "global"), default="block")
+    p.add_argument("--method", choices=METHODS, help="score of a head; taylor if left out")
+    p.add_argument("--scope", choices=("block", "global"), help="block if left out")
+    p.add_argument("--speedup", type=float, help="choose what makes it so many times faster here")
+    p.add_argument("--latency-ms", type=float, help="or what makes it take so many milliseconds")
+    p.add_argument("--latency-batch", type=int, default=1, help="images of a call, for these two")
+    p.add_argument("--latency-dtype", choices=DTYPES, help="type that runs then; the model's own")
+    cache = p.add_mutually_exclusive_group()
+    cache.add_argument("--cache", type=Path, help="folder of measured latencies")
+    cache.add_argument("--no-cache", action="store_true", help="measure them again, keep nothing")
     p.add_argument("--data", type=Path, help="folder of pictures; rendered scenes if left out")
     p.add_argument("--batches", type=int, default=8, help="batches of pictures to look at")
     p.add_argument("--batch-size", type=int, default=4)
@@ -120,48 +153,107 @@ def run(options: argparse.Namespace) -> None:
         check_model(anatomy, options)
     batches: list[Tensor] = []
     if reads_pictures(options):
-        count = options.batches * options.batch_size
-        with asked(OSError, ValueError, ImportError):
-            batches.extend(
-                image_batches(model, size, options.data, count=count, batch_size=options.batch_size)
-            )
+        batches = read(model, size, options.batches * options.batch_size, options)
     print(f"{options.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    pictures: list[Tensor] = []
-    if compensates(options):
-        with asked(OSError, ValueError, ImportError):
-            pictures.extend(
-                image_batches(
-                    model,
-                    size,
-                    options.data,
-                    count=options.calibrate,
-                    batch_size=options.batch_size,
-                )
-            )
+    pictures = read(model, size, options.calibrate, options) if compensates(options) else []
     calibration = calibrated(model, pictures, options)
+    images = (batches or pictures or [noise(model, size)])[0][:1]
+    if by_latency(options) and calibration is not None:
+        chosen, images = for_latency(anatomy, calibration, images, options)
+    else:
+        chosen = for_scores(anatomy, batches, calibration, options)
+    pruned, errors = cut(model, chosen, batches, pictures, calibration, options)
+    dropped = drop_blocks(pruned) if chosen.outcome else DropReport([], {})
+    params = sum(p.numel() for p in pruned.parameters())
+    keep = [[len(row) for row in chosen.heads]]
+    mlp_keep = None if chosen.units is None else [len(row) for row in chosen.units]
+    report = pruning_report(model, keep, mlp_keep=mlp_keep)
+    with asked(OSError, ValueError):
+        save_pretrained(pruned, options.out)
+        chosen.scores.save(options.out / "scores.json")
+        draw_head_scores(chosen.scores, chosen.heads, options.out / "heads.png")
+    latency = latencies(as_type(model, images), as_type(pruned, images), images, options.rounds)
+    if chosen.outcome is not None:
+        dense = latency.get("before, fused", latency["before"])
+        found = replace(chosen.outcome, dense=dense, pruned=latency["pruned, fused"])
+        chosen = chosen._replace(outcome=found)
+    with asked(OSError):
+        write_report(options, report, chosen, latency, errors, dropped)
+    show(report, latency, chosen, errors, dropped, params, images, options)
+
+
+def by_latency(options: argparse.Namespace) -> bool:
+    """Whether a latency was asked for."""
+    return options.speedup is not None or options.latency_ms is not None
+
+
+def read(
+    model: nn.Module, size: tuple[int, int], count: int, options: argparse.Namespace
+) -> list[Tensor]:
+    """Batches of pictures."""
+    with asked(OSError, ValueError, ImportError):
+        return list(
+            image_batches(model, size, options.data, count=count, batch_size=options.batch_size)
+        )
+
+
+def as_type(model: nn.Module, images: Tensor) -> nn.Module:
+    """The model in the type of the images, a copy where it has another."""
+    if next(model.parameters()).dtype == images.dtype:
+        return model
+    return copy.deepcopy(model).to(images.dtype)
+
+
+def for_scores(
+    anatomy: Anatomy,
+    batches: list[Tensor],
+    calibration: Calibration | None,
+    options: argparse.Namespace,
+) -> Chosen:
+    """What --keep and --mlp-keep leave, by the scores."""
+    model = anatomy.model
     print(f"scoring heads by {options.method}, on {source(options)}")
     if options.method == "leave_one_out":
         print(effort(model, sum(len(site.held) for site in anatomy.attentions), batches))
     scores = head_scores(
         model, options.method, data_of(options.method, batches, calibration), seed=options.seed
     )
-    kept, units = selected(model, scores, batches, calibration, options)
-    pruned, errors = cut(model, kept, units, batches, pictures, calibration, options)
-    keep = [[len(row) for row in kept]]
-    mlp_keep = None if units is None else [len(row) for row in units]
-    report = pruning_report(model, keep, mlp_keep=mlp_keep)
-    with asked(OSError, ValueError):
-        save_pretrained(pruned, options.out)
-        scores.save(options.out / "scores.json")
-        draw_head_scores(scores, kept, options.out / "heads.png")
-    images = batches or pictures
-    image = images[0][:1] if images else noise(model, size)
-    latency = latencies(model, pruned, image, options.rounds)
-    with asked(OSError):
-        write_report(options, report, kept, latency, errors)
-    if errors:
-        show_errors(errors)
-    show(report, latency, options)
+    return Chosen(scores, *by_scores(model, scores, batches, calibration, options))
+
+
+def for_latency(
+    anatomy: Anatomy, calibration: Calibration, images: Tensor, options: argparse.Namespace
+) -> tuple[Chosen, Tensor]:
+    """What --speedup or --latency-ms leave, and the images that the times are of."""
+    model, batch = anatomy.model, options.latency_batch
+    dtype = getattr(torch, options.latency_dtype) if options.latency_dtype else images.dtype
+    images = images.expand(batch, *images.shape[1:]).contiguous().to(dtype)
+    place: Path | bool = options.cache or not options.no_cache
+    goal = Goal(options.speedup, options.latency_ms)
+    size = (images.shape[2], images.shape[3])
+    table = latency_table(model, batch=batch, dtype=dtype, image_size=size, cache=place)
+    print(f"latencies of blocks: {table.origin.text}")
+    losses = losses_of(anatomy, calibration, progress=True)
+    with asked(ValueError):
+        selection = selected(anatomy, losses, table, goal.ms(table.dense_ms))
+    result = tried(model, selection, images, options.rounds)
+    print(f"first try: {result.pruned.ms:.2f} ms, predicted {result.predicted_ms:.2f} ms")
+    if result.misses(goal):
+        result = again(anatomy, losses, result, goal)
+    scores = head_scores(model, "reconstruction", calibration)
+    return Chosen(scores, result.selection.heads, result.selection.mlp, result), images
+
+
+def again(anatomy: Anatomy, losses: Losses, first: Outcome, goal: Goal) -> Outcome:
+    """The selection for predictions as far off as the first was, or the first if there is none."""
+    missed = f"it misses {goal}, by more than times may be off ({first.spread:.1%})"
+    try:
+        result = corrected(anatomy, losses, first, goal)
+    except ValueError as error:
+        print(f"{missed}, and nothing can be done about it: {error}")
+        return first
+    print(f"{missed}: chosen again, with predictions times {result.factor:.3f}")
+    return result
 
 
 def compensates(options: argparse.Namespace) -> bool:
@@ -179,7 +271,7 @@ def calibrated(
         return None
     origin = options.data or "rendered driving scenes"
     how = ", one site after the other" if options.sequential else ""
-    why = "" if options.compensate else " (--no-compensate turns it off)"
+    why = "" if options.compensate or by_latency(options) else " (--no-compensate turns it off)"
     print(f"compensating on {sum(map(len, pictures))} pictures of {origin}{how}{why}")
     return calibrate(model, pictures)
 
@@ -193,8 +285,7 @@ def data_of(method: str, batches: list[Tensor], calibration: Calibration | None)
 
 def cut(
     model: nn.Module,
-    kept: Selection,
-    units: Selection | None,
+    chosen: Chosen,
     batches: list[Tensor],
     pictures: list[Tensor],
     calibration: Calibration | None,
@@ -206,11 +297,11 @@ def cut(
         more = {"compensate": calibration, "sequential": options.sequential, "data": pictures}
     elif options.mean_context:
         more = {"mean_context": True, "data": batches}
-    pruned, errors = prune_with_errors(model, kept, mlp=units, **more)
+    pruned, errors = prune_with_errors(model, chosen.heads, mlp=chosen.units, **more)
     return pruned.eval(), errors
 
 
-def selected(
+def by_scores(
     model: nn.Module,
     scores: HeadScores,
     batches: list[Tensor],
@@ -236,6 +327,7 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError(f"--out: {options.out} holds a model already; --overwrite replaces it")
     if options.batches < 1 or options.batch_size < 1 or options.rounds < 2:
         raise UsageError("--batches and --batch-size must be at least 1, --rounds at least 2")
+    check_latency(options)
     if options.compensate and options.mean_context:
         raise UsageError("--mean-context: --compensate has it, give one of them")
     if options.sequential and not compensates(options):
@@ -250,6 +342,28 @@ def check(options: argparse.Namespace) -> None:
     if options.data and not options.data.is_dir():
         raise UsageError(f"--data: must be a folder, got {options.data}")
     check_writable(options.out)
+
+
+def check_latency(options: argparse.Namespace) -> None:
+    """Raises UsageError for a goal in time that is none, and fills in what is not chosen by one."""
+    if not by_latency(options):
+        for name, value in DEFAULTS.items():
+            if getattr(options, name) is None:
+                setattr(options, name, value)
+        return
+    with asked(ImportError, ValueError):
+        check_goal(options.speedup, options.latency_ms)
+    given = [name for name in DEFAULTS if getattr(options, name) is not None]
+    if given:
+        flag = given[0].replace("_", "-")
+        raise UsageError(f"--{flag}: a latency chooses heads and hidden units, leave it out")
+    if options.compensate is False or options.mean_context:
+        raise UsageError("--speedup and --latency-ms count on --compensate, leave it on")
+    if not compensates(options):
+        raise UsageError("--speedup and --latency-ms need --data FOLDER, or --compensate")
+    if options.latency_batch < 1:
+        raise UsageError(f"--latency-batch: must be at least 1, got {options.latency_batch}")
+    options.method = "reconstruction"
 
 
 def check_model(anatomy: Anatomy, options: argparse.Namespace) -> None:
@@ -309,16 +423,20 @@ def effort(model: nn.Module, heads: int, batches: Sequence[Tensor]) -> str:
 def write_report(
     options: argparse.Namespace,
     report: PruningReport,
-    kept: list[list[int]],
+    chosen: Chosen,
     latency: dict[str, Latency],
     errors: list[SiteError],
+    dropped: DropReport,
 ) -> None:
     """``report.json``: request, kept heads, errors of the sites, counts and times."""
     content = {
         "request": {name: str(value) for name, value in vars(options).items()},
-        "kept": kept,
+        "kept": chosen.heads,
+        "units": None if chosen.units is None else [len(row) for row in chosen.units],
+        "dropped": dropped.dropped,
         "errors": [error._asdict() for error in errors],
         "latency_ms": {name: row._asdict() for name, row in latency.items()},
+        "goal": None if chosen.outcome is None else chosen.outcome.facts(),
         "threads": torch.get_num_threads(),
         "cpu": cpu_name(),
         "family": processor().name,
@@ -328,48 +446,38 @@ def write_report(
     (options.out / "report.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def show_errors(errors: Sequence[SiteError]) -> None:
-    """A table of what pruning does to the output of every site, without and with compensation."""
+def show(
+    report: PruningReport,
+    latency: dict[str, Latency],
+    chosen: Chosen,
+    errors: Sequence[SiteError],
+    dropped: DropReport,
+    params: int,
+    images: Tensor,
+    options: argparse.Namespace,
+) -> None:
+    """The tables and the paths."""
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title="error of a site's output, as a share of its variance")
-    for name in ("site", "kept", "cut", "compensated"):
-        table.add_column(name, justify="left" if name == "site" else "right")
-    for name, kept, of, before, after in errors:
-        table.add_row(name, f"{kept} of {of}", f"{before:.4f}", f"{after:.4f}")
-    Console().print(table)
-
-
-def show(report: PruningReport, latency: dict[str, Latency], options: argparse.Namespace) -> None:
-    """The table and the paths."""
-    from rich.console import Console
-    from rich.table import Table
-
-    before, after = report.full, report.pruned[0]
-    table = Table(title=f"{options.model}, one {'x'.join(map(str, report.image_size))} image")
-    for name in ("", "before", "after", "ratio"):
-        table.add_column(name, justify="left" if not name else "right")
-
-    def row(name: str, old: float, new: float, form: str) -> None:
-        ratio = f"{old / new:.2f}x" if new else ""
-        table.add_row(name, format(old, form), format(new, form), ratio)
-
-    row("heads", before.heads, after.heads, ",")
-    row("parameters", before.params, after.params, ",")
-    row("GMAC", before.flops / 2e9, after.flops / 2e9, ".3f")
-    pruned = latency["pruned, fused"]
-    for name, value in latency.items():
-        if value is not pruned:
-            row(f"ms, {name}", value.ms, pruned.ms, ".2f")
     console = Console()
-    console.print(table)
+    if errors:
+        console.print(site_errors(errors))
+    side = "x".join(map(str, report.image_size))
+    kind = str(images.dtype).removeprefix("torch.")
+    what = f"one {side} image" if len(images) == 1 else f"{len(images)} {side} images"
+    what = what if kind == "float32" else f"{what} in {kind}"
+    console.print(costs(report, latency, options.model, params, what))
     spread = max(value.iqr / value.ms for value in latency.values())
     console.print(
         f"times: medians of {options.rounds} alternating rounds on {cpu_name()}, "
         f"{processor().name}, {torch.get_num_threads()} threads; quartiles within {spread:.0%}",
         highlight=False,
     )
+    if chosen.outcome is not None:
+        console.print(outcome(chosen.outcome))
+        goal = Goal(options.speedup, options.latency_ms)
+        for line in remarks(chosen.outcome, goal, dropped):
+            console.print(line, highlight=False)
     for name in ("model.safetensors", CONFIG, "scores.json", "heads.png", "report.json"):
         print(options.out / name)
 

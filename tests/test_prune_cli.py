@@ -16,6 +16,8 @@ from PIL import Image
 from kdfast import prune
 from kdfast.prune import main
 from kdfast.pruning import HeadScores
+from kdfast.pruning.constant import ConstantBlock
+from kdfast.pruning.latency_file import Setting, write_table
 from kdfast.pruning.saving import load_pretrained, save_pretrained
 
 
@@ -234,3 +236,158 @@ def test_more_bad_requests(
     assert "a.png cannot be read" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["--model", "x", "--out", "y", "--method", "luck"])
+
+
+def planted_table(model: torch.nn.Module, cache: Path) -> None:
+    """A table on disk in which heads and hidden units take their share of 10 ms, 1 ms is fixed."""
+    count, width, depth = 3, 192, 2
+    block = 4.5
+    ms = [[0.5 * block * (h / count + u / width) for u in (0, width)] for h in (0, count)]
+    kind = {"blocks": list(range(depth)), "heads": [0, count], "units": [0, width], "ms": ms}
+    for batch, dtype in ((1, torch.float32), (2, torch.bfloat16)):
+        setting = Setting.of(model, batch, dtype, (32, 32))
+        numbers = {"dense_ms": 10.0, "fixed_ms": 1.0, "spread": 0.01}
+        write_table(setting, {**numbers, "kinds": [kind]}, cache)
+
+
+class Row(list[tuple[float, bool]]):
+    """A sample of a time with a given distance of quartiles."""
+
+    def __init__(self, seconds: float, iqr: float) -> None:
+        super().__init__([(seconds, True)])
+        self.iqr = iqr
+
+
+@pytest.fixture
+def timed(
+    model_folder: Path, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """A model, pictures and a cache whose times are known, and what every timing gives."""
+    cache = tmp_path / "cache"
+    planted_table(load_pretrained(model_folder), cache)
+    found: dict[str, tuple[float, float]] = {"dense": (10.0, 0.1), "pruned": (5.0, 0.05)}
+
+    def samples(calls: Any, **_: Any) -> dict[str, Any]:
+        for call in calls.values():
+            call()
+        whole = ("dense", "before, fused")
+        kinds = {name: found["dense" if name in whole else "pruned"] for name in calls}
+        return {name: Row(1e-3 * ms, iqr) for name, (ms, iqr) in kinds.items()}
+
+    def summary(row: Row) -> dict[str, float]:
+        return {"ms": 1e3 * row[0][0], "iqr": row.iqr}
+
+    for module in ("latency", "latency_goal"):
+        monkeypatch.setattr(f"kdfast.pruning.{module}.interleave", samples)
+        monkeypatch.setattr(f"kdfast.pruning.{module}.summarize", summary)
+    monkeypatch.setattr(warnings, "showwarning", lambda *_: None)
+    base = {"data": picture_folder, "cache": cache}
+    return found, lambda out, **more: arguments(model_folder, out, **{**base, **more})
+
+
+@pytest.mark.filterwarnings("ignore:calibrate. .* tokens")
+def test_a_speedup_chooses_heads_and_units(
+    tmp_path: Path, timed: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, given = timed
+    out = tmp_path / "fast"
+    assert main(given(out, speedup=2.0)) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "latencies of blocks: read from" in text and "first try: 5.00 ms" in text
+    assert (
+        "chosen again" not in text and "a speedup of 2: reached, times may be off by 0.7%" in text
+    )
+    assert "predicted" in text and "deviation" in text and "compensating on" in text
+    report = json.loads((out / "report.json").read_text())
+    goal = report["goal"]
+    assert goal["measured_ms"] == 5.0 and goal["factor"] == 1.0
+    assert goal["predicted_ms"] <= 5.0 and goal["speedup"]["measured"] == 2.0
+    kept, units = [len(row) for row in report["kept"]], report["units"]
+    want = 1.0 + sum(2.25 * (h / 3 + u / 192) for h, u in zip(kept, units, strict=True))
+    assert goal["predicted_ms"] == pytest.approx(want)
+    model = load_pretrained(out)
+    blocks = [i for i, pair in enumerate(zip(kept, units, strict=True)) if pair != (0, 0)]
+    assert [len(model.blocks[i].attn.heads) for i in blocks] == [kept[i] for i in blocks]
+    assert [model.blocks[i].mlp.fc2.in_features for i in blocks] == [units[i] for i in blocks]
+    assert HeadScores.load(out / "scores.json").method == "reconstruction"
+
+
+@pytest.mark.filterwarnings("ignore:calibrate. .* tokens")
+def test_a_missed_goal_is_corrected_once(
+    tmp_path: Path, timed: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, given = timed
+    found["pruned"] = (6.25, 0.1)
+    out = tmp_path / "fast"
+    flags = {"latency-ms": 5.0, "latency-batch": 2, "latency-dtype": "bfloat16"}
+    assert main(given(out, **flags)) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "it misses 5 ms, by more than times may be off (1.1%): chosen again, with" in text
+    assert "2 32x32 images in bfloat16" in text and "5 ms: not reached" in text
+    report = json.loads((out / "report.json").read_text())
+    goal = report["goal"]
+    assert 1.25 <= goal["factor"] < 1.5 and goal["predicted_ms"] <= 5.0 * (1 + 1e-6)
+    assert goal["deviation"] == pytest.approx(6.25 / goal["predicted_ms"] - 1)
+    assert "lie 1% apart in the table, and times of now may be off by 1%" in text
+    assert "10% of the whole model's time lies outside of its blocks" in text
+    assert next(load_pretrained(out).parameters()).dtype == torch.float32
+    # Nothing is left to take: the first selection stays, and that is said.
+    found["pruned"] = (90.0, 0.1)
+    found["dense"] = (20.0, 0.1)
+    assert main(given(tmp_path / "slow", speedup=4.0)) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "nothing can be done about it: select: the goal must be at least" in text
+    assert "the whole model takes 2.00 times as long as when the table was measured" in text
+
+
+@pytest.mark.filterwarnings("ignore:calibrate. .* tokens")
+def test_a_block_that_loses_everything_is_removed(
+    tmp_path: Path, timed: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, given = timed
+    out = tmp_path / "fast"
+    assert main(given(out, **{"latency-ms": 1.2})) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    report = json.loads((out / "report.json").read_text())
+    (name,) = report["dropped"]
+    assert f"removed blocks: {name}" in text
+    model = load_pretrained(out)
+    assert isinstance(model.get_submodule(name), ConstantBlock)
+    assert f"{sum(p.numel() for p in model.parameters()):,}" in text
+
+
+@pytest.mark.filterwarnings("ignore:calibrate. .* tokens")
+@pytest.mark.parametrize(
+    ("more", "flags", "match"),
+    [
+        ({"speedup": 1.0}, [], "select: speedup must be above 1, got 1.0"),
+        ({"latency-ms": 0}, [], "select: latency_ms must be above 0, got 0.0"),
+        ({"speedup": 2, "latency-ms": 3}, [], "one of speedup and latency_ms .* got both"),
+        ({"speedup": 30}, [], r"the goal must be at least 1\.\d+ ms, a speedup of \d+\.\d+: "),
+        ({"speedup": 2, "keep": 2}, [], "--keep: a latency chooses heads and hidden units"),
+        ({"speedup": 2, "method": "taylor"}, [], "--method: a latency chooses heads"),
+        ({"speedup": 2, "latency-batch": 0}, [], "--latency-batch: must be at least 1, got 0"),
+        ({"speedup": 2}, ["--no-compensate"], "count on --compensate, leave it on"),
+        ({"speedup": 2}, ["--mean-context"], "count on --compensate, leave it on"),
+    ],
+)
+def test_bad_goals_are_one_line(
+    tmp_path: Path,
+    timed: Any,
+    capsys: pytest.CaptureFixture[str],
+    more: dict[str, Any],
+    flags: list[str],
+    match: str,
+) -> None:
+    _, given = timed
+    assert main([*given(tmp_path / "out", **more), *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and re.search(match, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_goals_need_pictures(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(model_folder, tmp_path / "out", speedup=2)) == 2
+    assert "need --data FOLDER, or --compensate" in capsys.readouterr().err

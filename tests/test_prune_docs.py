@@ -10,6 +10,7 @@ import timm
 import torch
 
 import kdfast.pruning.families
+from kdfast.pruning.latency_file import Setting, write_table
 from tests.test_prune_families import hugging_face, silenced
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "use"
@@ -37,6 +38,16 @@ def test_add_a_family(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert len(units[2]) == 64
 
 
+def planted_table(model: torch.nn.Module) -> None:
+    """Times of the model's two blocks, 4.5 ms each and 1 ms for the rest, where they are sought."""
+    ms = [[4.5 / 2 * (h / 4 + u / 192) for u in (0, 192)] for h in (0, 4)]
+    kind = {"blocks": [0, 1], "heads": [0, 4], "units": [0, 192], "ms": ms}
+    numbers = {"dense_ms": 10.0, "fixed_ms": 1.0, "spread": 0.01}
+    setting = Setting.of(model, 1, torch.float32, (32, 32))
+    write_table(setting, {**numbers, "kinds": [kind]}, True)
+
+
+@pytest.mark.filterwarnings("ignore:calibrate. .* tokens")
 def test_pruning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     build = timm.create_model
@@ -53,7 +64,8 @@ def test_pruning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "labels": labels,
         "criterion": torch.nn.functional.cross_entropy,
     }
-    first, gates, rating = blocks("pruning.md")
+    monkeypatch.setenv("KDFAST_CACHE", str(tmp_path))
+    first, gates, rating, fast = blocks("pruning.md")
     exec(first, names)
     exec(gates, names)
     names["kept_by_taylor"] = names["kept"]
@@ -63,6 +75,9 @@ def test_pruning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     again = kdfast.load_pretrained("vit_base_half")
     with torch.no_grad():
         torch.testing.assert_close(again(names["images"]), names["small"](names["images"]))
+    planted_table(names["model"])
+    exec(fast, names)
+    assert names["found"].predicted_ms <= 10 / 1.5
 
 
 @pytest.mark.filterwarnings("ignore:calibrate. .* tokens")

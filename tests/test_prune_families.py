@@ -309,6 +309,11 @@ def test_grouped_queries_go_in_groups() -> None:
     assert select_heads(scores, 0.5) == [[0, 1] if one > two else [2, 3]]
     with pytest.raises(ValueError, match="keep must be a multiple of 2"):
         select_heads(scores, 1)
+    # The best set of two heads where all sets were tried: one group, not both.
+    scores = head_scores(model, "reconstruction", [torch.randn(4, 30, 32)], progress=False)
+    one, two = scores.scores[0].view(2, 2).sum(1).tolist()
+    assert select_heads(scores, 0.5) == [[0, 1] if one > two else [2, 3]]
+    assert select_heads(scores, 1.0) == [[0, 1, 2, 3]]
 
 
 def test_magnitude_where_heads_are_packed_one_by_one_or_normalised() -> None:

@@ -257,6 +257,8 @@ def _may_be_packed(tensor: Tensor, dtype: torch.dtype, cast: bool) -> bool:
     """
     return (
         is_plain(tensor)
+        # oneDNN has no layout for a layer without channels, of a block that lost a whole branch.
+        and tensor.numel() > 0
         and not tensor.is_inference()
         and (tensor.dtype == dtype or (cast and tensor.dtype != torch.float64))
         # oneDNN has no layout for a matrix without rows or columns.

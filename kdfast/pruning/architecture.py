@@ -21,6 +21,7 @@ from kdfast.nn.accelerate import accelerate_layers, has_fast_layers
 from kdfast.nn.attention import FusedAttention, qualified_name
 from kdfast.pruning.adapter import Anatomy
 from kdfast.pruning.behaviour import Differences, behaviour_differences, set_attributes
+from kdfast.pruning.constant import ConstantBlock, constant_blocks, put
 from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.hf_adapter import HfAdapter
 from kdfast.pruning.vit_adapter import VitAdapter
@@ -99,6 +100,7 @@ def _section(model: nn.Module) -> dict[str, Any]:
         "fast_layers": has_fast_layers(model),
         "heads": [site.held for site in anatomy.attentions],
         "mlp_hidden": [len(site.held) for site in anatomy.mlps],
+        "constant": constant_blocks(model),
         "tables": {name: dtype for name, dtype in tables.items() if dtype != "float32"},
     }
 
@@ -117,7 +119,8 @@ def _config(model: Any, family: str, model_args: dict[str, Any]) -> dict[str, An
                 f"{type(model).__name__}, which does not keep its arguments; save its state_dict"
             )
         arguments = {name: getattr(model, name) for name in TORCHVISION}
-        first = model.encoder.layers[0].self_attention
+        layers = [layer for layer in model.encoder.layers if not isinstance(layer, ConstantBlock)]
+        first = layers[0].self_attention
         counts = {
             "num_layers": len(model.encoder.layers),
             "num_heads": model.hidden_dim // first.head_dim,
@@ -236,6 +239,8 @@ def _shrunk(
 ) -> nn.Module:
     if "heads" not in section:
         return model
+    for name, channels in section.get("constant", {}).items():
+        _replace_block(model, name, channels)
     anatomy = Anatomy.of(adapter, model)
     held = [site.held for site in anatomy.attentions]
     widths = [len(site.held) for site in anatomy.mlps]
@@ -249,6 +254,22 @@ def _shrunk(
             )
         adapter.shrink(anatomy, heads, mlp)
     return model
+
+
+def _replace_block(model: nn.Module, name: str, channels: Any) -> None:
+    """Puts what ``drop_blocks`` leaves in place of a block of the architecture.
+
+    Raises:
+        ValueError: There is no such block, or it has not that many channels.
+    """
+    block = dict(model.named_modules()).get(name) if name else None
+    sizes = {size for tensor in block.parameters() for size in tensor.shape} if block else set()
+    if type(channels) is not int or channels not in sizes:
+        raise ValueError(
+            "load_pretrained: config.json must name blocks of the architecture with their "
+            f"channels, got {name!r} with {channels!r}"
+        )
+    put(model, name, ConstantBlock(channels))
 
 
 def _against_rebuilt(model: nn.Module, config: Mapping[str, Any]) -> Differences:

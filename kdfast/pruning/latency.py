@@ -22,14 +22,14 @@ class Latency(NamedTuple):
 
 @torch.no_grad()
 def latencies(
-    model: nn.Module, pruned: nn.Module, image: Tensor, rounds: int
+    model: nn.Module, pruned: nn.Module, images: Tensor, rounds: int
 ) -> dict[str, Latency]:
-    """Forward passes of one image, in alternating rounds.
+    """Forward passes, in alternating rounds.
 
     Args:
         model: The whole model.
         pruned: The pruned model; it is accelerated, in place.
-        image: (1, 3, H, W).
+        images: (B, 3, H, W), of the models' type.
         rounds: Samples of each.
 
     Returns:
@@ -42,7 +42,7 @@ def latencies(
     if not accelerate(fused).replaced:
         del candidates["before, fused"]
     accelerate(pruned)
-    calls = {name: (lambda m=m: m(image)) for name, m in candidates.items()}
+    calls = {name: (lambda m=m: m(images)) for name, m in candidates.items()}
     samples = {name: summarize(rows) for name, rows in interleave(calls, rounds=rounds).items()}
     return {name: Latency(row["ms"], row["iqr"]) for name, row in samples.items()}
 

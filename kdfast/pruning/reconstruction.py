@@ -5,7 +5,7 @@ D channels and O outputs of a site, S slices that can only go whole.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,39 @@ from tqdm import tqdm
 from kdfast.pruning.adapter import Anatomy, Site
 from kdfast.pruning.calibration import Calibration, SiteMoments, calibrate
 from kdfast.pruning.compensate import RIDGE
-from kdfast.pruning.eliminate import Path, best_sets, inverse, slice_path, slopes, unit_path
+from kdfast.pruning.eliminate import best_sets, inverse, slice_path, slopes, unit_path
 
 # Of equal scores the one that goes later is higher by this share, so that ranks are the order.
 STEP = 1e-9
+
+
+class Curve(NamedTuple):
+    """What one site loses by how much of it is removed, after compensation.
+
+    Attributes:
+        order: Slices, or groups of them, in the order of removal.
+        errors: Error that remains without the best 1 to S of them, as a share of the variance of
+            the block's stream.
+        group: Slices that only go together.
+        choices: The best positions to keep by their number, where all sets could be tried.
+    """
+
+    order: list[int]
+    errors: list[float]
+    group: int
+    choices: list[list[int]] | None
+
+    def error(self, kept: int) -> float:
+        """Error that remains with ``kept`` slices, whole groups."""
+        gone = len(self.order) - kept // self.group
+        return self.errors[gone - 1] if gone else 0.0
+
+    def best(self, kept: int) -> list[int]:
+        """Positions of the ``kept`` slices, whole groups, that lose least."""
+        if self.choices is not None:
+            return list(self.choices[kept])
+        groups = self.order[len(self.order) - kept // self.group :]
+        return sorted(group * self.group + i for group in groups for i in range(self.group))
 
 
 def calibrated(
@@ -45,14 +74,18 @@ def reconstruction_scores(
     a share of the stream's variance; per head where heads go in groups. "choices" holds for every
     site the best positions to keep by their number, where all sets could be tried, else None.
     """
-    rows: list[Tensor] = []
-    choices: list[list[list[int]] | None] = []
+    curves = site_curves(sites, moments, progress)
+    choices = [curve.choices for curve in curves]
+    return [_scores(curve) for curve in curves], {"choices": choices} if any(choices) else {}
+
+
+def site_curves(
+    sites: Sequence[Site], moments: Mapping[str, SiteMoments], progress: bool
+) -> list[Curve]:
+    """What every site loses by how much of it is removed."""
     quiet = None if progress else True
-    for site in tqdm(sites, desc="reconstruction", unit="site", disable=quiet):
-        row, choice = _site_scores(site, moments[site.name])
-        rows.append(row)
-        choices.append(choice)
-    return rows, {"choices": choices} if any(choices) else {}
+    bar = tqdm(sites, desc="reconstruction", unit="site", disable=quiet)
+    return [_curve(site, moments[site.name]) for site in bar]
 
 
 def weighted(site: Site, moments: SiteMoments) -> Tensor:
@@ -70,33 +103,30 @@ def weighted(site: Site, moments: SiteMoments) -> Tensor:
     return weight / max(size, torch.finfo(torch.float64).tiny) ** 0.5
 
 
-def _site_scores(site: Site, moments: SiteMoments) -> tuple[Tensor, list[list[int]] | None]:
+def _curve(site: Site, moments: SiteMoments) -> Curve:
     count, size = len(site.held) // site.group, site.size * site.group
     if count == 0:
-        return torch.zeros(0, dtype=torch.float64), None
+        return Curve([], [], site.group, None)
     weight = weighted(site, moments)
     a, g = inverse(moments.covariance, RIDGE), weight.T @ weight
     path = unit_path(a, g) if size == 1 else slice_path(a, g, size)
     best = None if size == 1 else best_sets(a, g, size)
-    errors, choice = path.errors, None
-    if best is not None:
-        # Budgets are shared out by what the best sets cost; ranks stay those of the path.
-        errors = [error for error, _ in best[1:]]
-        choice = [
-            [
-                position
-                for position in range(len(site.held))
-                if position // site.group not in set(gone)
-            ]
-            for _, gone in reversed(best)
-        ]
-    return _scores(Path(path.order, errors), site.group), choice
+    if best is None:
+        return Curve(path.order, path.errors, site.group, None)
+    # Budgets are shared out by what the best sets cost; ranks stay those of the path.
+    choices = [
+        [head for head in range(len(site.held)) if head // site.group not in set(gone)]
+        for _, gone in reversed(best)
+    ]
+    # By the number of heads: between whole groups there is nothing better than the smaller set.
+    by_heads = [choices[kept // site.group] for kept in range(len(site.held) + 1)]
+    return Curve(path.order, [error for error, _ in best[1:]], site.group, by_heads)
 
 
-def _scores(path: Path, group: int) -> Tensor:
+def _scores(curve: Curve) -> Tensor:
     """(S * group,): slopes in the order of removal, each head of a group its part."""
-    result = torch.zeros(len(path.order), dtype=torch.float64)
+    result = torch.zeros(len(curve.order), dtype=torch.float64)
     floor = torch.finfo(torch.float64).tiny / STEP
-    for rank, (index, slope) in enumerate(zip(path.order, slopes(path.errors), strict=True)):
-        result[index] = max(slope, floor) * (1 + STEP * rank) / group
-    return result.repeat_interleave(group)
+    for rank, (index, slope) in enumerate(zip(curve.order, slopes(curve.errors), strict=True)):
+        result[index] = max(slope, floor) * (1 + STEP * rank) / curve.group
+    return result.repeat_interleave(curve.group)

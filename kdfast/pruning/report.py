@@ -234,17 +234,22 @@ def pruning_report(
     if mlp_keep is not None:
         if not widths:
             raise ValueError("pruning_report: mlp_keep must be None, no MLP can be pruned here")
-        widths = kept_counts("pruning_report", mlp_keep, widths)
+        widths = kept_counts("pruning_report", mlp_keep, widths, _least(mlp_keep))
         units = _stored(mlp_keep)
     costs = []
     for request in keep:
-        least = 0 if not isinstance(request, float) else 1
-        counts = kept_counts("pruning_report", request, [len(heads) for heads in held], least)
+        sizes = [len(heads) for heads in held]
+        counts = kept_counts("pruning_report", request, sizes, _least(request))
         # Which heads stay has no influence on any cost.
         heads = [heads[:count] for heads, count in zip(held, counts, strict=True)]
         pruned = Anatomy.of(adapter, adapter.empty(model, heads, widths))
         costs.append(_cost(pruned, size, _stored(request), units))
     return PruningReport(adapter.family, size, _cost(whole, size, None, None), costs)
+
+
+def _least(request: Keep) -> int:
+    """The smallest number that a request may give a block."""
+    return 1 if isinstance(request, float) else 0
 
 
 def _stored(request: Keep) -> int | float | list[int]:
