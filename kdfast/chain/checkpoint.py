@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
+from kdfast.machine.archive import is_archive
 from kdfast.machine.files import load_torch
 
 
@@ -24,7 +24,7 @@ def weights_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def model_of(path: str | Path) -> nn.Module | None:
     """The timm model of a checkpoint file, or None if the file is no chain's checkpoint."""
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         return None
     try:
         state = load_torch(path, mmap=True)

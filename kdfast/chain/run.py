@@ -18,8 +18,11 @@ from kdfast.chain.planning import check_terms
 from kdfast.chain.train_link import train_link
 from kdfast.configs import ChainConfig, ConfigError, plain, save
 from kdfast.configs.chain import stages
+from kdfast.configs.fields import as_config_error
 from kdfast.data.files import CorruptDataError
 from kdfast.data.labelled import Classification, build_classification
+from kdfast.machine.disk import require_writable
+from kdfast.machine.files import write_text
 from kdfast.machine.memory import release
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.runs import run_folder, show_start
@@ -61,6 +64,8 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
     chosen = stages(config)
     missing = f"stage: {config.stage} needs an earlier run, " if resume or chosen[0] > 0 else None
     root = run_folder(Path(config.output).expanduser().absolute(), accelerator, missing)
+    if accelerator.is_main_process:
+        _check_outputs(config)
     folders = RunFolders(root, len(config.seeds) > 1)
     words = [" -> ".join(config.chain), f"stage {config.stage}", f"seeds {list(config.seeds)}"]
     words += [f"data {config.data.kind} {config.data.root or ''}".strip()]
@@ -101,6 +106,15 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
         _finish(config, root, results, sets[data_seed].name)
     accelerator.wait_for_everyone()
     return 0
+
+
+def _check_outputs(config: ChainConfig) -> None:
+    """Raises ConfigError if what is written hours later could not be."""
+    with as_config_error():
+        if config.cache and config.cache_dir is not None:
+            require_writable(Path(config.cache_dir).expanduser(), "cache_dir")
+        if config.report is not None:
+            require_writable(Path(config.report).expanduser().parent, "report")
 
 
 def links_to_train(
@@ -173,7 +187,7 @@ def _finish(config: ChainConfig, root: Path, results: list[dict[str, Any]], name
     if config.report is not None:
         copy = Path(config.report).expanduser()
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(paths["json"].read_text(encoding="utf-8"), encoding="utf-8")
+        write_text(copy, paths["json"].read_text(encoding="utf-8"))
         paths["report"] = copy
     LOG.info("\n\n%s\n", text)
     for result in results:

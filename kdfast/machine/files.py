@@ -14,17 +14,36 @@ from typing import Any
 
 import torch
 
+from kdfast.machine.archive import check_archive
+from kdfast.machine.disk import room_for
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is whole or not there; see ``replacing``."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Context with the name of a file beside ``path``, which takes its place at the end.
 
-    Readers see the old content or all of the new one; after an error the old one stays.
+    Readers see the old content or all of the new one; after an error the old one stays. The file
+    gets the permissions that any new file gets here, whatever the library chose that wrote it.
+
+    Raises:
+        DiskFull: There is no room for it.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield partial
-        os.replace(partial, path)
+        with room_for(path, partial):
+            # The system's answer: asking for the umask would change it for other threads.
+            partial.touch()
+            mode = partial.stat().st_mode
+            partial.unlink()
+            yield partial
+            partial.chmod(mode)
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -43,11 +62,14 @@ def load_torch(path: str | Path, *, mmap: bool = False) -> Any:
         path: The file.
         mmap: Map it instead of reading it; only files of the zip format can be.
 
+    The checksums of the file are compared first; see ``check_archive``.
+
     Raises:
         OSError: It cannot be opened.
         NeedsCode: It holds something else; the message names it.
         ValueError: It is damaged, or of another kind.
     """
+    check_archive(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

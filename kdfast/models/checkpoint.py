@@ -3,7 +3,6 @@
 
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kdfast.machine.archive import is_archive
 from kdfast.machine.files import NeedsCode, load_torch, replacing
 from kdfast.models.eva import EVAViT
 from kdfast.models.orion_keys import (
@@ -187,7 +187,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_torch(path: Path) -> Mapping[str, Any]:
     """State dict of a PyTorch checkpoint, mapped from the file where its format allows."""
     try:
-        loaded = load_torch(path, mmap=zipfile.is_zipfile(path))
+        loaded = load_torch(path, mmap=is_archive(path))
     except NeedsCode as error:
         raise ValueError(
             f"checkpoint: {error}, which cannot be read without running code from it. If you trust "

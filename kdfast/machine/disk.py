@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Full disks and folders that cannot be written: said in one line, and before long work."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+# What the writers of torch and safetensors say, which are not written in Python.
+_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded", "iostream error")
+
+
+class DiskFull(OSError):
+    """There is no room for a file; the message names it, and how much is free."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(errno.ENOSPC, text)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+@contextmanager
+def room_for(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Context in which a file is written; turns what a full disk makes of that into ``DiskFull``.
+
+    Args:
+        path: The file.
+        partial: Where it is written, if not there; it goes when the writing fails.
+
+    Raises:
+        DiskFull: The disk or the user's share of it is full.
+    """
+    try:
+        yield
+    except DiskFull:
+        raise
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        written = partial or path
+        size = written.stat().st_size if written.is_file() else 0
+        free = free_bytes(path.parent) + (size if partial else 0)
+        raise DiskFull(
+            f"{path}: no space left, it needs more than {size:,} bytes and {free:,} are free; "
+            f"make room or choose another folder"
+        ) from error
+
+
+def require_writable(folder: Path, what: str) -> None:
+    """Makes a folder if it is missing and writes a file into it, which goes at once.
+
+    Asked before long work whose result goes there.
+
+    Args:
+        folder: The folder.
+        what: The setting that names it, for the message.
+
+    Raises:
+        ValueError: It cannot be written; the message says why.
+    """
+    probe = folder / f".writable.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{what}: {folder} cannot be written: {error.strerror}") from error
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that a user may still write into a folder, which need not exist yet."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether an exception, or one that it came from, is that of a full disk."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _FULL:
+            return True
+        if any(text in str(seen) for text in _TEXTS):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
