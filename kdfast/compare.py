@@ -23,6 +23,7 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from kdfast.machine.facts import machine_facts
+from kdfast.machine.files import write_whole
 from kdfast.pruning import head_scores, prune_heads, select_heads
 from kdfast.pruning.families import anatomy_of
 from kdfast.rivals import RIVALS
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
         return run(options)
-    except (UsageError, SourceError) as error:
+    except (UsageError, SourceError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -312,7 +313,7 @@ def show(rows: Sequence[Row], facts: dict[str, Any], options: argparse.Namespace
     title = f"{name}, batch {options.batch}\n{where(machine)}, torch {machine['torch']}"
     picture, numbers = options.out / "compare.png", options.out / "compare.json"
     content = {**facts, "rows": [asdict(row) for row in rows]}
-    numbers.write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(numbers, json.dumps(content, indent=1) + "\n")
     if draw(rows, picture, title):
         print(picture)
     print(numbers)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.machine.facts import cpu_name
+from kdfast.machine.files import write_whole
 from kdfast.ops._processor import processor
 from kdfast.pruning import (
     Calibration,
@@ -325,7 +326,7 @@ def write_report(
         "date": time.strftime("%Y-%m-%d"),
         "cost": json.loads(report.to_json()),
     }
-    (options.out / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(options.out / "report.json", json.dumps(content, indent=1) + "\n")
 
 
 def show_errors(errors: Sequence[SiteError]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kdfast.chain.cache_sums import meta_sum, row_sums
 from kdfast.machine.disk import DiskFull, free_bytes, room_for
-from kdfast.machine.files import write_text
+from kdfast.machine.files import write_whole
 from kdfast.trainer.logs import LOG
 
 FORMAT = 2
@@ -309,7 +309,7 @@ class Writer:
         self.done = self._done_file = self._arrays.pop("done")
         meta = {"format": FORMAT, "key": self.key, "layout": asdict(self.layout)}
         meta["sum"] = meta_sum(meta)
-        write_text(self.partial / META, json.dumps(meta, indent=1))
+        write_whole(self.partial / META, json.dumps(meta, indent=1))
 
     def _flush(self) -> None:
         # First the rows, then that they are there: never the other way round on the disk.

@@ -22,7 +22,7 @@ from kdfast.configs.fields import as_config_error
 from kdfast.data.files import CorruptDataError
 from kdfast.data.labelled import Classification, build_classification
 from kdfast.machine.disk import require_writable
-from kdfast.machine.files import write_text
+from kdfast.machine.files import write_whole
 from kdfast.machine.memory import release
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.runs import run_folder, show_start
@@ -187,7 +187,7 @@ def _finish(config: ChainConfig, root: Path, results: list[dict[str, Any]], name
     if config.report is not None:
         copy = Path(config.report).expanduser()
         copy.parent.mkdir(parents=True, exist_ok=True)
-        write_text(copy, paths["json"].read_text(encoding="utf-8"))
+        write_whole(copy, paths["json"].read_text(encoding="utf-8"))
         paths["report"] = copy
     LOG.info("\n\n%s\n", text)
     for result in results:

@@ -18,12 +18,6 @@ from kdfast.machine.archive import check_archive
 from kdfast.machine.disk import room_for
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that is whole or not there; see ``replacing``."""
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Context with the name of a file beside ``path``, which takes its place at the end.
@@ -46,6 +40,12 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 by ``replacing``."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 class NeedsCode(ValueError):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kdfast.configs import plain
 from kdfast.configs.recovery import Config, FitTeacherConfig
+from kdfast.machine.disk import require_writable
 from kdfast.machine.files import replacing
 from kdfast.models.checkpoint import load_orion_backbone, save_backbone
 from kdfast.models.dense_head import DenseHead
@@ -127,6 +128,8 @@ class TeacherTraining:
         if self.path.is_file() and self.head_path.is_file():
             LOG.info("teacher of an earlier run with the same settings is used again")
             return
+        if self.accelerator.is_main_process:
+            require_writable(self.path.parent, "teacher.cache")
         torch.manual_seed(self.config.seed)
         backbone = EVAViT(**plain(self.spec.model), with_cp=False)
         head = self.new_head()

@@ -9,10 +9,13 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from torch.utils.tensorboard import SummaryWriter
+
+from kdfast.machine.disk import DiskFull, room_for
+from kdfast.trainer.events import EventFile
 
 LOG = logging.getLogger("kdfast")
 # Without a terminal a line appears at most this often, so that logs of CI stay readable.
@@ -29,10 +32,27 @@ def open_log(folder: Path | None) -> None:
         return
     for handler in (
         logging.StreamHandler(sys.stdout),
-        logging.FileHandler(folder / "train.log", encoding="utf-8"),
+        _LogFile(folder / "train.log", encoding="utf-8"),
     ):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         LOG.addHandler(handler)
+
+
+class _LogFile(logging.FileHandler):
+    """Raises DiskFull where Python's own prints a traceback and goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called with the exception of a write that failed."""
+        try:
+            with room_for(Path(self.baseFilename)):
+                raise  # noqa: PLE0704
+        except DiskFull:
+            stream, self.stream = self.stream, None  # type: ignore[assignment]
+            with suppress(OSError):  # it would write the same again
+                stream.close()
+            raise
+        except Exception:
+            super().handleError(record)
 
 
 def close_log() -> None:
@@ -65,7 +85,7 @@ class Table:
         elif list(row) != self.columns:
             raise ValueError(f"{self.path.name}: columns must be {self.columns}, got {list(row)}")
         new = not self.path.is_file()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with room_for(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             if new:
                 writer.writeheader()
@@ -96,8 +116,8 @@ class Records:
         folder.mkdir(parents=True, exist_ok=True)
         self.steps = Table(folder / "steps.csv", resume_step)
         self.epochs = Table(folder / epochs_file, resume_step)
-        self.board = SummaryWriter(
-            str(folder / "tensorboard"),
+        self.board = EventFile(
+            folder / "tensorboard",
             purge_step=None if resume_step is None else resume_step + 1,
         )
 
@@ -116,7 +136,7 @@ class Records:
                 self.board.add_scalar(f"{group}/{name}", value, int(row["step"]))
 
     def close(self) -> None:
-        """Flush TensorBoard."""
+        """Close the file for TensorBoard."""
         if self.enabled:
             self.board.close()
 

@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from kdfast.data.labelled.medmnist_info import SETS, SIZES, Info
 from kdfast.data.labelled.pictures import ArraySource, Part
-from kdfast.data.labelled.unpack import check_unpacked
 from kdfast.data.labelled.raw import Raw, resolve
+from kdfast.data.labelled.unpack import check_unpacked
 
 URL = "https://zenodo.org/records/10519652/files/"
 SPLITS = ("train", "val", "test")
