@@ -19,6 +19,7 @@ from kdfast.configs.chain import INITS, ChainConfig, per_link, roles
 from kdfast.configs.fields import ConfigError
 from kdfast.data.labelled import Classification
 from kdfast.machine.files import load_torch
+from kdfast.machine.weights import weight_problems
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.state import load_checkpoint
 
@@ -171,8 +172,10 @@ def load_weights(model: LinkModel, path: Path, link: Link) -> None:
             LOG.info("init: %s has another number of classes; the classifier starts anew", path)
             weights[name] = mine[name]
     try:
+        if problems := weight_problems(weights, mine):
+            raise ValueError("; ".join(problems))
         model.net.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ConfigError(
             [f"init: {path} does not fit {link.model} {link.args}: {error}"]
         ) from error

@@ -42,7 +42,7 @@ def check_archive(path: str | Path) -> None:
             with zipfile.ZipFile(file) as archive:
                 _check(path, file, archive.infolist())
         except (zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError, struct.error) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise ValueError(f"{path} must be a whole file of torch.save: {error}") from error
 
 
 def _check(path: str | Path, file: BinaryIO, records: list[zipfile.ZipInfo]) -> None:

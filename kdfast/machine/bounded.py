@@ -15,12 +15,13 @@ from torch.nn.modules import module as hooks
 from kdfast.machine.limits import MAX_GROWTH
 
 # Small models may take so many bytes and have so many parts, whatever their file has.
-FREE_BYTES, FREE_PARTS = 1 << 30, 256
+FREE_BYTES, FREE_PARTS = 1 << 30, 4096
 # Parts of a model for each tensor of its file: modules without tensors, tensors not in the file.
 PARTS = 16
 # The largest count in a description, and the bytes of weights that allow one more.
 FREE_COUNT, BYTES_PER_COUNT = 1 << 20, 64
-# Names of counts that each make a module.
+# The largest depth of any small file, and the last words of the names of depths.
+FREE_DEPTH = 256
 DEEP = ("depth", "layers", "layer", "blocks", "stages")
 
 
@@ -93,7 +94,7 @@ def check_counts(values: Any, size: Size, name: str = "") -> None:
         raise ValueError(f"{name} must be finite, got {values}")
     elif isinstance(values, int) and not isinstance(values, bool):
         deep = name.rpartition(".")[2].split("_")[-1] in DEEP
-        most = FREE_PARTS + size.tensors if deep else max(FREE_COUNT, size.bytes // BYTES_PER_COUNT)
+        most = FREE_DEPTH + size.tensors if deep else max(FREE_COUNT, size.bytes // BYTES_PER_COUNT)
         if not -most <= values <= most:
             raise ValueError(
                 f"{name} must be at most {most:,} for weights of {size.tensors:,} tensors and "

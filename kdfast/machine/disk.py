@@ -10,9 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+# The last: of file systems and limits for which a single file is too large.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What the writers of torch and safetensors say, which are not written in Python.
-_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded", "iostream error")
+_TEXTS = (
+    "No space left on device",
+    "os error 28",
+    "Disk quota exceeded",
+    "iostream error",
+    "os error 27",
+)
 
 
 class DiskFull(OSError):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kdfast.machine.archive import check_archive
 from kdfast.machine.disk import room_for
@@ -48,6 +49,10 @@ def write_whole(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+# Bytes that a tensor of any file may have.
+_SMALL = 1 << 20
+
+
 class NeedsCode(ValueError):
     """A file holds an object that only running code from the file could make."""
 
@@ -72,7 +77,7 @@ def load_torch(path: str | Path, *, mmap: bool = False) -> Any:
     check_archive(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise
     except Exception as error:  # on damaged bytes torch's reader stumbles over whatever comes
@@ -84,5 +89,26 @@ def load_torch(path: str | Path, *, mmap: bool = False) -> Any:
                 f"{path} must hold tensors and plain values only, got "
                 f"{name[1] if name else 'another object'}"
             ) from error
-        found = text.splitlines()[0] if isinstance(error, RuntimeError) else type(error).__name__
-        raise ValueError(f"{path} must be a whole file of torch.save, got {found}") from error
+        what = text.splitlines()[0] if isinstance(error, RuntimeError) else type(error).__name__
+        raise ValueError(f"{path} must be a whole file of torch.save, got {what}") from error
+    _check_sizes(path, found)
+    return found
+
+
+def _check_sizes(path: str | Path, found: Any) -> None:
+    """Raises ValueError for a view of few numbers as so many that a copy would take all memory."""
+    size, left, known = Path(path).stat().st_size, [found], {id(found)}
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            if value.numel() * value.element_size() > max(size, _SMALL):
+                raise ValueError(
+                    f"{path} must hold tensors no larger than itself, got {tuple(value.shape)} in "
+                    f"{size:,} bytes"
+                )
+            continue
+        parts = [*value.values()] if isinstance(value, dict) else []
+        parts += value if isinstance(value, list | tuple) else []
+        parts = [part for part in parts if id(part) not in known]
+        known.update(map(id, parts))
+        left += parts

@@ -4,6 +4,7 @@
 B batch, H heads, N tokens, D head dim, C channels.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -71,6 +72,7 @@ class HeadScores:
             "metadata": self.metadata,
             "scores": [row.tolist() for row in self.scores],
         }
+        content["sha256"] = _digest(content)
         Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     @classmethod
@@ -80,12 +82,25 @@ class HeadScores:
         Raises:
             ValueError: The file is not JSON of this format, or the scores are not finite numbers.
         """
-        content = json.loads(Path(path).read_text())
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"HeadScores: {path} must be JSON: {error}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             got = content.get("format") if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"HeadScores: {path} must have format {FORMAT!r}, got {got!r}")
-        rows = [torch.tensor(row, dtype=torch.float64) for row in content["scores"]]
-        return cls(rows, content["method"], content["metadata"])
+        try:
+            if content.get("sha256", digest := _digest(content)) != digest:
+                raise ValueError("not what was saved; remove sha256 from an edited file")
+            rows = [torch.tensor(row, dtype=torch.float64) for row in content["scores"]]
+            return cls(rows, content["method"], content["metadata"])
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"HeadScores: {path} is damaged: {error}") from error
+
+
+def _digest(content: dict[str, Any]) -> str:
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def head_scores(

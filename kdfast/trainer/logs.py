@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -47,7 +48,8 @@ class _LogFile(logging.FileHandler):
             with room_for(Path(self.baseFilename)):
                 raise  # noqa: PLE0704
         except DiskFull:
-            stream, self.stream = self.stream, None  # type: ignore[assignment]
+            stream: Any = self.stream
+            self.stream = None
             with suppress(OSError):  # it would write the same again
                 stream.close()
             raise
