@@ -33,10 +33,11 @@ from kdfast.pruning import (
 from kdfast.pruning.adapter import Anatomy
 from kdfast.pruning.compensate import SiteError
 from kdfast.pruning.families import anatomy_of
+from kdfast.pruning.folder import CONFIG
 from kdfast.pruning.heat_map import draw_head_scores
 from kdfast.pruning.latency import Latency, latencies, leave_one_out_seconds
 from kdfast.pruning.report import PruningReport
-from kdfast.pruning.saving import CONFIG, save_pretrained
+from kdfast.pruning.saving import save_pretrained
 from kdfast.pruning.scores import METHODS, MLP_METHODS
 from kdfast.pruning.surgery import prune_with_errors
 from kdfast.sources import MODEL_HELP, image_batches, is_random, load_model, noise

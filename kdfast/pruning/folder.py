@@ -17,6 +17,8 @@ from kdfast.machine.files import load_torch
 from kdfast.machine.limits import MAX_TEXT
 from kdfast.machine.weights import digest_problem
 
+# Problems that a message lists.
+SHOWN = 20
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = "pytorch_model.bin"
@@ -179,7 +181,8 @@ def described_by(path: Path) -> Iterator[None]:
 def check_fit(folder: Path, problems: list[str]) -> None:
     """Raises ValueError, which lists the problems of a folder's weights, if there are any."""
     if problems:
+        more = [f"and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else []
         raise ValueError(
             f"load_pretrained: {folder / WEIGHTS} must fit the architecture, got\n  "
-            + "\n  ".join(problems)
+            + "\n  ".join([*problems[:SHOWN], *more])
         )

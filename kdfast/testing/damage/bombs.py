@@ -10,6 +10,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +91,18 @@ def pictures(tally: Tally, root: Path) -> None:
         path = folder / "a" / name
         path.write_bytes(data)
         readers: dict[str, Callable[[], Any]] = {
-            "read_bgr": lambda path=path: _told(read_bgr(path)),
-            "load_images": lambda path=path: load_images([path], lambda _: torch.zeros(1)),
+            "read_bgr": partial(_read_bgr, path),
+            "load_images": partial(load_images, [path], lambda _: torch.zeros(1)),
         }
         if not name.endswith(".tiff"):
-            readers["imagefolder"] = lambda folder=folder: _set(folder)
+            readers["imagefolder"] = partial(_set, folder)
         for reader, read in readers.items():
             _limited(tally, "pictures", f"{name} by {reader}", read, name)
 
 
-def _told(found: Any) -> Any:
-    """The picture, or an error with the reason and what it is about."""
+def _read_bgr(path: Path) -> Any:
+    """The picture, or an error with the reason."""
+    found = read_bgr(path)
     if isinstance(found, str):
         raise ValueError(found)
     return found
@@ -142,7 +144,7 @@ def archives(tally: Tally, root: Path) -> None:
     view = root / "view.pt"
     torch.save({"w": torch.zeros(1).expand(10**6, 10**6)}, view)
     for path in (packed, view):
-        _limited(tally, "archives", path.name, lambda path=path: load_torch(path), path.name)
+        _limited(tally, "archives", path.name, partial(load_torch, path), path.name)
     grown = root / "data.gz"
     grown.write_bytes(gzip.compress(bytes(1 << 29), 1))
     table = root / "set.npz"
@@ -181,12 +183,12 @@ def configs(tally: Tally, root: Path) -> None:
     for name, text in yaml_texts().items():
         path = root / f"{name}.yaml"
         path.write_text(text)
-        _limited(tally, "YAML", path.name, lambda path=path: load_config(str(path)), path.name)
+        _limited(tally, "YAML", path.name, partial(load_config, str(path)), path.name)
         change = f"seed={text.removeprefix('a: ')}"
         if name not in ("nothing", "list"):
             _limited(
-                tally, "YAML", f"--set {name}", lambda c=change: load_config("smoke", [c]), "seed"
+                tally, "YAML", f"--set {name}", partial(load_config, "smoke", [change]), "seed"
             )
     path = root / "bytes.yaml"
     path.write_bytes(bytes(range(128, 256)))
-    _limited(tally, "YAML", path.name, lambda: load_config(str(path)), path.name)
+    _limited(tally, "YAML", path.name, partial(load_config, str(path)), path.name)

@@ -7,6 +7,7 @@ privileges are needed. Root can have a real one too: ``full_disk`` mounts a smal
 
 from __future__ import annotations
 
+import collections
 import json
 import logging
 import os
@@ -95,6 +96,7 @@ GROW = ("steps.csv", "train.log", "TensorBoard", "teacher cache")
 
 def full(tally: Tally, root: Path, sizes: list[int], names: list[str] | None = None) -> None:
     """Every writer with files of at most so many bytes; the file before has to stay as it was."""
+    tally.counts.setdefault("full disk", collections.Counter())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for name in names or WRITERS:
         for size in sizes:
@@ -102,7 +104,7 @@ def full(tally: Tally, root: Path, sizes: list[int], names: list[str] | None = N
             folder.mkdir(parents=True)
             if name not in GROW:
                 WRITERS[name](folder)
-            before = taken(folder)
+            before, told = taken(folder), tally.counts["full disk"]["seen"]
 
             def write(name: str = name, folder: Path = folder, size: int = size) -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -116,18 +118,11 @@ def full(tally: Tally, root: Path, sizes: list[int], names: list[str] | None = N
                 return None if largest <= size else "it wrote more than there was room for"
 
             tally.trial("full disk", f"{name} at {size:,} bytes", write, fine, str(folder))
-            if name not in GROW and taken(folder) != before and _raised(tally):
+            failed = tally.counts["full disk"]["seen"] > told
+            if failed and name not in GROW and taken(folder) != before:
                 tally.fault("full disk", f"{name} at {size:,} bytes: the file before is gone")
             if left := [path.name for path in folder.rglob("*.tmp")]:
                 tally.fault("full disk", f"{name} at {size:,} bytes: {left[0]} is left")
-
-
-def _raised(tally: Tally) -> bool:
-    """Whether the last trial of a full disk ended in an error."""
-    counts = tally.counts["full disk"]
-    raised = counts["seen"] > counts["seen before"]
-    counts["seen before"] = counts["seen"]
-    return raised
 
 
 def permissions(tally: Tally, root: Path) -> None:
@@ -141,7 +136,7 @@ def permissions(tally: Tally, root: Path) -> None:
                 write(folder)
             finally:
                 os.umask(before)
-            counts = tally.counts.setdefault("permissions", type(tally.counts["full disk"])())
+            counts = tally.counts.setdefault("permissions", collections.Counter())
             for path in [folder, *folder.rglob("*")]:
                 counts["tried"] += 1
                 want = (0o777 if path.is_dir() else 0o666) & ~mask
@@ -156,7 +151,7 @@ def full_disk(tally: Tally, sizes: list[str]) -> None:
     """A whole training on a small disk in memory; needs root, and is left out without."""
     command = [sys.executable, "-m", "kdfast.train", "--config", "smoke", "--set", "output=a"]
     command += ["--set", "teacher.cache=tc", "--set", "run.save_every=2"]
-    counts = tally.counts.setdefault("training on a full disk", type(tally.counts["full disk"])())
+    counts = tally.counts.setdefault("training on a full disk", collections.Counter())
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]

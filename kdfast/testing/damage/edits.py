@@ -10,6 +10,7 @@ import pickle
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,8 @@ def edited_json(tally: Tally, root: Path, name: str, count: int, draw: random.Ra
                 tally.trial(
                     f"config.json, {'its library' if foreign else 'kdfast'}",
                     f"{name}, verify={verify}: {text}",
-                    lambda folder=folder, verify=verify: kdfast.load_pretrained(
-                        folder, verify=verify
-                    ),
-                    lambda model, folder=folder: _not_of(folder, model),
+                    partial(kdfast.load_pretrained, folder, verify=verify),
+                    partial(_not_of, folder),
                     str(folder),
                 )
         shutil.rmtree(folder)
@@ -141,7 +140,7 @@ def tensor_edits() -> dict[str, Callable[[dict[str, Tensor], str], None]]:
         "NaN": with_one(float("nan")),
         "inf": with_one(float("inf")),
         "-inf": with_one(float("-inf")),
-        "missing": lambda state, name: state.pop(name) and None,
+        "missing": lambda state, name: state.__delitem__(name),
         "more": lambda state, name: state.update({f"{name}.more": state[name].clone()}),
         "empty": lambda state, name: state.update({name: state[name][:0].clone()}),
         "flat": lambda state, name: state.update({name: state[name].flatten().clone()}),
@@ -160,7 +159,7 @@ def edited_tensors(tally: Tally, root: Path, name: str, count: int, draw: random
         what = list(edits)[number % len(edits)]
         key = draw.choice([name for name, x in state.items() if x.dim() and x.numel() > 1])
         edits[what](state, key)
-        if name == "transformers" and what in ("flat", "more") and state[key].dim() == 1:
+        if what == "flat" and tensors[key].dim() == 1:
             continue
         save_file(state, folder / WEIGHTS, {"format": "pt"})
         tally.trial(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +87,7 @@ def caches() -> list[Subject]:
     found = [
         Subject(
             "teacher cache",
-            lambda folder, options=options: build(folder, **options),
+            partial(build, **options),
             lambda folder: rows(TeacherCache.open(folder, KEY)),
         )
         for options in layouts
@@ -132,10 +133,7 @@ def models() -> list[Subject]:
     vit = timm_vit().eval()
     images = torch.randn(4, 3, 32, 32)
     return [
-        *(
-            Subject("saved model", lambda folder, name=name: saved(name, folder), loaded)
-            for name in MAKERS
-        ),
+        *(Subject("saved model", partial(saved, name), loaded) for name in MAKERS),
         Subject(
             "backbone",
             lambda folder: save_backbone(eva(), folder / "b.safetensors"),

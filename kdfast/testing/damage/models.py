@@ -42,8 +42,9 @@ def hugging_face() -> nn.Module:
     """A model of transformers."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    sizes = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 64}
-    config = ViTConfig(**sizes, num_hidden_layers=2, image_size=32, patch_size=8, num_labels=4)
+    sizes: dict[str, Any] = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 2, "image_size": 32, "patch_size": 8, "num_labels": 4}
+    config = ViTConfig(**sizes)
     model: nn.Module = ViTForImageClassification(config)
     return model
 
@@ -71,4 +72,4 @@ def saved(name: str, folder: Path, *, foreign: bool = False) -> None:
     elif name == "transformers":
         model.save_pretrained(folder)
     else:
-        timm.models.save_for_hf(model, folder, safe_serialization=True)
+        timm.models.save_for_hf(model, str(folder), safe_serialization=True)
