@@ -23,6 +23,14 @@ FREE_COUNT, BYTES_PER_COUNT = 1 << 20, 64
 # The largest depth of any small file, and the last words of the names of depths.
 FREE_DEPTH = 256
 DEEP = ("depth", "layers", "layer", "blocks", "stages")
+# Last words of names of numbers that libraries take unchecked, and compute NaN or nothing with.
+RANGES = {
+    "eps": (0.0, 1.0),
+    "epsilon": (0.0, 1.0),
+    "theta": (1e-30, 1e30),
+    "prob": (0.0, 1.0),
+    "dropout": (0.0, 1.0),
+}
 
 
 class Size(NamedTuple):
@@ -87,16 +95,25 @@ def check_counts(values: Any, size: Size, name: str = "") -> None:
     if isinstance(values, dict):
         for key, value in values.items():
             check_counts(value, size, f"{name}.{key}".strip("."))
-    elif isinstance(values, list):
+    elif isinstance(values, list) and _last_word(name) not in RANGES:
         for value in values:
             check_counts(value, size, name)
+    elif _last_word(name) in RANGES and values is not None:
+        low, high = RANGES[_last_word(name)]
+        number = isinstance(values, int | float) and not isinstance(values, bool)
+        if not number or not low <= values <= high:
+            raise ValueError(f"{name} must be a number in [{low}, {high}], got {values!r:.80}")
     elif isinstance(values, float) and not math.isfinite(values):
         raise ValueError(f"{name} must be finite, got {values}")
     elif isinstance(values, int) and not isinstance(values, bool):
-        deep = name.rpartition(".")[2].split("_")[-1] in DEEP
+        deep = _last_word(name) in DEEP
         most = FREE_DEPTH + size.tensors if deep else max(FREE_COUNT, size.bytes // BYTES_PER_COUNT)
         if not -most <= values <= most:
             raise ValueError(
                 f"{name} must be at most {most:,} for weights of {size.tensors:,} tensors and "
                 f"{size.bytes:,} bytes, got {str(values)[:30]}"
             )
+
+
+def _last_word(name: str) -> str:
+    return name.rpartition(".")[2].split("_")[-1]

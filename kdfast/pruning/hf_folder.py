@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from kdfast.machine.bounded import bounded, check_counts
 from kdfast.machine.weights import weight_problems
@@ -117,8 +118,22 @@ def _filled(
             output_loading_info=True,
         )
     check_fit(folder, [line for line in unfilled(info) if not line.startswith(unneeded)])
-    check_fit(folder, weight_problems(weights.tensors, weights.tensors))
+    check_fit(folder, weight_problems(weights.tensors, _kinds(weights, model)))
     return model.eval()
+
+
+def _kinds(weights: Weights, model: nn.Module) -> dict[str, Tensor]:
+    """For each tensor of a file one of the model's kind: whole numbers where buffers have them.
+
+    The library gives some tensors other names, but leaves the last word of those.
+    """
+    whole = {
+        name.rpartition(".")[2]: buffer
+        for name, buffer in model.named_buffers()
+        if not buffer.is_floating_point()
+    }
+    some = torch.empty(0)
+    return {name: whole.get(name.rpartition(".")[2], some) for name in weights.tensors}
 
 
 def unfilled(info: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import transformers.utils.logging
 
 from kdfast.testing.damage import bombs, disks, edits, flips
 from kdfast.testing.damage.models import MAKERS
@@ -73,6 +74,7 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
     began, tally = time.monotonic(), Tally()
     with tempfile.TemporaryDirectory() as root:
         run(
