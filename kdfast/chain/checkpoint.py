@@ -12,6 +12,7 @@ import timm
 from torch import Tensor, nn
 
 from kdfast.machine.files import load_torch
+from kdfast.trainer.commits import check_file
 
 
 def weights_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -23,7 +24,11 @@ def weights_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def model_of(path: str | Path) -> nn.Module | None:
-    """The timm model of a checkpoint file, or None if the file is no chain's checkpoint."""
+    """The timm model of a checkpoint file, or None if the file is no chain's checkpoint.
+
+    Raises:
+        ValueError: It is one, but damaged.
+    """
     if not zipfile.is_zipfile(path):
         return None
     try:
@@ -31,6 +36,7 @@ def model_of(path: str | Path) -> nn.Module | None:
         link, data = state["meta"]["link"], state["meta"]["data"]
     except (KeyError, TypeError, ValueError):
         return None
+    check_file(Path(path))
     model = timm.create_model(link["model"], num_classes=len(data["classes"]), **link["args"])
     model.load_state_dict(weights_of(state))
     return model

@@ -18,6 +18,7 @@ from kdfast.configs.recovery import Config
 from kdfast.configs.smoke import smoke
 from kdfast.configs.stand_ins import stand_in
 from kdfast.configs.vit_chain import cifar10, vit_chain, vit_chain_digits
+from kdfast.machine.files import write_text
 
 CONFIGS: dict[str, Callable[[], Config | ChainConfig]] = {
     f.__name__: f
@@ -67,7 +68,7 @@ def save(config: Config | ChainConfig, path: Path) -> None:
     page = "docs/use/vit_chain.md" if isinstance(config, ChainConfig) else "docs/use/training.md"
     head = f"# Resolved config of a run; use it with --config. {page} explains the keys.\n"
     note = f"# {config.note}\n" if config.note else ""
-    path.write_text(head + note + yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
+    write_text(path, head + note + yaml.safe_dump(plain(config), sort_keys=False))
 
 
 def _is_file(source: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdfast.machine.files import write_text
 from kdfast.pruning.adapter import Adapter, HeadWeights, Site
 from kdfast.pruning.calibration import Calibration
 from kdfast.pruning.evaluate import Metric, SelectionObserver, leave_one_out
@@ -71,7 +72,7 @@ class HeadScores:
             "metadata": self.metadata,
             "scores": [row.tolist() for row in self.scores],
         }
-        Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_text(Path(path), json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "HeadScores":
