@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.machine.facts import cpu_name
-from kdfast.machine.files import write_whole
+from kdfast.machine.files import clear_partials, replacing_files, write_text
+from kdfast.machine.signals import run_command
 from kdfast.ops._processor import processor
 from kdfast.pruning import (
     Calibration,
@@ -100,6 +101,11 @@ def number(text: str) -> int | float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; the exit status is 2 for a request that cannot be met."""
     options = parser().parse_args(argv)
+    return run_command(lambda: guarded(options), f"{options.out} holds no new model")
+
+
+def guarded(options: argparse.Namespace) -> int:
+    """The command after its command line: a request that cannot be met is one line."""
     try:
         run(options)
     except UsageError as error:
@@ -152,15 +158,17 @@ def run(options: argparse.Namespace) -> None:
     keep = [[len(row) for row in kept]]
     mlp_keep = None if units is None else [len(row) for row in units]
     report = pruning_report(model, keep, mlp_keep=mlp_keep)
-    with asked(OSError, ValueError):
-        save_pretrained(pruned, options.out)
-        scores.save(options.out / "scores.json")
-        draw_head_scores(scores, kept, options.out / "heads.png")
     images = batches or pictures
     image = images[0][:1] if images else noise(model, size)
     latency = latencies(model, pruned, image, options.rounds)
-    with asked(OSError):
-        write_report(options, report, kept, latency, errors)
+    with asked(OSError, ValueError):
+        options.out.mkdir(parents=True, exist_ok=True)
+        clear_partials(options.out)
+        with replacing_files(options.out, last=CONFIG) as folder:
+            save_pretrained(pruned, folder)
+            scores.save(folder / "scores.json")
+            draw_head_scores(scores, kept, folder / "heads.png")
+            write_report(folder, options, report, kept, latency, errors)
     if errors:
         show_errors(errors)
     show(report, latency, options)
@@ -309,6 +317,7 @@ def effort(model: nn.Module, heads: int, batches: Sequence[Tensor]) -> str:
 
 
 def write_report(
+    folder: Path,
     options: argparse.Namespace,
     report: PruningReport,
     kept: list[list[int]],
@@ -327,7 +336,7 @@ def write_report(
         "date": time.strftime("%Y-%m-%d"),
         "cost": json.loads(report.to_json()),
     }
-    write_whole(options.out / "report.json", json.dumps(content, indent=1) + "\n")
+    write_text(folder / "report.json", json.dumps(content, indent=1) + "\n")
 
 
 def show_errors(errors: Sequence[SiteError]) -> None:

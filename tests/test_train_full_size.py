@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from kdfast.models import eva_vit_l_orion, load_backbone
+from kdfast.trainer.commits import load_checkpoint
 from kdfast.trainer.logs import read_rows
-from kdfast.trainer.state import load_checkpoint
 
 # Prints the peak resident memory in KiB of the process that ran the training.
 WORKER = """

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kdfast.chain.cache_sums import meta_sum, row_sums
 from kdfast.machine.disk import DiskFull, free_bytes, room_for
-from kdfast.machine.files import write_whole
+from kdfast.machine.files import clear_partials, sync, write_text
 from kdfast.trainer.logs import LOG
 
 FORMAT = 2
@@ -226,6 +226,7 @@ class Writer:
                 f"teacher cache: {self.directory} is being built by another process"
             ) from error
         try:
+            clear_partials(self.partial)
             self._continue()
         except BaseException:
             self._lock.close()
@@ -309,7 +310,7 @@ class Writer:
         self.done = self._done_file = self._arrays.pop("done")
         meta = {"format": FORMAT, "key": self.key, "layout": asdict(self.layout)}
         meta["sum"] = meta_sum(meta)
-        write_whole(self.partial / META, json.dumps(meta, indent=1))
+        write_text(self.partial / META, json.dumps(meta, indent=1))
 
     def _flush(self) -> None:
         # First the rows, then that they are there: never the other way round on the disk.
@@ -331,11 +332,21 @@ class Writer:
             self._lock.close()
 
     def _publish(self) -> None:
-        old = self.directory.with_name(self.directory.name + ".old")
+        old = _old(self.directory)
         shutil.rmtree(old, ignore_errors=True)
         if self.directory.exists():
             os.replace(self.directory, old)
         os.replace(self.partial, self.directory)
-        for name in ("done.npy", "lock"):
-            (self.directory / name).unlink()
-        shutil.rmtree(old, ignore_errors=True)
+        sync(self.directory.parent)
+        tidy(self.directory)
+
+
+def _old(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".old")
+
+
+def tidy(directory: Path) -> None:
+    """Remove what is left beside a finished cache when its builder is killed at the very end."""
+    for name in ("done.npy", "lock"):
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(_old(directory), ignore_errors=True)

@@ -16,6 +16,7 @@ from kdfast.machine.bounded import Size, bounded, check_counts
 from kdfast.machine.files import load_torch
 from kdfast.machine.weights import weight_problems
 from kdfast.models.timm_args import check_timm
+from kdfast.trainer.commits import check_file
 
 
 def weights_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -39,6 +40,7 @@ def model_of(path: str | Path) -> nn.Module | None:
         link, data = state["meta"]["link"], state["meta"]["data"]
     except (KeyError, TypeError, ValueError, IndexError):
         return None
+    check_file(Path(path))
     try:
         name, arguments, weights = link["model"], link["args"], weights_of(state)
         size = Size(Path(path), Path(path).stat().st_size, len(weights))

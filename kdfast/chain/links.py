@@ -20,8 +20,8 @@ from kdfast.configs.fields import ConfigError
 from kdfast.data.labelled import Classification
 from kdfast.machine.files import load_torch
 from kdfast.machine.weights import weight_problems
+from kdfast.trainer.commits import check_file, load_checkpoint
 from kdfast.trainer.logs import LOG
-from kdfast.trainer.state import load_checkpoint
 
 # Names of what a link starts from, as folders.
 FOLDERS = {"pretrained": "imagenet_pretrained", "scratch": "from_scratch"}
@@ -184,6 +184,7 @@ def load_weights(model: LinkModel, path: Path, link: Link) -> None:
 def _read_weights(path: Path, link: Link) -> dict[str, Tensor]:
     """State dict of a file; a chain's checkpoint has to be of the link's architecture."""
     try:
+        check_file(path)
         state: Any = None
         if path.suffix != ".safetensors":
             state = load_torch(path)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kdfast.chain.cache_files import SUMS, Layout, Writer, read_files
+from kdfast.chain.cache_files import SUMS, Layout, Writer, read_files, tidy
 from kdfast.chain.cache_key import as_json, check_key, model_hash, teacher_key
 from kdfast.chain.cache_sums import row_sums
 from kdfast.data.labelled import worker_init
@@ -228,6 +228,7 @@ def _finished(
             raise
         LOG.info("the teacher cache is built again: %s", error)
         return None
+    tidy(directory)
     return cache
 
 

@@ -19,7 +19,7 @@ from kdfast.configs.smoke import smoke
 from kdfast.configs.stand_ins import stand_in
 from kdfast.configs.vit_chain import cifar10, vit_chain, vit_chain_digits
 from kdfast.configs.yaml_file import YamlError, max_characters, read_yaml
-from kdfast.machine.files import write_whole
+from kdfast.machine.files import write_text
 
 CONFIGS: dict[str, Callable[[], Config | ChainConfig]] = {
     f.__name__: f
@@ -69,7 +69,7 @@ def save(config: Config | ChainConfig, path: Path) -> None:
     page = "docs/use/vit_chain.md" if isinstance(config, ChainConfig) else "docs/use/training.md"
     head = f"# Resolved config of a run; use it with --config. {page} explains the keys.\n"
     note = f"# {config.note}\n" if config.note else ""
-    write_whole(path, head + note + yaml.safe_dump(plain(config), sort_keys=False))
+    write_text(path, head + note + yaml.safe_dump(plain(config), sort_keys=False))
 
 
 def _is_file(source: str) -> bool:

@@ -38,7 +38,8 @@ def room_for(path: Path, partial: Path | None = None) -> Iterator[None]:
 
     Args:
         path: The file.
-        partial: Where it is written, if not there; it goes when the writing fails.
+        partial: Where it is written, if not there: a file or a folder of files, which goes when
+            the writing fails.
 
     Raises:
         DiskFull: The disk or the user's share of it is full.
@@ -51,7 +52,8 @@ def room_for(path: Path, partial: Path | None = None) -> Iterator[None]:
         if not _is_full(error):
             raise
         written = partial or path
-        size = written.stat().st_size if written.is_file() else 0
+        files = [written, *written.rglob("*")]
+        size = sum(file.stat().st_size for file in files if file.is_file())
         free = free_bytes(path.parent) + (size if partial else 0)
         raise DiskFull(
             f"{path}: no space left, it needs more than {size:,} bytes and {free:,} are free; "

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kdfast._version import __version__
 from kdfast.machine.bounded import bounded, check_counts
-from kdfast.machine.files import replacing
+from kdfast.machine.files import replacing_files
 from kdfast.machine.weights import DIGEST, not_finite, tensors_digest, weight_problems
 from kdfast.models.eva import EVAViT
 from kdfast.pruning.architecture import (
@@ -49,7 +49,8 @@ def save_pretrained(
 ) -> Path:
     """Writes a model, pruned or not, into a folder that ``load_pretrained`` reads.
 
-    Each file appears under its name only when it is complete, the configuration last.
+    The files appear under their names when all are complete, the configuration last: a folder that
+    has one holds one whole model.
 
     Args:
         model: EVAViT, or a model of timm, torchvision or Hugging Face that kdfast can prune.
@@ -76,10 +77,10 @@ def save_pretrained(
         CONFIG: config_digest(config),
     }
     metadata[DIGEST] = tensors_digest(tensors, metadata)
-    with replacing(folder / WEIGHTS) as partial:
-        save_file(tensors, partial, metadata)
-    with replacing(folder / CONFIG) as partial:
-        partial.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    with replacing_files(folder, last=CONFIG) as staged:
+        save_file(tensors, staged / WEIGHTS, metadata)
+        (staged / CONFIG).write_text(text, encoding="utf-8")
     return folder
 
 

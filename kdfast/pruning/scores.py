@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdfast.machine.files import write_text
 from kdfast.pruning.adapter import Adapter, HeadWeights, Site
 from kdfast.pruning.calibration import Calibration
 from kdfast.pruning.evaluate import Metric, SelectionObserver, leave_one_out
@@ -73,7 +74,7 @@ class HeadScores:
             "scores": [row.tolist() for row in self.scores],
         }
         content["sha256"] = _digest(content)
-        Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_text(Path(path), json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "HeadScores":

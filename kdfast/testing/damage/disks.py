@@ -24,20 +24,20 @@ import torch
 import kdfast
 from kdfast.configs.load import load as load_config
 from kdfast.configs.load import save as save_config
-from kdfast.machine.files import replacing, write_whole
+from kdfast.machine.files import write_text
 from kdfast.models.checkpoint import save_backbone
 from kdfast.pruning import HeadScores, calibrate
 from kdfast.pruning.heat_map import draw_head_scores
 from kdfast.testing.damage.flips import KEY, Pictures, teacher
 from kdfast.testing.damage.models import eva, timm_vit
 from kdfast.testing.damage.tally import Tally, taken
+from kdfast.trainer.commits import save_checkpoint
 from kdfast.trainer.events import EventFile
 from kdfast.trainer.logs import LOG, Table, close_log, open_log
 
 
 def _checkpoint(folder: Path) -> None:
-    with replacing(folder / "last.pt") as partial, partial.open("wb") as file:
-        torch.save({"w": torch.randn(60_000)}, file)
+    save_checkpoint(folder, {"step": 1, "w": torch.randn(60_000)})
 
 
 def _events(folder: Path) -> None:
@@ -84,7 +84,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     ),
     "head scores": lambda folder: _scores().save(folder / "scores.json"),
     "picture": lambda folder: draw_head_scores(_scores(), [[0]] * 4, folder / "heads.png"),
-    "report": lambda folder: write_whole(folder / "report.json", json.dumps([0.1] * 20_000)),
+    "report": lambda folder: write_text(folder / "report.json", json.dumps([0.1] * 20_000)),
     "config": lambda folder: save_config(load_config("smoke"), folder / "config.yaml"),
     "steps.csv": _table,
     "train.log": _log,
@@ -121,7 +121,7 @@ def full(tally: Tally, root: Path, sizes: list[int], names: list[str] | None = N
             failed = tally.counts["full disk"]["seen"] > told
             if failed and name not in GROW and taken(folder) != before:
                 tally.fault("full disk", f"{name} at {size:,} bytes: the file before is gone")
-            if left := [path.name for path in folder.rglob("*.tmp")]:
+            if left := [path.name for path in folder.rglob(".*")]:
                 tally.fault("full disk", f"{name} at {size:,} bytes: {left[0]} is left")
 
 

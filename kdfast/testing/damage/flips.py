@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 
 import kdfast
 from kdfast.chain.teacher_cache import TeacherCache
-from kdfast.machine.files import load_torch
 from kdfast.models.checkpoint import load_backbone, save_backbone
 from kdfast.pruning import Calibration, HeadScores, calibrate
 from kdfast.testing.damage.models import MAKERS, eva, saved, timm_vit
 from kdfast.testing.damage.tally import Tally, differs, put, taken
+from kdfast.trainer.commits import load_checkpoint, save_checkpoint
 
 KEY = {"teacher": "t", "sizes": [1, 2.5]}
 PICTURES, VARIANTS = 48, 2
@@ -109,8 +109,8 @@ def checkpoints() -> list[Subject]:
     return [
         Subject(
             "checkpoint",
-            lambda folder: torch.save(state, folder / "last.pt"),
-            lambda folder: load_torch(folder / "last.pt"),
+            lambda folder: save_checkpoint(folder, state),
+            lambda folder: load_checkpoint(folder / "last.pt"),
         )
     ]
 
