@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdfast.machine.archive import is_archive
 from kdfast.machine.bounded import Size, bounded, check_counts
-from kdfast.machine.files import load_torch
+from kdfast.machine.files import NeedsCode, load_torch
 from kdfast.machine.weights import weight_problems
 from kdfast.models.timm_args import check_timm
 from kdfast.trainer.commits import check_file
@@ -35,10 +35,10 @@ def model_of(path: str | Path) -> nn.Module | None:
     """
     if not is_archive(path):
         return None
-    state = load_torch(path, mmap=True)
     try:
+        state = load_torch(path, mmap=True)
         link, data = state["meta"]["link"], state["meta"]["data"]
-    except (KeyError, TypeError, ValueError, IndexError):
+    except (NeedsCode, KeyError, TypeError, IndexError):
         return None
     check_file(Path(path))
     try:

@@ -15,7 +15,7 @@ from torch.nn.modules import module as hooks
 from kdfast.machine.limits import MAX_GROWTH
 
 # Small models may take so many bytes and have so many parts, whatever their file has.
-FREE_BYTES, FREE_PARTS = 1 << 30, 4096
+FREE_BYTES, FREE_PARTS = 2 << 30, 4096
 # Parts of a model for each tensor of its file: modules without tensors, tensors not in the file.
 PARTS = 16
 # The largest count in a description, and the bytes of weights that allow one more.

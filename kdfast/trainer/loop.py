@@ -8,6 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -268,6 +269,21 @@ class Loop:
                     LOG.warning("%s is not as it was saved: rows may be missing", log)
         except ValueError as error:
             raise ConfigError([f"--resume: {error}"]) from error
+        try:
+            self._take(path, state)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
+            raise ConfigError(
+                [f"--resume: {path} is no checkpoint of this training: {error!r}; delete it"]
+            ) from error
+        LOG.info(
+            "%s continues after step %d of %d from %s", self.job.title, self.step, self.total, path
+        )
+        return True
+
+    def _take(self, path: Path, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint, which has to be of this training."""
         differing = differences(state["meta"], self.job.meta)
         if differing:
             raise ConfigError([f"--resume: {path} was made with {line}" for line in differing])
@@ -287,7 +303,3 @@ class Loop:
         set_rng_state(mine["rng"])
         self.job.feed.load_state_dict(mine["feed"])
         self.window, self.window_steps = mine["window"], mine["window_steps"]
-        LOG.info(
-            "%s continues after step %d of %d from %s", self.job.title, self.step, self.total, path
-        )
-        return True
