@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sample of what ``python -m kdfast.testing.damage`` tries, and that it finds faults."""
 
+import io
 import json
 import os
+import pickle
 import random
 import stat
 import threading
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import kdfast
@@ -21,10 +24,11 @@ from kdfast.machine.bounded import Size, bounded, check_counts
 from kdfast.machine.disk import DiskFull, require_writable, room_for
 from kdfast.machine.files import load_torch, replacing
 from kdfast.machine.limits import MAX_PIXELS
+from kdfast.sources import SourceError, load_model
 from kdfast.testing.damage import bombs, disks, edits, flips
 from kdfast.testing.damage.__main__ import main
 from kdfast.testing.damage.models import MAKERS, saved
-from kdfast.testing.damage.tally import BAIT, Tally, differs, watch_opened
+from kdfast.testing.damage.tally import BAIT, OPENED, Tally, differs, watch_opened
 
 ALL = list(flips.subjects())
 
@@ -246,3 +250,63 @@ def test_folders_with_several_files_of_weights_are_read(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     found = kdfast.load_pretrained(tmp_path).state_dict()
     assert all(torch.equal(want[name], found[name]) for name in want)
+
+
+def a_link(**changes: Any) -> dict[str, Any]:
+    """What a chain keeps of a link, as far as its model needs it."""
+    torch.manual_seed(0)
+    model = MAKERS["timm"]()
+    sizes = {"depth": 2, "img_size": 32, "embed_dim": 48, "num_heads": 3}
+    weights = {f"student.net.{name}": x for name, x in model.state_dict().items()}
+    link = {"model": "vit_tiny_patch16_224", "args": sizes, **changes}
+    return {"meta": {"link": link, "data": {"classes": list(range(7))}}, "module": weights}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"args": {"depth": 10**9}},
+        {"args": {"checkpoint_path": f"/tmp/{BAIT}"}},
+        {"args": {"pretrained": True}},
+        {"args": {"pretrained_cfg": {"file": f"/tmp/{BAIT}"}}},
+        {"args": {"depth": -1}},
+        {"args": {"img_size": "x"}},
+        {"args": None},
+        {"model": f"hf-hub:{BAIT}/{BAIT}"},
+        {"model": f"local-dir:/tmp/{BAIT}"},
+        {"model": ["vit_tiny_patch16_224"]},
+    ],
+)
+def test_links_of_others_open_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
+    watch_opened()
+    path = tmp_path / "best.pt"
+    torch.save(a_link(), path)
+    assert isinstance(load_model(None, str(path)), torch.nn.Module)
+    torch.save(a_link(**changes), path)
+    OPENED.clear()
+    with pytest.raises(SourceError, match="best.pt must") as caught:
+        load_model(None, str(path))
+    assert not OPENED and len(str(caught.value)) < 1000
+
+
+def test_pickled_weights_of_hugging_face(tmp_path: Path) -> None:
+    saved("transformers", tmp_path, foreign=True)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    load_model(f"hf:{tmp_path}")
+    with pytest.raises(FileNotFoundError, match="must hold model.safetensors"):
+        kdfast.load_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"x": edits.Bait()}))
+    with pytest.raises(SourceError, match="pytorch_model.bin must"):
+        load_model(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize("form", ["png", "webp", "tiff"])
+def test_of_animated_pictures_the_first_is_read(form: str) -> None:
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]
+    file = io.BytesIO()
+    frames[0].save(file, form, save_all=True, append_images=frames[1:])
+    found = decode_bgr(file.getvalue())
+    assert not isinstance(found, str) and found.shape == (8, 8, 3)
+    assert found[0, 0, 2] > 200 and found[0, 0, 0] < 50
