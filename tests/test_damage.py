@@ -29,6 +29,7 @@ from kdfast.testing.damage import bombs, disks, edits, flips
 from kdfast.testing.damage.__main__ import main
 from kdfast.testing.damage.models import MAKERS, saved
 from kdfast.testing.damage.tally import BAIT, OPENED, Tally, differs, watch_opened
+from kdfast.train import main as train
 
 ALL = list(flips.subjects())
 
@@ -310,3 +311,26 @@ def test_of_animated_pictures_the_first_is_read(form: str) -> None:
     found = decode_bgr(file.getvalue())
     assert not isinstance(found, str) and found.shape == (8, 8, 3)
     assert found[0, 0, 2] > 200 and found[0, 0, 0] < 50
+
+
+@pytest.mark.parametrize("key", ["cache_dir", "report"])
+def test_outputs_are_tried_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("x")
+    changes = ["output=a", "cache=true", "data.variants=2", f"{key}=file/inner/x"]
+    monkeypatch.setattr("kdfast.chain.run.read_data", lambda *_: pytest.fail("it went on"))
+    arguments = ["--config", "vit_chain_digits", *(x for c in changes for x in ("--set", c))]
+    assert train(arguments) == 2
+    assert f"{key}: " in (error := capsys.readouterr().err) and "cannot be written" in error
+
+
+@pytest.mark.parametrize("value", ["x", [1], {}, True, float("inf")])
+def test_attributes_keep_their_kind(tmp_path: Path, value: Any) -> None:
+    saved("timm", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["kdfast"]["attributes"] = {"blocks.0.norm1": {"eps": value}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config.json must"):
+        kdfast.load_pretrained(tmp_path, verify=False)

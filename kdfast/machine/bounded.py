@@ -31,6 +31,8 @@ RANGES = {
     "prob": (0.0, 1.0),
     "dropout": (0.0, 1.0),
 }
+# Those of them that are one number in every library, and no switch.
+SINGLE = ("eps", "epsilon")
 
 
 class Size(NamedTuple):
@@ -95,14 +97,11 @@ def check_counts(values: Any, size: Size, name: str = "") -> None:
     if isinstance(values, dict):
         for key, value in values.items():
             check_counts(value, size, f"{name}.{key}".strip("."))
-    elif isinstance(values, list) and _last_word(name) not in RANGES:
+    elif isinstance(values, list) and _last_word(name) not in SINGLE:
         for value in values:
             check_counts(value, size, name)
     elif _last_word(name) in RANGES and values is not None:
-        low, high = RANGES[_last_word(name)]
-        number = isinstance(values, int | float) and not isinstance(values, bool)
-        if not number or not low <= values <= high:
-            raise ValueError(f"{name} must be a number in [{low}, {high}], got {values!r:.80}")
+        _check_range(values, name)
     elif isinstance(values, float) and not math.isfinite(values):
         raise ValueError(f"{name} must be finite, got {values}")
     elif isinstance(values, int) and not isinstance(values, bool):
@@ -113,6 +112,15 @@ def check_counts(values: Any, size: Size, name: str = "") -> None:
                 f"{name} must be at most {most:,} for weights of {size.tensors:,} tensors and "
                 f"{size.bytes:,} bytes, got {str(values)[:30]}"
             )
+
+
+def _check_range(value: Any, name: str) -> None:
+    low, high = RANGES[_last_word(name)]
+    if isinstance(value, bool) and _last_word(name) not in SINGLE:
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r:.80}")
 
 
 def _last_word(name: str) -> str:

@@ -227,6 +227,9 @@ def load_pickle(data: bytes, name: str) -> dict[bytes, Any]:
         KeyError,
         TypeError,
         ValueError,
+        MemoryError,
+        OverflowError,
+        RecursionError,
     ) as error:
         raise ValueError(f"{name}: must be a pickle of the CIFAR format: {error}") from error
 
@@ -287,7 +290,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the one in C makes room for any place in its memo
     def find_class(self, module: str, name: str) -> Any:
         """Stand-ins for what the format needs; everything else is refused."""
         if (module, name) not in _ALLOWED:
