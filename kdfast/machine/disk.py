@@ -10,16 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# The last: of file systems and limits for which a single file is too large.
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_SPACE, TOO_LARGE = "no space left", "larger than a file may be here"
+_REASONS = {errno.ENOSPC: NO_SPACE, errno.EDQUOT: NO_SPACE, errno.EFBIG: TOO_LARGE}
 # What the writers of torch and safetensors say, which are not written in Python.
-_TEXTS = (
-    "No space left on device",
-    "os error 28",
-    "Disk quota exceeded",
-    "iostream error",
-    "os error 27",
-)
+_TEXTS = {
+    "No space left on device": NO_SPACE,
+    "os error 28": NO_SPACE,
+    "Disk quota exceeded": NO_SPACE,
+    "iostream error": NO_SPACE,
+    "File too large": TOO_LARGE,
+    "os error 27": TOO_LARGE,
+}
 
 
 class DiskFull(OSError):
@@ -49,14 +50,15 @@ def room_for(path: Path, partial: Path | None = None) -> Iterator[None]:
     except DiskFull:
         raise
     except Exception as error:
-        if not _is_full(error):
+        reason = _reason(error)
+        if reason is None:
             raise
         written = partial or path
         files = [written, *written.rglob("*")]
         size = sum(file.stat().st_size for file in files if file.is_file())
         free = free_bytes(path.parent) + (size if partial else 0)
         raise DiskFull(
-            f"{path}: no space left, it needs more than {size:,} bytes and {free:,} are free; "
+            f"{path}: {reason}, it needs more than {size:,} bytes and {free:,} are free; "
             f"make room or choose another folder"
         ) from error
 
@@ -89,13 +91,14 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _is_full(error: BaseException) -> bool:
-    """Whether an exception, or one that it came from, is that of a full disk."""
+def _reason(error: BaseException) -> str | None:
+    """Why a full disk or a limit ended a writing; None where neither did."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _FULL:
-            return True
-        if any(text in str(seen) for text in _TEXTS):
-            return True
+        if isinstance(seen, OSError) and seen.errno in _REASONS:
+            return _REASONS[seen.errno]
+        found = [reason for text, reason in _TEXTS.items() if text in str(seen)]
+        if found:
+            return found[0]
         seen = seen.__cause__ or seen.__context__
-    return False
+    return None

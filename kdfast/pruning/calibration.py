@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kdfast.machine.files import replacing
-from kdfast.machine.weights import DIGEST, digest_problem, tensors_digest
+from kdfast.machine.weights import DIGEST, digest_problem, not_finite, tensors_digest
 from kdfast.pruning.adapter import Anatomy, Site
 from kdfast.pruning.branch import Branch, watch_branches
 from kdfast.pruning.families import anatomy_of
@@ -112,6 +112,8 @@ class Calibration:
                 raise ValueError(problem)
             if not isinstance(content, dict):
                 raise ValueError("its metadata must be a JSON object")
+            if bad := [name for name, tensor in tensors.items() if not_finite(tensor)]:
+                raise ValueError(f"its tensors must be finite, got others in {bad[:5]}")
         except (SafetensorError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"Calibration: {path} must be a whole safetensors file: {error}"
