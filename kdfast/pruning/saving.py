@@ -147,7 +147,9 @@ def _of_kdfast(folder: Path, config: dict[str, Any], weights: Weights) -> Any:
 
 def config_digest(config: Mapping[str, Any]) -> str:
     """SHA-256 of a configuration's values, however they are laid out."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    # As it is read again: keys that are no text become text.
+    read = json.loads(json.dumps(config))
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
 def _is_bad(tensor: Tensor) -> bool:

@@ -91,16 +91,19 @@ class HeadScores:
             got = content.get("format") if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"HeadScores: {path} must have format {FORMAT!r}, got {got!r}")
         try:
+            rows = [torch.tensor(row, dtype=torch.float64) for row in content["scores"]]
+            scores = cls(rows, content["method"], content["metadata"])
             if content.get("sha256", digest := _digest(content)) != digest:
                 raise ValueError("not what was saved; remove sha256 from an edited file")
-            rows = [torch.tensor(row, dtype=torch.float64) for row in content["scores"]]
-            return cls(rows, content["method"], content["metadata"])
+            return scores
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(f"HeadScores: {path} is damaged: {error}") from error
 
 
 def _digest(content: dict[str, Any]) -> str:
-    rest = {name: value for name, value in content.items() if name != "sha256"}
+    # As it is read again: keys that are no text become text.
+    read = json.loads(json.dumps(content))
+    rest = {name: value for name, value in read.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
