@@ -30,6 +30,7 @@ from kdfast.testing.damage.__main__ import main
 from kdfast.testing.damage.models import MAKERS, saved
 from kdfast.testing.damage.tally import BAIT, OPENED, Tally, differs, watch_opened
 from kdfast.train import main as train
+from kdfast.trainer.commits import save_checkpoint
 
 ALL = list(flips.subjects())
 
@@ -130,6 +131,16 @@ def test_disk_full_says_what_and_where(tmp_path: Path) -> None:
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.bin"]
     with pytest.raises(RuntimeError, match="other"), room_for(path):
         raise RuntimeError("other")
+
+
+def test_what_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdfast.machine.disk.free_bytes", lambda folder: 1000)
+    with pytest.raises(DiskFull, match=r"model.safetensors: no space left, it needs \d{3},\d{3} "):
+        kdfast.save_pretrained(MAKERS["timm"](), tmp_path)
+    weight = torch.zeros(300)
+    with pytest.raises(DiskFull, match=r"last.pt: .* needs 1,200 bytes and 1,000 are free"):
+        save_checkpoint(tmp_path, {"a": [weight, weight[:5]], "step": 1})
+    assert not list(tmp_path.iterdir())
 
 
 def test_folders_that_cannot_be_written_are_found_before_work(tmp_path: Path) -> None:

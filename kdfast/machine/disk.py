@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,10 @@ _TEXTS = {
     "File too large": TOO_LARGE,
     "os error 27": TOO_LARGE,
 }
+
+
+# Folders of ``replacing_files``.
+_STAGED = re.compile(r"\.files\..*\.kdfast")
 
 
 class DiskFull(OSError):
@@ -58,9 +63,24 @@ def room_for(path: Path, partial: Path | None = None) -> Iterator[None]:
         size = sum(file.stat().st_size for file in files if file.is_file())
         free = free_bytes(path.parent) + (size if partial else 0)
         raise DiskFull(
-            f"{path}: {reason}, it needs more than {size:,} bytes and {free:,} are free; "
+            f"{_shown(path)}: {reason}, it needs more than {size:,} bytes and {free:,} are free; "
             f"make room or choose another folder"
         ) from error
+
+
+def require_room(path: Path, size: int) -> None:
+    """Raises DiskFull unless a file or folder of ``size`` bytes can be made beside ``path``."""
+    free = free_bytes(path.parent)
+    if size > free:
+        raise DiskFull(
+            f"{_shown(path)}: {NO_SPACE}, it needs {size:,} bytes and {free:,} are free; make room "
+            f"or choose another folder"
+        )
+
+
+def _shown(path: Path) -> Path:
+    """A path without the folder in which files wait for others."""
+    return Path(*(part for part in path.parts if not _STAGED.fullmatch(part)))
 
 
 def require_writable(folder: Path, what: str) -> None:

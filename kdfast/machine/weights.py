@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +72,21 @@ def not_finite(tensor: Tensor) -> int:
     if tensor.numel() == 0 or bool(tensor.sum(dtype=torch.float64).isfinite()):
         return 0
     return int((~tensor.isfinite()).sum())
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of the tensors in nested dicts, lists and tuples; shared memory counts once."""
+    left, sizes = [value], {}
+    while left:
+        part = left.pop()
+        if isinstance(part, Tensor):
+            storage = part.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(part, dict):
+            left += part.values()
+        elif isinstance(part, list | tuple):
+            left += part
+    return sum(sizes.values())
 
 
 def _short(dtype: torch.dtype) -> str:

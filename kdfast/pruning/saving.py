@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kdfast._version import __version__
 from kdfast.machine.bounded import bounded, check_counts
+from kdfast.machine.disk import require_room
 from kdfast.machine.files import replacing_files
 from kdfast.machine.weights import DIGEST, not_finite, tensors_digest, weight_problems
 from kdfast.models.eva import EVAViT
@@ -77,6 +78,7 @@ def save_pretrained(
         CONFIG: config_digest(config),
     }
     metadata[DIGEST] = tensors_digest(tensors, metadata)
+    require_room(folder / WEIGHTS, sum(tensor.nbytes for tensor in tensors.values()))
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     with replacing_files(folder, last=CONFIG) as staged:
         save_file(tensors, staged / WEIGHTS, metadata)

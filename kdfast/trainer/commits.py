@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 
 from kdfast.machine.digest import file_digest
-from kdfast.machine.disk import room_for
+from kdfast.machine.disk import require_room, room_for
 from kdfast.machine.files import load_torch, replacing, sync, write_text
+from kdfast.machine.weights import tensor_bytes
 
 LAST, PREVIOUS, BEST, NEXT = "last.pt", "previous.pt", "best.pt", "next.pt"
 MANIFEST = "manifest.json"
@@ -58,6 +59,7 @@ def save_checkpoint(
         The file.
     """
     settle(folder)
+    require_room(folder / LAST, tensor_bytes(state))
     staged = folder / NEXT
     try:
         with room_for(folder / LAST, staged), staged.open("wb") as file:
