@@ -8,7 +8,7 @@ CONFIG ?= orion50
 ARGS ?=
 NATIVE := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: install train test test-all sanitized sanitize fuzz bench gpu gpu-static lint format info clean
+.PHONY: install train test test-all sanitized sanitize fuzz damage bench gpu gpu-static lint format info clean
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(NATIVE)
@@ -42,6 +42,9 @@ sanitize: sanitized  # the op tests on them
 		tests/test_accelerate_sdpa.py tests/test_attention_entropy.py tests/test_head_gather.py \
 		tests/test_head_gather_block.py tests/test_linear_kd_loss.py tests/test_swiglu_norm.py \
 		tests/test_*_fused.py tests/test_*_limits.py $(ARGS)
+
+damage: $(INSTALLED)  # damaged and hostile files, full disks
+	$(BIN)/python -m kdfast.testing.damage $(ARGS)
 
 fuzz: sanitized  # random calls on them; the call that ended the process is in last_call.txt
 	cd $(SANITIZED)/lib && $(WATCHED) $(abspath $(BIN))/python -m kdfast.testing.fuzz \

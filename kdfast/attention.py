@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kdfast.machine.signals import run_command
 from kdfast.pictures.capture import Attentions, capture
 from kdfast.pictures.draw import (
     draw_head,
@@ -70,6 +71,11 @@ def _numbers(text: str) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw and print the paths; 2 if something that the command line names cannot be used."""
     args = parser().parse_args(argv)
+    return run_command(lambda: guarded(args), "the pictures that were drawn are whole")
+
+
+def guarded(args: argparse.Namespace) -> int:
+    """The command after its command line: what cannot be used is one line."""
     try:
         for path in draw(args):
             print(path)

@@ -23,6 +23,8 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from kdfast.machine.facts import machine_facts
+from kdfast.machine.files import clear_partials, write_text
+from kdfast.machine.signals import handled, run_command
 from kdfast.pruning import head_scores, prune_heads, select_heads
 from kdfast.pruning.families import anatomy_of
 from kdfast.rivals import RIVALS
@@ -105,15 +107,20 @@ def names(text: str) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; 2 for a request that cannot be met, 130 after Ctrl-C."""
     options = parser().parse_args(argv)
+    return run_command(lambda: guarded(options), "rows without numbers were not measured")
+
+
+def guarded(options: argparse.Namespace) -> int:
+    """The command after its command line: a request that cannot be met is one line."""
     try:
         return run(options)
-    except (UsageError, SourceError) as error:
+    except (UsageError, SourceError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
 def run(options: argparse.Namespace) -> int:
-    """All steps, from the model to the files; 130 if they were stopped half-way."""
+    """All steps, from the model to the files, which are written after Ctrl-C too."""
     check(options)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -131,9 +138,9 @@ def run(options: argparse.Namespace) -> int:
             for contender in race.contenders
         ]
     show(rows, facts, options)
-    if stopped:
-        print("stopped: rows without numbers were not measured", file=sys.stderr)
-    return 130 if stopped else 0
+    if stopped is not None:
+        raise stopped
+    return 0
 
 
 def check(options: argparse.Namespace) -> None:
@@ -154,6 +161,7 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError("--skip: leaves no candidate")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
+        clear_partials(options.out)
         with tempfile.TemporaryFile(dir=options.out):
             pass
     except OSError as error:
@@ -270,8 +278,8 @@ def where(machine: dict[str, Any]) -> str:
     return f"{machine['cpu']} ({machine['family']}), {count} thread{'s' * (count > 1)}"
 
 
-def measure(race: Race, seconds: float) -> bool:
-    """Runs the race with a progress bar; whether Ctrl-C stopped it."""
+def measure(race: Race, seconds: float) -> KeyboardInterrupt | None:
+    """Runs the race with a progress bar; what Ctrl-C raised if it stopped the race."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     heats = race.heats(psutil.virtual_memory().available)
@@ -292,11 +300,12 @@ def measure(race: Race, seconds: float) -> bool:
                 race.prepare(heat, say("prepared"))
                 race.time(heat, seconds, say("timed"))
                 race.finish(heat, say("finished"))
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
+                handled()
                 race.finish(heat, say("finished"), complete=False)
-                return True
+                return stop
             race.clear()
-    return False
+    return None
 
 
 def show(rows: Sequence[Row], facts: dict[str, Any], options: argparse.Namespace) -> None:
@@ -312,7 +321,7 @@ def show(rows: Sequence[Row], facts: dict[str, Any], options: argparse.Namespace
     title = f"{name}, batch {options.batch}\n{where(machine)}, torch {machine['torch']}"
     picture, numbers = options.out / "compare.png", options.out / "compare.json"
     content = {**facts, "rows": [asdict(row) for row in rows]}
-    numbers.write_text(json.dumps(content, indent=1) + "\n")
+    write_text(numbers, json.dumps(content, indent=1) + "\n")
     if draw(rows, picture, title):
         print(picture)
     print(numbers)

@@ -16,6 +16,7 @@ from kdfast.machine.facts import cpu_name
 from kdfast.machine.memory import resident_bytes
 from kdfast.machine.needs import Need, gib, package_need
 from kdfast.machine.peak import library_rates, peak_flops
+from kdfast.machine.signals import run_command
 from kdfast.machine.timing import timed_sample
 from kdfast.ops import OPS, _library
 from kdfast.ops._matmul import CHOICES
@@ -218,6 +219,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--memory", action="store_true", help="only RAM and GPU memory")
     args = parser.parse_args(argv)
+    return run_command(lambda: report(args), "the report is not complete")
+
+
+def report(args: argparse.Namespace) -> int:
+    """The command after its command line."""
     if args.memory:
         _print("Memory", memory())
         return 0

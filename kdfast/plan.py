@@ -15,6 +15,7 @@ from torch import nn
 
 from kdfast.chain.planning import chain_steps
 from kdfast.configs import ChainConfig, Config, ConfigError, load
+from kdfast.machine.signals import run_command
 from kdfast.memory.measure import GIB, MemoryPlan, Step, checkpointed, mib, supervised
 from kdfast.memory.search import DoesNotFit, largest
 from kdfast.memory.steps import PRECISION, PlannedStep
@@ -77,6 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if a stage does not fit into ``--vram``; 2 if the command line cannot be used.
     """
     args = parser().parse_args(argv)
+    return run_command(lambda: guarded(args), "no plan was made")
+
+
+def guarded(args: argparse.Namespace) -> int:
+    """The command after its command line: what cannot be used is one line."""
     unusable = _unusable(args)
     if unusable is not None:
         print(f"error: {unusable}", file=sys.stderr)

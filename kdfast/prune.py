@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.machine.facts import cpu_name
+from kdfast.machine.files import clear_partials, replacing_files, write_text
+from kdfast.machine.signals import run_command
 from kdfast.ops._processor import processor
 from kdfast.pruning import (
     Calibration,
@@ -37,11 +39,12 @@ from kdfast.pruning.by_latency import Losses, check_goal, losses_of, selected
 from kdfast.pruning.compensate import SiteError
 from kdfast.pruning.constant import DropReport, drop_blocks
 from kdfast.pruning.families import anatomy_of
+from kdfast.pruning.folder import CONFIG
 from kdfast.pruning.heat_map import draw_head_scores
 from kdfast.pruning.latency import Latency, latencies, leave_one_out_seconds
 from kdfast.pruning.latency_goal import Goal, Outcome, corrected, remarks, tried
 from kdfast.pruning.report import PruningReport
-from kdfast.pruning.saving import CONFIG, save_pretrained
+from kdfast.pruning.saving import save_pretrained
 from kdfast.pruning.scores import METHODS, MLP_METHODS
 from kdfast.pruning.surgery import prune_with_errors
 from kdfast.pruning.tables import costs, outcome, site_errors
@@ -131,6 +134,11 @@ def number(text: str) -> int | float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; the exit status is 2 for a request that cannot be met."""
     options = parser().parse_args(argv)
+    return run_command(lambda: guarded(options), f"{options.out} holds no new model")
+
+
+def guarded(options: argparse.Namespace) -> int:
+    """The command after its command line: a request that cannot be met is one line."""
     try:
         run(options)
     except UsageError as error:
@@ -168,17 +176,19 @@ def run(options: argparse.Namespace) -> None:
     keep = [[len(row) for row in chosen.heads]]
     mlp_keep = None if chosen.units is None else [len(row) for row in chosen.units]
     report = pruning_report(model, keep, mlp_keep=mlp_keep)
-    with asked(OSError, ValueError):
-        save_pretrained(pruned, options.out)
-        chosen.scores.save(options.out / "scores.json")
-        draw_head_scores(chosen.scores, chosen.heads, options.out / "heads.png")
     latency = latencies(as_type(model, images), as_type(pruned, images), images, options.rounds)
     if chosen.outcome is not None:
         dense = latency.get("before, fused", latency["before"])
         found = replace(chosen.outcome, dense=dense, pruned=latency["pruned, fused"])
         chosen = chosen._replace(outcome=found)
-    with asked(OSError):
-        write_report(options, report, chosen, latency, errors, dropped)
+    with asked(OSError, ValueError):
+        options.out.mkdir(parents=True, exist_ok=True)
+        clear_partials(options.out)
+        with replacing_files(options.out, last=CONFIG) as folder:
+            save_pretrained(pruned, folder)
+            chosen.scores.save(folder / "scores.json")
+            draw_head_scores(chosen.scores, chosen.heads, folder / "heads.png")
+            write_report(folder, options, report, chosen, latency, errors, dropped)
     show(report, latency, chosen, errors, dropped, params, images, options)
 
 
@@ -421,6 +431,7 @@ def effort(model: nn.Module, heads: int, batches: Sequence[Tensor]) -> str:
 
 
 def write_report(
+    folder: Path,
     options: argparse.Namespace,
     report: PruningReport,
     chosen: Chosen,
@@ -443,7 +454,7 @@ def write_report(
         "date": time.strftime("%Y-%m-%d"),
         "cost": json.loads(report.to_json()),
     }
-    (options.out / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_text(folder / "report.json", json.dumps(content, indent=1) + "\n")
 
 
 def show(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -20,6 +19,7 @@ if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
@@ -28,11 +28,11 @@ from accelerate.utils import InitProcessGroupKwargs
 from kdfast.configs import CONFIGS, ChainConfig, Config, ConfigError, load
 from kdfast.configs.fields import as_config_error
 from kdfast.data.files import CorruptDataError
+from kdfast.machine.signals import run_command
 from kdfast.recovery.run import run_recovery
-from kdfast.trainer.logs import LOG, close_log
+from kdfast.trainer.logs import close_log
 from kdfast.trainer.loop import NonFiniteLoss
 from kdfast.trainer.runs import release_folder
-from kdfast.trainer.signals import Interrupted
 
 # The main process may fill a teacher cache while the others wait; NCCL gives up after 10 minutes.
 PATIENCE = timedelta(days=2)
@@ -46,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 1 if the training broke or a file could not be written; 2 if the config, the data or a
-        checkpoint cannot be used; 128 plus the signal if it was interrupted and the state was
-        saved.
+        checkpoint cannot be used; 128 plus the signal if one came: what was saved stays.
     """
     parser = argparse.ArgumentParser(prog="python -m kdfast.train", description=__doc__)
     names = ", ".join(CONFIGS)
@@ -59,17 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--resume", action="store_true", help="continue the newest run of the config's output"
     )
     args = parser.parse_args(argv)
+    return run_command(lambda: guarded(args), "what was done is saved, go on with --resume")
+
+
+def guarded(args: argparse.Namespace) -> int:
+    """The command after its command line: errors that a user can mend are one line."""
     try:
         status = run(load(args.config, args.set), resume=args.resume)
         if dist.is_initialized():
             dist.destroy_process_group()
         return status
-    except Interrupted as stop:
-        LOG.info("%s; the state is saved, go on with --resume", stop)
-        return 128 + stop.signum
-    except KeyboardInterrupt:
-        print("error: interrupted outside of training, nothing to save", file=sys.stderr)
-        return 128 + signal.SIGINT
     except (ConfigError, CorruptDataError, NonFiniteLoss, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -96,16 +94,32 @@ def run(config: Config | ChainConfig, *, resume: bool = False) -> int:
 
 
 def make_accelerator(precision: str, device: str) -> Accelerator:
-    """Device and precision of a run, also where this process had others before."""
+    """Device and precision of a run, also where this process had others before.
+
+    Raises:
+        ConfigError: The device lacks the precision, or processes that were started together do not
+            find each other.
+    """
     if not dist.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+    # Accelerate joins the processes of torchrun without a GPU only where it is told so.
+    cpu = device == "cpu" or not torch.accelerator.is_available()
     with as_config_error():
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision,
-            cpu=device == "cpu",
+            cpu=cpu,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ConfigError(
+            [
+                f"device: {started} processes were started together (WORLD_SIZE), "
+                f"but {accelerator.num_processes} found each other on {accelerator.device}"
+            ]
+        )
+    return accelerator
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from kdfast.configs import ConfigError, load
 from kdfast.configs.chain import ChainConfig, ChainDistillConfig, roles
 from kdfast.machine.memory import is_out_of_memory, peak_mib, reset_peak
 from kdfast.sources import load_model
+from kdfast.trainer.commits import save_checkpoint
 from kdfast.trainer.feed import Feed
-from kdfast.trainer.state import save_checkpoint
 
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 

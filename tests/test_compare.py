@@ -155,7 +155,7 @@ def test_what_was_measured_before_ctrl_c_is_kept(
     monkeypatch.setattr(Race, "time", stopped)
     out = tmp_path / "out"
     assert main(arguments(model_folder, out, prune=0, pictures=4)) == 130
-    assert "stopped: rows without numbers were not measured" in capsys.readouterr().err
+    assert "stopped by SIGINT; rows without numbers were not measured" in capsys.readouterr().err
     first, second = json.loads((out / "compare.json").read_text())["rows"]
     assert first["ms"] and first["cosine"] == pytest.approx(1)
     assert second["ms"] is None and second["reason"] == "stopped before it was timed"

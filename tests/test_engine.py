@@ -21,11 +21,12 @@ from kdfast.data.sampler import EpochSampler
 from kdfast.nn.frozen import Frozen
 from kdfast.train import make_accelerator
 from kdfast.trainer import loop as loop_file
+from kdfast.trainer.commits import load_checkpoint
 from kdfast.trainer.feed import Batch, Feed
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import read_rows
 from kdfast.trainer.loop import Loop
-from kdfast.trainer.state import differences, identity, load_checkpoint
+from kdfast.trainer.state import differences, identity
 from kdfast.trainer.step import Prepared, StepResult, mean_of_batches
 from kdfast.trainer.watch import Row, Watch
 
@@ -116,8 +117,9 @@ class Diary(Watch):
         self.lines.append(f"epoch {epoch} at {step}")
         return {"step": step, "epoch": epoch + 1, "lr": lr}
 
-    def after_save(self, path: Path) -> None:
-        self.lines.append(f"saved {load_checkpoint(path)['step']}")
+    def is_best(self) -> bool:
+        self.lines.append("saved")
+        return False
 
     def finished(self) -> bool:
         return self.epochs >= self.last
@@ -169,8 +171,8 @@ def test_order_of_events(tmp_path: Path) -> None:
     loop = Loop(job_of(tmp_path, diary, epochs=2, save_every=2), make_accelerator("fp32", "cpu"))
     loop.fit()
     assert diary.lines == [
-        *("start", "step 1", "step 2", "saved 2", "step 3", "epoch 0 at 3", "saved 3"),
-        *("step 4", "saved 4", "step 5", "step 6", "epoch 1 at 6", "saved 6"),
+        *("start", "step 1", "step 2", "saved", "step 3", "epoch 0 at 3", "saved"),
+        *("step 4", "saved", "step 5", "step 6", "epoch 1 at 6", "saved"),
     ]
     assert loop.done
     rows = read_rows(tmp_path / "logs/epochs.csv")
@@ -353,7 +355,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_engine import Diary, Loop, job_of, make_accelerator, numbers
-from kdfast.trainer.signals import Interrupted
+from kdfast.machine.signals import Interrupted
 
 class Stops(Diary):
     def on_step(self, step, result):

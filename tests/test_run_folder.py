@@ -18,7 +18,7 @@ from kdfast.configs import ConfigError
 from kdfast.recovery import report
 from kdfast.train import main
 from kdfast.trainer import loop, runs
-from kdfast.trainer.state import load_checkpoint, newest
+from kdfast.trainer.commits import load_checkpoint, newest
 
 MAIN: Any = SimpleNamespace(is_main_process=True)
 
@@ -142,7 +142,9 @@ def test_full_disk_and_broken_checkpoints(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         assert main([*words(folder), "--resume"]) == 1
-    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {folder / 'last.pt'}: no space left, it needs more than ")
+    assert error.count("\n") == 1
     last = folder / "last.pt"
     assert newest(folder) == last and load_checkpoint(last)["step"] == 1
     assert main([*words(folder, "run.max_steps=2"), "--resume"]) == 0
@@ -150,8 +152,8 @@ def test_full_disk_and_broken_checkpoints(
     capsys.readouterr()
     assert main([*words(folder), "--resume"]) == 2
     error = capsys.readouterr().err
-    assert f"{last} must be a whole file" in error
-    assert f"without it {folder / 'previous.pt'} is taken" in error
+    assert f"{last} is damaged: it has 4 bytes instead of" in error
+    assert f"delete it, and {folder / 'previous.pt'} is taken" in error
     last.unlink()
     assert main([*words(folder), "--resume"]) == 0
     assert load_checkpoint(last)["step"] == 3

@@ -319,7 +319,7 @@ def test_only_plain_attributes_are_set(tmp_path: Path, attributes: Any) -> None:
     save_pretrained(blurred(timm_vit()), tmp_path)
     edit(lambda c: c["kdfast"].update(attributes=attributes))(tmp_path)
     with pytest.raises(ValueError, match="load_pretrained: .*config.json must set plain attr"):
-        load_pretrained(tmp_path)
+        load_pretrained(tmp_path, verify=False)
 
 
 def test_foreign_hugging_face_folders_must_fit(tmp_path: Path) -> None:
@@ -401,10 +401,10 @@ def test_load_rejects(
     save_pretrained(prune_heads(timm_vit(), KEEP), tmp_path)
     damage(tmp_path)
     if match is None:  # other heads of the same number: only the names of the heads differ
-        assert load_pretrained(tmp_path).blocks[0].attn.heads == [0, 1]
+        assert load_pretrained(tmp_path, verify=False).blocks[0].attn.heads == [0, 1]
         return
     with pytest.raises(error, match=match):
-        load_pretrained(tmp_path)
+        load_pretrained(tmp_path, verify=False)
 
 
 def test_swin_is_saved_pruned(tmp_path: Path) -> None:

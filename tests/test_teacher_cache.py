@@ -52,7 +52,11 @@ def test_float32_is_the_teacher_bit_for_bit(tmp_path):
         table, Numbers(), tmp_path / "c", key=KEY, dtype="float32", batch_size=5
     )
     assert torch.equal(everything(cache), expected())
-    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["meta.json", "values.npy"]
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
+        "meta.json",
+        "sums.npy",
+        "values.npy",
+    ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
     mixed = TeacherCache.open(tmp_path / "c", KEY).logits(torch.tensor([3, 11, 3]), [1, 0, 0])
     assert torch.equal(mixed, expected()[[1, 0, 0], [3, 11, 3]])

@@ -27,7 +27,7 @@ from kdfast.recovery.evaluate import confusion, mean_iou, similarity
 from kdfast.recovery.optim import block_depth, param_groups, schedule
 from kdfast.train import main
 from kdfast.trainer import loop
-from kdfast.trainer.state import load_checkpoint
+from kdfast.trainer.commits import load_checkpoint
 
 
 @pytest.fixture(scope="module")

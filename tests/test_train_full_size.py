@@ -16,8 +16,8 @@ from kdfast.data.orion.prepare import new_sample
 from kdfast.data.orion.sample import SPLIT_FILE, SampleOptions
 from kdfast.models import eva_vit_l_orion, load_backbone
 from kdfast.models.orion import OrionHeads
+from kdfast.trainer.commits import load_checkpoint
 from kdfast.trainer.logs import read_rows
-from kdfast.trainer.state import load_checkpoint
 
 # Prints the peak resident memory in KiB of the process that ran the training.
 WORKER = """

@@ -6,6 +6,7 @@ C classes, K kept classes, N pictures, V variants.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -21,10 +22,13 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
+from kdfast.chain.cache_sums import meta_sum, row_sums
+from kdfast.machine.disk import DiskFull, free_bytes, room_for
+from kdfast.machine.files import clear_partials, sync, write_text
 from kdfast.trainer.logs import LOG
 
-FORMAT = 1
-META = "meta.json"
+FORMAT = 2
+META, SUMS = "meta.json", "sums"
 DTYPES = ("float16", "float32")
 # Seconds of work that a power loss may cost.
 FLUSH = 5.0
@@ -91,6 +95,7 @@ class Layout:
             narrow = np.uint16 if self.classes <= 2**16 else np.uint32
             found["classes"] = (narrow, (*rows, self.kept))
             found["odds"] = (np.float32, rows)
+        found[SUMS] = (np.uint32, rows)
         return found
 
 
@@ -139,43 +144,57 @@ def _read_meta(directory: Path) -> tuple[dict[str, Any], Layout]:
         meta = json.loads((directory / META).read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
             raise ValueError(f"format {meta['format']!r} instead of {FORMAT}")
+        if meta["sum"] != meta_sum(meta):
+            raise ValueError("it does not match its checksum")
         return meta["key"], Layout(**meta["layout"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"teacher cache: {directory / META} is broken: {error}") from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(_broken(directory / META, error)) from error
+
+
+def _broken(path: Path, reason: object) -> str:
+    return (
+        f"teacher cache: {path} is broken: {reason}; delete {path.parent}, or build it with "
+        f"rebuild=True"
+    )
 
 
 def _map(directory: Path, layout: Layout, mode: Any) -> Arrays:
-    found: Arrays = {}
-    for name, (dtype, shape) in layout.arrays().items():
-        path = directory / f"{name}.npy"
-        try:
-            found[name] = np.lib.format.open_memmap(path, mode)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"teacher cache: {path} is broken: {error}") from error
-        if found[name].shape != shape or found[name].dtype != dtype:
-            raise ValueError(
-                f"teacher cache: {path} must be {shape} {dtype}, "
-                f"got {found[name].shape} {found[name].dtype}"
-            )
-    return found
+    return {
+        name: _open(directory / f"{name}.npy", mode, dtype, shape)
+        for name, (dtype, shape) in layout.arrays().items()
+    }
+
+
+def _open(path: Path, mode: Any, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+    try:
+        array = np.lib.format.open_memmap(path, mode)
+    except Exception as error:  # numpy evaluates the header, which may be any text
+        raise ValueError(_broken(path, error)) from error
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+        got = f"it must be {shape} {np.dtype(dtype)}, got {array.shape} {array.dtype}"
+        raise ValueError(_broken(path, got))
+    return array
 
 
 def _allocate(path: Path) -> None:
     """Take the place of a file: met while writing to its map, a full disk would kill the process.
 
     Raises:
-        OSError: There is not enough.
+        DiskFull: There is not enough.
     """
     size = path.stat().st_size
-    try:
-        with path.open("r+b") as file:
+    with path.open("r+b") as file:
+        try:
             os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free
-        raise OSError(
-            f"teacher cache: {path} needs {size:,} bytes, got {free:,} free: {error.strerror}; "
-            f"use a smaller top_k, fewer variants or another folder"
-        ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            hint = "use a smaller top_k, fewer variants or another folder"
+            taken = path.stat().st_blocks * 512
+            raise DiskFull(
+                f"teacher cache: {path} needs {size:,} bytes, got "
+                f"{free_bytes(path.parent) + taken:,} free: {error.strerror}; {hint}"
+            ) from error
 
 
 class Writer:
@@ -207,6 +226,7 @@ class Writer:
                 f"teacher cache: {self.directory} is being built by another process"
             ) from error
         try:
+            clear_partials(self.partial)
             self._continue()
         except BaseException:
             self._lock.close()
@@ -221,7 +241,7 @@ class Writer:
             if key != self.key or replace(layout, classes=0) != self.layout:
                 raise ValueError("it belongs to another key or other options")
             self._arrays = _map(self.partial, layout, "r+")
-            self._done_file = np.lib.format.open_memmap(self.partial / "done.npy", "r+")
+            self._done_file = _open(self.partial / "done.npy", "r+", np.bool_, self.done.shape)
         except (OSError, ValueError) as error:
             LOG.info("an unfinished teacher cache is thrown away: %s", error)
             self._arrays = {}
@@ -230,7 +250,22 @@ class Writer:
                     path.unlink()
             return
         self.layout, self.done = layout, self._done_file
+        self._forget_damaged()
         LOG.info("an unfinished teacher cache is continued, %d rows are there", self.done.sum())
+
+    def _forget_damaged(self) -> None:
+        """Computes those rows again that are not what was written, or never were there."""
+        damaged = 0
+        for number, done in enumerate(self.done):
+            index = np.flatnonzero(done)
+            variant = np.full(len(index), number)
+            rows = {name: array[variant, index] for name, array in self._arrays.items()}
+            sums = rows.pop(SUMS)
+            wrong = index[sums != row_sums(rows, variant, index)]
+            done[wrong] = False
+            damaged += len(wrong)
+        if damaged:
+            LOG.info("%d rows of it are damaged and computed again", damaged)
 
     def write(self, pairs: Sequence[tuple[int, int]], logits: Tensor) -> None:
         """Write the logits (B, C) of pairs (index, variant).
@@ -244,6 +279,9 @@ class Writer:
         index, variant = np.array(pairs, np.int64).T
         for name, rows in encode(logits, self.layout).items():
             self._arrays[name][variant, index] = rows
+        # Of what the files hold now, in their types.
+        rows_of = {n: a[variant, index] for n, a in self._arrays.items() if n != SUMS}
+        self._arrays[SUMS][variant, index] = row_sums(rows_of, variant, index)
         self._pending.append((variant, index))
         if time.monotonic() - self._flushed > FLUSH:
             self._flush()
@@ -266,13 +304,13 @@ class Writer:
         files = self.layout.arrays() | {"done": (np.bool_, self.done.shape)}
         for name, (dtype, shape) in files.items():
             path = self.partial / f"{name}.npy"
-            self._arrays[name] = np.lib.format.open_memmap(path, "w+", dtype, shape)
-            _allocate(path)
+            with room_for(path):
+                self._arrays[name] = np.lib.format.open_memmap(path, "w+", dtype, shape)
+                _allocate(path)
         self.done = self._done_file = self._arrays.pop("done")
         meta = {"format": FORMAT, "key": self.key, "layout": asdict(self.layout)}
-        partial = self.partial / f".{META}"
-        partial.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        os.replace(partial, self.partial / META)
+        meta["sum"] = meta_sum(meta)
+        write_text(self.partial / META, json.dumps(meta, indent=1))
 
     def _flush(self) -> None:
         # First the rows, then that they are there: never the other way round on the disk.
@@ -294,11 +332,21 @@ class Writer:
             self._lock.close()
 
     def _publish(self) -> None:
-        old = self.directory.with_name(self.directory.name + ".old")
+        old = _old(self.directory)
         shutil.rmtree(old, ignore_errors=True)
         if self.directory.exists():
             os.replace(self.directory, old)
         os.replace(self.partial, self.directory)
-        for name in ("done.npy", "lock"):
-            (self.directory / name).unlink()
-        shutil.rmtree(old, ignore_errors=True)
+        sync(self.directory.parent)
+        tidy(self.directory)
+
+
+def _old(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".old")
+
+
+def tidy(directory: Path) -> None:
+    """Remove what is left beside a finished cache when its builder is killed at the very end."""
+    for name in ("done.npy", "lock"):
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(_old(directory), ignore_errors=True)

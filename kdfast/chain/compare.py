@@ -16,6 +16,7 @@ from rich.table import Table
 
 from kdfast.chain.plots import draw_comparison
 from kdfast.machine.facts import machine_facts
+from kdfast.machine.files import replacing, write_text
 
 VALUES = ("test_accuracy", "test_f1_score", "test_auc", "val_accuracy", "seconds", "peak_mib")
 
@@ -95,8 +96,11 @@ def write_comparison(
         "links": rows,
         "gain": better,
     }
-    paths["json"].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    with paths["csv"].open("w", newline="", encoding="utf-8") as file:
+    write_text(paths["json"], json.dumps(content, indent=1) + "\n")
+    with (
+        replacing(paths["csv"]) as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["role", "model", "params", "seed", *VALUES])
         for row in rows:
@@ -105,7 +109,7 @@ def write_comparison(
                 writer.writerow([row["role"], row["model"], row["params"], seed, *numbers])
     draw_comparison(rows, paths["png"], f"{name}: links of the chain on the test images")
     text = _text(rows, name, better)
-    paths["txt"].write_text(text + "\n", encoding="utf-8")
+    write_text(paths["txt"], text + "\n")
     return text, paths
 
 

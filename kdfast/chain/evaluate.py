@@ -12,6 +12,7 @@ from kdfast.chain.link_run import LinkRun
 from kdfast.chain.metrics import Meter
 from kdfast.chain.objective import task_loss
 from kdfast.data.labelled import LabelledImages
+from kdfast.machine.signals import check
 from kdfast.trainer.feed import Feed
 
 
@@ -38,6 +39,8 @@ class ClassEvaluator:
         meter = Meter(self.task, self.classes, scores=True)
         model.eval()
         for batch in feed.batches(0):
+            if self.accelerator.num_processes == 1:
+                check()
             assert batch.labels is not None
             with self.accelerator.autocast():
                 logits = model(batch.images)

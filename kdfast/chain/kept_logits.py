@@ -15,6 +15,7 @@ from torch import Tensor
 from kdfast.chain.link_run import LinkRun
 from kdfast.chain.links import LinkModel
 from kdfast.chain.teacher_cache import TeacherCache, teacher_key
+from kdfast.configs.fields import as_config_error
 from kdfast.trainer.feed import Batch
 from kdfast.trainer.logs import LOG
 
@@ -31,6 +32,9 @@ def kept_logits(
 
     Returns:
         Gives the logits (B, C) of a batch.
+
+    Raises:
+        ConfigError: The kept outputs are damaged, or of something else; so does the function.
     """
     config, data = run.config, run.data
     key = teacher_key(teacher, data.facts, precision=config.precision)
@@ -41,7 +45,7 @@ def kept_logits(
     folder = Path(config.cache_dir or run.folder.parent / "teacher_cache").expanduser() / digest
     began = time.monotonic()
     if accelerator.is_main_process:
-        with accelerator.autocast():
+        with as_config_error(), accelerator.autocast():
             TeacherCache.build(
                 teacher,
                 data.train,
@@ -51,8 +55,14 @@ def kept_logits(
                 temperature=config.distill.temperature,
                 batch_size=config.eval_batch,
                 workers=config.data.workers,
-            )
+            ).verify()
     accelerator.wait_for_everyone()
-    cache = TeacherCache.open(folder, key)
+    with as_config_error():
+        cache = TeacherCache.open(folder, key)
     LOG.info("%s: teacher outputs in %s, %.1f s", run.link.role, folder, time.monotonic() - began)
-    return lambda batch: cache.logits(batch.index, batch.variant).to(batch.images)
+
+    def logits(batch: Batch) -> Tensor:
+        with as_config_error():
+            return cache.logits(batch.index, batch.variant).to(batch.images)
+
+    return logits

@@ -13,8 +13,6 @@ from kdfast.configs.chain import ChainConfig, per_link
 from kdfast.data.labelled import Classification
 from kdfast.trainer.state import identity
 
-# The checkpoint of a link's best epoch, among its checkpoints.
-BEST = "best.pt"
 # What may change between the parts of a run: it moves files, or computes the same.
 FREE = (
     *("name", "output", "note", "report", "cache_dir", "save_every", "log_every", "eval_batch"),

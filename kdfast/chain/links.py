@@ -10,7 +10,6 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -19,8 +18,10 @@ from kdfast.configs.chain import INITS, ChainConfig, per_link, roles
 from kdfast.configs.fields import ConfigError
 from kdfast.data.labelled import Classification
 from kdfast.machine.files import load_torch
+from kdfast.machine.weights import weight_problems
+from kdfast.pruning.folder import read_safetensors
+from kdfast.trainer.commits import check_file, load_checkpoint
 from kdfast.trainer.logs import LOG
-from kdfast.trainer.state import load_checkpoint
 
 # Names of what a link starts from, as folders.
 FOLDERS = {"pretrained": "imagenet_pretrained", "scratch": "from_scratch"}
@@ -171,8 +172,10 @@ def load_weights(model: LinkModel, path: Path, link: Link) -> None:
             LOG.info("init: %s has another number of classes; the classifier starts anew", path)
             weights[name] = mine[name]
     try:
+        if problems := weight_problems(weights, mine):
+            raise ValueError("; ".join(problems))
         model.net.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ConfigError(
             [f"init: {path} does not fit {link.model} {link.args}: {error}"]
         ) from error
@@ -181,23 +184,25 @@ def load_weights(model: LinkModel, path: Path, link: Link) -> None:
 def _read_weights(path: Path, link: Link) -> dict[str, Tensor]:
     """State dict of a file; a chain's checkpoint has to be of the link's architecture."""
     try:
-        state: Any = None
-        if path.suffix != ".safetensors":
-            state = load_torch(path)
+        check_file(path)
+        if path.suffix == ".safetensors":
+            return read_safetensors(path).tensors
+        state: Any = load_torch(path)
         if not (isinstance(state, dict) and "meta" in state and "module" in state):
             found: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
             return found
-    except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
+        saved, weights = state["meta"].get("link", {}), weights_of(state)
+        held = (saved.get("model"), saved.get("args"))
+    except (
+        *(OSError, KeyError, RuntimeError, ValueError),
+        *(AttributeError, TypeError),  # of values that are not what they should be
+    ) as error:
         raise ConfigError([f"init: {path} is no checkpoint: {error}"]) from error
-    saved = state["meta"].get("link", {})
-    if (saved.get("model"), saved.get("args")) != (link.model, link.args):
+    if held != (link.model, link.args):
         raise ConfigError(
-            [
-                f"init: {path} must hold {link.model} {link.args}, "
-                f"got {saved.get('model')} {saved.get('args')}"
-            ]
+            [f"init: {path} must hold {link.model} {link.args}, got {held[0]} {held[1]}"]
         )
-    return weights_of(state)
+    return weights
 
 
 def facts(link: Link, data: Classification) -> dict[str, Any]:
@@ -232,14 +237,14 @@ def load_teacher(path: Path, link: Link, data: Classification) -> LinkModel:
         state = load_checkpoint(path)
     except ValueError as error:
         raise ConfigError([f"{link.role}: {error}"]) from error
-    saved, mine = state["meta"], facts(link, data)
+    saved, mine = _meta(path, link, state), facts(link, data)
     found: list[str] = []
     for group, names in (("link", ("model", "args")), ("data", ("name", "task", "classes"))):
         for name in names:
             have, want = saved[group].get(name), mine[group][name]
             if have != want:
                 found.append(f"{link.role}: {path} must have {name} {want!r}, got {have!r}")
-    if not found and saved["data"]["content"] != mine["data"]["content"]:
+    if not found and saved["data"].get("content") != mine["data"]["content"]:
         found.append(
             f"{link.role}: {path} was trained on other images of {data.name} (another split or "
             "version), so its training set may hold this run's validation images"
@@ -248,5 +253,20 @@ def load_teacher(path: Path, link: Link, data: Classification) -> LinkModel:
         raise ConfigError(found)
     # The weights come from the file, wherever the link itself started.
     model = build_link(replace(link, init="scratch"), len(data.class_names), checkpointing=False)
-    model.net.load_state_dict(weights_of(state))
+    try:
+        weights = weights_of(state)
+        if problems := weight_problems(weights, model.net.state_dict()):
+            raise ValueError("; ".join(problems))
+        model.net.load_state_dict(weights)
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ConfigError([f"{link.role}: {path} does not fit {link.model}: {error}"]) from error
     return model.requires_grad_(False).eval()
+
+
+def _meta(path: Path, link: Link, state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    meta = state.get("meta")
+    groups = [meta.get(name) for name in ("link", "data")] if isinstance(meta, dict) else [None]
+    if not isinstance(meta, dict) or not all(isinstance(group, dict) for group in groups):
+        raise ConfigError([f"{link.role}: {path} must be a checkpoint of a chain's link"])
+    return meta

@@ -19,6 +19,7 @@ from kdfast.memory.measure import Step, optimizer_of
 from kdfast.memory.search import BatchPlan, largest
 from kdfast.memory.steps import PRECISION, PlannedStep
 from kdfast.nn import accelerate
+from kdfast.trainer.commits import load_checkpoint, newest
 from kdfast.trainer.logs import LOG
 
 # Batches that the planner may choose.
@@ -121,11 +122,21 @@ def check_terms(config: ChainConfig, classes: int) -> None:
                 )
 
 
-def batch_size(run: LinkRun, student: LinkModel, device: torch.device) -> int:
-    """Images per step of a link: the config's, or what the planner finds to fit."""
+def batch_size(run: LinkRun, student: LinkModel, device: torch.device, *, resume: bool) -> int:
+    """Images per step of a link: the config's, or what the planner finds to fit.
+
+    A resumed link keeps what was planned at its beginning: ``vram_gib`` may be another one now.
+
+    Raises:
+        ConfigError: Nothing fits, or the checkpoint is damaged.
+    """
     value = per_link(run.config.batch, run.link.index)
     if value != "auto":
         return int(value)
+    path = newest(run.checkpoints) if resume else None
+    if path is not None:
+        with as_config_error():
+            return int(load_checkpoint(path)["chain"]["batch"])
     plan = planned_batch(run, device)
     if plan.checkpointing and not run.config.checkpointing:
         LOG.info("%s: fits with checkpointing only, which is switched on", run.link.role)

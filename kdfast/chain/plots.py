@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdfast.chain.links import LinkModel
 from kdfast.data.labelled import Classification
+from kdfast.machine.files import replacing
 from kdfast.pictures import capture, draw_heads, draw_rollout
 from kdfast.trainer.logs import LOG, read_rows
 
@@ -63,7 +64,8 @@ def draw_curves(log: Path, path: Path, title: str, note: str) -> Path | None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.suptitle(title)
-    figure.savefig(path, dpi=DPI)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=DPI)
     return path
 
 
@@ -97,7 +99,8 @@ def draw_confusion(counts: Tensor, names: Sequence[str], path: Path, title: str)
     axes.set_xlabel("predicted" if len(columns) == len(names) else "")
     axes.set_ylabel("true")
     axes.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=DPI)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=DPI)
     return path
 
 
@@ -135,7 +138,8 @@ def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -
         axes.tick_params(axis="x", labelsize=8)
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle(title)
-    figure.savefig(path, dpi=DPI)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=DPI)
     return path
 
 

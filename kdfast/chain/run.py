@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,15 +11,20 @@ from typing import Any
 from accelerate import Accelerator
 
 from kdfast.chain.compare import write_comparison
-from kdfast.chain.link_run import LinkRun
+from kdfast.chain.link_run import LinkRun, checkpoints_of
 from kdfast.chain.links import Link, links_of
 from kdfast.chain.planning import check_terms
+from kdfast.chain.summary import SUMMARY, read_summary
 from kdfast.chain.train_link import train_link
 from kdfast.configs import ChainConfig, ConfigError, plain, save
 from kdfast.configs.chain import stages
+from kdfast.configs.fields import as_config_error
 from kdfast.data.files import CorruptDataError
 from kdfast.data.labelled import Classification, build_classification
+from kdfast.machine.disk import require_writable
+from kdfast.machine.files import write_text
 from kdfast.machine.memory import release
+from kdfast.trainer.commits import load_checkpoint, newest
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.runs import run_folder, show_start
 
@@ -40,9 +44,25 @@ class RunFolders:
     seeds: bool
 
     def of(self, link: Link, seed: int, data: str) -> Path:
-        """Folder of a link: [seed<seed>/]<init>/<data>/<role>."""
-        top = self.root / f"seed{seed}" if self.seeds else self.root
-        return top / link.folder / data / link.role
+        """Folder of a link: [seed<seed>/]<init>/<data>/<role>.
+
+        A run that goes on with more or fewer seeds keeps the folders that it has.
+        """
+        inner = Path(link.folder, data, link.role)
+        plain, own = self.root / inner, self.root / f"seed{seed}" / inner
+        if self.seeds:
+            return plain if not own.exists() and _seed_of(plain) == seed else own
+        return own if own.exists() else plain
+
+
+def _seed_of(folder: Path) -> int | None:
+    """The seed of the link that was trained in a folder; None: it holds none."""
+    path = newest(checkpoints_of(folder))
+    if path is None:
+        return None
+    with as_config_error():
+        seed: int = load_checkpoint(path)["meta"]["recipe"]["seed"]
+    return seed
 
 
 def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) -> int:
@@ -61,6 +81,8 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
     chosen = stages(config)
     missing = f"stage: {config.stage} needs an earlier run, " if resume or chosen[0] > 0 else None
     root = run_folder(Path(config.output).expanduser().absolute(), accelerator, missing)
+    if accelerator.is_main_process:
+        _check_outputs(config)
     folders = RunFolders(root, len(config.seeds) > 1)
     words = [" -> ".join(config.chain), f"stage {config.stage}", f"seeds {list(config.seeds)}"]
     words += [f"data {config.data.kind} {config.data.root or ''}".strip()]
@@ -101,6 +123,15 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
         _finish(config, root, results, sets[data_seed].name)
     accelerator.wait_for_everyone()
     return 0
+
+
+def _check_outputs(config: ChainConfig) -> None:
+    """Raises ConfigError if what is written hours later could not be."""
+    with as_config_error():
+        if config.cache and config.cache_dir is not None:
+            require_writable(Path(config.cache_dir).expanduser(), "cache_dir")
+        if config.report is not None:
+            require_writable(Path(config.report).expanduser().parent, "report")
 
 
 def links_to_train(
@@ -163,8 +194,10 @@ def read_data(config: ChainConfig, seed: int) -> Classification:
 def _finish(config: ChainConfig, root: Path, results: list[dict[str, Any]], name: str) -> None:
     """Compare the links, those of earlier stages included, and say where everything is."""
     known = {(result["role"], result["seed"]) for result in results}
-    for path in sorted(root.rglob("summary.json")):
-        saved = json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted(root.rglob(SUMMARY)):
+        saved = read_summary(path)
+        if saved is None:
+            continue
         if (saved["role"], saved["seed"]) not in known and saved["data"] == name:
             results.append(saved)
     order = [link.role for link in links_of(config)] + [TWIN]
@@ -173,7 +206,7 @@ def _finish(config: ChainConfig, root: Path, results: list[dict[str, Any]], name
     if config.report is not None:
         copy = Path(config.report).expanduser()
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(paths["json"].read_text(encoding="utf-8"), encoding="utf-8")
+        write_text(copy, paths["json"].read_text(encoding="utf-8"))
         paths["report"] = copy
     LOG.info("\n\n%s\n", text)
     for result in results:

@@ -9,19 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.chain.checkpoint import weights_of
+from kdfast.chain.compare import VALUES
 from kdfast.chain.evaluate import held_out_feed
-from kdfast.chain.link_run import BEST, LinkRun
+from kdfast.chain.link_run import LinkRun
 from kdfast.chain.metrics import Meter
 from kdfast.chain.plots import draw_attention, draw_confusion, draw_curves
 from kdfast.chain.watch import LinkWatch
 from kdfast.configs import ConfigError, plain
-from kdfast.machine.files import replacing
+from kdfast.configs.fields import as_config_error
+from kdfast.machine.files import write_text
 from kdfast.machine.memory import peak_mib
+from kdfast.trainer.commits import BEST, load_checkpoint
 from kdfast.trainer.logs import LOG
-from kdfast.trainer.state import differences, load_checkpoint
+from kdfast.trainer.state import differences
 
 # Its presence says that a link is finished.
 SUMMARY = "summary.json"
+REQUIRED = ("role", "seed", "data", "model", "params", "folder", "recipe", *VALUES)
 
 
 def finish_link(run: LinkRun, watch: LinkWatch, *, batch: int, seconds: float) -> dict[str, Any]:
@@ -35,10 +39,18 @@ def finish_link(run: LinkRun, watch: LinkWatch, *, batch: int, seconds: float) -
 
     Returns:
         The link's summary.
+
+    Raises:
+        ConfigError: The best weights are gone or damaged.
     """
     data, link, student = run.data, run.link, watch.student
     accelerator = watch.accelerator
-    student.net.load_state_dict(weights_of(load_checkpoint(run.checkpoints / BEST)))
+    if not watch.best:
+        raise ConfigError(
+            [f"{link.role}: {run.checkpoints / BEST} is gone, and no epoch is left to make another"]
+        )
+    with as_config_error():
+        student.net.load_state_dict(weights_of(load_checkpoint(run.checkpoints / BEST)))
     meter = watch.evaluate(student, held_out_feed(run, data.test, accelerator.device))
     test = meter.compute()
     peaks = peak_mib(accelerator.device)
@@ -79,13 +91,28 @@ def summary_of(run: LinkRun) -> dict[str, Any] | None:
     path = run.folder / SUMMARY
     if not path.is_file():
         return None
-    summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    summary = read_summary(path)
+    if summary is None:
+        return None
     found = differences(summary.pop("recipe"), json.loads(json.dumps(run.recipe)))
     if found:
         raise ConfigError(
             [f"--resume: {run.link.role} in {run.folder} was made with {x}" for x in found]
         )
     LOG.info("%s (seed %d) is finished: %s", run.link.role, run.seed, run.folder)
+    return summary
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """What ``finish_link`` wrote, or None, with a word in the log, for a file that is not whole."""
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        missing = [name for name in REQUIRED if name not in summary]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+    except (TypeError, ValueError) as error:
+        LOG.warning("%s is not whole, its link counts as unfinished: %s", path, error)
+        return None
     return summary
 
 
@@ -118,5 +145,4 @@ def _write_files(run: LinkRun, watch: LinkWatch, meter: Meter, summary: dict[str
 
 
 def _json(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1) + "\n")

@@ -17,14 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kdfast.chain.cache_files import Layout, Writer, read_files
+from kdfast.chain.cache_files import SUMS, Layout, Writer, read_files, tidy
 from kdfast.chain.cache_key import as_json, check_key, model_hash, teacher_key
+from kdfast.chain.cache_sums import row_sums
 from kdfast.data.labelled import worker_init
 from kdfast.trainer.logs import LOG
 
 __all__ = ["TeacherCache", "model_hash", "teacher_key"]
 
 Teacher = Callable[[Tensor], Tensor]
+# Rows that ``verify`` reads at once.
+VERIFIED = 4096
 
 
 class TeacherCache:
@@ -137,23 +140,51 @@ class TeacherCache:
 
         Raises:
             IndexError: An index or variant is out of range.
+            ValueError: A row is damaged.
         """
-        rows = self._rows(index, variant)
-        values = torch.from_numpy(self._files["values"][rows]).float()
-        if "peak" in self._files:
-            values += torch.from_numpy(self._files["peak"][rows])[:, None]
-        if "odds" not in self._files:
+        rows = self._read(*self._rows(index, variant))
+        values = torch.from_numpy(rows["values"]).float()
+        if "peak" in rows:
+            values += torch.from_numpy(rows["peak"])[:, None]
+        if "odds" not in rows:
             return values
-        classes = torch.from_numpy(self._files["classes"][rows].astype(np.int64))
-        spread = self._spread(values, torch.from_numpy(self._files["odds"][rows]))
+        classes = torch.from_numpy(rows["classes"].astype(np.int64))
+        spread = self._spread(values, torch.from_numpy(rows["odds"]))
         return spread[:, None].repeat(1, self.layout.classes).scatter_(1, classes, values)
 
     def rest(self, index: Tensor | Sequence[int], variant: Tensor | Sequence[int] | int) -> Tensor:
         """Probability (B,) float32 of all classes that are not kept, at ``temperature``."""
-        rows = self._rows(index, variant)
-        if "odds" not in self._files:
-            return torch.zeros(len(rows[0]))
-        return torch.from_numpy(self._files["odds"][rows]).sigmoid()
+        rows = self._read(*self._rows(index, variant))
+        if "odds" not in rows:
+            return torch.zeros(len(rows["values"]))
+        return torch.from_numpy(rows["odds"]).sigmoid()
+
+    def verify(self) -> None:
+        """Compares every row with its checksum: the files are read once.
+
+        Raises:
+            ValueError: A row is damaged.
+        """
+        for variant in range(self.layout.variants):
+            for start in range(0, self.layout.length, VERIFIED):
+                index = np.arange(start, min(start + VERIFIED, self.layout.length))
+                self._read(np.full(len(index), variant), index)
+
+    def _read(
+        self, variant: NDArray[np.int64], index: NDArray[np.int64]
+    ) -> dict[str, NDArray[Any]]:
+        """What the files hold of rows, compared with their checksums."""
+        rows = {name: array[variant, index] for name, array in self._files.items()}
+        sums = rows.pop(SUMS)
+        wrong = np.flatnonzero(sums != row_sums(rows, variant, index))
+        if wrong.size:
+            files = ", ".join(f"{name}.npy" for name in [*rows, SUMS])
+            raise ValueError(
+                f"teacher cache: {self.directory} is damaged: index {index[wrong[0]]}, variant "
+                f"{variant[wrong[0]]} does not match its checksum in one of {files}; delete the "
+                f"folder, or build it with rebuild=True"
+            )
+        return rows
 
     def _spread(self, values: Tensor, odds: Tensor) -> Tensor:
         layout = self.layout
@@ -197,6 +228,7 @@ def _finished(
             raise
         LOG.info("the teacher cache is built again: %s", error)
         return None
+    tidy(directory)
     return cache
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from kdfast.chain.evaluate import ClassEvaluator, held_out_feed
 from kdfast.chain.feed import class_feed, even_part
 from kdfast.chain.kept_logits import kept_logits
-from kdfast.chain.link_run import BEST, LinkRun, checkpoints_of
+from kdfast.chain.link_run import LinkRun, checkpoints_of
 from kdfast.chain.links import LinkModel, build_link, facts, load_teacher
 from kdfast.chain.objective import Objective
 from kdfast.chain.optim import timm_lr_setter, timm_optimizer
@@ -30,6 +30,7 @@ from kdfast.configs.fields import as_config_error
 from kdfast.data.labelled import Classification
 from kdfast.machine.memory import release
 from kdfast.nn import accelerate
+from kdfast.trainer.commits import BEST, settle
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
@@ -52,13 +53,18 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
     known = summary_of(run) if resume else None
     if known is not None:
         return known
-    if not resume and accelerator.is_main_process:
-        _move_aside(run.folder)
+    if accelerator.is_main_process:
+        if not resume:
+            _move_aside(run.folder)
+        with as_config_error():
+            for folder in (run.folder, run.teacher_folder):
+                if folder is not None:
+                    settle(checkpoints_of(folder))
     accelerator.wait_for_everyone()
     began = time.monotonic()
     config, link, device = run.config, run.link, accelerator.device
     student, teacher = _models(run, accelerator)
-    batch = batch_size(run, student, device)
+    batch = batch_size(run, student, device, resume=resume)
     kept = None
     if teacher is not None:
         teacher.to(device)
@@ -81,7 +87,7 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
         step = LinkStep(link.role, mixup_of(config.optim, run.data.task, classes), kept)
         evaluate = ClassEvaluator(accelerator, run.data.task, classes)
         val = held_out_feed(run, run.data.val, device)
-        watch = LinkWatch(run, student, step, val, evaluate)
+        watch = LinkWatch(run, student, step, val, evaluate, batch)
         loop = Loop(_job(run, objective, batch, step, watch), accelerator)
     LOG.info(
         "%s (seed %d): %s, %s parameters, batch %d, %d epochs, %d training images, in %s",

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -15,13 +12,14 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from kdfast.chain.evaluate import ClassEvaluator
-from kdfast.chain.link_run import BEST, LinkRun
+from kdfast.chain.link_run import LinkRun
 from kdfast.chain.links import LinkModel
 from kdfast.chain.metrics import Meter
 from kdfast.chain.step import LinkStep
+from kdfast.configs.fields import as_config_error
 from kdfast.data.labelled import LabelledImages
-from kdfast.machine.files import replacing
 from kdfast.machine.memory import peak_mib, reset_peak
+from kdfast.trainer.commits import BEST, step_of
 from kdfast.trainer.feed import Feed
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.step import StepResult
@@ -48,6 +46,7 @@ class LinkWatch(Watch):
         step: LinkStep,
         val: Feed[LabelledImages],
         evaluate: ClassEvaluator,
+        batch: int,
     ) -> None:
         """Set up.
 
@@ -57,8 +56,10 @@ class LinkWatch(Watch):
             step: Takes the steps; its number of pieces is logged, and saved with the watch.
             val: Held-out images.
             evaluate: What measures.
+            batch: Images per step, saved with the watch.
         """
         self.run, self.student, self.step, self.val = run, student, step, val
+        self.batch = batch
         self.evaluate = evaluate
         self.accelerator: Accelerator = evaluate.accelerator
         decay = run.config.optim.ema
@@ -152,17 +153,17 @@ class LinkWatch(Watch):
         patience = self.run.config.patience
         return patience is not None and self.waited >= patience
 
-    def after_save(self, path: Path) -> None:
-        """See ``Watch``; the checkpoint of the best epoch stays as ``best.pt``."""
-        if self.new_best:
-            _hard_link(path, path.with_name(BEST))
-        self.new_best = False
+    def is_best(self) -> bool:
+        """See ``Watch``."""
+        best, self.new_best = self.new_best, False
+        return best
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Watch``."""
         return {
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "chain": {
+                "batch": self.batch,
                 "parts": self.step.parts,
                 "meter": self.meter.state_dict(),
                 "best": self.best,
@@ -180,13 +181,20 @@ class LinkWatch(Watch):
         self.step.parts, self.best, self.waited = chain["parts"], chain["best"], chain["waited"]
         self.records, self.elapsed = chain["records"], chain["elapsed"]
         self.meter.load_state_dict(chain["meter"], self.accelerator.device)
+        self._find_best()
 
+    def _find_best(self) -> None:
+        """Hold the record of the best epoch against the file; without its weights it is void.
 
-def _hard_link(source: Path, target: Path) -> None:
-    """Give a file a second name, atomically: later renames leave that name's content alone."""
-    with replacing(target) as partial:
-        partial.unlink(missing_ok=True)
-        try:
-            os.link(source, partial)
-        except OSError:
-            shutil.copyfile(source, partial)
+        That is so where ``previous.pt`` or ``best.pt`` was used or removed by hand.
+
+        Raises:
+            ConfigError: The file is damaged.
+        """
+        path = self.run.checkpoints / BEST
+        with as_config_error():
+            step = step_of(path) if path.is_file() else None
+        if self.best and self.best["step"] != step:
+            text = "%s: the weights of the best epoch, %d, are gone; the best of the others counts"
+            LOG.warning(text, self.run.link.role, self.best["epoch"])
+            self.best, self.waited = {}, 0

@@ -18,6 +18,8 @@ from kdfast.configs.recovery import Config
 from kdfast.configs.smoke import smoke
 from kdfast.configs.stand_ins import stand_in
 from kdfast.configs.vit_chain import cifar10, vit_chain, vit_chain_digits
+from kdfast.configs.yaml_file import YamlError, max_characters, read_yaml
+from kdfast.machine.files import write_text
 
 CONFIGS: dict[str, Callable[[], Config | ChainConfig]] = {
     f.__name__: f
@@ -67,7 +69,7 @@ def save(config: Config | ChainConfig, path: Path) -> None:
     page = "docs/use/vit_chain.md" if isinstance(config, ChainConfig) else "docs/use/training.md"
     head = f"# Resolved config of a run; use it with --config. {page} explains the keys.\n"
     note = f"# {config.note}\n" if config.note else ""
-    path.write_text(head + note + yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
+    write_text(path, head + note + yaml.safe_dump(plain(config), sort_keys=False))
 
 
 def _is_file(source: str) -> bool:
@@ -79,9 +81,12 @@ def _read(source: str, problems: list[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError([f"--config: no such file: {source}"])
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError([f"--config: {source} is not YAML: {error}"]) from error
+        with path.open(encoding="utf-8") as file:
+            tree = read_yaml(file.read(max_characters() + 1))
+    except YamlError as error:
+        raise ConfigError([f"--config: {source} {error}"]) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"--config: {source} cannot be read as text: {error}"]) from error
     if not isinstance(tree, dict):
         raise ConfigError([f"--config: {source} must hold keys and values"])
     return tree
@@ -98,9 +103,9 @@ def _parse(changes: Sequence[str], problems: list[str], known: list[str]) -> dic
             problems.append(unknown(key, known))
             continue
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            problems.append(f"{key}: not a YAML value: {text}")
+            value = read_yaml(text)
+        except YamlError as error:
+            problems.append(f"{key}: not a YAML value: {text[:80]}: {error}")
             continue
         if isinstance(value, Mapping):
             found |= _flatten(value, problems, known, f"{key}.")

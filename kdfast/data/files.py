@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from io import BytesIO
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from kdfast.machine.limits import MAX_PIXELS
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # The first bytes of TIFF and BigTIFF, in either order of bytes.
@@ -57,6 +61,14 @@ def decode_bgr(data: bytes) -> NDArray[np.uint8] | str:
     """As ``read_bgr`` for the bytes of a file."""
     if not data:
         return "the file is empty"
+    pixels, limit = _pixels(data), MAX_PIXELS()
+    if pixels is None:
+        return "cannot be decoded: broken, truncated, or not a picture"
+    if pixels > limit:
+        return (
+            f"has {pixels:,} pixels in {len(data):,} bytes; {limit:,} are allowed, "
+            f"{MAX_PIXELS.name} changes that"
+        )
     try:
         if data.startswith(TIFF):
             return _decode_tiff(data)
@@ -86,6 +98,23 @@ def _decode_tiff(data: bytes) -> NDArray[np.uint8] | str:
             return np.ascontiguousarray(np.asarray(picture.convert("RGB"), np.uint8)[..., ::-1])
     except Exception as error:  # on damaged bytes Pillow's reader stumbles over whatever comes
         return f"cannot be decoded: {error}"
+
+
+def _pixels(data: bytes) -> int | None:
+    """Width times height as the header says it, without decoding; None for no picture."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        # Read here, as PIL refuses damage in other parts that leaves the pixels readable.
+        return int.from_bytes(data[16:20], "big") * int.from_bytes(data[20:24], "big")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its own limit, a lower one
+            with Image.open(BytesIO(data)) as picture:
+                return picture.width * picture.height
+    except Image.DecompressionBombError as error:
+        found = re.search(r"\((\d+) pixels\)", str(error))
+        return int(found[1]) if found else None
+    except Exception:  # on damaged bytes PIL's readers stumble over whatever comes
+        return None
 
 
 def _truncated(data: bytes) -> str | None:

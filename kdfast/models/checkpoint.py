@@ -3,7 +3,6 @@
 
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kdfast.machine.archive import is_archive
+from kdfast.machine.bounded import Size, bounded, check_counts
 from kdfast.machine.files import NeedsCode, load_torch, replacing
+from kdfast.machine.weights import DIGEST, digest_problem, tensors_digest, weight_problems
 from kdfast.models.eva import EVAViT
 from kdfast.models.orion_keys import (
     PREFIX,
@@ -62,7 +64,8 @@ def load_orion_backbone(
         raise ValueError("load_orion_backbone: give num_heads or head_dim, got both")
     tensors, metadata = _read(Path(path))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    config = {**infer_config(shapes, head_dim), **_stored_config(metadata), **overrides}
+    stored = _stored_config(path, metadata)
+    config = {**infer_config(shapes, head_dim), **stored, **overrides}
     problems = []
     unknown = [name for name in WINDOWS if name not in config]
     if unknown:
@@ -84,7 +87,7 @@ def load_backbone(path: str | os.PathLike[str]) -> EVAViT:
         ValueError: The file is of another origin, or does not fit the architecture it names.
     """
     tensors, metadata = _read(Path(path))
-    config = _stored_config(metadata)
+    config = _stored_config(path, metadata)
     if not config:
         raise ValueError(
             f"load_backbone: {path} must be a file of save_backbone, got one without its "
@@ -117,14 +120,21 @@ def save_backbone(model: EVAViT, path: str | os.PathLike[str], *, orion_keys: bo
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     config = {name: value for name, value in model.config.items() if name != "heads"}
     metadata = {"format": "pt", CONFIG: json.dumps(config), HEADS: json.dumps(model.heads)}
+    metadata[DIGEST] = tensors_digest(state, metadata)
     with replacing(Path(path)) as partial:
         save_file(state, partial, metadata)
 
 
-def _stored_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+def _stored_config(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
     if CONFIG not in metadata or HEADS not in metadata:
         return {}
-    return {**json.loads(metadata[CONFIG]), "heads": json.loads(metadata[HEADS])}
+    try:
+        config, heads = json.loads(metadata[CONFIG]), json.loads(metadata[HEADS])
+        if not isinstance(config, dict):
+            raise ValueError(f"it must be a JSON object, got {config!r:.80}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"checkpoint: {path} has a damaged {CONFIG}: {error}") from error
+    return {**config, "heads": heads}
 
 
 def _pruned(shapes: Mapping[str, tuple[int, ...]], embed_dim: int) -> bool:
@@ -140,13 +150,13 @@ def _build(
     problems: list[str],
 ) -> EVAViT:
     """The model of ``config`` with the tensors of a file, or one error with all that is wrong."""
-    with torch.device("meta"):
-        model = EVAViT(**config)
+    model = _described(path, config, len(tensors))
     tables = {name: tensor for name, tensor in tensors.items() if is_table(name)}
     params = {name: tensor for name, tensor in tensors.items() if name not in tables}
     found = {name: tuple(tensor.shape) for name, tensor in params.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = problems + shape_problems(found, wanted) + table_problems(tables, model.config)
+    problems += weight_problems(params, model.state_dict())
     if problems:
         raise ValueError(f"checkpoint: {path} must fit the model, got\n  " + "\n  ".join(problems))
     own = {
@@ -158,6 +168,24 @@ def _build(
     model.load_state_dict(own, assign=True)
     model.fill_rope()
     return model
+
+
+def _described(path: str | os.PathLike[str], config: Mapping[str, Any], tensors: int) -> EVAViT:
+    """The model of a configuration, without memory and within what the file allows."""
+    size = Size(Path(path), Path(path).stat().st_size, tensors)
+    try:
+        check_counts({name: _listed(value) for name, value in config.items()}, size)
+        with bounded(size), torch.device("meta"):
+            return EVAViT(**config)
+    except Exception as error:  # the constructor stumbles over whatever a file says
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(
+            f"checkpoint: {path} must describe a backbone, got {kind}{error}"
+        ) from error
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -181,11 +209,15 @@ def is_safetensors(path: Path) -> bool:
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            names = backbone_names(file.keys())
-            tensors = {name: file.get_tensor(key) for name, key in names.items()}
-            return tensors, file.metadata() or {}
+            names, metadata = backbone_names(file.keys()), dict(file.metadata() or {})
+            # The checksum is of all tensors; other files may hold much that is not needed.
+            wanted = file.keys() if DIGEST in metadata else names.values()
+            found = {key: file.get_tensor(key) for key in wanted}
     except SafetensorError as error:
         raise ValueError(f"checkpoint: {path} must be a whole safetensors file: {error}") from error
+    if problem := digest_problem(found, metadata):
+        raise ValueError(f"checkpoint: {path}: {problem}; copy or save it again")
+    return {name: found[key] for name, key in names.items()}, metadata
 
 
 def read_torch(path: Path) -> Mapping[str, Any]:
@@ -195,7 +227,7 @@ def read_torch(path: Path) -> Mapping[str, Any]:
         ValueError: The file cannot be read without running code from it, or holds no state dict.
     """
     try:
-        loaded = load_torch(path, mmap=zipfile.is_zipfile(path))
+        loaded = load_torch(path, mmap=is_archive(path))
     except NeedsCode as error:
         raise ValueError(
             f"checkpoint: {error}, which cannot be read without running code from it. If you trust "

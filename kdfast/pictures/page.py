@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdfast.machine.files import replacing
 from kdfast.pictures.capture import Attentions
 
 COLORS, CHANGE = "inferno", "RdBu_r"
@@ -153,5 +154,6 @@ class Page:
         """Write the PNG."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.figure.savefig(path, dpi=DPI)
+        with replacing(path) as partial:
+            self.figure.savefig(partial, dpi=DPI, format=path.suffix[1:] or "png")
         return path

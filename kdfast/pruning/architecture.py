@@ -5,6 +5,7 @@ See docs/use/pruning.md.
 """
 
 import importlib
+import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,9 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models import VisionTransformer
 
 from kdfast._version import __version__
+from kdfast.machine.weights import FLOATS
 from kdfast.models.eva import EVAViT
+from kdfast.models.timm_args import check_timm, preprocessing
 from kdfast.nn.accelerate import accelerate_layers, has_fast_layers
 from kdfast.nn.attention import FusedAttention, qualified_name
 from kdfast.pruning.adapter import Anatomy
@@ -164,6 +167,8 @@ def _timm_config(model: Any, model_args: dict[str, Any]) -> dict[str, Any]:
 def build(config: Mapping[str, Any]) -> nn.Module:
     """The architecture of a configuration, initialised at random."""
     section = config.get("kdfast") or _foreign(config)
+    if not isinstance(section, Mapping):
+        raise ValueError(f"load_pretrained: the section kdfast must be an object, got {section!r}")
     if section.get("format", FORMAT) != FORMAT:
         raise ValueError(
             f"load_pretrained: config.json must have format {FORMAT!r}, got "
@@ -190,23 +195,37 @@ def _foreign(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build_eva(config: Mapping[str, Any], section: Mapping[str, Any]) -> nn.Module:
-    return EVAViT(**config["model_args"])
+    return EVAViT(**known_arguments(EVAViT, config["model_args"]))
 
 
 def _build_timm(config: Mapping[str, Any], section: Mapping[str, Any]) -> nn.Module:
-    name, arguments = config["architecture"], dict(config.get("model_args", {}))
+    name, given = config["architecture"], config.get("model_args", {})
+    check_timm(name, given)
+    arguments = dict(given)
     arguments.setdefault("num_classes", config.get("num_classes", 1000))
-    if not timm.is_model(name):
-        raise ValueError(
-            f"load_pretrained: architecture {name!r} must be one of timm {timm.__version__}"
-        )
-    overlay = {k: v for k, v in config.get("pretrained_cfg", {}).items() if k != "architecture"}
+    overlay = preprocessing(config.get("pretrained_cfg", {}))
     model = timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay, **arguments)
     return _shrunk(VitAdapter(), model, section)
 
 
 def _build_torchvision(config: Mapping[str, Any], section: Mapping[str, Any]) -> nn.Module:
-    return _shrunk(VitAdapter(), VisionTransformer(**config["model_args"]), section)
+    arguments = known_arguments(VisionTransformer, config["model_args"])
+    return _shrunk(VitAdapter(), VisionTransformer(**arguments), section)
+
+
+def known_arguments(kind: type[nn.Module], arguments: Any) -> dict[str, Any]:
+    """Arguments of a class, checked to be its own and JSON values.
+
+    Raises:
+        ValueError: They are not.
+    """
+    known = inspect.signature(kind.__init__).parameters
+    if not isinstance(arguments, dict) or not set(arguments) <= set(known) - {"self"}:
+        raise ValueError(
+            f"load_pretrained: model_args must be arguments of {kind.__name__}, "
+            f"got {arguments!r:.200}"
+        )
+    return arguments
 
 
 def transformers_class(name: object) -> Any:
@@ -245,6 +264,7 @@ def _shrunk(
     held = [site.held for site in anatomy.attentions]
     widths = [len(site.held) for site in anatomy.mlps]
     heads, mlp = section["heads"], section["mlp_hidden"]
+    _check_kept(heads, mlp)
     # A model that was saved with stand-ins, perhaps with all its heads, gets them again.
     if section.get("fused") or heads != held or mlp != widths:
         if len(heads) != len(held) or len(mlp) != len(widths):
@@ -270,6 +290,34 @@ def _replace_block(model: nn.Module, name: str, channels: Any) -> None:
             f"channels, got {name!r} with {channels!r}"
         )
     put(model, name, ConstantBlock(channels))
+
+
+def _check_kept(heads: Any, mlp: Any) -> None:
+    """Raises ValueError unless these are lists of different numbers, and numbers."""
+
+    def counts(values: Any) -> bool:
+        whole = isinstance(values, list) and all(type(x) is int and x >= 0 for x in values)
+        return whole
+
+    if not isinstance(heads, list) or not all(counts(r) and len(set(r)) == len(r) for r in heads):
+        raise ValueError(f"load_pretrained: heads must be lists of numbers, got {heads!r:.200}")
+    if not counts(mlp):
+        raise ValueError(f"load_pretrained: mlp_hidden must be numbers, got {mlp!r:.200}")
+
+
+def set_tables(model: nn.Module, tables: Mapping[str, str]) -> None:
+    """Gives buffers that no file holds the types that a configuration names.
+
+    Raises:
+        ValueError: There is no such buffer, or no such type.
+    """
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+    for name, dtype in tables.items():
+        owner, _, leaf = name.rpartition(".")
+        buffer = dict(model.named_buffers()).get(name)
+        if buffer is None or dtype not in names:
+            raise ValueError(f"load_pretrained: tables must be buffers, got {name} of {dtype}")
+        model.get_submodule(owner)._buffers[leaf] = buffer.to(names[dtype])
 
 
 def _against_rebuilt(model: nn.Module, config: Mapping[str, Any]) -> Differences:

@@ -82,7 +82,8 @@ def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]
         )
     for name, key in [(name, key) for name, found in groups.items() for key in found]:
         value, known = groups[name][key], _attributes(modules.get(name))
-        if key not in known or isinstance(known[key], _Function) or not _plain(value):
+        fits = key in known and not isinstance(known[key], _Function) and _like(known[key], value)
+        if not fits or not _plain(value):
             raise ValueError(
                 f"load_pretrained: config.json must set plain attributes that are there, got "
                 f"{f'{name}.{key}'.lstrip('.')} = {value!r}"
@@ -91,6 +92,14 @@ def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]
         if isinstance(value, list) and isinstance(old, tuple):
             value = _tuples(value)
         modules[name].__dict__[key] = value
+
+
+def _like(old: Any, new: Any) -> bool:
+    """Whether a value may take the place of another: one of its kind, or nothing."""
+    if old is None or new is None or type(old) is type(new):
+        return True
+    numbers = (int, float)
+    return type(old) in numbers and type(new) in numbers
 
 
 class _Function(str):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kdfast.machine.files import replacing
+from kdfast.machine.weights import DIGEST, digest_problem, not_finite, tensors_digest
 from kdfast.pruning.adapter import Anatomy, Site
 from kdfast.pruning.branch import Branch, watch_branches
 from kdfast.pruning.families import anatomy_of
@@ -83,7 +84,9 @@ class Calibration:
                 sites[part][name] = facts
         content = {"format": FORMAT, "metadata": self.metadata, "sites": sites}
         with replacing(Path(path)) as partial_path:
-            save_file(tensors, partial_path, {"calibration": json.dumps(content)})
+            metadata = {"calibration": json.dumps(content)}
+            metadata[DIGEST] = tensors_digest(tensors, metadata)
+            save_file(tensors, partial_path, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> "Calibration":
@@ -102,17 +105,28 @@ class Calibration:
             raise FileNotFoundError(f"Calibration: {path} must be a file, got none")
         try:
             with safe_open(path, framework="pt") as file:
-                content = json.loads((file.metadata() or {}).get("calibration", "{}"))
+                metadata = dict(file.metadata() or {})
+                content = json.loads(metadata.get("calibration", "{}"))
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-        except (SafetensorError, json.JSONDecodeError) as error:
+            if problem := digest_problem(tensors, metadata):
+                raise ValueError(problem)
+            if not isinstance(content, dict):
+                raise ValueError("its metadata must be a JSON object")
+            if bad := [name for name, tensor in tensors.items() if not_finite(tensor)]:
+                raise ValueError(f"its tensors must be finite, got others in {bad[:5]}")
+        except (SafetensorError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"Calibration: {path} must be a whole safetensors file: {error}"
             ) from error
         if content.get("format") != FORMAT:
             got = content.get("format")
             raise ValueError(f"Calibration: {path} must have format {FORMAT!r}, got {got!r}")
-        parts = {part: _loaded(part, content["sites"][part], tensors) for part in content["sites"]}
-        loaded = cls(**parts, metadata=content["metadata"])
+        try:
+            sites = content["sites"]
+            parts = {part: _loaded(part, sites[part], tensors) for part in sites}
+            loaded = cls(**parts, metadata=content["metadata"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"Calibration: {path} is damaged: {error!r}") from error
         loaded.check("Calibration.load", anatomy_of("Calibration.load", model))
         return loaded
 

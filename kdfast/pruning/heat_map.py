@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy
 
+from kdfast.machine.files import replacing
 from kdfast.pruning.scores import HeadScores
 
 
@@ -50,4 +51,6 @@ def draw_head_scores(scores: HeadScores, kept: Sequence[Sequence[int]], path: Pa
     removed = f"{len(gone)} of {sum(map(len, rows))} heads removed (crossed out)"
     axes.set_title(f"head scores: {scores.method}\n{removed}", fontsize=10)
     figure.colorbar(image, ax=axes, label="score, higher is more important")
-    figure.savefig(path, dpi=120)
+    path = Path(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120, format=path.suffix[1:] or "png")

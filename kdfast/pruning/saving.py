@@ -7,6 +7,7 @@ A folder with ``model.safetensors`` and ``config.json``. The latter is what timm
 writes itself, plus a section "kdfast" with the kept heads and MLP widths.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,16 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdfast._version import __version__
-from kdfast.machine.files import replacing
+from kdfast.machine.bounded import bounded, check_counts
+from kdfast.machine.disk import require_room
+from kdfast.machine.files import replacing_files
+from kdfast.machine.weights import DIGEST, not_finite, tensors_digest, weight_problems
 from kdfast.models.eva import EVAViT
-from kdfast.pruning.architecture import build, described, differences, transformers_class
-
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+from kdfast.pruning.architecture import (
+    build,
+    described,
+    differences,
+    set_tables,
+)
+from kdfast.pruning.folder import (
+    CONFIG,
+    WEIGHTS,
+    Weights,
+    check_fit,
+    described_by,
+    read_config,
+    read_weights,
+)
+from kdfast.pruning.hf_folder import check_transformers, of_transformers
 
 
 def save_pretrained(
@@ -34,7 +50,8 @@ def save_pretrained(
 ) -> Path:
     """Writes a model, pruned or not, into a folder that ``load_pretrained`` reads.
 
-    Each file appears under its name only when it is complete, the configuration last.
+    The files appear under their names when all are complete, the configuration last: a folder that
+    has one holds one whole model.
 
     Args:
         model: EVAViT, or a model of timm, torchvision or Hugging Face that kdfast can prune.
@@ -49,23 +66,37 @@ def save_pretrained(
         ValueError: The model is not what its configuration builds; the message says what differs.
     """
     config = described(model, model_args or {})
+    if bad := [name for name, x in model.state_dict().items() if _is_bad(x)]:
+        raise ValueError(f"save_pretrained: tensors must be finite, got others in {bad[:5]}")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tensors, aliases = _tensors(model)
-    metadata = {"format": "pt", "kdfast": __version__, "aliases": json.dumps(aliases)}
-    with replacing(folder / WEIGHTS) as partial:
-        save_file(tensors, partial, metadata)
-    with replacing(folder / CONFIG) as partial:
-        partial.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    metadata = {
+        "format": "pt",
+        "kdfast": __version__,
+        "aliases": json.dumps(aliases),
+        CONFIG: config_digest(config),
+    }
+    metadata[DIGEST] = tensors_digest(tensors, metadata)
+    require_room(folder / WEIGHTS, sum(tensor.nbytes for tensor in tensors.values()))
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    with replacing_files(folder, last=CONFIG) as staged:
+        save_file(tensors, staged / WEIGHTS, metadata)
+        (staged / CONFIG).write_text(text, encoding="utf-8")
     return folder
 
 
-def load_pretrained(path: str | os.PathLike[str]) -> Any:
+def load_pretrained(path: str | os.PathLike[str], *, verify: bool = True) -> Any:
     """Builds the model of a folder, on the CPU and in eval mode. No code of the folder is run.
+
+    Nothing outside of the folder is opened, whatever its files say, and what they describe is
+    limited by the size of the weights; see docs/internals/reliability.md.
 
     Args:
         path: Folder of ``save_pretrained``, or one in the layout of timm or Hugging Face with
             ``model.safetensors``.
+        verify: Whether config.json must be what ``save_pretrained`` wrote beside the weights;
+            False for one that was edited.
 
     Returns:
         The model with the kept heads and hidden units; types of tensors are those of the file.
@@ -76,63 +107,55 @@ def load_pretrained(path: str | os.PathLike[str]) -> Any:
             tensors do not fit it; one message lists all that is wrong.
     """
     folder = Path(path)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"load_pretrained: {folder} must hold {name}, got none")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"load_pretrained: {folder / CONFIG} must be JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"load_pretrained: {folder / CONFIG} must be a JSON object")
+    config, weights = read_config(folder), read_weights(folder)
+    if verify:
+        _check_pair(folder, config, weights)
+    with described_by(folder / CONFIG):
+        check_counts(config, weights.size)
     if "kdfast" not in config and config.get("architectures"):
         # The library knows the names that its older versions gave to tensors.
-        return _of_transformers(folder, transformers_class(config["architectures"][0]))
-    model = build(config)
-    state = _read(folder / WEIGHTS)
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        return of_transformers(folder, config, weights)
+    return _of_kdfast(folder, check_transformers(folder, config), weights)
+
+
+def _check_pair(folder: Path, config: Mapping[str, Any], weights: Weights) -> None:
+    """Raises ValueError if weights of ``save_pretrained`` lie beside another configuration."""
+    if weights.metadata.get(CONFIG, digest := config_digest(config)) != digest:
+        raise ValueError(
+            f"load_pretrained: {folder / CONFIG} is damaged or was edited: it is not the one that "
+            f"was saved with {WEIGHTS}; copy or save the model again, or pass verify=False"
+        )
+
+
+def _of_kdfast(folder: Path, config: dict[str, Any], weights: Weights) -> Any:
+    """The model of a configuration that ``described`` made, or of timm's own."""
+    state = weights.tensors
+    with described_by(folder / CONFIG), bounded(weights.size):
+        # Without memory first: what does not fit the tensors is never built.
+        with torch.device("meta"):
+            plan = build(config)
+    own = plan.state_dict()
+    wanted = {name: tuple(t.shape) for name, t in own.items()}
     found = {name: tuple(t.shape) for name, t in state.items()}
-    if problems := differences(found, wanted):
-        raise ValueError(
-            f"load_pretrained: {folder / WEIGHTS} must fit the architecture, got\n  "
-            + "\n  ".join(problems)
-        )
-    model.load_state_dict(_as_parameters(state, model), strict=True, assign=True)
-    if isinstance(model, EVAViT):
-        model.fill_rope()
-    for name, dtype in config.get("kdfast", {}).get("tables", {}).items():
-        owner, _, leaf = name.rpartition(".")
-        buffers = model.get_submodule(owner)._buffers
-        buffers[leaf] = buffers[leaf].to(getattr(torch, dtype))  # type: ignore[union-attr]
+    check_fit(folder, [*differences(found, wanted), *weight_problems(state, own)])
+    with described_by(folder / CONFIG):
+        model = build(config)
+        model.load_state_dict(_as_parameters(state, model), strict=True, assign=True)
+        if isinstance(model, EVAViT):
+            model.fill_rope()
+        set_tables(model, config.get("kdfast", {}).get("tables", {}))
     return model.eval()
 
 
-def _of_transformers(folder: Path, kind: Any) -> Any:
-    """A model of a folder that transformers wrote, none of whose tensors are random."""
-    try:
-        model, info = kind.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are listed then
-            output_loading_info=True,
-        )
-    except (RuntimeError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise ValueError(
-            f"load_pretrained: {folder / WEIGHTS} must fit the architecture, got {error}"
-        ) from error
-    if problems := unfilled(info):
-        raise ValueError(
-            f"load_pretrained: {folder / WEIGHTS} must fit the architecture, got\n  "
-            + "\n  ".join(problems)
-        )
-    return model.eval()
+def config_digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration's values, however they are laid out."""
+    # As it is read again: keys that are no text become text.
+    read = json.loads(json.dumps(config))
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
-def unfilled(info: Mapping[str, Any]) -> list[str]:
-    """The tensors that transformers left random, by what its ``from_pretrained`` reports."""
-    problems = [f"missing: {name}" for name in sorted(info.get("missing_keys", ()))]
-    return problems + [f"of another shape: {x}" for x in sorted(info.get("mismatched_keys", ()))]
+def _is_bad(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(not_finite(tensor))
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -150,21 +173,6 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         whole = copy.untyped_storage().nbytes() == copy.numel() * copy.element_size()
         tensors[name] = copy if whole else copy.clone()
     return tensors, aliases
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            # Cloned: the file may change or go while the model lives.
-            state = {name: file.get_tensor(name).clone() for name in file.keys()}
-            aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"load_pretrained: {path} must be a whole safetensors file: {error}"
-        ) from error
-    if missing := sorted(set(aliases.values()) - set(state)):
-        raise ValueError(f"load_pretrained: {path} must hold the shared tensors {missing}")
-    return {**state, **{name: state[source] for name, source in aliases.items()}}
 
 
 def _as_parameters(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

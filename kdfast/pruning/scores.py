@@ -4,6 +4,7 @@
 B batch, H heads, N tokens, D head dim, C channels.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdfast.machine.files import write_text
 from kdfast.pruning.adapter import Adapter, HeadWeights, Site
 from kdfast.pruning.calibration import Calibration
 from kdfast.pruning.evaluate import Metric, SelectionObserver, leave_one_out
@@ -71,7 +73,8 @@ class HeadScores:
             "metadata": self.metadata,
             "scores": [row.tolist() for row in self.scores],
         }
-        Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        content["sha256"] = _digest(content)
+        write_text(Path(path), json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "HeadScores":
@@ -80,12 +83,28 @@ class HeadScores:
         Raises:
             ValueError: The file is not JSON of this format, or the scores are not finite numbers.
         """
-        content = json.loads(Path(path).read_text())
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"HeadScores: {path} must be JSON: {error}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             got = content.get("format") if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"HeadScores: {path} must have format {FORMAT!r}, got {got!r}")
-        rows = [torch.tensor(row, dtype=torch.float64) for row in content["scores"]]
-        return cls(rows, content["method"], content["metadata"])
+        try:
+            rows = [torch.tensor(row, dtype=torch.float64) for row in content["scores"]]
+            scores = cls(rows, content["method"], content["metadata"])
+            if content.get("sha256", digest := _digest(content)) != digest:
+                raise ValueError("not what was saved; remove sha256 from an edited file")
+            return scores
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"HeadScores: {path} is damaged: {error}") from error
+
+
+def _digest(content: dict[str, Any]) -> str:
+    # As it is read again: keys that are no text become text.
+    read = json.loads(json.dumps(content))
+    rest = {name: value for name, value in read.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def head_scores(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from kdfast.machine.signals import check
 from kdfast.recovery.data import Views
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.watch import Row, Watch
@@ -100,6 +101,8 @@ class Evaluator:
         size = 2 if self.head is None else classes**2
         sums = torch.zeros(size, dtype=torch.float64, device=self.accelerator.device)
         for batch in self.feed.batches(0, limit=self.limit):
+            if self.accelerator.num_processes == 1:
+                check()
             if not batch.weight:
                 continue
             with self.accelerator.autocast():

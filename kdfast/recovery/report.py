@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from kdfast.data.views.preprocess import MEAN, STD
+from kdfast.machine.files import replacing, write_text
 from kdfast.machine.memory import peak_bytes
 from kdfast.machine.timing import interleave, summarize
 from kdfast.ops._packed import packed_bytes
@@ -141,7 +142,7 @@ def write_report(folder: Path, lines: Sequence[Line], metric: str, facts: dict[s
     """Save the lines as ``report.json`` and ``report.txt``; returns the text of the table."""
     parts = recovery(lines)
     content = {"metric": metric, "recovered": parts, **facts, "models": [asdict(x) for x in lines]}
-    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "report.json", json.dumps(content, indent=1) + "\n")
     console = Console(width=110, file=None, record=False)
     with console.capture() as capture:
         console.print(table(lines, metric))
@@ -152,7 +153,7 @@ def write_report(folder: Path, lines: Sequence[Line], metric: str, facts: dict[s
     else:
         note = f"pruning lost no {metric}"
     text = "\n".join(row.rstrip() for row in capture.get().strip("\n").splitlines()) + f"\n\n{note}"
-    (folder / "report.txt").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "report.txt", text + "\n")
     return text
 
 
@@ -246,4 +247,5 @@ def _grid(
         for row, picture in enumerate(pictures):
             scaled = Image.fromarray(picture).resize(tile, Image.Resampling.NEAREST)
             sheet.paste(scaled, (column * tile[0], title + row * tile[1]))
-    sheet.save(path)
+    with replacing(path) as partial:
+        sheet.save(partial)

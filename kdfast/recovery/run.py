@@ -17,6 +17,7 @@ from kdfast.configs import plain, save
 from kdfast.configs.fields import as_config_error
 from kdfast.configs.recovery import Config
 from kdfast.data.scenes import CLASSES, PALETTE
+from kdfast.machine.files import replacing, write_text
 from kdfast.models.checkpoint import load_backbone, save_backbone
 from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT
@@ -33,16 +34,18 @@ from kdfast.recovery.objective import Distiller
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
 from kdfast.recovery.report import draw_predictions, measure, write_report
 from kdfast.recovery.teacher import get_teacher, save_head
+from kdfast.trainer.commits import changed, load_checkpoint, newest, settle
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
 from kdfast.trainer.runs import run_folder, show_start
-from kdfast.trainer.state import identity, load_checkpoint, newest
+from kdfast.trainer.state import identity
 
 # Images in the picture of predictions.
 VIEWS = 4
 # The student as it was before training, where it was compensated.
 COMPENSATED = "compensated.safetensors"
+BASELINE = "baseline.json"
 # What a resumed run may change: it moves files or stops elsewhere, but computes the same.
 FREE = (
     *("name", "output", "note", "teacher.cache", "data.workers", "data.cache"),
@@ -93,6 +96,9 @@ def started(config: Config, accelerator: Accelerator, *, resume: bool) -> Path:
         save=partial(save, config),
         resume=resume,
     )
+    if accelerator.is_main_process:
+        settle(folder)
+    accelerator.wait_for_everyone()
     return folder
 
 
@@ -223,17 +229,33 @@ class Run:
 
     def baseline(self, heads: list[list[int]], evaluate: Evaluator) -> dict[str, float]:
         """Held-out quality of the teacher and the untrained student, measured once per run."""
-        path = self.folder / "baseline.json"
-        if self.resume and path.is_file():
-            known: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+        known = self.known_baseline() if self.resume else None
+        if known is not None:
             return known
         models = {"teacher": self.teacher, **self.untrained(heads)}
         quality = {name: evaluate(model) for name, model in models.items()}
         if self.accelerator.is_main_process:
-            path.write_text(json.dumps(quality) + "\n", encoding="utf-8")
+            content = {"eval_images": self.config.run.eval_images, **quality}
+            write_text(self.folder / BASELINE, json.dumps(content) + "\n")
         text = ", ".join(f"{name} {value:.4f}" for name, value in quality.items())
         LOG.info("held-out %s before training: %s", evaluate.name, text)
         return quality
+
+    def known_baseline(self) -> dict[str, float] | None:
+        """What an earlier part of the run measured on as many images; None: it has to be done."""
+        path = self.folder / BASELINE
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            images, names = content["eval_images"], ["teacher", "pruned"]
+            names += ["compensated"] if self.config.prune.compensate else []
+            quality = {name: float(content[name]) for name in names}
+            whole = not changed(self.folder, path)
+        except (KeyError, TypeError, ValueError) as error:
+            LOG.info("%s is not whole and is made again: %s", path, error)
+            return None
+        return quality if whole and images == self.config.run.eval_images else None
 
     def job(self, distiller: Distiller, heads: list[list[int]], evaluate: Evaluator) -> Job:
         """The distillation as the loop takes it.
@@ -263,6 +285,7 @@ class Run:
             clip=optim.clip,
             meta={"stage": "distil", "config": self.recipe(), "heads": heads},
             watch=EvaluateEpochs("distil", evaluate, student),
+            beside=(self.folder / BASELINE,),
         )
 
     def finish(self, models: dict[str, EVAViT], quality: dict[str, float]) -> None:
@@ -279,7 +302,8 @@ class Run:
             paths["compensated"] = folder / COMPENSATED
         if head is not None:
             paths["head"] = folder / "head.safetensors"
-            save_head(head, paths["head"])
+            with replacing(paths["head"]) as partial:
+                save_head(head, partial)
         for model in models.values():
             model.eval()
         lines = measure(models, quality, self.shown()[0][:1], autocast)

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from kdfast.configs import plain
 from kdfast.configs.recovery import Config, FitTeacherConfig
-from kdfast.machine.files import replacing
+from kdfast.machine.disk import require_writable
+from kdfast.machine.files import clear_partials, replacing
 from kdfast.models.checkpoint import load_orion_backbone, save_backbone
 from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT
 from kdfast.recovery.data import Data, view_feed
 from kdfast.recovery.evaluate import EvaluateEpochs, Evaluator
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
+from kdfast.trainer.commits import check_file, write_manifest
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
@@ -57,7 +59,7 @@ def get_teacher(
         resume: Continue an interrupted training from ``folder``.
 
     Raises:
-        ValueError: The checkpoint does not fit.
+        ValueError: The checkpoint does not fit, or the file of an earlier run is damaged.
         Interrupted: A signal came during the training; its state was saved.
         NonFiniteLoss: The training broke.
     """
@@ -117,6 +119,11 @@ class TeacherTraining:
         """File of its head."""
         return self.path.with_suffix(".head.safetensors")
 
+    @property
+    def manifest(self) -> Path:
+        """Names both with their checksums; it is written last."""
+        return self.path.with_suffix(".json")
+
     def new_head(self) -> DenseHead:
         """The head as it starts."""
         spec, classes = self.spec, len(self.data.train.dataset.classes)
@@ -124,9 +131,13 @@ class TeacherTraining:
 
     def run(self, *, resume: bool) -> None:
         """Train and write both files, unless they are there."""
-        if self.path.is_file() and self.head_path.is_file():
+        if self.manifest.is_file():
+            for path in (self.path, self.head_path):
+                check_file(path, self.manifest, f"delete {self.manifest} to train it again")
             LOG.info("teacher of an earlier run with the same settings is used again")
             return
+        if self.accelerator.is_main_process:
+            require_writable(self.path.parent, "teacher.cache")
         torch.manual_seed(self.config.seed)
         backbone = EVAViT(**plain(self.spec.model), with_cp=False)
         head = self.new_head()
@@ -139,9 +150,11 @@ class TeacherTraining:
         self.accelerator.free_memory()
         if self.accelerator.is_main_process:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            clear_partials(self.path.parent)
             with replacing(self.head_path) as partial:
                 save_head(head, partial)
             save_backbone(backbone, self.path)
+            write_manifest(self.manifest, {}, (self.path, self.head_path))
         self.accelerator.wait_for_everyone()
 
     def _job(self, module: Supervised) -> Job:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdfast.machine.files import replacing
 from kdfast.rivals.report import models
 from kdfast.rivals.results import Row
 
@@ -47,7 +48,8 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> bool:
     _legend(axes, known)
     figure.canvas.draw()
     _label(axes, points)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120)
     return True
 
 

@@ -10,14 +10,15 @@ from typing import Any
 
 import timm
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kdfast.chain.checkpoint import model_of
 from kdfast.machine.files import load_torch
+from kdfast.machine.weights import weight_problems
 from kdfast.models.checkpoint import load_orion_backbone
-from kdfast.pruning.saving import load_pretrained, unfilled
+from kdfast.pruning.folder import read_safetensors
+from kdfast.pruning.hf_folder import load_headless
+from kdfast.pruning.saving import load_pretrained
 from kdfast.sources.error import SourceError
 
 TORCHVISION, HUGGING_FACE = "torchvision:", "hf:"
@@ -57,8 +58,10 @@ def load_model(
     state = read_state(checkpoint)
     model = _named(name, pretrained, _classes(state))
     try:
+        if problems := weight_problems(state, model.state_dict()):
+            raise ValueError("; ".join(problems))
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise SourceError(f"--checkpoint: {checkpoint} must fit {name}: {error}") from error
     return model.eval()
 
@@ -81,11 +84,11 @@ def load_saved(path: str | Path, flag: str = "--checkpoint") -> nn.Module:
         return _of_folder(str(path), flag)
     if not Path(path).is_file():
         raise SourceError(f"{flag}: there is no file {path}")
-    if (link := model_of(path)) is not None:
-        return link.eval()
     try:
+        if (link := model_of(path)) is not None:
+            return link.eval()
         return load_orion_backbone(path, with_cp=False).eval()
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, OSError) as error:
         raise SourceError(
             f"{flag}: {path} must be a backbone of kdfast.train or ORION, or a chain's link (name "
             f"any other architecture with --model): {error}"
@@ -145,25 +148,14 @@ def _of_folder(folder: str, flag: str = "--model") -> nn.Module:
 
 def _of_hugging_face(folder: str) -> nn.Module:
     try:
-        from transformers import AutoModel  # of the extra [hf]
+        model: nn.Module = load_headless(Path(folder))
     except ImportError as error:
         raise SourceError("--model: hf: needs transformers; pip install 'kdfast[hf]'") from error
-    options = {"attn_implementation": "sdpa", "local_files_only": True}
-    model: nn.Module
-    try:
-        model, info = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         raise SourceError(
             f"--model: hf: {folder} must be written by transformers (give what kdfast.prune wrote "
             f"without hf:): {error}"
         ) from error
-    # Heads of a task have no pooler; nothing here looks at it.
-    problems = [line for line in unfilled(info) if not line.startswith("missing: pooler.")]
-    if problems:
-        raise SourceError(
-            f"--model: hf: the weights in {folder} must fit its config.json, got "
-            + "; ".join(problems)
-        )
     return model
 
 
@@ -177,9 +169,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """
     try:
         if str(path).endswith(".safetensors"):
-            return load_file(path)
+            return read_safetensors(Path(path)).tensors
         state: Any = load_torch(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise SourceError(f"--checkpoint: {path} cannot be read: {error}") from error
     for key in WEIGHTS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
+from kdfast.machine.limits import MAX_PIXELS
 from kdfast.models.eva import EVAViT
 from kdfast.sources.error import SourceError
 
@@ -79,10 +80,17 @@ def _read(paths: Iterable[str | Path], transform: Transform, flag: str) -> Itera
     for path in paths:
         try:
             with Image.open(path) as file:
+                if file.width * file.height > MAX_PIXELS():
+                    raise SourceError(
+                        f"{flag}: {path} must have at most {MAX_PIXELS():,} pixels "
+                        f"({MAX_PIXELS.name} changes that), got {file.width} x {file.height}"
+                    )
                 picture = file.convert("RGB")
         except FileNotFoundError as error:
             raise SourceError(f"{flag}: there is no file {path}") from error
-        except (UnidentifiedImageError, OSError) as error:
+        except SourceError:
+            raise
+        except Exception as error:  # on damaged bytes PIL's readers stumble over whatever comes
             raise SourceError(f"{flag}: {path} cannot be read as a picture: {error}") from error
         yield transform(picture)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine that trains any job and knows none of the runs that build one.
 
-Its parts are ``loop``, ``job``, ``step``, ``watch`` and ``feed``; ``runs``, ``state``, ``logs`` and
-``signals`` look after folders, checkpoints, records and interruptions.
+Its parts are ``loop``, ``job``, ``step``, ``watch`` and ``feed``; ``runs``, ``commits``, ``state``
+and ``logs`` look after folders, checkpoints, random state and records.
 """
 
 import importlib.util

@@ -78,6 +78,7 @@ class Job:
         step: Turns batches into losses and gradients.
         watch: Is told about steps, epochs and checkpoints.
         epochs_file: Name of the CSV with a row per epoch.
+        beside: Files that belong to the training, made before it; every commit names them.
     """
 
     title: str
@@ -93,3 +94,4 @@ class Job:
     step: Step = mean_of_batches
     watch: Watch = field(default_factory=Watch)
     epochs_file: str = "epochs.csv"
+    beside: tuple[Path, ...] = ()

@@ -4,17 +4,25 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from torch.utils.tensorboard import SummaryWriter
+
+from kdfast.machine.disk import DiskFull, room_for
+from kdfast.machine.files import replacing
+from kdfast.trainer.events import EventFile
 
 LOG = logging.getLogger("kdfast")
+# The CSV with a row for every few steps.
+STEPS = "steps.csv"
 # Without a terminal a line appears at most this often, so that logs of CI stay readable.
 QUIET_SECONDS = 10.0
 
@@ -29,10 +37,28 @@ def open_log(folder: Path | None) -> None:
         return
     for handler in (
         logging.StreamHandler(sys.stdout),
-        logging.FileHandler(folder / "train.log", encoding="utf-8"),
+        _LogFile(folder / "train.log", encoding="utf-8"),
     ):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         LOG.addHandler(handler)
+
+
+class _LogFile(logging.FileHandler):
+    """Raises DiskFull where Python's own prints a traceback and goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called with the exception of a write that failed."""
+        try:
+            with room_for(Path(self.baseFilename)):
+                raise  # noqa: PLE0704
+        except DiskFull:
+            stream: Any = self.stream
+            self.stream = None
+            with suppress(OSError):  # it would write the same again
+                stream.close()
+            raise
+        except Exception:
+            super().handleError(record)
 
 
 def close_log() -> None:
@@ -48,24 +74,39 @@ class Table:
     def __init__(self, path: Path, resume_step: int | None) -> None:
         self.path = path
         self.columns: list[str] = []
+        # Whether the columns come from the file.
+        self.read = False
         rows = read_rows(path) if resume_step is not None and path.is_file() else []
+        rows = [row for row in rows if row.get("step", "").isdigit()]
         kept = [row for row in rows if int(row["step"]) <= (resume_step or 0)]
-        path.unlink(missing_ok=True)
-        for row in kept:
-            self.add(row)
+        if not kept:
+            path.unlink(missing_ok=True)
+            return
+        self.columns, self.read = list(kept[0]), True
+        with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(kept)
 
     def add(self, row: Mapping[str, object]) -> None:
         """Append a row and flush it; the first one fixes the columns.
 
+        A file that was read and has others, which only damage explains, begins anew.
+
         Raises:
             ValueError: The row has other columns.
         """
+        if self.read and list(row) != self.columns:
+            LOG.warning("%s has other columns than it must have and begins anew", self.path)
+            self.path.unlink()
+            self.columns = []
+        self.read = False
         if not self.columns:
             self.columns = list(row)
         elif list(row) != self.columns:
             raise ValueError(f"{self.path.name}: columns must be {self.columns}, got {list(row)}")
         new = not self.path.is_file()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with room_for(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             if new:
                 writer.writeheader()
@@ -73,10 +114,19 @@ class Table:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file of ``Table``; a last row that was cut off by a crash is left out."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if None not in row.values() and None not in row]
+    """Rows of a CSV file of ``Table``; what is no row of numbers, as after a crash, is left out."""
+    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "?")
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    whole = [row for row in rows if None not in row.values() and None not in row]
+    return [row for row in whole if all(map(_is_number, row.values()))]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 class Records:
@@ -94,12 +144,17 @@ class Records:
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.steps = Table(folder / "steps.csv", resume_step)
+        self.steps = Table(folder / STEPS, resume_step)
         self.epochs = Table(folder / epochs_file, resume_step)
-        self.board = SummaryWriter(
-            str(folder / "tensorboard"),
+        self.board = EventFile(
+            folder / "tensorboard",
             purge_step=None if resume_step is None else resume_step + 1,
         )
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The CSV files."""
+        return (self.steps.path, self.epochs.path) if self.enabled else ()
 
     def step(self, row: Mapping[str, float | int]) -> None:
         """A row of training values; it has ``step``."""
@@ -116,14 +171,14 @@ class Records:
                 self.board.add_scalar(f"{group}/{name}", value, int(row["step"]))
 
     def close(self) -> None:
-        """Flush TensorBoard."""
+        """Close the file for TensorBoard."""
         if self.enabled:
             self.board.close()
 
 
 def draw_curves(folder: Path, skip: Sequence[str] = ("epoch",)) -> Path | None:
     """Plot every column of ``steps.csv`` over the step as ``curves.png``; None without rows."""
-    path = folder / "steps.csv"
+    path = folder / STEPS
     rows = read_rows(path) if path.is_file() else []
     if not rows:
         return None
@@ -149,7 +204,8 @@ def draw_curves(folder: Path, skip: Sequence[str] = ("epoch",)) -> Path | None:
             axes.set_xlabel("step", fontsize=8)
         axes.grid(alpha=0.3)
     target = folder / "curves.png"
-    figure.savefig(target, dpi=110)
+    with replacing(target) as partial:
+        figure.savefig(partial, dpi=110)
     return target
 
 

@@ -8,6 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,19 +17,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from kdfast.configs.fields import ConfigError
+from kdfast.machine.files import write_text
 from kdfast.machine.memory import memory_mib
+from kdfast.machine.signals import Interrupted, Signals, noting
+from kdfast.trainer.commits import changed, load_checkpoint, newest, save_checkpoint, settle
 from kdfast.trainer.feed import Batch
 from kdfast.trainer.job import Job
-from kdfast.trainer.logs import LOG, Display, Records, draw_curves
-from kdfast.trainer.signals import Interrupted, Signals
-from kdfast.trainer.state import (
-    differences,
-    load_checkpoint,
-    newest,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-)
+from kdfast.trainer.logs import LOG, STEPS, Display, Records, draw_curves
+from kdfast.trainer.state import differences, rng_state, set_rng_state
 from kdfast.trainer.step import Prepared, StepResult
 
 GOING, STOPPED, BROKEN = 0, 1, 2
@@ -63,6 +59,8 @@ class Loop:
         self.window: dict[str, float] = {}
         self.window_steps = 0
         self.signals = Signals()
+        # Learning rate of an epoch whose steps are done, but not what comes after them.
+        self.open_epoch: float | None = None
 
     @property
     def done(self) -> bool:
@@ -90,7 +88,9 @@ class Loop:
         self.clock, self.images = time.monotonic(), 0
         job.module.train()
         try:
-            with self.signals:
+            with noting() as self.signals:
+                if self.open_epoch is not None:
+                    self._close_epoch(self.step // self.per_epoch - 1, self.open_epoch)
                 while self.step < self.stop and not job.watch.finished():
                     self._epoch()
         finally:
@@ -123,14 +123,24 @@ class Loop:
         end = min(self.stop, (epoch + 1) * self.per_epoch)
         while self.step < end:
             lr = self._train_step(batches, epoch)
-            finished = self.step == (epoch + 1) * self.per_epoch
-            if finished:
-                row = self.job.watch.on_epoch(epoch, self.step, lr)
-                self.job.module.train()
-                if row is not None:
-                    self.records.epoch(row)
-            if finished or self.step % length.save_every == 0 or self.step == self.stop:
+            if self.step == (epoch + 1) * self.per_epoch:
+                self._close_epoch(epoch, lr)
+            elif self.step % length.save_every == 0 or self.step == self.stop:
                 self.save(self._snapshot())
+
+    def _close_epoch(self, epoch: int, lr: float) -> None:
+        """Evaluate and save; a signal saves the steps, and a resume begins with the evaluation."""
+        snapshot, self.open_epoch = self._snapshot(), lr
+        try:
+            row = self.job.watch.on_epoch(epoch, self.step, lr)
+        except Interrupted:
+            self.save(snapshot)
+            raise
+        self.open_epoch = None
+        self.job.module.train()
+        if row is not None:
+            self.records.epoch(row)
+        self.save(self._snapshot())
 
     def _train_step(self, batches: Iterator[Batch], epoch: int) -> float:
         """One step of the optimiser; returns its learning rate."""
@@ -172,7 +182,7 @@ class Loop:
         values = {name: float(value) for name, value in losses.items()}
         report = {"step": self.step + 1, "rank": self.rank, "losses": values, "batches": batches}
         path = self.job.folder / f"nonfinite-rank{self.rank}.json"
-        path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        write_text(path, json.dumps(report, indent=1))
         self.save(before)
         bad = ", ".join(f"{name} {value}" for name, value in values.items() if value - value != 0)
         indices = [i for b in used for i in b.index]
@@ -236,19 +246,44 @@ class Loop:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "ranks": snapshots,
+                "open_epoch": self.open_epoch,
                 **self.job.watch.state_dict(),
             }
-            self.job.watch.after_save(save_checkpoint(self.job.folder, state))
+            beside = (*self.job.beside, *self.records.files)
+            best = self.job.watch.is_best()
+            save_checkpoint(self.job.folder, state, best=best, beside=beside)
         self.accelerator.wait_for_everyone()
 
     def _load(self) -> bool:
-        path = newest(self.job.folder)
-        if path is None:
-            return False
+        folder = self.job.folder
         try:
+            if self.main:
+                settle(folder)
+            self.accelerator.wait_for_everyone()
+            path = newest(folder)
+            if path is None:
+                return False
             state = load_checkpoint(path)
+            for log in (self.job.logs / STEPS, self.job.logs / self.job.epochs_file):
+                if changed(folder, log):
+                    LOG.warning("%s is not as it was saved: rows may be missing", log)
         except ValueError as error:
             raise ConfigError([f"--resume: {error}"]) from error
+        try:
+            self._take(path, state)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
+            raise ConfigError(
+                [f"--resume: {path} is no checkpoint of this training: {error!r}; delete it"]
+            ) from error
+        LOG.info(
+            "%s continues after step %d of %d from %s", self.job.title, self.step, self.total, path
+        )
+        return True
+
+    def _take(self, path: Path, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint, which has to be of this training."""
         differing = differences(state["meta"], self.job.meta)
         if differing:
             raise ConfigError([f"--resume: {path} was made with {line}" for line in differing])
@@ -262,13 +297,9 @@ class Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
+        self.step, self.open_epoch = state["step"], state["open_epoch"]
         self.job.watch.load_state_dict(state)
         mine = state["ranks"][self.rank]
         set_rng_state(mine["rng"])
         self.job.feed.load_state_dict(mine["feed"])
         self.window, self.window_steps = mine["window"], mine["window_steps"]
-        LOG.info(
-            "%s continues after step %d of %d from %s", self.job.title, self.step, self.total, path
-        )
-        return True

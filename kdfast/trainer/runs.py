@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from kdfast.configs.fields import ConfigError
+from kdfast.machine.files import clear_partials
 from kdfast.trainer.logs import LOG, open_log
 
 # Files that a run has before it computes anything: one that never began leaves only these.
@@ -136,6 +137,8 @@ def show_start(
         open_log(None)
         return
     open_log(folder)
+    for path in clear_partials(folder):
+        LOG.info("removed %s, which a killed process had left", path)
     if not resume:
         save(folder / "config.yaml")
     if note:

@@ -1,22 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint files that are always whole, the random state in them, and what a resume compares."""
+"""Random state of a process, and what of a config a resumed run must have in common."""
 
 from __future__ import annotations
 
 import copy
-import os
 import random
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-
-from kdfast.machine.files import load_torch, replacing
-
-LAST, PREVIOUS = "last.pt", "previous.pt"
-FORMAT = 1
 
 
 def rng_state() -> dict[str, Any]:
@@ -41,51 +34,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, np.array(words, np.uint32), *rest))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-
-
-def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
-    """Write ``last.pt``; the one before stays as ``previous.pt``.
-
-    The file is written aside, flushed to the disk and renamed, so a process that dies at any
-    moment leaves at least one whole checkpoint.
-
-    Args:
-        folder: Exists already.
-        state: Tensors, plain containers and scalars.
-    """
-    last = folder / LAST
-    with replacing(last) as partial:
-        with partial.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if last.exists():
-            os.replace(last, folder / PREVIOUS)
-    _sync_folder(folder)
-    return last
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a folder, or None."""
-    return next((folder / n for n in (LAST, PREVIOUS) if (folder / n).is_file()), None)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint; no code from the file is run.
-
-    Raises:
-        ValueError: The file is broken, or of another format.
-    """
-    try:
-        state: dict[str, Any] = load_torch(path)
-    except ValueError as error:
-        older = path.with_name(PREVIOUS)
-        hint = f"; without it {older} is taken" if path.name == LAST and older.is_file() else ""
-        raise ValueError(f"checkpoint: {error}{hint}") from error
-    found = state.get("format") if isinstance(state, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"checkpoint: {path} must have format {FORMAT}, got {found!r}")
-    return state
 
 
 def identity(tree: dict[str, Any], free: Iterable[str]) -> dict[str, Any]:
@@ -116,13 +64,3 @@ def differences(saved: Any, mine: Any, key: str = "") -> list[str]:
             for line in differences(saved.get(name), mine.get(name), f"{key}.{name}".strip("."))
         ]
     return [] if saved == mine else [f"{key} {saved!r}, got {mine!r}"]
-
-
-def _sync_folder(folder: Path) -> None:
-    # Without this a power loss could undo the renames; not every system can open a folder.
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

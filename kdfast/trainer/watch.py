@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from kdfast.trainer.step import StepResult
@@ -42,8 +41,9 @@ class Watch:
         """
         return None
 
-    def after_save(self, path: Path) -> None:
-        """Called on the first process when a checkpoint is there, while the others wait."""
+    def is_best(self) -> bool:
+        """Whether the checkpoint of now is to be kept as the best one; called once for each."""
+        return False
 
     def finished(self) -> bool:
         """Whether the training ends before its last epoch; the same on all processes."""

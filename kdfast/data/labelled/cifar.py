@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 
 from kdfast.data.labelled.pictures import ArraySource, Part
 from kdfast.data.labelled.raw import Raw, resolve
+from kdfast.data.labelled.unpack import tar_files
 
 Read = Callable[[str], bytes | None]
 
@@ -130,13 +133,8 @@ def _open(variant: Variant, path: Path) -> tuple[Read | None, bool]:
     if not packed.is_file():
         return None, False
     try:
-        with tarfile.open(packed) as archive:
-            files = {
-                member.name.rsplit("/", 1)[-1]: file.read()
-                for member in archive
-                if (file := archive.extractfile(member)) is not None
-            }
-    except (tarfile.TarError, EOFError) as error:
+        files = tar_files(packed)
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{variant.name}: {packed} must be a whole archive: {error}") from error
     return files.get, python not in files
 
@@ -229,6 +227,9 @@ def load_pickle(data: bytes, name: str) -> dict[bytes, Any]:
         KeyError,
         TypeError,
         ValueError,
+        MemoryError,
+        OverflowError,
+        RecursionError,
     ) as error:
         raise ValueError(f"{name}: must be a pickle of the CIFAR format: {error}") from error
 
@@ -289,7 +290,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the one in C makes room for any place in its memo
     def find_class(self, module: str, name: str) -> Any:
         """Stand-ins for what the format needs; everything else is refused."""
         if (module, name) not in _ALLOWED:

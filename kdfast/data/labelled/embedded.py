@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from kdfast.data.labelled.pictures import ArraySource, Part
 from kdfast.data.labelled.raw import Raw, resolve
+from kdfast.data.labelled.unpack import unpacked
 
 DIGITS = [str(digit) for digit in range(10)]
 GARMENTS = [
@@ -99,7 +99,7 @@ def _no_root(kind: str, root: str | Path | None) -> None:
 def _read_idx(folder: Path, name: str) -> NDArray[np.uint8]:
     plain, packed = folder / name, folder / f"{name}.gz"
     if packed.is_file():
-        data = gzip.decompress(packed.read_bytes())
+        data = unpacked(packed)
     elif plain.is_file():
         data = plain.read_bytes()
     else:

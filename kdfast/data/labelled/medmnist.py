@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from kdfast.data.labelled.medmnist_info import SETS, SIZES, Info
 from kdfast.data.labelled.pictures import ArraySource, Part
 from kdfast.data.labelled.raw import Raw, resolve
+from kdfast.data.labelled.unpack import check_unpacked
 
 URL = "https://zenodo.org/records/10519652/files/"
 SPLITS = ("train", "val", "test")
@@ -84,6 +86,7 @@ def _verify(path: Path, info: Info) -> None:
 
 def _read(path: Path, name: str, info: Info) -> Raw:
     try:
+        check_unpacked(path)
         # Without pickles: no code of the file can run.
         with np.load(path, allow_pickle=False) as file:
             arrays = {
@@ -91,7 +94,10 @@ def _read(path: Path, name: str, info: Info) -> Raw:
                 for split in SPLITS
                 for what in ("images", "labels")
             }
-    except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+    except (
+        *(KeyError, OSError, ValueError, EOFError, MemoryError),
+        *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError),
+    ) as error:
         raise ValueError(f"{path.name}: must be an .npz file of MedMNIST: {error}") from error
     train, val, test = (
         Part.whole(

@@ -14,6 +14,7 @@ import numpy as np
 
 from kdfast.data.labelled.pictures import EncodedSource, Part
 from kdfast.data.labelled.raw import Raw, resolve
+from kdfast.data.labelled.unpack import require_unpacked
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -106,10 +107,13 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], np.ndarray[Any, Any], tuple
     import pyarrow.parquet as pq
 
     try:
+        facts = pq.read_metadata(path)
+        groups = [facts.row_group(n) for n in range(facts.num_row_groups)]
+        require_unpacked(path, sum(group.total_byte_size for group in groups))
         schema = pq.read_schema(path)
         image, label = _columns(schema, path)
         table = pq.read_table(path, columns=[image, label])
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path.name}: must be a parquet file: {error}") from error
     cells = table.column(image).to_pylist()
     if not pa.types.is_struct(schema.field(image).type):

@@ -37,7 +37,7 @@ def read_val_clips(path: str | Path) -> list[str]:
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"split_file: must be JSON, got {file}: {error}") from error
     clips = content.get("val") if isinstance(content, dict) else None
     if not isinstance(clips, list) or not all(isinstance(clip, str) for clip in clips):
