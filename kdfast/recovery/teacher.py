@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
@@ -28,6 +27,7 @@ from kdfast.trainer.commits import check_file, write_manifest
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
+from kdfast.trainer.state import seed_everything
 
 # Part of the key of a cached teacher: to be raised when the same config trains another one.
 VERSION = 1
@@ -135,7 +135,7 @@ class TeacherTraining:
                 check_file(path, self.manifest, f"delete {self.manifest} to train it again")
             LOG.info("teacher of an earlier run with the same settings is used again")
             return
-        torch.manual_seed(self.config.seed)
+        seed_everything(self.config.seed)
         backbone = EVAViT(**plain(self.spec.model), with_cp=False)
         head = self.new_head()
         module = Supervised(backbone, head).to(self.accelerator.device)
