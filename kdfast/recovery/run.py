@@ -21,6 +21,7 @@ from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT
 from kdfast.recovery.data import Data, build_data, some_views
 from kdfast.recovery.evaluate import EvaluateEpochs, Evaluator
+from kdfast.recovery.free import FREE
 from kdfast.recovery.heads import build_student, choose_heads, score_heads
 from kdfast.recovery.objective import Distiller
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
@@ -36,11 +37,6 @@ from kdfast.trainer.state import identity, seed_everything
 # Images in the picture of predictions.
 VIEWS = 4
 BASELINE = "baseline.json"
-# What a resumed run may change: it moves files or stops elsewhere, but computes the same.
-FREE = (
-    *("name", "output", "note", "teacher.cache", "data.workers", "data.cache"),
-    *("run.max_steps", "run.save_every", "run.log_every", "run.eval_images", "run.device"),
-)
 
 
 def run_recovery(config: Config, accelerator: Accelerator, *, resume: bool) -> int:

@@ -57,8 +57,10 @@ class Shim:
     def fsync(self, handle: int) -> None:
         """In place of ``os.fsync``."""
         path = os.readlink(f"/proc/self/fd/{handle}")
-        # A log that grows has its earlier rows on the disk already.
-        if stat.S_ISREG(os.fstat(handle).st_mode) and not path.endswith(".csv"):
+        facts = os.fstat(handle)
+        # On the disk already are the earlier rows of a log, and what has a second name.
+        flushed = path.endswith(".csv") or facts.st_nlink > 1
+        if stat.S_ISREG(facts.st_mode) and not flushed:
             self.count("half a file", path, lambda: self._halve(path))
         self.count("fsync", path)
         self._fsync(handle)
