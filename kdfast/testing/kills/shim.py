@@ -38,8 +38,10 @@ class Shim:
         self.folder, self.at = str(folder.resolve()), at
         self.done: list[str] = []
         self._fsync, self._flush = os.fsync, np.memmap.flush
-        os.fsync = self.fsync
-        np.memmap.flush = lambda array: self.flush(array)  # type: ignore[method-assign]
+        system: Any = os
+        system.fsync = self.fsync
+        maps: Any = np.memmap
+        maps.flush = lambda array: self.flush(array)
         sys.addaudithook(self.audit)
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
