@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from rich import box
 from rich.console import Console
@@ -26,6 +25,7 @@ from kdfast.recovery.orion.pictures import draw_frame
 from kdfast.recovery.orion.teacher import get_frame_teacher
 from kdfast.recovery.run import Run, started
 from kdfast.trainer.logs import LOG
+from kdfast.trainer.state import seed_everything
 
 # Images whose features the fidelity table compares: one frame.
 FIDELITY_IMAGES = 6
@@ -47,7 +47,7 @@ def run_frames(config: Config, accelerator: Accelerator, *, resume: bool) -> int
     folder = started(config, accelerator, resume=resume)
     with as_config_error():
         data = build_frames(config, accelerator)
-        torch.manual_seed(config.seed)
+        seed_everything(config.seed)
         teacher, heads = get_frame_teacher(
             config, accelerator, data, folder / "teacher", resume=resume
         )

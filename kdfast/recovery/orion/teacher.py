@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from kdfast.configs import plain
 from kdfast.configs.recovery import Config, FitTeacherConfig, HeadSizes
-from kdfast.machine.files import replacing
+from kdfast.machine.disk import require_writable
+from kdfast.machine.files import clear_partials, replacing
 from kdfast.models.checkpoint import load_orion_backbone, save_backbone
 from kdfast.models.eva import EVAViT
 from kdfast.models.orion import (
@@ -29,12 +30,15 @@ from kdfast.models.orion import (
 )
 from kdfast.models.orion.checkpoint import load_orion_heads
 from kdfast.recovery.evaluate import EvaluateEpochs
+from kdfast.recovery.free import FREE
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
 from kdfast.recovery.orion.evaluate import FrameEvaluator
 from kdfast.recovery.orion.feed import FrameData, Streams, frame_feed
+from kdfast.trainer.commits import check_file, write_manifest
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
+from kdfast.trainer.state import identity, seed_everything
 
 # Part of the key of a kept teacher: to be raised when the same config trains another one.
 VERSION = 1
@@ -159,10 +163,11 @@ class FrameTeacherTraining:
     def path(self) -> Path:
         """File of the trained backbone; its name hashes everything that the training depends on."""
         config = self.config
+        data = identity(plain(config), FREE)["data"]
         key = {
             "version": VERSION,
             "fit": plain(self.spec),
-            "data": plain(config.data) | {"frames": self.data.fingerprint()},
+            "data": data | {"frames": self.data.fingerprint()},
             "seed": config.seed,
             "precision": config.run.precision,
         }
@@ -174,6 +179,11 @@ class FrameTeacherTraining:
         """File of its heads."""
         return self.path.with_suffix(".heads.safetensors")
 
+    @property
+    def manifest(self) -> Path:
+        """Names both with their checksums; it is written last."""
+        return self.path.with_suffix(".json")
+
     def new_heads(self) -> OrionHeads:
         """The heads as they start."""
         model = self.spec.model
@@ -181,10 +191,14 @@ class FrameTeacherTraining:
 
     def run(self, *, resume: bool) -> None:
         """Train and write both files, unless they are there."""
-        if self.path.is_file() and self.heads_path.is_file():
+        if self.manifest.is_file():
+            for path in (self.path, self.heads_path):
+                check_file(path, self.manifest, f"delete {self.manifest} to train it again")
             LOG.info("teacher of an earlier run with the same settings is used again")
             return
-        torch.manual_seed(self.config.seed)
+        if self.accelerator.is_main_process:
+            require_writable(self.path.parent, "teacher.cache")
+        seed_everything(self.config.seed)
         backbone, heads = EVAViT(**plain(self.spec.model), with_cp=False), self.new_heads()
         streams = Streams(self.accelerator.device)
         module = SupervisedFrames(backbone, heads, streams, self.config.seed)
@@ -197,9 +211,11 @@ class FrameTeacherTraining:
         self.accelerator.free_memory()
         if self.accelerator.is_main_process:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            clear_partials(self.path.parent)
             with replacing(self.heads_path) as partial:
                 save_heads(heads, partial)
             save_backbone(backbone, self.path)
+            write_manifest(self.manifest, {}, (self.path, self.heads_path))
         self.accelerator.wait_for_everyone()
 
     def _job(self, module: SupervisedFrames, streams: Streams) -> Job:
