@@ -25,13 +25,7 @@ from kdfast.machine.files import replacing
 from kdfast.pruning.latency import Latency
 from kdfast.pruning.saving import load_pretrained, save_pretrained
 
-MODEL: dict[str, Any] = {
-    "img_size": 32,
-    "embed_dim": 48,
-    "depth": 2,
-    "num_heads": 3,
-    "num_classes": 7,
-}
+MODEL: dict[str, Any] = dict(img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=7)
 RECOVERY = (
     *("output=run", "teacher.cache=run/teachers", "run.device=cpu", "run.save_every=2"),
     *("run.batch_size=4", "run.epochs=2", "run.log_every=2", "data.frames=2", "data.val_frames=1"),
