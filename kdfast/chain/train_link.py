@@ -5,13 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate import Accelerator
 
 from kdfast.chain.evaluate import ClassEvaluator, held_out_feed
@@ -33,6 +30,7 @@ from kdfast.trainer.commits import BEST, settle
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
+from kdfast.trainer.state import seed_everything
 
 
 def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[str, Any] | None:
@@ -103,7 +101,7 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
 def _models(run: LinkRun, accelerator: Accelerator) -> tuple[LinkModel, LinkModel | None]:
     """The student as it starts, and the finished teacher; the generators start here."""
     config, data, link = run.config, run.data, run.link
-    _seed(run.seed)
+    seed_everything(run.seed)
     student = build_link(link, len(data.class_names), checkpointing=config.checkpointing)
     teacher = None
     if run.teacher is not None and run.teacher_folder is not None:
@@ -115,7 +113,7 @@ def _models(run: LinkRun, accelerator: Accelerator) -> tuple[LinkModel, LinkMode
                 LOG.info("%s: %s", link.role, accelerate(model.net))
     if accelerator.process_index:
         # The weights are those of the first process; drop path and Mixup differ on the others.
-        _seed(run.seed + accelerator.process_index)
+        seed_everything(run.seed + accelerator.process_index)
     return student, teacher
 
 
@@ -178,10 +176,3 @@ def _move_aside(folder: Path) -> None:
             number += 1
         os.replace(folder, old)
         LOG.info("the earlier %s is kept as %s", folder.name, old)
-
-
-def _seed(seed: int) -> None:
-    """The one place where a link's global generators start: weights, drop path and Mixup."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)

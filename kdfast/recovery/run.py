@@ -21,6 +21,7 @@ from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT
 from kdfast.recovery.data import Data, build_data, some_views
 from kdfast.recovery.evaluate import EvaluateEpochs, Evaluator
+from kdfast.recovery.free import FREE
 from kdfast.recovery.heads import build_student, choose_heads, score_heads
 from kdfast.recovery.objective import Distiller
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
@@ -31,16 +32,11 @@ from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
 from kdfast.trainer.runs import run_folder, show_start
-from kdfast.trainer.state import identity
+from kdfast.trainer.state import identity, seed_everything
 
 # Images in the picture of predictions.
 VIEWS = 4
 BASELINE = "baseline.json"
-# What a resumed run may change: it moves files or stops elsewhere, but computes the same.
-FREE = (
-    *("name", "output", "note", "teacher.cache", "data.workers", "data.cache"),
-    *("run.max_steps", "run.save_every", "run.log_every", "run.eval_images", "run.device"),
-)
 
 
 def run_recovery(config: Config, accelerator: Accelerator, *, resume: bool) -> int:
@@ -75,7 +71,7 @@ def run_recovery(config: Config, accelerator: Accelerator, *, resume: bool) -> i
             settle(folder)
         accelerator.wait_for_everyone()
         data = build_data(config, accelerator)
-        torch.manual_seed(config.seed)
+        seed_everything(config.seed)
         teacher, head = get_teacher(config, accelerator, data, folder / "teacher", resume=resume)
     Run(config, accelerator, folder, data, teacher, head, resume).train()
     accelerator.wait_for_everyone()
@@ -114,7 +110,7 @@ class Run:
         evaluate = self.evaluator()
         quality = self.baseline(heads, evaluate)
         # Ranks draw different drop paths; the order and the masks come from the config's seed.
-        torch.manual_seed(self.config.seed + self.accelerator.process_index)
+        seed_everything(self.config.seed + self.accelerator.process_index)
         with as_config_error():
             loop = Loop(self.job(distiller, heads, evaluate), self.accelerator)
         loop.fit(resume=self.resume)

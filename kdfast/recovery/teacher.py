@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
@@ -24,11 +23,13 @@ from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT
 from kdfast.recovery.data import Data, view_feed
 from kdfast.recovery.evaluate import EvaluateEpochs, Evaluator
+from kdfast.recovery.free import FREE
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
 from kdfast.trainer.commits import check_file, write_manifest
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
+from kdfast.trainer.state import identity, seed_everything
 
 # Part of the key of a cached teacher: to be raised when the same config trains another one.
 VERSION = 1
@@ -104,10 +105,11 @@ class TeacherTraining:
     def path(self) -> Path:
         """File of the trained teacher; its name hashes everything that the training depends on."""
         config = self.config
+        data = identity(plain(config), FREE)["data"]
         key = {
             "version": VERSION,
             "fit": plain(self.spec),
-            "data": plain(config.data) | {"items": self.data.fingerprint(), "val_frames": None},
+            "data": data | {"items": self.data.fingerprint(), "val_frames": None},
             "seed": config.seed,
             "precision": config.run.precision,
         }
@@ -138,7 +140,7 @@ class TeacherTraining:
             return
         if self.accelerator.is_main_process:
             require_writable(self.path.parent, "teacher.cache")
-        torch.manual_seed(self.config.seed)
+        seed_everything(self.config.seed)
         backbone = EVAViT(**plain(self.spec.model), with_cp=False)
         head = self.new_head()
         module = Supervised(backbone, head).to(self.accelerator.device)

@@ -12,6 +12,13 @@ import numpy as np
 import torch
 
 
+def seed_everything(seed: int) -> None:
+    """Start all generators of this process that ``rng_state`` holds."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def rng_state() -> dict[str, Any]:
     """State of this process's generators (torch, CUDA, numpy, python) as tensors and lists."""
     name, words, position, has_gauss, gauss = np.random.get_state()
