@@ -22,9 +22,10 @@ import kdfast.train
 from kdfast.chain.teacher_cache import TeacherCache
 from kdfast.data.labelled import build_classification
 from kdfast.machine.files import replacing
+from kdfast.pruning.latency import Latency
 from kdfast.pruning.saving import load_pretrained, save_pretrained
 
-MODEL = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
+MODEL: dict[str, Any] = dict(img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=7)
 RECOVERY = (
     *("output=run", "teacher.cache=run/teachers", "run.device=cpu", "run.save_every=2"),
     *("run.batch_size=4", "run.epochs=2", "run.log_every=2", "data.frames=2", "data.val_frames=1"),
@@ -156,7 +157,7 @@ def whole_or_none(folder: Path) -> None:
 
 def _prepare_prune() -> None:
     module: Any = kdfast.prune
-    fixed = kdfast.prune.Latency(ms=1.0, iqr=0.0)
+    fixed = Latency(ms=1.0, iqr=0.0)
     names = ("before", "before, fused", "pruned, fused")
     module.latencies = lambda *_: dict.fromkeys(names, fixed)
 
