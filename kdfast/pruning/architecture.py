@@ -94,6 +94,7 @@ def _section(model: nn.Module) -> dict[str, Any]:
         for name, buffer in model.named_buffers()
         if name not in kept and buffer.is_floating_point() and family != "EVAViT"
     }
+    constant = constant_blocks(model)
     return {
         "format": FORMAT,
         "version": __version__,
@@ -103,8 +104,8 @@ def _section(model: nn.Module) -> dict[str, Any]:
         "fast_layers": has_fast_layers(model),
         "heads": [site.held for site in anatomy.attentions],
         "mlp_hidden": [len(site.held) for site in anatomy.mlps],
-        "constant": constant_blocks(model),
         "tables": {name: dtype for name, dtype in tables.items() if dtype != "float32"},
+        **({"constant": constant} if constant else {}),
     }
 
 
