@@ -6,7 +6,7 @@ B batch, N tokens, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,15 +40,18 @@ class Distiller(nn.Module):
         *,
         feature: float,
         attention: float,
+        heads: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """Pair the layers.
 
         Args:
-            student: Pruned from the teacher by ``kdfast.prune_heads``.
-            teacher: A model of timm.
+            student: The pruned model, accelerated or pruned by ``kdfast.prune_heads``.
+            teacher: The model that it was pruned from.
             output: Distance of what the models return.
             feature: Weight of the distance of the tokens after every block.
             attention: Weight of the distance of the attention maps.
+            heads: For every attention the teacher's head that each of the student's imitates;
+                None: what ``kdfast.prune_heads`` kept.
         """
         super().__init__()
         self.student = student
@@ -56,12 +59,16 @@ class Distiller(nn.Module):
         self.output = output
         self.weights = (feature, attention)
         self.features = [row.module for row in timm_features(teacher, "teacher")] if feature else []
-        self.attentions: list[str] = []
+        self.heads: dict[str, list[int]] = {}
         if attention:
+            every = attention_layers(teacher, "teacher")
             # A block of the student may have lost all its heads.
             kept = set(attention_layers(student, "student"))
-            every = attention_layers(teacher, "teacher")
-            self.attentions = [name for name in every if name in kept]
+            for block, name in enumerate(every):
+                module: Any = student.get_submodule(name)
+                if name in kept:
+                    self.heads[name] = list(module.heads if heads is None else heads[block])
+        self.attentions = list(self.heads)
 
     def forward(self, images: Tensor, labels: Tensor | None, epoch: int) -> dict[str, Tensor]:
         """Losses of a batch of pictures (B, 3, H, W) that both models see.
@@ -97,9 +104,8 @@ class Distiller(nn.Module):
         """Mean over the blocks of KL(teacher's map || student's map) of the kept heads."""
         losses = []
         for name in self.attentions:
-            module: Any = self.student.get_submodule(name)
-            goal = theirs.call(name)
-            losses.append(map_distance(mine.call(name), _only(goal, list(module.heads)), "kl"))
+            goal = _only(theirs.call(name), self.heads[name])
+            losses.append(map_distance(mine.call(name), goal, "kl"))
         return torch.stack(losses).mean()
 
 
