@@ -7,14 +7,14 @@ B batch, N tokens, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdfast.chain.capture import Capture, attention_layers
+from kdfast.chain.capture import Capture, attention_layers, readers
 from kdfast.chain.features import timm_features
 from kdfast.chain.map_distance import map_distance
+from kdfast.nn.attention import FusedAttention
 from kdfast.nn.frozen import Frozen
 from kdfast.nn.heads import AttentionCall
 from kdfast.ops.feature_loss import feature_loss
@@ -45,7 +45,7 @@ class Distiller(nn.Module):
         """Pair the layers.
 
         Args:
-            student: The pruned model, accelerated or pruned by ``kdfast.prune_heads``.
+            student: The pruned model.
             teacher: The model that it was pruned from.
             output: Distance of what the models return.
             feature: Weight of the distance of the tokens after every block.
@@ -62,12 +62,12 @@ class Distiller(nn.Module):
         self.heads: dict[str, list[int]] = {}
         if attention:
             every = attention_layers(teacher, "teacher")
-            # A block of the student may have lost all its heads.
-            kept = set(attention_layers(student, "student"))
+            found = readers(student)
             for block, name in enumerate(every):
-                module: Any = student.get_submodule(name)
-                if name in kept:
-                    self.heads[name] = list(module.heads if heads is None else heads[block])
+                mine = found[name]
+                # Not a block that has lost all its heads.
+                if isinstance(mine, FusedAttention):
+                    self.heads[name] = list(mine.heads if heads is None else heads[block])
         self.attentions = list(self.heads)
 
     def forward(self, images: Tensor, labels: Tensor | None, epoch: int) -> dict[str, Tensor]:

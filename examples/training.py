@@ -46,16 +46,17 @@ class Clock(Watch):
 
     Attributes:
         evaluate: Called after every epoch; what it returns goes into the log.
+        saved: Processor seconds of this process's threads, and seconds that passed, up to the last
+            checkpoint.
     """
 
     def __init__(self, evaluate: Callable[[], Row] | None = None) -> None:
         self.evaluate = evaluate
-        self._before = (0.0, 0.0)
+        self.saved = (0.0, 0.0)
+        self._before = self.saved
         self._start = (time.process_time(), time.perf_counter())
 
-    @property
-    def seconds(self) -> tuple[float, float]:
-        """Processor seconds of this process's threads, and seconds that passed."""
+    def _seconds(self) -> tuple[float, float]:
         now = (time.process_time(), time.perf_counter())
         cpu, wall = (b + n - s for b, n, s in zip(self._before, now, self._start, strict=True))
         return cpu, wall
@@ -63,17 +64,18 @@ class Clock(Watch):
     def on_epoch(self, epoch: int, step: int, lr: float) -> Row | None:
         """See ``Watch``."""
         found = {} if self.evaluate is None else self.evaluate()
-        cpu, wall = self.seconds
+        cpu, wall = self._seconds()
         return {"step": step, "epoch": epoch + 1, **found, "cpu_s": cpu, "wall_s": wall}
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Watch``."""
-        return {"seconds": list(self.seconds)}
+        self.saved = self._seconds()
+        return {"seconds": list(self.saved)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See ``Watch``."""
         cpu, wall = state["seconds"]
-        self._before = (float(cpu), float(wall))
+        self.saved = self._before = (float(cpu), float(wall))
         self._start = (time.process_time(), time.perf_counter())
 
 
@@ -133,7 +135,7 @@ def train(
         watch=clock,
     )
     Loop(job, Accelerator(cpu=True, mixed_precision=precision)).fit(resume=True)
-    return clock.seconds
+    return clock.saved
 
 
 def factor(step: int, total: int, warmup: float) -> float:

@@ -66,7 +66,7 @@ class Config:
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    train: Recipe = field(default_factory=lambda: Recipe(epochs=36, lr=2e-3, batch=128))
+    train: Recipe = field(default_factory=lambda: Recipe(epochs=50, lr=2e-3, batch=128))
     prune: PruneConfig = field(default_factory=PruneConfig)
     smoothing: float = 0.1
     recover: Recipe = field(default_factory=lambda: Recipe(epochs=3, lr=5e-4, batch=128))

@@ -85,5 +85,6 @@ def build(config: ModelConfig, seed: int) -> VisionTransformer:
         embed_layer=Stem,
     ).to(memory_format=torch.channels_last)
     # Where timm's distillation looks for the normalisation.
-    model.pretrained_cfg = {"mean": MEAN, "std": STD, "input_size": (3, SIDE, SIDE)}
+    facts = {"mean": MEAN, "std": STD, "input_size": (3, SIDE, SIDE)}
+    model.__dict__["pretrained_cfg"] = facts
     return model

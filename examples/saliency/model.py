@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,13 @@ class Saliency(nn.Module):
             self.decoder.eval()
         return self
 
-    def logits(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    def logits(self, tokens: Tensor, size: Sequence[int]) -> Tensor:
         """Logits (B, H, W) of the backbone's tokens (B, N, C), the class token first."""
         maps = tokens[:, 1:].transpose(1, 2).unflatten(2, (GRID, GRID))
-        return F.interpolate(self.decoder(maps), size, mode="bilinear").squeeze(1)
+        return F.interpolate(self.decoder(maps), list(size), mode="bilinear").squeeze(1)
 
 
-def backbone(**sizes: int) -> Any:
+def backbone(**sizes: Any) -> Any:
     """timm's model with random weights; ``sizes`` change those of DINOv2-S."""
     name = "vit_small_patch14_dinov2"
     return timm.create_model(name, img_size=SIDE, num_classes=0, **sizes).eval()

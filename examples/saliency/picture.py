@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ def samples() -> Tensor:
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
-    with get_sample_data("grace_hopper.jpg") as file:
+    photo: Any = get_sample_data("grace_hopper.jpg")
+    with photo as file:
         person = np.asarray(Image.open(file).convert("RGB"))
     arrays: Sequence[NDArray[np.uint8]] = [*load_sample_images().images, person]
     return torch.stack([_square(array) for array in arrays])

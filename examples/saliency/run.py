@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         "distilled": models[DISTILLED],
     }
     draw(drawn, shown, samples())
-    print(table(found))
+    print(table(results.read(path, asdict(config))))
     print(f"results: {path}\npicture: {drawn}\nmodels and logs: {options.output}")
 
 

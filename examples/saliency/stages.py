@@ -26,7 +26,7 @@ from kdfast.machine.timing import interleave, summarize
 from kdfast.trainer.watch import Row
 
 # Held-out pictures that the log looks at after every epoch; nothing is chosen by them.
-GLANCE = 10
+GLANCE = 5
 BUDGET = "compensated, one budget"
 
 
@@ -134,8 +134,8 @@ def map_loss(mine: Tensor, goal: Tensor, _: Tensor | None) -> Tensor:
         mine: (B, H, W) logits.
         goal: Those of the teacher.
     """
-    pairs = [torch.stack([x, torch.zeros_like(x)], -1).flatten(0, -2) for x in (mine, goal)]
-    loss, _, _ = kdfast.kd_loss(*pairs, None, temperature=1.0, alpha=1.0)
+    own, other = (torch.stack([x, torch.zeros_like(x)], -1) for x in (mine, goal))
+    loss, _, _ = kdfast.kd_loss(own, other, None, temperature=1.0, alpha=1.0)
     return loss
 
 

@@ -19,12 +19,13 @@ HEADER = (
 )
 
 
-def table(run: dict[str, Any]) -> str:
+def table(content: dict[str, Any]) -> str:
     """One row a model.
 
     Args:
-        run: A run of the result file.
+        content: The result file.
     """
+    (run,) = content["runs"].values()
     lines = [f"| {' | '.join(HEADER)} |", f"|{' --- |' * len(HEADER)}"]
     for name, row in run["rows"].items():
         took = run["times"].get(name, {})
