@@ -68,6 +68,7 @@ def pruned(model: Saliency, method: str, keep: float, data: Sequence[Tensor]) ->
         ignored_layers=others,
         # Its default is one dictionary for all pruners of a process.
         out_channel_groups={},
+        unwrapped_parameters=_last_axes(student.backbone),
         forward_fn=lambda backbone, x: backbone.forward_features(x),
     )
     if method == "taylor":
@@ -78,6 +79,12 @@ def pruned(model: Saliency, method: str, keep: float, data: Sequence[Tensor]) ->
         attention.attn_dim = attention.num_heads * attention.head_dim
     student.zero_grad(set_to_none=True)
     return student
+
+
+def _last_axes(backbone: Any) -> dict[torch.nn.Parameter, int]:
+    """Where the parameters outside of layers have the channels of the residual stream."""
+    scales = [scale.gamma for b in backbone.blocks for scale in (b.ls1, b.ls2)]
+    return {x: x.dim() - 1 for x in (backbone.cls_token, backbone.pos_embed, *scales)}
 
 
 def _gradients(model: Saliency, data: Sequence[Tensor]) -> None:
