@@ -81,10 +81,10 @@ def pruned(model: Saliency, method: str, keep: float, data: Sequence[Tensor]) ->
     return student
 
 
-def _last_axes(backbone: Any) -> dict[torch.nn.Parameter, int]:
+def _last_axes(backbone: Any) -> list[tuple[torch.nn.Parameter, int]]:
     """Where the parameters outside of layers have the channels of the residual stream."""
     scales = [scale.gamma for b in backbone.blocks for scale in (b.ls1, b.ls2)]
-    return {x: x.dim() - 1 for x in (backbone.cls_token, backbone.pos_embed, *scales)}
+    return [(x, x.dim() - 1) for x in (backbone.cls_token, backbone.pos_embed, *scales)]
 
 
 def _gradients(model: Saliency, data: Sequence[Tensor]) -> None:
