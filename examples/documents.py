@@ -24,21 +24,27 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def block(path: Path, table: Callable[[dict[str, Any]], str]) -> str:
-    """Commands, machines and table of a result file."""
+def block(path: Path, table: Callable[[dict[str, Any]], str], picture: Path) -> str:
+    """Commands, machines and table of a result file, and its picture if there is one."""
     if not path.exists():
         return f"There is no {path.name} yet."
     content = json.loads(path.read_text(encoding="utf-8"))
     lines = []
     for name, run in content["runs"].items():
         lines.append(f"- {name}: `{run['command']}`; {facts_line(run['machine'])}.")
-    return "\n".join([*map(wrapped, lines), "", table(content)])
+    lines = [*map(wrapped, lines), "", table(content)]
+    if picture.exists():
+        lines += ["", f"![What the models see](../images/{picture.name})"]
+    return "\n".join(lines)
 
 
 def contents() -> dict[str, str]:
     """The block of every page, by its name."""
-    results = ROOT / "bench" / "results"
-    return {name: block(results / f"{name}.json", table) for name, table in TABLES.items()}
+    results, images = ROOT / "bench" / "results", ROOT / "docs" / "images"
+    return {
+        name: block(results / f"{name}.json", table, images / f"{name}.png")
+        for name, table in TABLES.items()
+    }
 
 
 def main() -> None:
