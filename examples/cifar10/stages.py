@@ -141,10 +141,7 @@ class Stages:
         for model in (student, teacher):
             kdfast.accelerate(model)
         module = _objective(name, student, teacher, config)
-        meta = {
-            **{"recover": asdict(config.recover), "distil": asdict(config.distil), "name": name},
-            **{"start": fingerprint(start), "seed": self.seed},
-        }
+        meta = {"config": asdict(config), "seed": self.seed, "name": name}
         cpu, wall = train(
             name,
             module,
@@ -156,12 +153,6 @@ class Stages:
         )
         row = self.row(student, cpu_s=cpu, wall_s=wall, epochs=config.recover.epochs)
         return student.eval(), row
-
-
-def fingerprint(model: nn.Module) -> list[float]:
-    """Numbers that differ where the weights of two models do."""
-    sums = [x.detach().double() for x in model.parameters()]
-    return [float(sum(x.sum() for x in sums)), float(sum(x.square().sum() for x in sums))]
 
 
 def _objective(name: str, student: nn.Module, teacher: nn.Module, config: Config) -> nn.Module:

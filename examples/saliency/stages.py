@@ -111,10 +111,7 @@ class Stages:
         module = Distiller(student, teacher, map_loss, heads=heads, **asdict(config.distil))
         crops = Pictures(self.pictures.learn, None, Crops(config.seed, config.shortest))
         feed = training_feed(crops, config.recipe.batch, config.seed, MEAN, STD)
-        meta = {
-            **{"recipe": asdict(config.recipe), "distil": asdict(config.distil)},
-            **{"pictures": len(self.pictures.learn), "seed": config.seed, "name": name},
-        }
+        meta = {"config": asdict(config), "pictures": len(self.pictures.learn), "name": name}
         some = self.batches(self.pictures.held[:GLANCE])
         want = answers(self.model, some)
 
