@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from kdfast.trainer.feed import Feed
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import open_log
 from kdfast.trainer.loop import Loop
+from kdfast.trainer.signals import Interrupted
 from kdfast.trainer.watch import Row, Watch
 
 
@@ -144,6 +146,14 @@ def factor(step: int, total: int, warmup: float) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def command(main: Callable[[], None]) -> None:
+    """Runs a program; a signal that a training has caught ends it without a traceback."""
+    try:
+        main()
+    except Interrupted as stop:
+        sys.exit(f"{stop}; the same command goes on from here")
 
 
 class Supervised(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import kdfast
 from kdfast.configs.fields import ConfigError
+from kdfast.trainer.signals import Interrupted
 
 pictures = importlib.import_module("examples.pictures")
 training = importlib.import_module("examples.training")
@@ -102,6 +103,14 @@ def test_a_training_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert torch.equal(same, resumed) and again == took and min(took) > 0
     with pytest.raises(ConfigError, match="was made with a 0, got 1"):
         run("parts", None, meta=1)
+
+
+def test_a_signal_ends_a_program_in_a_line() -> None:
+    def main() -> None:
+        raise Interrupted(2)
+
+    with pytest.raises(SystemExit, match="stopped by SIGINT; the same command goes on"):
+        training.command(main)
 
 
 def pruned() -> tuple[nn.Module, nn.Module]:

@@ -15,6 +15,7 @@ from examples.cifar10.config import Config
 from examples.cifar10.data import load
 from examples.cifar10.stages import Stages
 from examples.cifar10.table import table
+from examples.training import command
 
 MODULE = "examples.cifar10.run"
 # The pruned model that all short trainings start from.
@@ -58,4 +59,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -21,6 +21,7 @@ from examples.saliency.model import load as load_model
 from examples.saliency.picture import draw, samples
 from examples.saliency.stages import BUDGET, Stages, times
 from examples.saliency.table import table
+from examples.training import command
 
 MODULE = "examples.saliency.run"
 DISTILLED = f"{BUDGET}, distilled"
@@ -89,4 +90,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)
