@@ -75,4 +75,4 @@ def draw(path: Path, models: Mapping[str, Saliency], squares: Tensor) -> None:
         axis.set_axis_off()
     figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.42 / figure.get_figheight(), 0.03, 0.03)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=85)

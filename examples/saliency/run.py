@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     results.add(path, asdict(config), "saliency", found)
     shown = {
         "whole model": models["dense"],
-        "Torch-Pruning": models["Torch-Pruning, magnitude"],
         "cut": models["cut"],
+        "Torch-Pruning, Taylor": models["Torch-Pruning, taylor"],
         "compensated": models[BUDGET],
         "distilled": models[DISTILLED],
     }
