@@ -14,7 +14,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel cmake ninja torch torchvision
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,test,bench,dev,hf,export]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,test,bench,dev,hf,export,examples]"
 	touch $@
 
 train: $(INSTALLED)
