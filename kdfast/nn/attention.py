@@ -98,8 +98,20 @@ def width_of(layer: Any) -> int:
     for name in ("in_features", "in_channels"):
         if isinstance(count := getattr(layer, name, None), int):
             return count
-    inner = getattr(layer, "base_layer", None)
-    return int(layer.weight.shape[1]) if inner is None else width_of(inner)
+    if isinstance(weight := getattr(layer, "weight", None), Tensor):
+        return int(weight.shape[1])
+    return width_of(next(m for m in layer.modules() if isinstance(m, nn.Linear)))
+
+
+def height_of(layer: Any) -> int:
+    """Output channels of a linear layer, perhaps inside of an adapter."""
+    if isinstance(count := getattr(layer, "out_features", None), int):
+        return count
+    if isinstance(weight := getattr(layer, "weight", None), Tensor):
+        return int(weight.shape[0])
+    like = next(layer.parameters())
+    with torch.no_grad():
+        return int(layer(like.new_zeros(1, width_of(layer))).shape[1])
 
 
 def _looking(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,7 +134,8 @@ def _looking(forward: Callable[..., Any]) -> Callable[..., Any]:
         return original.forward(*args, **kwargs)
 
     # A code object for each class: torch.compile counts recompilations by it.
-    looked.__code__ = looked.__code__.replace(co_name=forward.__name__)
+    function: Any = looked
+    function.__code__ = function.__code__.replace(co_name=forward.__name__)
     return looked
 
 

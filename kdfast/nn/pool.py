@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from kdfast.nn.attention import FusedAttention
+from kdfast.nn.attention import FusedAttention, height_of
 from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.ops._no_heads import no_heads
 from kdfast.ops._packed import is_plain_linear
@@ -76,7 +76,7 @@ class TimmClassAttention(FusedAttention):
     )
 
     def _configure(self) -> None:
-        self.head_dim = self._linear(0).out_features // self.num_heads
+        self.head_dim = height_of(self._linear(0)) // self.num_heads
 
     def _linear(self, index: int) -> Any:
         return self._modules[self.projections[index]]
