@@ -13,7 +13,7 @@ from torch import nn
 
 from kdfast.nn import block_swap, linear, transformers_attention
 from kdfast.nn.attention import FusedAttention, own_call, qualified_name
-from kdfast.nn.limits import Limits, eager_reason
+from kdfast.nn.limits import Limits, eager_reason, switched_off
 from kdfast.nn.table import FUSED, UNKNOWN, unfused_reason
 from kdfast.ops._library import BACKENDS, DEFAULT_BACKEND
 from kdfast.ops._matmul import SETTING
@@ -165,7 +165,7 @@ def _accelerate_attention(
             transformers_attention.switch(module, backend, name)
             now = limits.of(module, f'attn_implementation="{transformers_attention.NAME}"')
             replaced.append(Replacement(name, source, now))
-        elif reason := by_interface.get(module) or _reason(name, module):
+        elif reason := by_interface.get(module) or _reason(name, module, replace_eager):
             left.append(Replacement(name, source, reason))
             continue
         elif source in FUSED or isinstance(module, FusedAttention):
@@ -270,7 +270,7 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"accelerate: backend must be one of {BACKENDS} or None, got {backend!r}")
 
 
-def _reason(name: str, module: nn.Module) -> str | None:
+def _reason(name: str, module: nn.Module, replace_eager: bool) -> str | None:
     """Why an attention has to stay as it is; None if it can be replaced, or is no attention."""
     source = qualified_name(module)
     if isinstance(module, FusedAttention):
@@ -279,7 +279,8 @@ def _reason(name: str, module: nn.Module) -> str | None:
         return unfused_reason(module)
     if not name:
         return "it is the model itself, which nothing holds; accelerate a module around it"
-    return own_call(module) or FUSED[source].why_not(module)
+    reason = own_call(module) or FUSED[source].why_not(module)
+    return reason if reason or replace_eager else switched_off(module)
 
 
 def _substitute(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:

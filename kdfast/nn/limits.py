@@ -2,6 +2,7 @@
 """What a report says besides "fused": which calls of an attention are not, and who wants it so."""
 
 import inspect
+import sys
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,19 @@ def eager_reason(fused: FusedAttention) -> str | None:
     if reason == "fused_attn=False":
         return f"it was told to compute attention weights (fused_attn=False); {_WISH}"
     return reason and f"{reason}, which the kernel would go around"
+
+
+def switched_off(module: nn.Module) -> str | None:
+    """The reason for a module that timm built eager, where ``set_fused_attn(False)`` holds, or None.
+
+    Some of timm's classes are eager unless that switch is set higher than its default; when it is
+    off, that is a wish for them too.
+    """
+    config = sys.modules.get("timm.layers.config")
+    off = config is not None and not config.use_fused_attn()
+    if off and module.__dict__.get("fused_attn") is False:
+        return f"timm's fused attention is switched off; {_WISH}"
+    return None
 
 
 def eager_config(implementation: str) -> str:
