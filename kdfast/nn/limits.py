@@ -27,7 +27,7 @@ def eager_reason(fused: FusedAttention) -> str | None:
 
 
 def switched_off(module: nn.Module) -> str | None:
-    """The reason for a module that timm built eager, where ``set_fused_attn(False)`` holds, or None.
+    """The reason for a module that timm built eager while ``set_fused_attn(False)`` holds.
 
     Some of timm's classes are eager unless that switch is set higher than its default; when it is
     off, that is a wish for them too.

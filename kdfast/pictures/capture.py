@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kdfast.models.eva_layers import Attention as EvaAttention
+from kdfast.nn.attention import FusedAttention
 from kdfast.ops.geometry import Rope, Window
 from kdfast.ops.pruned_attention import rotated
 from kdfast.pictures.layer import LayerAttention
@@ -128,8 +129,16 @@ class _Watcher(TorchFunctionMode):
     def attached(self) -> Iterator[None]:
         """Hooks that follow which module runs, and this mode, until the block ends."""
         handles = []
+        inside = {
+            part
+            for module in self.model.modules()
+            if isinstance(module, FusedAttention)
+            for part in list(module.modules())[1:]
+        }
         try:
             for name, module in self.model.named_modules():
+                if module in inside:  # a stand-in would not go around what is watched
+                    continue
                 enter = partial(self._enter, name)
                 handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leave, always_call=True))
