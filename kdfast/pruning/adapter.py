@@ -95,7 +95,8 @@ class Site:
             whole = f"{self.name}.{path}".rstrip(".")
             if path and (reason := obstacle(owner)):
                 return f"{whole} {reason}"
-            if leaf not in {**owner._parameters, **owner._buffers} and hasattr(owner, leaf):
+            computed = leaf not in {**owner._parameters, **owner._buffers}
+            if computed and isinstance(getattr(owner, leaf, None), Tensor):
                 return f"{whole} computes its {leaf}, which can then not be cut"
         return None
 

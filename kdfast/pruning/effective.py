@@ -68,7 +68,8 @@ def effective(name: str, layer: Any) -> tuple[Tensor, Tensor | None]:
         return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
     with torch.no_grad(), evaluating(layer):
         like = next((x for x in layer.parameters() if x.is_floating_point()), torch.empty(0))
-        zero = like.new_zeros(1, width_of(layer))
+        # Not by new_zeros: the tensor may be of a subclass that has no data of its own.
+        zero = torch.zeros(1, width_of(layer), dtype=like.dtype, device=like.device)
         shift = layer(zero)  # hooks of torch.nn.utils compute the weight now
         plain = is_weights_alone(layer) and "forward" not in layer.__dict__
         if plain and type(layer.weight) in (Tensor, nn.Parameter):
