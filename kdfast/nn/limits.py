@@ -71,5 +71,5 @@ class Limits:
 
 def _config_dropout(module: Any) -> float:
     fields = ("attention_probs_dropout_prob", "attention_dropout")
-    found = [getattr(module.config, field, None) or 0.0 for field in fields]
-    return float(max(found))
+    found = [getattr(module.config, field, None) for field in fields]
+    return max([0.0, *(float(p) for p in found if isinstance(p, int | float))])

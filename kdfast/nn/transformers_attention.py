@@ -139,7 +139,11 @@ def _with_weights(
 def _recorded() -> bool:
     """Whether a call of a model of transformers that runs now was asked for attention weights."""
     recorder = sys.modules.get("transformers.utils.output_capturing")
-    asked = None if recorder is None else recorder._active_collector.get()
+    if recorder is None:
+        return False
+    collector = recorder._active_collector
+    # torch.compile cannot trace a context variable; transformers keeps a global one for it.
+    asked = collector.global_var if torch.compiler.is_compiling() else collector.get()
     return asked is not None and any("attentions" in name for name in asked)
 
 
