@@ -12,7 +12,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 import kdfast
-from kdfast.nn import FusedAttention, TimmAttention
+from kdfast.nn import FusedAttention, TimmAttention, TorchMultiheadAttention
 from kdfast.testing import assert_no_worse, run
 
 
@@ -49,20 +49,20 @@ def test_replaces_in_place_and_restores() -> None:
 
 def test_report_prints() -> None:
     model = tiny()
-    model.blocks[1].attn.attn_drop = nn.Dropout(0.1)
+    model.blocks[1].attn.attn_drop = nn.Softsign()
     report = kdfast.accelerate(model)
     assert not report.complete
-    assert report.left[0][::2] == (
-        "blocks.1.attn",
-        "attention dropout 0.1 (the kernels have none)",
-    )
+    reason = "a torch.nn.modules.activation.Softsign as attn_drop, which the kernel would go around"
+    assert report.left[0][::2] == ("blocks.1.attn", reason)
+    assert report.blocks_left[0][::2] == ("blocks.1", "attn is not fused; its own code runs")
     lines = str(report).splitlines()
-    counts = "1 of 2 attention modules, 9 of 9 linear layers, 4 of 4 blocks"
+    counts = "1 of 2 attention modules, 9 of 9 linear layers, 3 of 4 blocks"
     assert lines[0] == f"kdfast.accelerate: {counts} run fused"
     assert lines[2].split() == [
         "fused", "1", "timm.layers.attention.Attention", "TimmAttention", "blocks.0.attn",
     ]  # fmt: skip
     assert lines[6].startswith("left") and lines[6].endswith("blocks.1.attn")
+    assert lines[7].startswith("left") and lines[7].endswith("blocks.1")
     nothing = str(kdfast.accelerate(nn.Sequential()))
     assert nothing.endswith("0 of 0 attention modules run fused")
 
@@ -196,9 +196,9 @@ def test_dropout_that_is_turned_on_later(monkeypatch) -> None:  # type: ignore[n
             "got the attention itself",
         ),
         (
-            lambda: TimmAttention.adopt(Attention(16, 2, attn_drop=0.2)),
+            lambda: TorchMultiheadAttention.adopt(nn.MultiheadAttention(16, 2, kdim=8)),
             NotImplementedError,
-            "attention dropout 0.2",
+            "another width than queries",
         ),
     ],
 )

@@ -110,6 +110,51 @@ def test_maps_of_accelerated_modules_are_those_of_the_original() -> None:
         torch.testing.assert_close(ours.map(), theirs.map(), atol=1e-5, rtol=1e-4)
 
 
+GRIDS = {
+    "padded": (lambda: timm_vit(dynamic_img_size=True, dynamic_img_pad=True), (36, 30), (5, 4)),
+    "resized": (lambda: timm_vit(dynamic_img_size=True), (40, 24), (5, 3)),
+    "hybrid": (
+        lambda: timm.create_model("vit_tiny_r_s16_p8_224", img_size=128, depth=2, num_classes=3),
+        (128, 128),
+        (4, 4),
+    ),
+    "NaFlex": (
+        lambda: scramble(
+            timm.create_model(
+                "naflexvit_base_patch16_gap", depth=2, embed_dim=24, num_heads=2, num_classes=3
+            )
+        ),
+        (48, 80),
+        (3, 5),
+    ),
+    "NaFlex, padded": (
+        lambda: scramble(
+            timm.create_model(
+                "naflexvit_base_patch16_gap", depth=2, embed_dim=24, num_heads=2, num_classes=3,
+                dynamic_img_pad=True,
+            )
+        ),
+        (40, 70),
+        (3, 5),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("case", GRIDS)
+def test_the_grid_is_that_of_the_model(case: str, fused: bool) -> None:
+    make, size, grid = GRIDS[case]
+    model = make().eval()
+    if fused:
+        accelerate(model)
+    seen = capture(model, torch.randn(1, 3, *size))
+    assert seen.grid == grid
+    assert seen.layers[0].tokens == seen.prefix + grid[0] * grid[1]
+    assert seen.patches(seen.layers[0].map()).shape[-2:] == grid
+    if "padded" in case:
+        assert all(a % b == 0 for a, b in zip(seen.images.shape[2:], grid, strict=True))
+
+
 def test_torchvision_maps_are_those_that_its_attention_returns() -> None:
     model = scramble(VisionTransformer(32, 8, 2, 2, 24, 48, num_classes=4)).eval()
     images = torch.randn(2, 3, 32, 32)

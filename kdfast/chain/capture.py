@@ -24,8 +24,6 @@ from kdfast.nn.heads import AttentionCall
 from kdfast.nn.pool import TimmClassAttention
 from kdfast.nn.table import FUSED, UNKNOWN, unfused_reason
 
-# Switched off in the copy that is read: maps are those before attention weights are dropped.
-_DROPOUTS = ("dropout", "attention_dropout")
 # Submodules that run after the softmax, so that no queries and keys come out of them.
 _AFTER = ("attn_drop", "proj", "out_proj", "attn_out_proj", "mlp", "drop_path", "ls", "sub_norm")
 
@@ -49,11 +47,8 @@ def reader_of(module: nn.Module) -> FusedAttention | str | None:
         return "its instance has a forward of its own"
     if issubclass(kind, TimmClassAttention):
         return few
+    # A copy, as the stand-in says to the original what is set on it.
     twin = copy.copy(module)
-    drop = twin._modules.get("attn_drop")
-    if isinstance(drop, nn.Dropout):
-        twin.__dict__["_modules"] = {**twin._modules, "attn_drop": nn.Identity()}
-    twin.__dict__.update({name: 0.0 for name in _DROPOUTS if name in twin.__dict__})
     return kind.why_not(twin) or kind.adopt(twin)
 
 
@@ -261,7 +256,9 @@ def attention_call(
 def _leaves(module: nn.Module) -> Iterator[nn.Module]:
     """Layers of an attention that queries, keys and biases may come from."""
     for name, layer in module.named_modules():
-        if name and not name.startswith(_AFTER) and not layer._modules:
+        # A module of its own that the stand-in goes around would keep it from running fused.
+        around = name in ("softmax", "rel_pos") or name.startswith(_AFTER)
+        if name and not around and not layer._modules:
             yield layer
 
 

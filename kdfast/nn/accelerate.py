@@ -13,6 +13,7 @@ from torch import nn
 
 from kdfast.nn import block_swap, linear, transformers_attention
 from kdfast.nn.attention import FusedAttention, own_call, qualified_name
+from kdfast.nn.limits import Limits, eager_reason, switched_off
 from kdfast.nn.table import FUSED, UNKNOWN, unfused_reason
 from kdfast.ops._library import BACKENDS, DEFAULT_BACKEND
 from kdfast.ops._matmul import SETTING
@@ -88,7 +89,9 @@ class AccelerateReport:
         return "\n".join([title, *(line.rstrip() for line in lines)])
 
 
-def accelerate(model: nn.Module, *, backend: str | None = None) -> AccelerateReport:
+def accelerate(
+    model: nn.Module, *, backend: str | None = None, replace_eager: bool = False
+) -> AccelerateReport:
     """Makes a model fast, in place and without changing its results.
 
     Attention *instances* are replaced by modules on the same parameters, buffers, submodules and
@@ -96,7 +99,12 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> AccelerateRep
     matrix libraries, blocks and MLPs run fused in inference. State-dict keys stay, so checkpoints
     load both ways. No class is patched. Optimizers, DDP or FSDP wrappers and ``torch.compile`` may
     come before or after, except that a module that is compiled itself is left. Calling it again is
-    harmless.
+    harmless, and brings the report up to date.
+
+    What somebody wants to see is not gone around: attentions and blocks with hooks, adapters or
+    other classes on parts that would not be called any more are left, or run their own code for as
+    long as they are there. So are attentions that were told not to run fused, by timm's
+    ``fused_attn=False`` or transformers' ``attn_implementation="eager"``.
 
     Args:
         model: Any module; docs/use/support.md lists what is replaced. Vision towers of transformers
@@ -104,6 +112,7 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> AccelerateRep
         backend: "auto", "fused" or "reference" for every replaced attention; ``KDFAST_BACKEND`` if
             None. With "auto" torch's own attention runs where the kernel is missing. With
             "reference" linear layers and blocks stay torch's own, too.
+        replace_eager: Replace also attentions that were told not to run fused.
 
     Returns:
         What was replaced, and what was left and why.
@@ -115,7 +124,7 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> AccelerateRep
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
     check_backend(backend)
-    replaced, left = _accelerate_attention(model, backend)
+    replaced, left = _accelerate_attention(model, backend, replace_eager)
     if (DEFAULT_BACKEND if backend is None else backend) == "reference":
         for module in model.modules():
             _put_back(module)
@@ -130,7 +139,7 @@ Rows = tuple[Replacement, ...]
 def accelerate_layers(model: nn.Module) -> tuple[Rows, Rows, Rows, Rows]:
     """``accelerate`` without attention: the last four fields of its report."""
     layers = _replace(model, linear, "kdfast.linear", linear.why_not)
-    return *layers, *_replace(model, block_swap, "fused in inference", lambda module: None)
+    return *layers, *_replace(model, block_swap, "fused in inference", block_swap.why_not)
 
 
 def has_fast_layers(model: nn.Module) -> bool:
@@ -138,34 +147,50 @@ def has_fast_layers(model: nn.Module) -> bool:
     return any(hasattr(type(module), "kdfast_source") for module in model.modules())
 
 
-def _accelerate_attention(model: nn.Module, backend: str | None) -> tuple[Rows, Rows]:
+def _accelerate_attention(
+    model: nn.Module, backend: str | None, replace_eager: bool
+) -> tuple[Rows, Rows]:
     """Replaces attentions; the rows of those that were, and of those that were left."""
     replaced: list[Replacement] = []
     left: list[Replacement] = []
-    fused: dict[nn.Module, FusedAttention] = {}
+    changed: dict[nn.Module, nn.Module] = {}
     inside: set[nn.Module] = set()
-    by_interface = transformers_attention.attentions(model)
+    by_interface = transformers_attention.attentions(model, replace_eager)
+    limits = Limits(model)
     for name, module in list(model.named_modules()):
         source = qualified_name(module)
         if module in inside:
             continue
-        if isinstance(module, FusedAttention):
-            module.backend = backend
-            replaced.append(Replacement(name, module.source, type(module).__name__))
-        elif module in by_interface and by_interface[module] is None:
-            transformers_attention.switch(module, backend)
-            replaced.append(Replacement(name, source, 'attn_implementation="kdfast"'))
-        elif reason := by_interface.get(module) or _reason(name, module):
+        if module in by_interface and by_interface[module] is None:
+            transformers_attention.switch(module, backend, name)
+            now = limits.of(module, f'attn_implementation="{transformers_attention.NAME}"')
+            replaced.append(Replacement(name, source, now))
+        elif reason := by_interface.get(module) or _reason(name, module, replace_eager):
             left.append(Replacement(name, source, reason))
             continue
-        elif source in FUSED:
-            fused[module] = FUSED[source].adopt(module, backend)
-            replaced.append(Replacement(name, source, type(fused[module]).__name__))
+        elif source in FUSED or isinstance(module, FusedAttention):
+            fused = _stand_in(module, backend, replace_eager)
+            fused.backend, fused.place = backend, name
+            reason = eager_reason(fused)
+            now = limits.of(module, type(fused).__name__, fused)
+            row = Replacement(name, fused.source, reason or now)
+            (left if reason else replaced).append(row)
+            # A stand-in that has to run the original's code gives way to it.
+            changed[module] = (fused.original() if reason else None) or fused
         else:
             continue
         inside.update(module.modules())
-    _substitute(model, fused)
+    _substitute(model, changed)
     return tuple(replaced), tuple(_innermost(left, replaced))
+
+
+def _stand_in(module: nn.Module, backend: str | None, replace_eager: bool) -> FusedAttention:
+    if not isinstance(module, FusedAttention):
+        kind = FUSED[qualified_name(module)]
+        return kind.adopt(module, backend, replace_eager=replace_eager)
+    if replace_eager and "fused_attn" in module.__dict__:
+        module.__dict__["fused_attn"] = True
+    return module
 
 
 def _replace(
@@ -188,6 +213,7 @@ def _replace(
         source = qualified_name(module)
         if reason := setting or why_not(module) or own_call(module):
             left.append(Replacement(name, source, reason))
+            kind.put_back(module)
         else:
             kind.replace(module)
             found.append(Replacement(name, source, now))
@@ -244,14 +270,17 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"accelerate: backend must be one of {BACKENDS} or None, got {backend!r}")
 
 
-def _reason(name: str, module: nn.Module) -> str | None:
+def _reason(name: str, module: nn.Module, replace_eager: bool) -> str | None:
     """Why an attention has to stay as it is; None if it can be replaced, or is no attention."""
     source = qualified_name(module)
+    if isinstance(module, FusedAttention):
+        return None
     if source not in FUSED:
         return unfused_reason(module)
     if not name:
         return "it is the model itself, which nothing holds; accelerate a module around it"
-    return own_call(module) or FUSED[source].why_not(module)
+    reason = own_call(module) or FUSED[source].why_not(module)
+    return reason if reason or replace_eager else switched_off(module)
 
 
 def _substitute(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:

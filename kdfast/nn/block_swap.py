@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from kdfast.nn.attention import qualified_name
+from kdfast.nn.attention import EVERYWHERE, FusedAttention, qualified_name
 from kdfast.nn.block import run_block, run_mlp
 from kdfast.nn.block_table import BLOCKS, MLPS
-from kdfast.ops._packed import forget
+from kdfast.nn.table import unfused_reason
+from kdfast.ops._packed import forget, hooked, hooked_everywhere, is_plain_linear
 
 
 class FusedBlock:
@@ -54,6 +55,40 @@ def rebuild(source: Any) -> nn.Module:
 def is_known(module: nn.Module) -> bool:
     """Whether a module is a block or an MLP that can run fused, or one that does."""
     return qualified_name(module) in BLOCKS or qualified_name(module) in MLPS
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why a known module would run its own code in inference whatever its input, or None."""
+    name = qualified_name(module)
+    read: Any = BLOCKS[name] if name in BLOCKS else MLPS[name]
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        for part, _ in modes:
+            part.__dict__["training"] = False
+        parts = read(module, None)
+    finally:
+        for part, mode in modes:
+            part.__dict__["training"] = mode
+    return None if parts is not None else f"{_obstacle(module)}; its own code runs"
+
+
+def _obstacle(module: nn.Module) -> str:
+    """What keeps a block from being read."""
+    if hooked_everywhere():
+        return EVERYWHERE
+    for name, part in module.named_modules():
+        if name and hooked(part):
+            return f"a hook on {name}, or a forward of its own there"
+        if isinstance(part, FusedAttention):
+            if reason := part.own_code():
+                return reason
+        elif unfused_reason(part):
+            return f"{name} is not fused"
+    for name, part in module.named_modules():
+        wraps = hasattr(part, "base_layer") or hasattr(part, "parametrizations")
+        if wraps or (isinstance(part, nn.Linear) and not is_plain_linear(part)):
+            return f"{name} is a {qualified_name(part)}, which may compute anything"
+    return "one of its parts is of a kind that kdfast does not know"
 
 
 def replace(module: nn.Module) -> None:

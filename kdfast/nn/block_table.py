@@ -193,6 +193,8 @@ def _timm_branches(block: Any, args: tuple[Any, ...], gain1: Any, gain2: Any) ->
     attn = block.attn
     if type(attn) not in (TimmAttention, TimmRopeAttention, TimmEvaAttention) or not attn.heads:
         return None
+    if attn.own_code():
+        return None
     mlp = read_mlp(block.mlp, gain2)
     if mlp is None or not _quiet(attn) or not inert(attn.proj_drop):
         return None
@@ -212,7 +214,7 @@ def torchvision_block(block: Any, x: Tensor) -> Branches | None:
     mlp = read_mlp(block.mlp, None)
     if type(attn) is not TorchMultiheadAttention or not attn.heads or not attn.batch_first:
         return None
-    if mlp is None or not _quiet(attn) or not inert(block.dropout):
+    if mlp is None or not _quiet(attn) or not inert(block.dropout) or attn.own_code():
         return None
     if not is_plain_linear(attn.out_proj):
         return None
@@ -245,12 +247,15 @@ class HfLayout(NamedTuple):
 def hf_block(layout: HfLayout, block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Branches | None:
     """A layer of transformers whose attention goes through kdfast's attention function."""
     attn = getattr(block, layout.attention)
+    scales = [getattr(block, name) for name in layout.gains]
+    # Classes of the layer's own file, whose forward was read; others may do anything.
+    if any(type(part).__module__ != type(block).__module__ for part in (attn, *scales)):
+        return None
     # A mask, or a wish for something else.
     if any(v is not None and v is not False for v in (*args, *kwargs.values())):
         return None
     if attn.config._attn_implementation != transformers_attention.NAME or attn.is_causal:
         return None
-    scales = [getattr(block, name) for name in layout.gains]
     projections = [getattr(attn, name) for name in ("q_proj", "k_proj", "v_proj", layout.out)]
     drops = [getattr(block, name) for name in layout.drops]
     if hooked(attn, transformers_attention.is_idle) or not _quiet(*scales) or not inert(*drops):

@@ -35,12 +35,18 @@ class Slot(NamedTuple):
     tensor: Tensor
 
 
+def submodule(module: nn.Module, path: str) -> nn.Module | None:
+    """The module with this dotted name below another, itself for "", or None if there is none."""
+    owner: nn.Module | None = module
+    for step in path.split(".") if path else ():
+        owner = None if owner is None else owner._modules.get(step)
+    return owner
+
+
 def find_tensor(module: nn.Module, name: str) -> Slot | None:
     """The tensor with this dotted name below a module, or None if there is none."""
-    *path, leaf = name.split(".")
-    owner: nn.Module | None = module
-    for step in path:
-        owner = None if owner is None else owner._modules.get(step)
+    path, _, leaf = name.rpartition(".")
+    owner = submodule(module, path)
     tensor = None if owner is None else getattr(owner, leaf, None)
     return Slot(owner, leaf, tensor) if owner is not None and isinstance(tensor, Tensor) else None
 

@@ -121,6 +121,14 @@ def _product(
     return None if products is None else products[0]
 
 
+def is_weights_alone(layer: nn.Module) -> bool:
+    """Whether a linear layer computes what its weight and bias say, however they come about."""
+    return isinstance(layer, nn.Linear) and type(layer).forward in (
+        nn.Linear.forward,
+        FusedLinear.forward,
+    )
+
+
 def is_known(module: nn.Module) -> bool:
     """Whether a module is a linear layer or the patch embedding of an image."""
     if isinstance(module, nn.Linear):
@@ -143,6 +151,9 @@ def why_not(module: nn.Module) -> str | None:
         if getattr(module, "parametrizations", None) is not None:
             return "it is parametrized"
         return f"{qualified_name(module)} may compute something else than its base class"
+    weight = module._parameters.get("weight")
+    if weight is not None and type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}, no plain tensor"
     return None
 
 

@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from kdfast.nn.attention import FusedAttention
+from kdfast.nn.attention import FusedAttention, height_of
 from kdfast.nn.heads import AttentionCall, HeadAxis
-from kdfast.nn.timm_attention import drops_attention
 from kdfast.ops._no_heads import no_heads
 from kdfast.ops._packed import is_plain_linear
 from kdfast.ops.pruned_attention import math_dtype
@@ -76,12 +75,8 @@ class TimmClassAttention(FusedAttention):
         "a pool of few queries is scored by no method; keep_heads cuts it"
     )
 
-    @classmethod
-    def why_not(cls, original: nn.Module) -> str | None:
-        return drops_attention(original)
-
     def _configure(self) -> None:
-        self.head_dim = self._linear(0).out_features // self.num_heads
+        self.head_dim = height_of(self._linear(0)) // self.num_heads
 
     def _linear(self, index: int) -> Any:
         return self._modules[self.projections[index]]
@@ -104,8 +99,7 @@ class TimmClassAttention(FusedAttention):
         if self.num_heads == 0:
             return no_heads(self, x.new_zeros(x.shape[0], 1, 0), x)
         linears = [self._linear(i) for i in range(1, len(self.projections))]
-        dropping = self.training and self.dropout_p()
-        if attn_mask is not None or dropping or not all(map(is_plain_linear, linears)):
+        if attn_mask is not None or self.own_code() or not all(map(is_plain_linear, linears)):
             return self.attend(self.project(x), attn_mask)
         pairs = [(linear.weight, linear.bias) for linear in linears]
         if len(pairs) == 1:
@@ -145,6 +139,8 @@ class TimmPackedClassAttention(TimmClassAttention):
 
 class TimmLatentPool(TimmPackedClassAttention):
     """``timm.layers.AttentionPoolLatent``: learned queries ask all tokens (MAP head of SigLIP)."""
+
+    around: ClassVar[tuple[str, ...]] = ("k_norm",)
 
     @classmethod
     def why_not(cls, original: nn.Module) -> str | None:

@@ -17,14 +17,6 @@ from kdfast.ops._no_heads import no_heads
 from kdfast.ops.geometry import Rope
 
 
-def drops_attention(original: nn.Module) -> str | None:
-    """A reason if the module drops attention weights in training."""
-    drop = original._modules.get("attn_drop")
-    if isinstance(drop, nn.Dropout) and drop.p > 0:
-        return f"attention dropout {drop.p} (the kernels have none)"
-    return None
-
-
 def biased_qkv(attention: Any, x: Tensor) -> Tensor:
     """(B, N, 3 * H * D) of a packed projection whose q, k and v biases are apart, if any."""
     packed: Tensor
@@ -50,10 +42,6 @@ class TimmAttention(FusedAttention):
         "gate.bias": HeadAxis(0),
         "proj.weight": HeadAxis(1),
     }
-
-    @classmethod
-    def why_not(cls, original: nn.Module) -> str | None:
-        return drops_attention(original)
 
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
@@ -200,10 +188,6 @@ class TimmParallelBlock(FusedAttention):
     unprunable: ClassVar[str | None] = (
         "its projections hold the MLP's channels before those of heads"
     )
-
-    @classmethod
-    def why_not(cls, original: nn.Module) -> str | None:
-        return drops_attention(original)
 
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
         return self._project(x)[1]

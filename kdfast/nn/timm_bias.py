@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdfast.nn.heads import AttentionCall, HeadAxis
-from kdfast.nn.timm_attention import biased_qkv, drops_attention
+from kdfast.nn.timm_attention import biased_qkv
 from kdfast.nn.timm_grid import TimmPlainAttention
 
 
@@ -39,9 +39,7 @@ def cosines(call: AttentionCall, logit_scale: Tensor) -> AttentionCall:
 class TimmBiasAttention(TimmPlainAttention):
     """Base of attentions with a position bias, which a subclass adds to the call of ``project``."""
 
-    @classmethod
-    def why_not(cls, original: nn.Module) -> str | None:
-        return drops_attention(original)
+    around: ClassVar[tuple[str, ...]] = (*TimmPlainAttention.around, "rel_pos")
 
     def kept(self, bias: Tensor | None) -> Tensor | None:
         """The held heads' part of a bias (1, H, N, N) of all original heads."""
@@ -57,10 +55,6 @@ class TimmBiasAttention(TimmPlainAttention):
     def set_window_size(self, window_size: tuple[int, int]) -> None:
         """What timm calls when the image size of a model changes."""
         self._method("set_window_size")(self, window_size)
-        for original in self._original:
-            for name in ("window_size", "window_area", "num_relative_distance"):
-                if name in original.__dict__:
-                    original.__dict__[name] = self.__dict__[name]
 
     def init_non_persistent_buffers(self) -> None:
         """What timm calls after a model left the meta device."""
@@ -75,6 +69,8 @@ class TimmBiasAttention(TimmPlainAttention):
 
 class TimmSwinAttention(TimmBiasAttention):
     """``timm.models.swin_transformer.WindowAttention``, with the mask of shifted windows."""
+
+    fused_by_default: ClassVar[bool] = False
 
     axes: ClassVar[Mapping[str, HeadAxis]] = {
         **TimmPlainAttention.axes,
@@ -260,7 +256,7 @@ class TimmTinyAttention(TimmBiasAttention):
     def why_not(cls, original: nn.Module) -> str | None:
         if original.val_dim != original.key_dim:
             return "its values are wider than its keys"
-        return drops_attention(original)
+        return None
 
     def original(self) -> nn.Module | None:
         original = super().original()

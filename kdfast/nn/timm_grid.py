@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast.nn.attention import FusedAttention
+from kdfast.nn.attention import FusedAttention, width_of
 from kdfast.nn.heads import AttentionCall, HeadAxis
-from kdfast.nn.timm_attention import TimmAttention, drops_attention
+from kdfast.nn.timm_attention import TimmAttention
 from kdfast.ops._no_heads import no_heads
 
 
@@ -25,12 +25,8 @@ class TimmPlainAttention(FusedAttention):
         "proj.weight": HeadAxis(1),
     }
 
-    @classmethod
-    def why_not(cls, original: nn.Module) -> str | None:
-        return drops_attention(original)
-
     def _configure(self) -> None:
-        self.head_dim = self.proj.weight.shape[1] // self.num_heads
+        self.head_dim = width_of(self.proj) // self.num_heads
 
     def _packed(self, x: Tensor) -> Tensor:
         """(B, N, 3 * H * D)."""
@@ -166,6 +162,7 @@ class TimmConvAttention(TimmPlainAttention):
     """``timm.models.visformer.Attention``: projections are 1 x 1 convolutions."""
 
     unprunable: ClassVar[str | None] = "its projections are convolutions"
+    fused_by_default: ClassVar[bool] = False
 
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
         packed = self.qkv(x).flatten(2).unflatten(1, (3, self.num_heads, self.head_dim))

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from kdfast.nn.attention import FusedAttention
+from kdfast.nn.attention import FusedAttention, qualified_name
 from kdfast.nn.heads import AttentionCall, HeadAxis
-from kdfast.nn.linear import projected
+from kdfast.nn.linear import is_weights_alone, projected
 from kdfast.nn.pool import folded_attention
 from kdfast.ops._no_heads import no_heads
 from kdfast.ops.linear import linear
@@ -33,12 +33,12 @@ class TorchMultiheadAttention(FusedAttention):
     @classmethod
     def why_not(cls, original: nn.Module) -> str | None:
         module: Any = original
-        if module.dropout > 0:
-            return f"attention dropout {module.dropout} (the kernels have none)"
         if not module._qkv_same_embed_dim:
             return "keys or values have another width than queries"
         if module.bias_k is not None or module.add_zero_attn:
             return "it adds tokens to keys and values"
+        if not is_weights_alone(module.out_proj):
+            return f"its out_proj is a {qualified_name(module.out_proj)}, which it never calls"
         return None
 
     def _configure(self) -> None:
@@ -71,7 +71,7 @@ class TorchMultiheadAttention(FusedAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """The arguments and results of ``torch.nn.MultiheadAttention``."""
         masked = key_padding_mask is not None or attn_mask is not None or is_causal
-        plain = not masked and query.dim() == 3 and not (self.training and self.dropout_p())
+        plain = not masked and query.dim() == 3
         if plain and query is key and key is value and not need_weights:
             batch, tokens = query.shape[:2] if self.batch_first else query.shape[1::-1]
             if self.num_heads:
@@ -92,7 +92,8 @@ class TorchMultiheadAttention(FusedAttention):
                 "without masks and with need_weights=False"
             )
         self._say_once("a mask" if masked else "attention weights that are asked for")
-        out: tuple[Tensor, Tensor | None] = original(
+        # Not by calling the module: its hooks are those of this one, which runs them.
+        out: tuple[Tensor, Tensor | None] = original.forward(
             query,
             key,
             value,

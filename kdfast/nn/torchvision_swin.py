@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdfast.nn.attention import qualified_name
 from kdfast.nn.heads import AttentionCall, HeadAxis
-from kdfast.nn.timm_attention import drops_attention
+from kdfast.nn.linear import is_weights_alone
 from kdfast.nn.timm_bias import cosines, indexed, masked
 from kdfast.nn.timm_grid import TimmPlainAttention
 from kdfast.ops._no_heads import no_heads
@@ -29,9 +30,11 @@ class TorchvisionSwinAttention(TimmPlainAttention):
 
     @classmethod
     def why_not(cls, original: nn.Module) -> str | None:
-        if original.attention_dropout:
-            return f"attention dropout {original.attention_dropout} (the kernels have none)"
-        return drops_attention(original)
+        for name in ("qkv", "proj"):
+            layer = original.get_submodule(name)
+            if not is_weights_alone(layer):
+                return f"its {name} is a {qualified_name(layer)}, which it never calls"
+        return None
 
     def _configure(self) -> None:
         super()._configure()

@@ -6,11 +6,15 @@ See docs/use/accelerate.md.
 transformers is imported only by functions that are given one of its models, or asked to register.
 """
 
+import inspect
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from kdfast.nn.attention import qualified_name, say_once
+from kdfast.nn.limits import eager_config
 from kdfast.ops.sdpa import self_attention, unfused
 
 NAME = "kdfast"
@@ -19,6 +23,7 @@ _PRETRAINED = "transformers.modeling_utils.PreTrainedModel"
 _BEFORE = "_kdfast_before"
 _BACKEND = "_kdfast_backend"
 _REGISTERS = "_kdfast_registers"
+_PLACE = "_kdfast_place"
 
 
 class _Registers:
@@ -60,7 +65,7 @@ def attention_function(
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """What transformers calls: (B, H, N, D) each to (B, N, H, D).
 
     Args:
@@ -79,13 +84,67 @@ def attention_function(
     other = [name for name in _SPECIAL if kwargs.get(name) is not None]
     bias = attention_mask if _is_bias(attention_mask, query) else None
     mask = attention_mask if bias is None else None
+    plain = not other and not causal and query.shape[1] == key.shape[1]
+    if plain and (kwargs.get("output_attentions") or _recorded()):
+        return _with_weights(module, query, key, value, attention_mask, dropout, scaling)
     if other or unfused(query, key, value, mask, dropout, bool(causal)):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        _say(module, _special(mask, dropout, other))
         kwargs.update(dropout=dropout, scaling=scaling, is_causal=is_causal)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     out = self_attention(query, key, value, scale=scaling, bias=bias, backend=backend_of(module))
     return out.transpose(1, 2).contiguous(), None
+
+
+def _special(mask: Tensor | None, dropout: float, other: list[str]) -> str:
+    """What keeps a call from the kernel, in words."""
+    if mask is not None:
+        return "a mask"
+    return (
+        f"attention dropout {dropout}"
+        if dropout
+        else "a call with " + (", ".join(other) or "causal or unequal queries and keys")
+    )
+
+
+def _say(module: nn.Module, what: str) -> None:
+    """Says so of a module that ``accelerate`` switched: its report called it fused."""
+    place = getattr(module, _PLACE, None)
+    if place is not None:
+        say_once(qualified_name(module), what, place, backend_of(module))
+
+
+def _with_weights(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The call with its attention weights (B, H, N, M), as "eager" has them."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query @ key.transpose(-1, -2) * scale
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32))
+    weights = nn.functional.dropout(weights.to(query.dtype), dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def _recorded() -> bool:
+    """Whether a call of a model of transformers that runs now was asked for attention weights."""
+    recorder = sys.modules.get("transformers.utils.output_capturing")
+    if recorder is None:
+        return False
+    collector = recorder._active_collector
+    # torch.compile cannot trace a context variable; transformers keeps a global one for it.
+    asked = collector.global_var if torch.compiler.is_compiling() else collector.get()
+    return asked is not None and any("attentions" in name for name in asked)
 
 
 def backend_of(module: nn.Module) -> str | None:
@@ -100,11 +159,8 @@ def is_idle(hook: Any) -> bool:
     It stays on an attention once a call with ``output_attentions`` or ``output_hidden_states`` put
     it there.
     """
-    recorder = sys.modules.get("transformers.utils.output_capturing")
-    if recorder is None or getattr(hook, "__module__", None) != recorder.__name__:
-        return False
-    asked = recorder._active_collector.get()
-    return asked is None or not any("attentions" in name for name in asked)
+    name = "transformers.utils.output_capturing"
+    return getattr(hook, "__module__", None) == name and not _recorded()
 
 
 def _is_bias(mask: Tensor | None, query: Tensor) -> bool:
@@ -118,38 +174,53 @@ def _is_bias(mask: Tensor | None, query: Tensor) -> bool:
 _SPECIAL = ("softcap", "position_bias", "cache", "sliding_window", "s_aux")
 
 
-def attentions(model: nn.Module) -> dict[nn.Module, str | None]:
+def _calls_interface(cls: type[nn.Module]) -> bool:
+    """Whether a class has code that asks transformers for an attention function.
+
+    Others are attention by name only, or hold one of another kind, as pooling heads do.
+    """
+    methods = (x for base in cls.__mro__ if base is not nn.Module for x in vars(base).values())
+    codes = (getattr(inspect.unwrap(x), "__code__", None) for x in methods if callable(x))
+    return any(code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
+
+
+def attentions(model: nn.Module, replace_eager: bool = False) -> dict[nn.Module, str | None]:
     """Attentions of the transformers models in ``model``, each with why it has to stay, or None.
 
     transformers is not imported.
+
+    Args:
+        model: Any module.
+        replace_eager: Whether ``attn_implementation="eager"`` is no reason.
     """
     owner: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if any(f"{b.__module__}.{b.__qualname__}" == _PRETRAINED for b in type(module).__mro__):
             owner.update(dict.fromkeys(module.modules(), module))
     return {
-        module: _why_not(module, holder)
+        module: _why_not(module, holder, replace_eager)
         for module, holder in owner.items()
         if "Attention" in type(module).__name__
         and hasattr(getattr(module, "config", None), "_attn_implementation")
+        and _calls_interface(type(module))
     }
 
 
-def _why_not(module: nn.Module, owner: Any) -> str | None:
+def _why_not(module: nn.Module, owner: Any, replace_eager: bool) -> str | None:
     config: Any = module.config
     if not hasattr(config, "patch_size"):
         return "not part of a vision tower: its calls are masked or causal"
     if not owner._can_set_attn_implementation():
         return "its model does not use the attention interface of transformers"
-    for field in ("attention_probs_dropout_prob", "attention_dropout"):
-        if (getattr(config, field, 0) or 0) > 0:
-            return f"attention dropout {getattr(config, field)} (the kernels have none)"
     if reason := _why_no_bias(module, config):
         return reason
     if getattr(module, "is_causal", False):
         return "it is causal"
     if getattr(config, "output_attentions", False):
         return "its config asks for attention weights"
+    # Models without another implementation are eager without anybody's wish.
+    if config._attn_implementation == "eager" and owner._supports_sdpa and not replace_eager:
+        return eager_config("eager")
     return None
 
 
@@ -171,8 +242,14 @@ _BIASED = tuple(
 )
 
 
-def switch(module: Any, backend: str | None) -> None:
-    """Makes the attentions that share ``module``'s config run fused."""
+def switch(module: Any, backend: str | None, place: str) -> None:
+    """Makes the attentions that share ``module``'s config run fused.
+
+    Args:
+        module: One of them.
+        backend: As in ``accelerate``.
+        place: Its name in the model, for messages.
+    """
     register_transformers()
     before = module.config._attn_implementation
     if before != NAME:
@@ -181,6 +258,7 @@ def switch(module: Any, backend: str | None) -> None:
     elif _BEFORE not in module.__dict__:
         module.__dict__[_BEFORE] = None
     module.__dict__[_BACKEND] = backend
+    module.__dict__[_PLACE] = place
     module.__dict__[_REGISTERS] = _Registers()
 
 
@@ -191,5 +269,6 @@ def switch_back(model: nn.Module) -> int:
         if before := module.__dict__.pop(_BEFORE):
             module.config._attn_implementation = before
         module.__dict__.pop(_BACKEND, None)
+        module.__dict__.pop(_PLACE, None)
         module.__dict__.pop(_REGISTERS, None)
     return len(modules)

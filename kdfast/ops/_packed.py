@@ -217,7 +217,7 @@ def is_plain_linear(module: Any) -> bool:
         # Or one of those classes whose forward is kdfast's.
         (plain or "kdfast_linear" in cls.__dict__)
         and not hooked(module)
-        and module._parameters.get("weight") is not None
+        and type(module._parameters.get("weight")) in _KINDS
     )
 
 
@@ -235,8 +235,13 @@ def hooked(module: nn.Module, idle: Callable[[Any], bool] | None = None) -> bool
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or _has_any_global_hook()
+        or hooked_everywhere()
     )
+
+
+def hooked_everywhere() -> bool:
+    """Whether a hook of the whole process sees the calls of every module."""
+    return bool(_has_any_global_hook())
 
 
 def enough_work(x: Tensor, weight: Tensor) -> bool:

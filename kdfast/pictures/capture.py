@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kdfast.models.eva_layers import Attention as EvaAttention
+from kdfast.nn.attention import FusedAttention
 from kdfast.ops.geometry import Rope, Window
 from kdfast.ops.pruned_attention import rotated
 from kdfast.pictures.layer import LayerAttention
@@ -28,7 +29,7 @@ class Attentions:
     """Every self-attention of one forward pass.
 
     Attributes:
-        images: (B, 3, H, W), the input of the model.
+        images: (B, 3, H, W), the input of the model, with the pads that it adds for whole patches.
         layers: The attentions, in the order of execution.
         prefix: Number of tokens before the patches: CLS, registers.
         grid: (h, w) of the patches, row-major after the prefix; prefix + h * w = N.
@@ -78,10 +79,12 @@ def capture(model: nn.Module, images: Tensor) -> Attentions:
     if images.dim() != 4 or 0 in images.shape:
         raise ValueError(f"capture: images must be (B, 3, H, W), got {tuple(images.shape)}")
     side = patch_size(model)
-    grid = (images.shape[2] // side, images.shape[3] // side)
     watcher = _Watcher(model, len(images))
     with torch.no_grad(), _eval_and_fused(model), watcher.attached():
         model(images)
+    # That of the model: a hybrid's patches are pixels of its features, others pad the image.
+    grid = watcher.grid or (images.shape[2] // side, images.shape[3] // side)
+    images = _padded(model, images, grid, side)
     layers = [layer for layer in watcher.layers if layer.tokens >= grid[0] * grid[1] > 0]
     if not layers:
         raise NotImplementedError(
@@ -104,8 +107,7 @@ def patch_size(model: nn.Module) -> int:
     Raises:
         TypeError: The model has no patch size, or patches are not square.
     """
-    owners = (getattr(model, "patch_embed", None), model, getattr(model, "config", None))
-    for owner in owners:
+    for owner in (*_embeds(model), model, getattr(model, "config", None)):
         size: Any = getattr(owner, "patch_size", None)
         sides = set(size) if isinstance(size, (tuple, list)) else {size}
         if len(sides) == 1 and isinstance(side := sides.pop(), int):
@@ -115,21 +117,49 @@ def patch_size(model: nn.Module) -> int:
     )
 
 
+def _embeds(model: nn.Module) -> list[Any]:
+    """What makes tokens of an image, by timm's names."""
+    found = (getattr(model, name, None) for name in ("patch_embed", "embeds"))
+    return [embed for embed in found if embed is not None]
+
+
+def _padded(model: nn.Module, images: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """The images with the pads, below and on the right, of a model that adds them by itself."""
+    if not any(getattr(embed, "dynamic_img_pad", False) for embed in _embeds(model)):
+        return images
+    down, right = (max(0, n * side - x) for n, x in zip(grid, images.shape[2:], strict=True))
+    return F.pad(images, (0, right, 0, down))
+
+
 class _Watcher(TorchFunctionMode):
-    """Turns the attention calls of one forward pass into layers, named after their modules."""
+    """Turns the attention calls of one forward pass into layers, named after their modules.
+
+    Attributes:
+        layers: The attentions so far.
+        grid: (h, w) of what the last projection to patches before them gave; None without one.
+    """
 
     def __init__(self, model: nn.Module, batch: int) -> None:
         super().__init__()
         self.model, self.batch = model, batch
         self.layers: list[LayerAttention] = []
+        self.grid: tuple[int, int] | None = None
         self._path: list[tuple[str, nn.Module, int | None]] = []
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Hooks that follow which module runs, and this mode, until the block ends."""
         handles = []
+        inside = {
+            part
+            for module in self.model.modules()
+            if isinstance(module, FusedAttention)
+            for part in list(module.modules())[1:]
+        }
         try:
             for name, module in self.model.named_modules():
+                if module in inside:  # a stand-in would not go around what is watched
+                    continue
                 enter = partial(self._enter, name)
                 handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leave, always_call=True))
@@ -146,6 +176,8 @@ class _Watcher(TorchFunctionMode):
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         name, *_ = self._path.pop()
+        if not self.layers:
+            self._see_grid(name, module, output)
         if isinstance(module, EvaAttention) and output is not None:
             (_, grid, rope, *_), (_, q, k, _) = args, output
             window = None
@@ -153,6 +185,16 @@ class _Watcher(TorchFunctionMode):
                 # A pad's value has no influence on probabilities; that it is a live key has.
                 window = Window(grid, module.window_size, q.new_zeros(q.shape[1], q.shape[3]))
             self._add(name, q, k, None, rope=rope, window=window)
+
+    def _see_grid(self, name: str, module: nn.Module, output: Any) -> None:
+        """Keeps the places of a projection to patches, or what an embedding says of them."""
+        projects = isinstance(module, nn.Conv2d) or name.endswith("patch_embed.proj")
+        if projects and isinstance(output, Tensor) and output.dim() == 4:
+            self.grid = (output.shape[2], output.shape[3])
+        elif module is getattr(self.model, "embeds", None) and isinstance(output, tuple):
+            given = output[1] if len(output) > 1 else None
+            if given is not None and len(given) == 2:
+                self.grid = (int(given[0]), int(given[1]))
 
     def __torch_function__(
         self,

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from kdfast.nn.heads import AttentionCall, HeadAxis, find_tensor
+from kdfast.nn.heads import AttentionCall, HeadAxis, find_tensor, submodule
+from kdfast.pruning.effective import effective, is_linear, obstacle
 
 
 class HeadWeights(NamedTuple):
@@ -60,9 +61,44 @@ class Site:
     norm: nn.Module | None = None
 
     def tensors(self) -> dict[str, tuple[HeadAxis, Tensor]]:
-        """The axes and tensors that the module has."""
-        found = {name: (axis, find_tensor(self.module, name)) for name, axis in self.axes.items()}
-        return {name: (axis, slot.tensor) for name, (axis, slot) in found.items() if slot}
+        """The axes and tensors that the module has; of adapted layers, what they compute with."""
+        found: dict[str, tuple[HeadAxis, Tensor]] = {}
+        computed: dict[str, dict[str, Tensor | None]] = {}
+        for name, axis in self.axes.items():
+            path, _, leaf = name.rpartition(".")
+            owner = submodule(self.module, path)
+            if owner is None:
+                continue
+            if path and is_linear(owner) and obstacle(owner):
+                if path not in computed:
+                    pair = effective(f"{self.name}.{path}", owner)
+                    computed[path] = dict(zip(("weight", "bias"), pair, strict=True))
+                tensor = computed[path].get(leaf)
+            else:
+                slot = find_tensor(self.module, name)
+                tensor = None if slot is None else slot.tensor
+            if tensor is not None:
+                found[name] = (axis, tensor)
+        return found
+
+    def weight(self) -> Tensor:
+        """(O, len(held) * size): what ``projection`` multiplies by, detached."""
+        return effective(f"the projection of {self.name}", self.projection)[0]
+
+    def uncuttable(self) -> str | None:
+        """Which layer's tensors cannot be cut, why, and the way out; None if all can."""
+        for name in self.axes:
+            path, _, leaf = name.rpartition(".")
+            owner = submodule(self.module, path)
+            if owner is None:
+                continue
+            whole = f"{self.name}.{path}".rstrip(".")
+            if path and (reason := obstacle(owner)):
+                return f"{whole} {reason}"
+            computed = leaf not in {**owner._parameters, **owner._buffers}
+            if computed and isinstance(getattr(owner, leaf, None), Tensor):
+                return f"{whole} computes its {leaf}, which can then not be cut"
+        return None
 
 
 @dataclass(frozen=True)

@@ -264,8 +264,7 @@ def _moments(site: Site, sums: Moments, branch: Branch) -> SiteMoments:
 
 def weight_norm(site: Site) -> float:
     """Norm of the weight of the site's projection."""
-    weight: Any = site.projection.weight
-    return float(weight.detach().double().norm())
+    return float(site.weight().double().norm())
 
 
 def _loaded(

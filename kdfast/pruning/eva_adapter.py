@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.models.eva import EVAViT
+from kdfast.nn.attention import width_of
 from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.ops.geometry import Window
 from kdfast.pruning.adapter import BlockFlops, HeadWeights, Site
+from kdfast.pruning.effective import effective
 
 HEAD_AXES = {
     "q_proj.weight": HeadAxis(0),
@@ -68,7 +70,7 @@ class EvaAdapter:
                 block.mlp,
                 MLP_AXES,
                 1,
-                list(range(block.mlp.w1.out_features)),
+                list(range(width_of(block.mlp.w3))),
                 block.mlp.w3,
                 norm=block.mlp.ffn_ln,
             )
@@ -79,17 +81,17 @@ class EvaAdapter:
         attention: Any = site.module
         size = (len(site.held), site.size)
 
-        def rows(proj: nn.Linear, bias: Tensor | None) -> Tensor:
-            weight = proj.weight.detach()
+        def rows(name: str, bias: Tensor | None) -> Tensor:
+            weight = effective(f"{site.name}.{name}", attention.get_submodule(name))[0]
             if bias is not None:
                 weight = torch.cat((weight, bias.detach()[:, None]), 1)
             return weight.unflatten(0, size)
 
         return HeadWeights(
-            rows(attention.q_proj, attention.q_bias),
-            rows(attention.k_proj, None),
-            rows(attention.v_proj, attention.v_bias),
-            attention.proj.weight.detach().unflatten(1, size).transpose(0, 1),
+            rows("q_proj", attention.q_bias),
+            rows("k_proj", None),
+            rows("v_proj", attention.v_bias),
+            site.weight().unflatten(1, size).transpose(0, 1),
         )
 
     def call(

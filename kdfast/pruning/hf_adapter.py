@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdfast.nn.attention import qualified_name
+from kdfast.nn.attention import height_of, qualified_name
 from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.ops._no_heads import no_heads
 from kdfast.ops.geometry import Rope
@@ -84,7 +84,7 @@ class HfAdapter(SiteAdapter):
             if source not in ATTENTIONS:
                 continue
             attention: Any = module
-            count = attention.q_proj.out_features // attention.head_dim
+            count = height_of(attention.q_proj) // attention.head_dim
             held = list(getattr(attention, "kept_heads", range(count)))
             axes = _axes(module)
             sites.append(Site(name, module, axes, attention.head_dim, held, _projection(module)))

@@ -94,8 +94,7 @@ def weighted(site: Site, moments: SiteMoments) -> Tensor:
     A squared error of outputs of this weight is one of the stream, as a share of its variance.
     Where the block does not add the output to a stream it is a share of the output's variance.
     """
-    projection: Any = site.projection
-    weight: Tensor = projection.weight.detach().double().cpu()
+    weight = site.weight().double().cpu()
     if moments.gain is None:
         size = float(((weight @ moments.covariance) * weight).sum())
     else:

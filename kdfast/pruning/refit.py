@@ -81,9 +81,8 @@ class Compensation:
             if index in measured:
                 errors.append(self._folded(site, target, measured[index]))
                 continue
-            weight: Any = site.projection.weight
             kept = channels(site, rows[index])
-            problem = problem_of(moments, weight.detach().double().cpu(), kept)
+            problem = problem_of(moments, site.weight().double().cpu(), kept)
             errors.append(fold(site, target, problem, self.ridge))
         return errors
 
@@ -149,8 +148,7 @@ class Compensation:
         return {**self.calibration.attentions, **self.calibration.mlps}[site.name]
 
     def _folded(self, site: Site, target: Site, sums: Moments) -> SiteError:
-        weight: Any = site.projection.weight
-        size = output_variance(self._moments(site), weight.detach().double().cpu())
+        size = output_variance(self._moments(site), site.weight().double().cpu())
         return fold(site, target, measured_problem(sums, size), self.ridge)
 
     def _watched(self, indices: Sequence[int]) -> list[Moments]:

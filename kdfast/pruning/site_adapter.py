@@ -54,8 +54,7 @@ class SiteAdapter:
     def weights(self, site: Site) -> HeadWeights:
         named = {name: tensor.detach() for name, (_, tensor) in site.tensors().items()}
         q, k, v = self._rows(named, site)
-        columns: Any = site.projection.weight
-        weight = columns.detach()
+        weight = site.weight()
         # A norm before the projection scales its columns.
         if site.norm is not None and isinstance(site.norm.weight, Tensor):
             weight = weight * site.norm.weight.detach()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdfast.nn.attention import FusedAttention, qualified_name
+from kdfast.nn.attention import FusedAttention, qualified_name, width_of
 from kdfast.nn.heads import HeadAxis, find_tensor, resize
 from kdfast.pruning.adapter import BlockFlops, Site
 
@@ -88,13 +88,13 @@ def _mlp_site(name: str, module: nn.Module) -> Site | None:
     axes, last = MLPS[qualified_name(module)]
     projection: Any = module.get_submodule(last)
     norm: nn.Module | None = getattr(module, "norm", None)
-    if not isinstance(projection, nn.Linear):
+    if not isinstance(projection, nn.Linear) and not hasattr(projection, "base_layer"):
         return None
     if isinstance(norm, nn.Identity):
         norm = None
     if norm is not None and not hasattr(norm, "normalized_shape"):
         return None
-    return Site(name, module, axes, 1, list(range(projection.in_features)), projection, norm=norm)
+    return Site(name, module, axes, 1, list(range(width_of(projection))), projection, norm=norm)
 
 
 def meta_copy(model: nn.Module) -> Any:
@@ -104,12 +104,19 @@ def meta_copy(model: nn.Module) -> Any:
         memo[id(tensor)] = nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
+    for module in model.modules():
+        for value in module.__dict__.values():
+            # Hooks of torch.nn.utils keep a weight that they computed, which cannot be copied.
+            if isinstance(value, Tensor) and id(value) not in memo:
+                memo[id(value)] = value.detach().to("meta")
     return copy.deepcopy(model, memo)
 
 
 @torch.no_grad()
 def narrow(site: Site, count: int) -> None:
     """Resizes the site's tensors to ``count`` slices; their values are undefined."""
+    if count == len(site.held):
+        return
     for name, axis in site.axes.items():
         slot = find_tensor(site.module, name)
         if slot is not None:

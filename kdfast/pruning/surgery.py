@@ -77,8 +77,9 @@ def prune_heads(
     Raises:
         TypeError: The model's family is not known, or a selection is not a list of lists of ints.
         ValueError: Not one list per block, or a position is out of range or repeated, a group of
-            heads that share keys is split, the calibration is of another model, or options do not
-            go together.
+            heads that share keys is split, the calibration is of another model, options do not go
+            together, or a layer that would be cut is adapted, parametrized or quantized; the
+            message names it and what makes it plain. Nothing is changed then.
     """
     student, _ = prune_with_errors(
         model,
@@ -119,8 +120,9 @@ def prune_with_errors(
         )
     units = _positions("mlp", mlp, mlps)
     originals = [[site.held[p] for p in row] for site, row in zip(attentions, kept, strict=True)]
-    student = adapter.empty(model, originals, [len(row) for row in units])
     cuts = list(zip((*attentions, *mlps), (*kept, *units), strict=True))
+    _check_layers(cuts)
+    student = adapter.empty(model, originals, [len(row) for row in units])
     _fill(model, student, cuts)
     adapter.refresh(student)
     _copy_flags(model, student)
@@ -136,6 +138,13 @@ def prune_with_errors(
         means, _ = observe("prune_heads", anatomy, MeanObserver(anatomy), data, batches, progress)
         _fold(cuts, means, Anatomy.of(adapter, student))
     return student, errors  # type: ignore[return-value]
+
+
+def _check_layers(cuts: Sequence[tuple[Site, Sequence[int]]]) -> None:
+    """Raises ValueError before anything is built where a layer to be cut is more than it holds."""
+    for site, row in cuts:
+        if len(row) < len(site.held) and (reason := site.uncuttable()):
+            raise ValueError(f"prune_heads: {reason}")
 
 
 def _check_options(
@@ -290,12 +299,12 @@ def _fold(
         removed = sorted(set(range(len(site.held))) - set(row))
         if not removed:
             continue
-        weight, bias = site.projection.weight, target.projection.bias
+        bias = target.projection.bias
         if not isinstance(bias, Tensor):
             raise ValueError(
                 f"prune_heads: mean_context needs a bias in the projection of {site.name}"
             )
-        columns = weight.detach().double()  # type: ignore[operator]
+        columns = site.weight().double()
         columns = columns.unflatten(1, (-1, site.size))[:, removed]
         context = mean.to(columns).unflatten(0, (-1, site.size))[removed]
         written = torch.einsum("csd,sd->c", columns, context)
