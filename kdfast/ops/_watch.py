@@ -15,9 +15,8 @@ TRANSFORM = "torch.func and forward-mode derivatives look into every operator"
 
 def transformed() -> bool:
     """Whether torch.func transforms the call, or a forward-mode derivative may be asked for."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or (
-        forward_ad._current_level >= 0
-    )
+    # torch.compile knows the right answer of this question, not of others about the stack.
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def traced() -> bool:

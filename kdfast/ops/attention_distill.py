@@ -118,7 +118,7 @@ def attention_distill(
     teacher_rope = check_sides(q, k, v, teacher_q, teacher_k, rope, window, teacher_rope)
     if kind not in STATS:
         raise ValueError(f"attention_distill: kind must be one of {tuple(STATS)}, got {kind!r}")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"attention_distill: temperature must be above 0, got {temperature}")
     kept = None if heads is None else head_list("attention_distill", "heads", heads, q.shape[1])
     count = q.shape[1] if kept is None else len(kept)
