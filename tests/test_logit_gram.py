@@ -157,12 +157,16 @@ def test_compile() -> None:
 
 
 @pytest.mark.usefixtures("always")
-def test_no_second_derivative() -> None:
-    x = [torch.randn(1, 1, 4, 8, requires_grad=True) for _ in range(5)]
-    _, loss = distance(x[3:], "fused")(*x[:3])
-    (dq,) = torch.autograd.grad(loss, x[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        dq.sum().backward()
+def test_second_derivative() -> None:
+    x = [torch.randn(1, 2, 6, 8, dtype=torch.float64, requires_grad=True) for _ in range(5)]
+    for window in (None, Window((2, 3), 2)):
+        results = []
+        for backend in ("fused", "reference"):
+            _, loss = distance(x[3:], backend, window=window)(*x[:3])
+            first = torch.autograd.grad(loss, x[:2], create_graph=True)
+            results.append(torch.autograd.grad(sum(g.sin().sum() for g in first), x[:2]))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.usefixtures("always")

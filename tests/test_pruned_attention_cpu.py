@@ -77,10 +77,12 @@ def test_gradcheck() -> None:
     case = Case((1, 2, 6, 4), (1,), layout="half", grid=(2, 3), size=2, padded=True)
     leaves = [x.requires_grad_() for x in case.inputs()]
     assert torch.autograd.gradcheck(case.call("fused"), leaves)
-    out = case.call("fused")(*leaves)
-    (grad,) = torch.autograd.grad(out.sum(), leaves[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        grad.sum().backward()
+    assert torch.autograd.gradgradcheck(case.call("fused"), leaves)
+    x, bias = (torch.randn(2, 3, 5, n, dtype=torch.float64, requires_grad=True) for n in (4, 5))
+    # One tensor as all three, and a bias of two turns.
+    assert torch.autograd.gradgradcheck(
+        lambda x, bias: kdfast.pruned_attention(x, x, x, bias=bias, backend="fused"), (x, bias)
+    )
 
 
 class Cut(torch.autograd.Function):

@@ -9,11 +9,11 @@ of the N tokens, which cost 2 N C H D products, are never computed; see docs/use
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from kdfast.nn.attention import FusedAttention, height_of
 from kdfast.nn.heads import AttentionCall, HeadAxis
+from kdfast.ops._autocast import without_autocast
 from kdfast.ops._no_heads import no_heads
 from kdfast.ops._packed import is_plain_linear
 from kdfast.ops.pruned_attention import math_dtype
@@ -40,7 +40,8 @@ def folded_attention(
         everything is computed in fp32 (fp64 for fp64).
     """
     heads, dtype = q.shape[1], math_dtype(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    context, _ = without_autocast(q.device.type)
+    with context:
         key_weight, value_weight = (w.to(dtype).unflatten(0, (heads, -1)) for w, _ in (key, value))
         query, tokens = scale * q.to(dtype), x.to(dtype)
         logits = (query @ key_weight).flatten(1, 2) @ tokens.transpose(1, 2)

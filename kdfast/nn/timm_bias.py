@@ -233,7 +233,7 @@ class TimmGlobalWindowAttention(TimmBiasAttention):
         heads = (self.num_heads, self.head_dim)
         k, v = self.qkv(x).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
         # Windows of an image follow one another and share its queries.
-        q = q_global.repeat_interleave(len(x) // len(q_global), 0)
+        q = q_global.repeat_interleave(x.shape[0] // q_global.shape[0], 0)
         q = q.reshape(*x.shape[:2], *heads).transpose(1, 2)
         return AttentionCall(q, k, None, None, self.scale, v, self.rel_pos.get_bias())
 

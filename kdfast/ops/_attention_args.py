@@ -4,6 +4,8 @@
 B batch, H heads, N tokens, D head dim, G biases that the images of a batch take in turn.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -72,6 +74,30 @@ def check_bias(op: str, q: Tensor, bias: Tensor, window: Window | None) -> None:
         raise ValueError(f"{op}: bias must have a G that divides B = {batch}, got {bias.shape[0]}")
     if bias.device != q.device:
         raise ValueError(f"{op}: bias must be on {q.device} like q, got {bias.device}")
+
+
+def geometry_of(
+    cos: Tensor | None,
+    sin: Tensor | None,
+    prefix: int,
+    interleaved: bool,
+    grid: Sequence[int] | None,
+    size: int,
+    pad_value: Tensor | None,
+) -> tuple[Rope | None, Window | None]:
+    """What ``geometry_args`` were made of."""
+    rope = window = None
+    if cos is not None and sin is not None:
+        rope = Rope(cos, sin, prefix, "interleaved" if interleaved else "half")
+    if grid is not None:
+        window = Window((grid[0], grid[1]), size, pad_value)
+    return rope, window
+
+
+def geometry_tensors(rope: Rope | None, window: Window | None) -> list[Tensor | None]:
+    """The tensors of both."""
+    tables: list[Tensor | None] = [] if rope is None else [rope.cos, rope.sin]
+    return tables if window is None else [*tables, window.pad_value]
 
 
 def score_args(rope: Rope | None, scale: float) -> Scores:

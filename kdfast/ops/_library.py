@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops._checks import check_tensors
+from kdfast.ops._watch import TRANSFORM, has_tangent, transformed, watcher
 
 BACKENDS = ("auto", "fused", "reference")
 
@@ -208,12 +209,67 @@ def register_gradient(
             return tuple(results)
 
     def autograd(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Gradient.apply(*args, keyset)
-        return call(keyset, args)
+        tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if transformed():
+            refuse_transform(name, tracked, args)
+        return Gradient.apply(*args, keyset) if tracked else call(keyset, args)
 
     Gradient.__name__ = f"{name}_gradient"
     LIB.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def refuse_transform(name: str, tracked: bool, args: tuple[Any, ...]) -> None:
+    """Raises NotImplementedError where op ``name`` would lose a derivative under a transform.
+
+    Only whoever calls ``torch.ops.kdfast`` comes here; the public functions take torch's operators.
+    """
+    if tracked or has_tangent(args):
+        raise NotImplementedError(
+            f"torch.ops.kdfast.{name} has no derivative under torch.func and none in forward mode; "
+            "call the function of kdfast, which takes torch's operators there"
+        )
+
+
+def forbid_gradient(name: str) -> None:
+    """Makes op ``name`` raise NotImplementedError where a derivative of it is asked for."""
+    op = getattr(torch.ops.kdfast, name).default
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or (
+            transformed() and has_tangent(args)
+        ):
+            raise NotImplementedError(
+                f"torch.ops.kdfast.{name} has no derivative; call the function of kdfast"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    LIB.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def second_derivative(
+    outputs: Callable[..., Sequence[Tensor]],
+    inputs: dict[str, Tensor | None],
+    grads: Sequence[Tensor | None],
+) -> dict[str, Tensor | None]:
+    """Gradients that can be differentiated again, by torch's own operators.
+
+    Args:
+        outputs: Computes an op's outputs from ``inputs``, as its reference does.
+        inputs: Tensors by their names, of which those that require one get a gradient.
+        grads: Of the outputs.
+    """
+    # Views: one tensor may be several inputs.
+    apart = {k: x.view_as(x) for k, x in inputs.items() if x is not None and x.requires_grad}
+    found = outputs(**{**inputs, **apart})
+    pairs = [(x, g) for x, g in zip(found, grads, strict=True) if g is not None and x.requires_grad]
+    if not pairs:
+        return {}
+    results, upstream = zip(*pairs, strict=True)
+    got = torch.autograd.grad(
+        results, list(apart.values()), upstream, create_graph=True, allow_unused=True
+    )
+    return dict(zip(apart, got, strict=True))
 
 
 def forbid_second_derivative(name: str, op: str) -> None:
@@ -233,6 +289,7 @@ def use_fused(
     reason: str | None,
     *,
     compiled: bool = True,
+    given: Sequence[Tensor | None] = (),
 ) -> bool:
     """Decides between the compiled kernel and the eager reference.
 
@@ -241,6 +298,7 @@ def use_fused(
         backend: The caller's choice; ``KDFAST_BACKEND`` if None.
         reason: Why the compiled kernel cannot run this input, or None.
         compiled: False if the reason is that no kernel exists for the device.
+        given: Tensors of the call: with a ``watcher`` "auto" is the reference, without a warning.
 
     Returns:
         True for the compiled kernel.
@@ -252,8 +310,10 @@ def use_fused(
     backend = DEFAULT_BACKEND if backend is None else backend
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {BACKENDS} or None, got {backend!r}")
-    if backend == "reference":
+    if backend == "reference" or (backend == "auto" and watcher(*given)):
         return False
+    if transformed():
+        reason = TRANSFORM
     if reason is None:
         return True
     if backend == "fused":

@@ -18,6 +18,7 @@ from kdfast.ops._library import (
     forbid_second_derivative,
     register_fake,
     register_gradient,
+    second_derivative,
 )
 from kdfast.ops.geometry import Window
 
@@ -64,12 +65,32 @@ def logit_mse(
     Returns:
         Scalar, fp32 (fp64 for fp64), never negative; 0 for equal q and k of both sides.
 
-    Gradients: q and k, not twice.
+    Gradients: q and k; those that are to be differentiated again by ``reference``.
     """
     grid, size, _ = window_args(window)
     op = torch.ops.kdfast.attention_logit_mse.default
     loss: Tensor = op(q, k, teacher_q, teacher_k, scale, teacher_scale, grid, size)[0]
     return loss
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    scale: float,
+    teacher_scale: float,
+    grid: list[int] | None,
+    size: int,
+) -> Tensor:
+    """The specification: the loss from whole scores."""
+    q, k, teacher_q, teacher_k = (x.to(_dtype(q)) for x in (q, k, teacher_q, teacher_k))
+    total = q.new_zeros(())
+    for index in _groups(q.shape[2], grid, size, q.device):
+        a, b, c, d = (x[:, :, index] for x in (q, k, teacher_q, teacher_k))
+        difference = scale * a @ b.mT - teacher_scale * c @ d.mT
+        total = total + difference.square().mean(-1).sum()
+    return total / max(1, q.shape[0] * q.shape[1] * q.shape[2])
 
 
 _ARGUMENTS = (
@@ -263,6 +284,11 @@ def _setup_context(ctx: Any, given: Any, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _autograd(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> dict[str, Tensor | None]:
+    if torch.is_grad_enabled():
+        _, q, k, *teacher = ctx.saved_tensors
+        return second_derivative(
+            lambda q, k: [reference(q, k, *teacher, *ctx.plain)], {"q": q, "k": k}, [grad_loss]
+        )
     op = torch.ops.kdfast.attention_logit_mse_bwd.default
     dq, dk = op(grad_loss, *ctx.saved_tensors, *ctx.plain)
     return {"q": dq, "k": dk}

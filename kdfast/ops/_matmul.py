@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from kdfast.ops._processor import Processor, processor
+from kdfast.ops._watch import traced, transformed
 
 SETTINGS = ("auto", "onednn", "torch")
 # Multiply-adds from which on oneDNN's product pays for the longer time that it takes to be called.
@@ -129,17 +129,12 @@ def _settings_of_torch() -> tuple[bool, bool]:
 def seen_by_torch() -> bool:
     """Whether something looks at each operator that runs, and must see torch's own.
 
-    Exporters, tracers, dispatch modes (counters of FLOPs, fake tensors), torch.func and
-    forward-mode derivatives.
+    Exporters, tracers, torch.func, forward-mode derivatives, and dispatch modes (counters of FLOPs,
+    fake tensors).
     """
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
+    if transformed() or traced():
+        return True
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_batched(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.ops import pruned_attention as attention
+from kdfast.ops._attention_args import geometry_of, geometry_tensors
 from kdfast.ops._autocast import without_autocast
 from kdfast.ops._checks import check_tensors, head_list
 from kdfast.ops._distill_args import (
@@ -32,8 +33,10 @@ from kdfast.ops._library import (
     register_fake,
     register_gradient,
     register_launcher,
+    second_derivative,
     use_fused,
 )
+from kdfast.ops._watch import watcher
 from kdfast.ops.geometry import Rope, Window
 
 # The most that scores are multiplied with. Near 0 a temperature leaves nothing of a map but its
@@ -103,8 +106,8 @@ def attention_distill(
             kernel cannot run (the reason is given).
 
     Gradients: q, k (of both results), v and ``window.pad_value`` (of out), zero for heads that are
-    not kept; never the teacher. The fused op cannot be differentiated twice and keeps O(N) values
-    for its backward. Deterministic: yes.
+    not kept; never the teacher. The fused op keeps O(N) values for its backward; gradients that are
+    to be differentiated again come from the reference, which holds the maps. Deterministic: yes.
     Source: arXiv 2002.10957 (KL of attention maps); arXiv 1909.10351 (MSE of attention scores).
     """
     names = ("q", "k", "v", "teacher_q", "teacher_k")
@@ -115,7 +118,7 @@ def attention_distill(
     teacher_rope = check_sides(q, k, v, teacher_q, teacher_k, rope, window, teacher_rope)
     if kind not in STATS:
         raise ValueError(f"attention_distill: kind must be one of {tuple(STATS)}, got {kind!r}")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"attention_distill: temperature must be above 0, got {temperature}")
     kept = None if heads is None else head_list("attention_distill", "heads", heads, q.shape[1])
     count = q.shape[1] if kept is None else len(kept)
@@ -132,9 +135,11 @@ def attention_distill(
         kind=kind,
     )
     reason = why_not(q, teacher_q)
-    fused = use_fused("attention_distill", backend, reason, compiled=device in FUSED_ON)
+    given = (*tensors, *geometry_tensors(rope, window), *geometry_tensors(teacher_rope, None))
+    compiled = device in FUSED_ON
+    fused = use_fused("attention_distill", backend, reason, compiled=compiled, given=given)
     with context:
-        if (backend or DEFAULT_BACKEND) == "reference":
+        if not fused and ((backend or DEFAULT_BACKEND) == "reference" or watcher(*given)):
             return by_maps(call)
         # Few channels against many tokens: less work than the kernel has.
         if gram_pays(call):
@@ -280,12 +285,38 @@ def _setup_context(ctx: Any, given: Any, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
+def _call_of(
+    ctx: Any, q: Tensor, k: Tensor, v: Tensor, pad_value: Tensor | None, others: Sequence[Any]
+) -> Distillation:
+    """The call of a backward pass; ``others`` are its teacher_q, teacher_k and tables."""
+    teacher_q, teacher_k, cos, sin, teacher_cos, teacher_sin = others
+    prefix, interleaved, scale, grid, size = ctx.plain
+    rope, window = geometry_of(cos, sin, prefix, interleaved, grid, size, pad_value)
+    prefix, interleaved, teacher_scale = ctx.teacher_plain
+    teacher_rope, _ = geometry_of(teacher_cos, teacher_sin, prefix, interleaved, None, 0, None)
+    temperature, kind = ctx.distance
+    return Distillation(
+        *(q, k, v, teacher_q, teacher_k),
+        *(ctx.heads[0], ctx.heads[1], rope, window, scale),
+        *(teacher_rope, teacher_scale, temperature, kind),
+    )
+
+
 def _backward(
     ctx: Any, grad_out: Tensor | None, grad_loss: Tensor | None, _: Tensor | None
 ) -> dict[str, Tensor | None]:
     if grad_out is None and grad_loss is None:
         return {}
     out, stats, *sides, cos, sin, pad_value, teacher_cos, teacher_sin = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        inputs = dict(zip(("q", "k", "v", "pad_value"), (*sides[:3], pad_value), strict=True))
+
+        others = *sides[3:], cos, sin, teacher_cos, teacher_sin
+
+        def outputs(**given: Any) -> tuple[Tensor, Tensor]:
+            return by_maps(_call_of(ctx, **given, others=others))
+
+        return second_derivative(outputs, inputs, [grad_out, grad_loss])
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_loss = stats.new_zeros(()) if grad_loss is None else grad_loss
     op = torch.ops.kdfast.attention_distill_bwd.default

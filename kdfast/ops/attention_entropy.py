@@ -11,12 +11,20 @@ from kdfast.ops import pruned_attention as attention
 from kdfast.ops._attention_args import (
     check_geometry,
     check_qkv,
+    geometry_tensors,
     score_args,
     window_args,
 )
 from kdfast.ops._autocast import without_autocast
 from kdfast.ops._checks import check_tensors
-from kdfast.ops._library import LIB, fused_devices, not_compiled, register_fake, use_fused
+from kdfast.ops._library import (
+    LIB,
+    forbid_gradient,
+    fused_devices,
+    not_compiled,
+    register_fake,
+    use_fused,
+)
 from kdfast.ops.geometry import Rope, Window
 
 # Elements of one tile of scores of the reference: 16 MiB in fp32, whatever N is.
@@ -59,7 +67,9 @@ def attention_entropy(
     check_geometry("attention_entropy", q, rope, window)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     device = q.device.type
-    fused = use_fused("attention_entropy", backend, why_not(q), compiled=device in FUSED_ON)
+    given = (q, k, *geometry_tensors(rope, window))
+    compiled = device in FUSED_ON
+    fused = use_fused("attention_entropy", backend, why_not(q), compiled=compiled, given=given)
     limit = q.new_empty(q.shape[2], dtype=attention.math_dtype(q.dtype))
     for index, pads in _groups(q, window):
         limit[index] = math.log(len(index) + pads) if len(index) + pads else 0
@@ -130,4 +140,5 @@ def _fake(*, q: Tensor, **_: Any) -> Tensor:
     return q.new_empty(q.shape[:3], dtype=attention.math_dtype(q.dtype))
 
 
+forbid_gradient("attention_entropy")
 FUSED_ON = fused_devices("attention_entropy")

@@ -77,7 +77,7 @@ def feature_loss(
     t = teacher.detach().to(dtype).movedim(dim, -1)
     norm = "none" if normalize is None else normalize
     compiled = s.device.type in FUSED_ON
-    if use_fused("feature_loss", backend, why_not(s), compiled=compiled):
+    if use_fused("feature_loss", backend, why_not(s), compiled=compiled, given=(s, t)):
         need_grad = s.requires_grad and torch.is_grad_enabled()
         loss: Tensor = torch.ops.kdfast.feature_loss.default(s, t, kind, norm, need_grad)[0]
         return loss

@@ -66,7 +66,8 @@ def head_gather(
         )
     kept = head_list("head_gather", "heads", heads, size // head_dim)
     reason = why_not(x, head_dim, dim)
-    if use_fused("head_gather", backend, reason, compiled=x.device.type in FUSED_ON):
+    compiled = x.device.type in FUSED_ON
+    if use_fused("head_gather", backend, reason, compiled=compiled, given=(x,)):
         op = torch.ops.kdfast.head_gather.default
         out: Tensor = call_below_autograd(op, x, kept, head_dim, dim)
         return out

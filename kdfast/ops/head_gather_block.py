@@ -8,7 +8,14 @@ from torch import Tensor
 
 from kdfast.ops import head_gather as one
 from kdfast.ops._checks import check_tensors, head_list
-from kdfast.ops._library import LIB, fused_devices, not_compiled, register_fake, use_fused
+from kdfast.ops._library import (
+    LIB,
+    forbid_gradient,
+    fused_devices,
+    not_compiled,
+    register_fake,
+    use_fused,
+)
 
 OP = "head_gather_block"
 
@@ -63,7 +70,8 @@ def head_gather_block(
                 f"{x.shape[dim] // head_dim} on {x.device}"
             )
     kept = head_list(OP, "heads", heads, count)
-    if not use_fused(OP, backend, why_not(device, count), compiled=device.type in FUSED_ON):
+    reason, compiled = why_not(device, count), device.type in FUSED_ON
+    if not use_fused(OP, backend, reason, compiled=compiled, given=tensors):
         return reference(tensors, kept, head_dim, places)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return [_gather(x, kept, head_dim, dim) for x, dim in zip(tensors, places, strict=True)]
@@ -123,4 +131,5 @@ if "cpu" in one.FUSED_ON:
         return [_gather(x, heads, head_dim, dim) for x, dim in zip(tensors, dims, strict=True)]
 
 
+forbid_gradient(OP)
 FUSED_ON = fused_devices(OP)

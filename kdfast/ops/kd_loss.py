@@ -22,6 +22,7 @@ from kdfast.ops._hard_target import (
 )
 from kdfast.ops._library import (
     LIB,
+    forbid_gradient,
     fused_devices,
     not_compiled,
     register_fake,
@@ -37,6 +38,7 @@ from kdfast.ops._losses import (
     saved_dtype,
     scaled_gradient,
 )
+from kdfast.ops._watch import watcher
 
 # Those of the registered op; "mean" is made of the first.
 REDUCTIONS = ("batchmean", "sum", "none")
@@ -140,7 +142,11 @@ def kd_loss(
     if inplace:
         _check_inplace(student_logits, teacher, backend, reason)
         loss, kd, ce = _InPlace.apply(student_logits, teacher, target, options)
-    elif use_fused("kd_loss", backend, reason, compiled=student.device.type in FUSED_ON):
+    elif use_fused(
+        *("kd_loss", backend, reason),
+        compiled=student.device.type in FUSED_ON,
+        given=(student, teacher, target),
+    ):
         need_grad = student.requires_grad and torch.is_grad_enabled()
         op = torch.ops.kdfast.kd_loss.default
         loss, kd, ce, _ = op(student, teacher, target, *options, need_grad)
@@ -255,6 +261,7 @@ def check_target(
 def _check_inplace(
     student: Tensor, teacher: Tensor, backend: str | None, reason: str | None
 ) -> None:
+    reason = watcher(student, teacher) or reason
     if reason and student.device.type in INPLACE_ON:
         raise NotImplementedError(f"kd_loss: inplace cannot run here: {reason}")
     if student.device.type not in INPLACE_ON or backend == "reference":
@@ -419,5 +426,6 @@ class _InPlace(torch.autograd.Function):
 
 _cuda = register_launcher("kd_loss", "kd_loss.forward")
 _cuda_inplace = register_launcher("kd_loss_", "kd_loss.forward_inplace")
+forbid_gradient("kd_loss_")
 FUSED_ON = fused_devices("kd_loss")
 INPLACE_ON = fused_devices("kd_loss_")

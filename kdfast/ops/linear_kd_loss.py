@@ -114,7 +114,7 @@ def linear_kd_loss(
     options = Options(temperature, alpha, reduction, label_smoothing, ignore_index)
     options, factor, per = logits_op.by_element(options, classes)
     reason = why_not(hidden.device, dtype, temperature)
-    fused = use_fused(OP, backend, reason, compiled=device in FUSED_ON)
+    fused = use_fused(OP, backend, reason, compiled=device in FUSED_ON, given=layers)
     with context:
         loss, kd, ce = _fused(layers, options, chunk) if fused else reference(layers, options)
     return (loss, kd, ce) if reduction != "mean" else (loss * factor, kd / per, ce)

@@ -19,6 +19,8 @@ from kdfast.ops._attention_args import (
     check_geometry,
     check_qkv,
     geometry_args,
+    geometry_of,
+    geometry_tensors,
 )
 from kdfast.ops._autocast import without_autocast
 from kdfast.ops._checks import check_tensors, head_list
@@ -30,6 +32,7 @@ from kdfast.ops._library import (
     register_fake,
     register_gradient,
     register_launcher,
+    second_derivative,
     use_fused,
 )
 from kdfast.ops.geometry import Rope, Window
@@ -83,9 +86,9 @@ def pruned_attention(
             ``backend="fused"`` and the kernel cannot run (the reason is given).
 
     Gradients: q, k, v, ``window.pad_value`` and ``bias`` (zero for heads that are not kept); none
-    for the rope tables; the fused op cannot be differentiated twice. The gradient of the bias is
-    summed over the images in fp32, in slices of the batch that the shapes alone fix; they take up
-    to 64 MiB, or one (G, K, N, N) where that is more. Deterministic: yes.
+    for the rope tables. Gradients that are to be differentiated again come from the reference. That
+    of the bias is summed over the images in fp32, in slices of the batch that the shapes alone fix;
+    they take up to 64 MiB, or one (G, K, N, N) where that is more. Deterministic: yes.
     Source: arXiv 1706.03762 eq. 1; arXiv 2205.14135 alg. 1; arXiv 2104.09864 sec. 3.4.
     """
     check_tensors("pruned_attention", ("q", "k", "v"), q, k, v)
@@ -101,7 +104,10 @@ def pruned_attention(
         check_bias("pruned_attention", q, bias, window)
     kept = None if heads is None else head_list("pruned_attention", "heads", heads, q.shape[1])
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    fused = use_fused("pruned_attention", backend, why_not(q), compiled=device in FUSED_ON)
+    given = (q, k, v, bias, *geometry_tensors(rope, window))
+    fused = use_fused(
+        "pruned_attention", backend, why_not(q), compiled=device in FUSED_ON, given=given
+    )
     with context:
         if fused:
             if rope is not None:
@@ -171,15 +177,16 @@ def reference(
         bias = None if bias is None else bias.index_select(1, index)
     result, dtype = q.dtype, math_dtype(q.dtype)
     q, k, v = (x.to(dtype) for x in (rotated(q, rope, window), rotated(k, rope, window), v))
-    groups = [(torch.arange(q.shape[2], device=q.device), 0)]
-    if window is not None:
-        groups = [(window.token_index(s, q.device), window.pads(s)) for s in window.spans()]
+    if window is None:
+        scores = scale * q @ k.transpose(-1, -2)
+        weights = scores.softmax(-1) if bias is None else biased_weights(scores, bias.to(dtype))
+        # In the memory order (B, N, K, D).
+        return (weights @ v).to(result).transpose(1, 2).contiguous().transpose(1, 2)
+    groups = [(window.token_index(s, q.device), window.pads(s)) for s in window.spans()]
     parts = []
     for tokens, pads in groups:
         scores = scale * q[:, :, tokens] @ k[:, :, tokens].transpose(-1, -2)
-        if bias is not None:
-            part = biased_weights(scores, bias.to(dtype)) @ v
-        elif pad is None or pads == 0:
+        if pad is None or pads == 0:
             part = scores.softmax(-1) @ v[:, :, tokens]
         else:
             # `pads` equal columns of logit 0 weigh as much as one column of logit log(pads).
@@ -254,6 +261,16 @@ def _backward(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> dict[str, 
     if grad_out is None:
         return {}
     q, k, v, out, lse, cos, sin, pad_value, bias = ctx.saved_tensors
+    if torch.is_grad_enabled():
+
+        def outputs(q: Tensor, k: Tensor, v: Tensor, pad: Any, bias: Any) -> list[Tensor]:
+            prefix, interleaved, scale, grid, size = ctx.plain
+            rope, window = geometry_of(cos, sin, prefix, interleaved, grid, size, pad)
+            return [reference(q, k, v, ctx.heads, rope, scale, window, bias)]
+
+        inputs = {"q": q, "k": k, "v": v, "pad": pad_value, "bias": bias}
+        found = second_derivative(outputs, inputs, [grad_out])
+        return {"pad_value" if name == "pad" else name: x for name, x in found.items()}
     geometry = (ctx.heads, cos, sin, *ctx.plain, pad_value, bias)
     op = torch.ops.kdfast.pruned_attention_bwd.default
     dq, dk, dv, dpad, dbias = op(grad_out, q, k, v, out, lse, *geometry, ctx.needs.bias)

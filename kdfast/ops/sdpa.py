@@ -9,19 +9,16 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from kdfast.ops._attention_args import DTYPES
 from kdfast.ops._checks import check_tensors
 from kdfast.ops._library import BACKENDS, DEFAULT_BACKEND
+from kdfast.ops._watch import has_values, traced, transformed
 from kdfast.ops.geometry import Rope
-from kdfast.ops.pruned_attention import pruned_attention, rotated, why_not
+from kdfast.ops.pruned_attention import pruned_attention, reference, rotated, why_not
 
 # What a model without kdfast runs; no choice of users, who leave kdfast out for that.
 TORCH = "torch"
-# Other subclasses may have no data of their own, as the masks of torch.nn.attention.bias, or be
-# known to torch's function alone.
-PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def scaled_dot_product_attention(
@@ -93,7 +90,7 @@ def scaled_dot_product_attention(
 
 def _fits(mask: Tensor, query: Tensor) -> bool:
     """Whether a mask can be a bias of the scores of query (B, H, N, D)."""
-    if not _is_plain(mask) or not 2 <= mask.dim() <= 4 or 0 in mask.shape:
+    if not has_values(mask) or not 2 <= mask.dim() <= 4 or 0 in mask.shape:
         return False
     if mask.dtype not in (torch.bool, torch.float32, query.dtype) or mask.device != query.device:
         return False
@@ -115,15 +112,13 @@ def _torch_is_better(q: Tensor, backend: str | None) -> bool:
         return True
     if _choice(backend) != "auto":
         return False
-    if torch.compiler.is_exporting() or why_not(q) is not None:
+    if transformed():
+        # torch's kernels have no rule for vmap and none for forward mode; the reference needs none.
+        return False
+    if traced() or not has_values(q) or why_not(q) is not None:
         return True
     # torch.compile cannot trace the question.
     return not torch.compiler.is_compiling() and not torch.backends.cuda.flash_sdp_enabled()
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether x is a strided tensor whose own memory is its value."""
-    return type(x) in PLAIN and x.layout == torch.strided and not x.is_nested
 
 
 def unfused(
@@ -145,7 +140,7 @@ def unfused(
     if scale is not None and not (isinstance(scale, int | float) and -math.inf < scale < math.inf):
         return f"the kernels take a finite number as scale, got {scale}"
     inputs = (query, key, value)
-    if not all(_is_plain(x) for x in inputs):
+    if not all(has_values(x) for x in inputs):
         kinds = ", ".join(type(x).__name__ for x in inputs)
         return f"the kernels take plain strided tensors, got {kinds}"
     if query.dim() != 4 or query.shape[3] == 0:
@@ -189,6 +184,10 @@ def self_attention(
         (B, H, N, D) in q's dtype.
     """
     if _torch_is_better(q, backend):
+        if bias is not None and traced():
+            # ONNX has no function that leaves its result in the memory order of torch's.
+            scale = q.shape[3] ** -0.5 if scale is None else scale
+            return reference(q, k, v, None, rope, scale, None, bias)
         q, k = rotated(q, rope, None), rotated(k, rope, None)
         mask = None if bias is None else repeated(bias, q)
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)

@@ -19,6 +19,7 @@ from kdfast.ops._library import (
     register_fake,
     register_gradient,
     register_launcher,
+    second_derivative,
     use_fused,
 )
 from kdfast.ops._losses import FLOATING, accumulator
@@ -55,17 +56,18 @@ def swiglu_norm(
     Raises:
         TypeError: Dtypes are not floating or do not go together, or an input is no tensor.
         ValueError: Shapes or devices do not match, or ``eps`` is negative.
-        NotImplementedError: ``backend="fused"`` and the kernel cannot run (the reason is given);
-            second derivatives of the fused kernel.
+        NotImplementedError: ``backend="fused"`` and the kernel cannot run (the reason is given).
 
-    Gradients: gate, value, weight, bias. The fused kernel keeps gate, value, weight and two numbers
-    per row. Deterministic: yes, whatever the number of threads.
+    Gradients: gate, value, weight, bias. The fused kernel keeps its inputs and two numbers per row;
+    gradients that are to be differentiated again come from the reference. Deterministic: yes,
+    whatever the number of threads.
     """
     names = ("gate", "value", "weight", "bias")
     check_tensors("swiglu_norm", names, gate, value, weight, bias)
     _check(gate, value, weight, bias, eps)
     compiled = gate.device.type in FUSED_ON
-    if use_fused("swiglu_norm", backend, why_not(gate), compiled=compiled):
+    given = (gate, value, weight, bias)
+    if use_fused("swiglu_norm", backend, why_not(gate), compiled=compiled, given=given):
         out: Tensor = torch.ops.kdfast.swiglu_norm.default(gate, value, weight, bias, eps)[0]
         return out
     return reference(gate, value, weight, bias, eps)
@@ -148,7 +150,8 @@ def _fake_bwd(*, gate: Tensor, weight: Tensor, **_: Any) -> tuple[Tensor, Tensor
 def _setup_context(ctx: Any, given: Any, output: tuple[Tensor, ...]) -> None:
     _, mean, rstd = output
     # The product is made again from gate and value; mean and rstd spare the backward its sums.
-    ctx.save_for_backward(given.gate, given.value, given.weight, mean, rstd)
+    ctx.save_for_backward(given.gate, given.value, given.weight, given.bias, mean, rstd)
+    ctx.eps = given.eps
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
 
@@ -156,8 +159,14 @@ def _setup_context(ctx: Any, given: Any, output: tuple[Tensor, ...]) -> None:
 def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> dict[str, Tensor | None]:
     if grad_out is None:
         return {}
+    gate, value, weight, bias, mean, rstd = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        inputs = {"gate": gate, "value": value, "weight": weight, "bias": bias}
+        return second_derivative(
+            lambda **given: [reference(**given, eps=ctx.eps)], inputs, [grad_out]
+        )
     op = torch.ops.kdfast.swiglu_norm_bwd.default
-    dgate, dvalue, dweight, dbias = op(grad_out, *ctx.saved_tensors)
+    dgate, dvalue, dweight, dbias = op(grad_out, gate, value, weight, mean, rstd)
     return {"gate": dgate, "value": dvalue, "weight": dweight, "bias": dbias}
 
 
