@@ -16,11 +16,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from examples.pictures import Pictures
+from kdfast.machine.signals import run_command
 from kdfast.trainer.feed import Feed
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import open_log
 from kdfast.trainer.loop import Loop
-from kdfast.trainer.signals import Interrupted
 from kdfast.trainer.watch import Row, Watch
 
 
@@ -149,11 +149,13 @@ def factor(step: int, total: int, warmup: float) -> float:
 
 
 def command(main: Callable[[], None]) -> None:
-    """Runs a program; a signal that a training has caught ends it without a traceback."""
-    try:
+    """Runs a program, which a signal ends with a line and without a traceback."""
+
+    def body() -> int:
         main()
-    except Interrupted as stop:
-        sys.exit(f"{stop}; the same command goes on from here")
+        return 0
+
+    sys.exit(run_command(body, "the same command goes on from here"))
 
 
 class Supervised(nn.Module):

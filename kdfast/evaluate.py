@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from kdfast.configs import CONFIGS, ChainConfig, Config, ConfigError, load
 from kdfast.configs.fields import as_config_error
 from kdfast.data.files import CorruptDataError
+from kdfast.machine.signals import run_command
 from kdfast.models.checkpoint import load_backbone
 
 EXAMPLES = """examples:
@@ -48,9 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, and write it with a picture.
 
     Returns:
-        0; 2 if the request cannot be met.
+        0; 2 if the request cannot be met; 128 plus the signal if it was stopped.
     """
     args = parser().parse_args(argv)
+    return run_command(lambda: _guarded(args), "nothing was written")
+
+
+def _guarded(args: argparse.Namespace) -> int:
     try:
         return run(args)
     except (ConfigError, ValueError, OSError, CorruptDataError) as error:

@@ -18,6 +18,8 @@ from torch import nn
 
 import kdfast.attention
 import kdfast.compare
+import kdfast.data.__main__
+import kdfast.evaluate
 import kdfast.info
 import kdfast.plan
 import kdfast.prune
@@ -329,6 +331,8 @@ COMMANDS = {
     "attention": (kdfast.attention, "capture", "the pictures that were drawn are whole"),
     "plan": (kdfast.plan, "steps_of", "no plan was made"),
     "info": (kdfast.info, "_print", "the report is not complete"),
+    "data": (kdfast.data.__main__, "write_sample", "is not whole, delete it"),
+    "evaluate": (kdfast.evaluate, "load", "nothing was written"),
 }
 
 
@@ -357,6 +361,8 @@ def test_every_command(
         "attention": [*model, "--image", str(next(picture_folder.rglob("*.png"))), "--output", out],
         "plan": ["--config", "smoke"],
         "info": [],
+        "data": ["sample", "--out", out],
+        "evaluate": ["--config", "smoke", "--checkpoint", out],
     }[command.split(" ")[0]]
     if command != "prune":
         arguments += ["--compensate", "--calibrate", "2"] if module is kdfast.prune else []

@@ -60,7 +60,7 @@ def load(roots: Sequence[Path], held: int, calibrate: int, seed: int) -> Split:
 
 def squares(root: Path) -> Tensor:
     """The middle squares of all pictures of a folder or .tar, (N, 3, S, S) uint8."""
-    entries = list_tar(root) if root.is_file() else list_folder(root)
+    entries, _ = list_tar(root) if root.is_file() else list_folder(root)
     if not entries:
         raise ValueError(f"--pictures: {root} must hold pictures, got none")
     source = FileSource(root, entries)

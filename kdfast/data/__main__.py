@@ -18,6 +18,7 @@ from kdfast.data.orion.prepare import (
     unknown_types,
 )
 from kdfast.data.orion.sample import SampleOptions, write_sample
+from kdfast.machine.signals import run_command
 
 EXAMPLES = """examples:
   python -m kdfast.data sample --out data/sample
@@ -68,17 +69,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 1 if a check found something missing; 2 if the request cannot be met; 130 after Ctrl-C.
+        0; 1 if a check found something missing; 2 if the request cannot be met; 128 plus the signal
+        if it was stopped.
     """
     args = parser().parse_args(argv)
+    kept = {
+        "check": "not everything was looked at",
+        "infos": "the same command goes on with the clips that are not done",
+        "sample": f"{getattr(args, 'out', '')} is not whole, delete it",
+    }
+    return run_command(lambda: _guarded(args), kept[args.command])
+
+
+def _guarded(args: argparse.Namespace) -> int:
     try:
         return {"check": _check, "infos": _infos, "sample": _sample}[args.command](args)
     except (OSError, ValueError, CorruptDataError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with what is not done", file=sys.stderr)
-        return 130
 
 
 def _check(args: argparse.Namespace) -> int:
