@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, distributed
+from torch.nn import functional as F
 
 from kdfast.models.orion import (
     Batch,
@@ -32,6 +33,8 @@ from kdfast.models.orion.batch import CAN_BUS
 from kdfast.models.orion.boxes import box_codes, codes_to_boxes, middle
 from kdfast.models.orion.encodings import depth_samples, inverse_sigmoid, ray_logits
 from kdfast.models.orion.matching import assigned, matching_cost
+from kdfast.models.orion.split_keys import cross_attention, split
+from kdfast.testing import relative
 from kdfast.testing.orion import (
     CHANNELS,
     GRID,
@@ -336,6 +339,37 @@ def test_matching_takes_the_cheapest_and_survives_nan() -> None:
     assert wrong.tolist() == [[[100, 100], [1, 100], [6, 100]]]
     none = matching_cost(scores, labels[:0], codes, targets[:0], (1.0, 1.0))
     assert assigned([none, cost]).tolist() == [[[-1, -1, -1], [1, 0, -1]]]
+
+
+@pytest.mark.parametrize(("queries", "keys", "parts"), [(500, 2400, 4), (1100, 2200, 2)])
+def test_attention_by_parts_of_the_keys(
+    compiled: None, queries: int, keys: int, parts: int
+) -> None:
+    assert split(queries, keys) == parts
+    q = torch.randn(2, queries, 2, 8).transpose(1, 2).requires_grad_()
+    k, v = (torch.randn(2, keys, 2, 8).transpose(1, 2).requires_grad_() for _ in range(2))
+    weight = torch.randn(2, 2, queries, 8)
+    # Weights that lie almost all in one part, and by more than fp32 can hold without their log-sum.
+    with torch.no_grad():
+        k[:, 0, :5] *= 200
+    out = cross_attention(q, k, v)
+    assert "SplitKeys" in type(out.grad_fn).__name__
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want = F.scaled_dot_product_attention(*exact)
+    assert relative(out.double(), want) < 1e-5
+    grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    goals = torch.autograd.grad((want * weight).sum(), exact)
+    for got, goal in zip(grads, goals, strict=True):
+        assert relative(got.double(), goal) < 1e-4
+
+
+def test_keys_are_split_only_where_it_pays() -> None:
+    # ORION's heads, both with all six cameras.
+    assert split(1156, 9600) == 8 and split(2056, 9600) == 4
+    assert split(88, 360) == 1  # too little work
+    assert split(1500, 2100) == 1  # a part would be all keys
+    assert split(1000, 9601) == 1  # 9601 is a prime number
+    assert split(0, 9600) == 1
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from kdfast.models.orion.split_keys import cross_attention
 from kdfast.ops.linear import linear
 from kdfast.ops.sdpa import scaled_dot_product_attention
 
@@ -18,8 +19,8 @@ from kdfast.ops.sdpa import scaled_dot_product_attention
 class PackedAttention(nn.Module):
     """Attention whose three input projections are one tensor.
 
-    Fused where queries and keys are as many and nothing is masked, torch's function elsewhere. The
-    weights are never dropped, as in ORION.
+    Fused where nothing is masked: see ``cross_attention`` for fewer queries than keys. With a mask
+    it is torch's function. The weights are never dropped, as in ORION.
     """
 
     in_proj_bias: nn.Parameter | None
@@ -46,7 +47,10 @@ class PackedAttention(nn.Module):
             linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for x, w, b in zip((q, k, v), weights, biases, strict=True)
         )
-        out = scaled_dot_product_attention(q, k, v, seen)
+        if seen is None and q.shape[2] < k.shape[2]:
+            out = cross_attention(q, k, v)
+        else:
+            out = scaled_dot_product_attention(q, k, v, seen)
         return linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
 
 
