@@ -119,7 +119,7 @@ def test_teacher_cache_depends_on_the_recipe(tmp_path: Path, teachers: Path, qui
     changes = ["seed=5", "run.max_steps=1", "data.frames=2"]
     assert main(smoke(tmp_path / "a", teachers, *changes)) == 0
     new = set(teachers.iterdir()) - before
-    assert len(new) == 2
+    assert len(new) == 3  # backbone, head, and the manifest of both
     assert main(smoke(tmp_path / "b", teachers, *changes, "optim.lr=1e-5")) == 0
     assert set(teachers.iterdir()) - before == new
 
