@@ -313,10 +313,12 @@ class _Measurement:
         middle = statistics.median(seconds)
         # Blocks and the rest make up the whole model's time, whatever noise says.
         sums = sum(kind.ms[-1][-1] * len(kind.blocks) for kind in kinds)
-        scale = middle * max(1 - ratio, 0.0) / max(sums, 1e-9)
+        # Where noise hides all blocks, the whole time is fixed.
+        fixed = middle * min(ratio, 1.0) if sums > 0 else middle
+        scale = (middle - fixed) / sums if sums > 0 else 0.0
         kinds = [replace(k, ms=[[scale * x for x in row] for row in k.ms]) for k in kinds]
         spread = (quarter[2] - quarter[0]) / middle
-        return LatencyTable(middle, middle * ratio, spread, kinds, self.setting, origin)
+        return LatencyTable(middle, fixed, spread, kinds, self.setting, origin)
 
     def _kind(
         self,
