@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from examples.pictures import Pictures
 from kdfast.machine.signals import run_command
+from kdfast.train import make_accelerator
 from kdfast.trainer.feed import Feed
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import open_log
@@ -101,7 +101,7 @@ def train(
         folder: Checkpoints and logs go here.
         meta: Plain values that must be the same when the training goes on.
         evaluate: Called after every epoch.
-        precision: "bf16": the module runs under autocast; "no": in fp32.
+        precision: "bf16": the module runs under autocast; or "fp32".
 
     Returns:
         Processor seconds and seconds of the whole training, evaluation included.
@@ -136,7 +136,7 @@ def train(
         meta=meta,
         watch=clock,
     )
-    Loop(job, Accelerator(cpu=True, mixed_precision=precision)).fit(resume=True)
+    Loop(job, make_accelerator(precision, "cpu")).fit(resume=True)
     return clock.saved
 
 

@@ -90,7 +90,7 @@ def test_a_training_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         model, feed = problem()
         module = training.Supervised(model, 0.0)
         path = tmp_path / folder
-        took = training.train("t", module, feed, recipe, path, {"a": meta}, evaluate, "no")
+        took = training.train("t", module, feed, recipe, path, {"a": meta}, evaluate, "fp32")
         return model[1].weight.detach(), took
 
     whole, _ = run("whole", None)
