@@ -23,7 +23,7 @@ from kdfast.recovery.orion.objective import SHOWN, TaskDistiller
 from kdfast.recovery.orion.teacher import get_frame_teacher
 from kdfast.train import main
 from kdfast.trainer import loop
-from kdfast.trainer.state import load_checkpoint, newest
+from kdfast.trainer.commits import load_checkpoint, newest
 
 FRAMES = 6
 

@@ -19,7 +19,7 @@ from kdfast.recovery.data import build_data
 from kdfast.recovery.evaluate import Evaluator
 from kdfast.train import main, make_accelerator
 from kdfast.trainer import loop
-from kdfast.trainer.state import load_checkpoint
+from kdfast.trainer.commits import load_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,8 @@ def row_sums(
     places = np.stack([variant, index], 1).astype("<i8")
     parts = [places, *(rows[name] for name in sorted(rows))]
     count = len(index)
+    if not count:
+        return np.zeros(0, np.uint32)
     whole = np.concatenate(
         [np.ascontiguousarray(part).reshape(count, -1).view(np.uint8) for part in parts], 1
     )

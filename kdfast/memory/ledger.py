@@ -38,6 +38,12 @@ class _Entry:
     alive: weakref.ref[torch.UntypedStorage]
 
 
+class _Following(partial[None]):
+    """A hook that follows which module runs; fused code need not stop for it."""
+
+    only_follows = True
+
+
 class Ledger(TorchDispatchMode):
     """Counts the storages of all tensors that ops return while the mode is on, by purpose.
 
@@ -123,8 +129,9 @@ class Ledger(TorchDispatchMode):
         for prefix, root, frozen in roots:
             for name, module in root.named_modules():
                 where = (prefix if frozen else name, frozen)
-                handles.append(module.register_forward_pre_hook(partial(self._enter, where)))
-                handles.append(module.register_forward_hook(self._leave, always_call=True))
+                enter, leave = _Following(self._enter, where), _Following(self._leave)
+                handles.append(module.register_forward_pre_hook(enter))
+                handles.append(module.register_forward_hook(leave, always_call=True))
         for name, parameter in self.student.named_parameters():
             if parameter.requires_grad:
                 owner = name.rpartition(".")[0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kdfast.nn.heads import AttentionCall, HeadAxis, find_tensor, resize
 from kdfast.ops._checks import head_list
 from kdfast.ops._library import FallbackWarning
-from kdfast.ops._packed import hooked, hooked_everywhere
+from kdfast.ops._packed import hooked, hooked_everywhere, only_follows
 from kdfast.ops.pruned_attention import rotated
 from kdfast.ops.sdpa import repeated, self_attention
 
@@ -86,7 +86,7 @@ def why_not_around(name: str, module: nn.Module) -> str | None:
     """Why a submodule must be called, and not gone around, or None."""
     if "forward" in module.__dict__:
         return f"a forward of its own in {name}"
-    if hooked(module):
+    if hooked(module, only_follows):
         return EVERYWHERE if hooked_everywhere() else f"a hook on {name}"
     if type(module) not in _KNOWN_AROUND and not type(module).__module__.startswith("timm."):
         return f"a {qualified_name(module)} as {name}"

@@ -226,17 +226,21 @@ def hooked(module: nn.Module, idle: Callable[[Any], bool] | None = None) -> bool
 
     Args:
         module: Any module.
-        idle: Says of a forward hook whether it does nothing now.
+        idle: Says of a hook around the forward whether it does nothing now.
     """
-    hooks = module._forward_hooks.values()
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return bool(
         any(idle is None or not idle(hook) for hook in hooks)
-        or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
         or hooked_everywhere()
     )
+
+
+def only_follows(hook: Any) -> bool:
+    """Whether a hook is our own, which follows the calls and needs no value of a module."""
+    return getattr(hook, "only_follows", False) is True
 
 
 def hooked_everywhere() -> bool:
@@ -262,11 +266,9 @@ def _may_be_packed(tensor: Tensor, dtype: torch.dtype, cast: bool) -> bool:
     """
     return (
         is_plain(tensor)
-        # oneDNN has no layout for a layer without channels, of a block that lost a whole branch.
-        and tensor.numel() > 0
         and not tensor.is_inference()
         and (tensor.dtype == dtype or (cast and tensor.dtype != torch.float64))
-        # oneDNN has no layout for a matrix without rows or columns.
+        # oneDNN has no layout for a layer without channels, of a block that lost a whole branch.
         and tensor.numel() > 0
         and _is_dense(tensor)
     )

@@ -28,7 +28,7 @@ def latencies(
 
     Args:
         model: The whole model.
-        pruned: The pruned model; it is accelerated, in place.
+        pruned: The pruned model; a copy on the same tensors is accelerated.
         images: (B, 3, H, W), of the models' type.
         rounds: Samples of each.
 
@@ -36,15 +36,20 @@ def latencies(
         Times of "before", "before, fused" (missing where nothing of the model runs fused) and
         "pruned, fused".
     """
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    fused = copy.deepcopy(model, memo)  # on the same tensors
-    candidates = {"before": model, "before, fused": fused, "pruned, fused": pruned}
+    fused, small = on_same_tensors(model), on_same_tensors(pruned)
+    candidates = {"before": model, "before, fused": fused, "pruned, fused": small}
     if not accelerate(fused).replaced:
         del candidates["before, fused"]
-    accelerate(pruned)
+    accelerate(small)
     calls = {name: (lambda m=m: m(images)) for name, m in candidates.items()}
     samples = {name: summarize(rows) for name, rows in interleave(calls, rounds=rounds).items()}
     return {name: Latency(row["ms"], row["iqr"]) for name, row in samples.items()}
+
+
+def on_same_tensors(model: nn.Module) -> nn.Module:
+    """A copy of the modules with the parameters and buffers themselves."""
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
 
 
 @torch.no_grad()

@@ -231,7 +231,9 @@ def load_pickle(data: bytes, name: str) -> dict[bytes, Any]:
         OverflowError,
         RecursionError,
     ) as error:
-        raise ValueError(f"{name}: must be a pickle of the CIFAR format: {error}") from error
+        # Python's own reader says nothing of data that ends early.
+        found = str(error) or "Ran out of input"
+        raise ValueError(f"{name}: must be a pickle of the CIFAR format: {found}") from error
 
 
 def _text(value: object) -> Any:
