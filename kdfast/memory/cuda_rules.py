@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
+from kdfast.memory.ledger import Following
 from kdfast.ops import OPS
 
 HALF = (torch.float16, torch.bfloat16)
@@ -91,8 +92,8 @@ def as_on_cuda(roots: Sequence[nn.Module]) -> Iterator[None]:
         for module in modules:
             module.use_fused = fused  # type: ignore[attr-defined]
         for part in (part for root in roots for part in root.modules()):
-            handles.append(part.register_forward_pre_hook(recompute.enter))
-            handles.append(part.register_forward_hook(recompute.leave, always_call=True))
+            handles.append(part.register_forward_pre_hook(Following(recompute.enter)))
+            handles.append(part.register_forward_hook(Following(recompute.leave), always_call=True))
         with CudaAutocast():
             yield
     finally:

@@ -38,7 +38,7 @@ class _Entry:
     alive: weakref.ref[torch.UntypedStorage]
 
 
-class _Following(partial[None]):
+class Following(partial[None]):
     """A hook that follows which module runs; fused code need not stop for it."""
 
     only_follows = True
@@ -129,7 +129,7 @@ class Ledger(TorchDispatchMode):
         for prefix, root, frozen in roots:
             for name, module in root.named_modules():
                 where = (prefix if frozen else name, frozen)
-                enter, leave = _Following(self._enter, where), _Following(self._leave)
+                enter, leave = Following(self._enter, where), Following(self._leave)
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave, always_call=True))
         for name, parameter in self.student.named_parameters():
