@@ -106,8 +106,10 @@ class Stages:
         for model in (student, teacher):
             # Under autocast to bf16 this is what makes it fast.
             kdfast.accelerate(model)
-        # The decoder stays: what it is used to is the goal.
-        student.decoder.requires_grad_(False)
+        # What was pruned is trained. The decoder, which is used to the original's tokens, and the
+        # embeddings are whole; a step of Adam on pixels would move all tokens far.
+        student.requires_grad_(False)
+        student.backbone.blocks.requires_grad_(True)
         module = Distiller(student, teacher, map_loss, heads=heads, **asdict(config.distil))
         crops = Pictures(self.pictures.learn, None, Crops(config.seed, config.shortest))
         feed = training_feed(crops, config.recipe.batch, config.seed, MEAN, STD)
