@@ -42,5 +42,5 @@ class Config:
     batch: int = 20
     seed: int = 0
     shortest: float = 0.6
-    recipe: Recipe = field(default_factory=lambda: Recipe(epochs=32, lr=5e-5, batch=8, warmup=0.1))
+    recipe: Recipe = field(default_factory=lambda: Recipe(epochs=16, lr=1e-5, batch=8, warmup=0.1))
     distil: DistilConfig = field(default_factory=DistilConfig)

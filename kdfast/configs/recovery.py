@@ -176,6 +176,8 @@ class PruneConfig:
         sequential: Fit one block after the other on the pruned model's own stream, which keeps
             these images and two streams of each in memory. False: all at once.
         ridge: Strength of the fit's ridge term; null: that of ``kdfast.prune_heads``.
+        mlp_keep: Part of the MLPs' hidden units that stays, in ``scope``; null: all of them. They
+            are chosen by the error that remains after the compensation, without one by magnitude.
     """
 
     method: Literal["magnitude", "gradient", "taylor", "entropy", "reconstruction"] = "taylor"
@@ -187,6 +189,7 @@ class PruneConfig:
     calibration_views: Count = 256
     sequential: bool = True
     ridge: Positive | None = None
+    mlp_keep: Share | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from kdfast.models.eva import EVAViT
 from kdfast.pruning import Calibration, calibrate
 from kdfast.pruning.surgery import prune_with_errors
 from kdfast.recovery.data import Views
+from kdfast.recovery.heads import Kept
 from kdfast.trainer.logs import LOG
 
 
@@ -37,34 +38,35 @@ class CalibrationViews:
 
 
 def calibrate_teacher(
-    teacher: EVAViT, views: CalibrationViews, accelerator: Accelerator
+    teacher: EVAViT, views: CalibrationViews, accelerator: Accelerator, *, mlps: bool
 ) -> Calibration:
-    """Moments of the teacher's heads over the views of all processes.
+    """Moments of the teacher's heads, and of its hidden units, over the views of all processes.
 
     Args:
         teacher: The whole model.
         views: At least one readable image for every process.
         accelerator: Autocast, and which process shows progress.
+        mlps: Whether hidden units are removed too.
     """
     with accelerator.autocast():
-        found = calibrate(teacher, views, mlps=False, progress=accelerator.is_main_process)
+        found = calibrate(teacher, views, mlps=mlps, progress=accelerator.is_main_process)
     LOG.info("calibration: %d views", found.metadata["images"])
     return found
 
 
 def compensated_student(
     teacher: EVAViT,
-    heads: list[list[int]],
+    kept: Kept,
     calibration: Calibration,
     views: CalibrationViews,
     config: PruneConfig,
     accelerator: Accelerator,
 ) -> EVAViT:
-    """A copy of the teacher with these heads of every block, fitted to make up for the others.
+    """A copy of the teacher with what is kept of every block, fitted to make up for the rest.
 
     Args:
         teacher: The whole model.
-        heads: Kept heads of every block.
+        kept: Heads and hidden units of every block.
         calibration: Of the teacher.
         views: What the calibration was made on.
         config: How to fit.
@@ -76,7 +78,8 @@ def compensated_student(
     with accelerator.autocast():
         student, errors = prune_with_errors(
             teacher,
-            heads,
+            kept.heads,
+            mlp=kept.units,
             compensate=calibration,
             sequential=config.sequential,
             ridge=config.ridge,
@@ -85,7 +88,7 @@ def compensated_student(
         )
     if errors:
         LOG.info(
-            "error of the attentions' outputs, as a share of their variance, mean of %d blocks: "
+            "error of the pruned layers' outputs, as a share of their variance, mean of %d: "
             "cut %.4f, compensated %.4f",
             *(len(errors), mean(e.cut for e in errors), mean(e.compensated for e in errors)),
         )

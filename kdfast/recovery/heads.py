@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -14,8 +16,25 @@ from torch import Tensor, nn
 from kdfast.configs.recovery import PruneConfig
 from kdfast.data.views.base import Item
 from kdfast.models.eva import EVAViT
-from kdfast.pruning import HeadScores, head_scores, select_heads
+from kdfast.pruning import Calibration, HeadScores, head_scores, mlp_scores, select_heads
 from kdfast.recovery.data import Views
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a student keeps of its teacher.
+
+    Attributes:
+        heads: Heads of every block.
+        units: Hidden units of every block's MLP; None: all.
+    """
+
+    heads: list[list[int]]
+    units: list[list[int]] | None = None
+
+    def meta(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"heads": self.heads} | ({} if self.units is None else {"units": self.units})
 
 
 def score_heads(
@@ -70,6 +89,28 @@ def score_heads(
 
 def choose_heads(config: PruneConfig, scores: HeadScores) -> list[list[int]]:
     """Kept heads of every block, the same on all processes."""
-    chosen = [select_heads(scores, config.keep, config.scope)]
+    return _chosen(scores, config.keep, config.scope)
+
+
+def choose_units(
+    teacher: EVAViT, config: PruneConfig, calibration: Calibration | None, *, progress: bool
+) -> list[list[int]] | None:
+    """Kept hidden units of every block, the same on all processes; None where all are kept.
+
+    Args:
+        teacher: The whole model.
+        config: How many.
+        calibration: Of the teacher with its MLPs; None: the smallest weights go.
+        progress: Whether to show a bar.
+    """
+    if config.mlp_keep is None:
+        return None
+    method = "magnitude" if calibration is None else "reconstruction"
+    scores = mlp_scores(teacher, method, calibration, progress=progress)
+    return _chosen(scores, config.mlp_keep, config.scope)
+
+
+def _chosen(scores: HeadScores, keep: float, scope: str) -> list[list[int]]:
+    chosen = [select_heads(scores, keep, scope)]
     broadcast_object_list(chosen)
     return chosen[0]

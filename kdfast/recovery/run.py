@@ -30,7 +30,7 @@ from kdfast.recovery.compensation import (
 from kdfast.recovery.data import Data, build_data, some_views
 from kdfast.recovery.evaluate import EvaluateEpochs, Evaluator
 from kdfast.recovery.free import FREE
-from kdfast.recovery.heads import choose_heads, score_heads
+from kdfast.recovery.heads import Kept, choose_heads, choose_units, score_heads
 from kdfast.recovery.objective import Distiller
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
 from kdfast.recovery.report import draw_predictions, measure, write_report
@@ -123,53 +123,69 @@ class Run:
     def train(self) -> None:
         """Choose the heads, compensate, distil, and write the report."""
         with as_config_error():
-            heads, student = self.start()
+            kept, student = self.start()
             distiller = self.distiller(student)
             distiller.to(self.accelerator.device)
         evaluate = self.evaluator()
-        quality = self.baseline(heads, evaluate)
+        quality = self.baseline(kept, evaluate)
         # Ranks draw different drop paths; the order and the masks come from the config's seed.
         seed_everything(self.config.seed + self.accelerator.process_index)
         with as_config_error():
-            loop = Loop(self.job(distiller, heads, evaluate), self.accelerator)
+            loop = Loop(self.job(distiller, kept, evaluate), self.accelerator)
         loop.fit(resume=self.resume)
         if self.accelerator.is_main_process:
             save(self.config, self.folder / "config.yaml")
         self.accelerator.free_memory()
         quality["distilled"] = evaluate(student)
         if self.accelerator.is_main_process:
-            models = {"teacher": self.teacher, **self.untrained(heads), "distilled": student}
+            models = {"teacher": self.teacher, **self.untrained(kept), "distilled": student}
             self.finish(models, quality)
 
-    def start(self) -> tuple[list[list[int]], EVAViT]:
-        """The kept heads and the student to train: those of the run that is resumed, else new."""
+    def start(self) -> tuple[Kept, EVAViT]:
+        """What is kept, and the student to train: those of the run that is resumed, else new."""
         path, config = newest(self.folder) if self.resume else None, self.config.prune
         views = CalibrationViews(self.data.calibration, config.calibration_views)
         calibration: Calibration | None = None
         if path is not None:
             meta = load_checkpoint(path)["meta"]
-            heads: list[list[int]] = meta["heads"]
+            kept = Kept(meta["heads"], meta.get("units"))
             # The loop will refuse another recipe, whose student must not be kept as this run's.
             known = (self.folder / COMPENSATED).is_file() or meta["config"] != self.recipe()
             if known or not config.compensate:
                 # The checkpoint replaces its weights.
-                return heads, self.cut(heads)
-        elif config.method == "reconstruction":
-            calibration = calibrate_teacher(self.teacher, views, self.accelerator)
-            heads = self.heads(calibration)
+                return kept, self.cut(kept)
         else:
-            heads = self.heads(None)
+            if config.method == "reconstruction":
+                calibration = self.calibration(views)
+            heads = self.heads(calibration)
+            if calibration is None and config.compensate:
+                calibration = self.calibration(views)
+            kept = Kept(heads, self.units(calibration))
         if not config.compensate:
-            return heads, self.cut(heads)
+            return kept, self.cut(kept)
         if calibration is None:
-            calibration = calibrate_teacher(self.teacher, views, self.accelerator)
+            calibration = self.calibration(views)
         student = compensated_student(
-            self.teacher, heads, calibration, views, config, self.accelerator
+            self.teacher, kept, calibration, views, config, self.accelerator
         )
         if self.accelerator.is_main_process:
             save_backbone(student, self.folder / COMPENSATED)
         self.accelerator.wait_for_everyone()
-        return heads, self.trainable(student)
+        return kept, self.trainable(student)
+
+    def calibration(self, views: CalibrationViews) -> Calibration:
+        """Moments of what may be removed of the teacher."""
+        mlps = self.config.prune.mlp_keep is not None
+        return calibrate_teacher(self.teacher, views, self.accelerator, mlps=mlps)
+
+    def units(self, calibration: Calibration | None) -> list[list[int]] | None:
+        """The hidden units with the best scores; None where all are kept."""
+        main = self.accelerator.is_main_process
+        units = choose_units(self.teacher, self.config.prune, calibration, progress=main)
+        if units is not None:
+            counts = sorted({len(block) for block in units})
+            LOG.info("kept hidden units per block: %s", counts)
+        return units
 
     def recipe(self) -> dict[str, Any]:
         """What a resumed run must have in common with its beginning."""
@@ -197,13 +213,13 @@ class Run:
         student.with_cp = self.config.run.checkpointing
         return student.requires_grad_(True)
 
-    def cut(self, heads: list[list[int]]) -> EVAViT:
-        """The teacher with these heads alone."""
-        return self.trainable(prune_heads(self.teacher, heads))
+    def cut(self, kept: Kept) -> EVAViT:
+        """The teacher with what is kept alone."""
+        return self.trainable(prune_heads(self.teacher, kept.heads, mlp=kept.units))
 
-    def untrained(self, heads: list[list[int]]) -> dict[str, EVAViT]:
+    def untrained(self, kept: Kept) -> dict[str, EVAViT]:
         """The student before training: ``pruned``, and ``compensated`` where the config says so."""
-        models = {"pruned": self.cut(heads)}
+        models = {"pruned": self.cut(kept)}
         if self.config.prune.compensate:
             compensated = load_backbone(self.folder / COMPENSATED)
             models["compensated"] = compensated.to(self.accelerator.device)
@@ -223,12 +239,12 @@ class Run:
             self.config.run.eval_images,
         )
 
-    def baseline(self, heads: list[list[int]], evaluate: Evaluator) -> dict[str, float]:
+    def baseline(self, kept: Kept, evaluate: Evaluator) -> dict[str, float]:
         """Held-out quality of the teacher and the untrained student, measured once per run."""
         known = self.known_baseline() if self.resume else None
         if known is not None:
             return known
-        models = {"teacher": self.teacher, **self.untrained(heads)}
+        models = {"teacher": self.teacher, **self.untrained(kept)}
         quality = {name: evaluate(model) for name, model in models.items()}
         if self.accelerator.is_main_process:
             content = {"eval_images": self.config.run.eval_images, **quality}
@@ -253,7 +269,7 @@ class Run:
             return None
         return quality if whole and images == self.config.run.eval_images else None
 
-    def job(self, distiller: Distiller, heads: list[list[int]], evaluate: Evaluator) -> Job:
+    def job(self, distiller: Distiller, kept: Kept, evaluate: Evaluator) -> Job:
         """The distillation as the loop takes it.
 
         Raises:
@@ -279,7 +295,7 @@ class Run:
             optimizer=optimizer,
             set_lr=lr_setter(optimizer, optim, length.total),
             clip=optim.clip,
-            meta={"stage": "distil", "config": self.recipe(), "heads": heads},
+            meta={"stage": "distil", "config": self.recipe(), **kept.meta()},
             watch=EvaluateEpochs("distil", evaluate, student),
             beside=(self.folder / BASELINE,),
         )
