@@ -66,8 +66,8 @@ def first_weights(
     """Weights of the student that a run would train, and its heads."""
     seen: list[Any] = []
 
-    def stop(self: run.Run, distiller: Any, heads: list[list[int]], evaluate: Any) -> None:
-        seen.extend([distiller.student.state_dict(), heads])
+    def stop(self: run.Run, distiller: Any, kept: Any, evaluate: Any) -> None:
+        seen.extend([distiller.student.state_dict(), kept.heads])
         raise Stopped
 
     with monkeypatch.context() as patch:
@@ -216,3 +216,38 @@ def test_keys_are_checked(
 ) -> None:
     assert main(words(tmp_path / "run", tmp_path, change)) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scope", ["block", "global"])
+def test_hidden_units_go_too(scope: str, teachers: Path, tmp_path: Path) -> None:
+    changes = ("prune.mlp_keep=0.5", f"prune.scope={scope}", "run.epochs=1", "run.save_every=1")
+    whole = tmp_path / "whole"
+    assert main(words(whole, teachers, *changes)) == 0
+    student, teacher = load_backbone(whole / "student.safetensors"), teacher_of(teachers)
+    assert sum(student.mlp_hidden) == pytest.approx(sum(teacher.mlp_hidden) / 2, abs=4)
+    if scope == "block":
+        assert len(set(student.mlp_hidden)) == 1
+    rows = json.loads((whole / "report.json").read_text())["models"]
+    assert [row["model"] for row in rows] == ["teacher", "pruned", "compensated", "distilled"]
+    assert rows[1]["params"] == rows[3]["params"] < 0.75 * rows[0]["params"]
+    parts = tmp_path / "parts"
+    assert main(words(parts, teachers, *changes, "run.max_steps=2")) == 0
+    assert main([*words(parts, teachers, *changes), "--resume"]) == 0
+    files = [load_file(folder / "student.safetensors") for folder in (whole, parts)]
+    assert same(*files)
+
+
+def test_hidden_units_without_compensation(teachers: Path, tmp_path: Path) -> None:
+    changes = ("prune.mlp_keep=0.25", "prune.compensate=false", "run.max_steps=1")
+    assert main(words(tmp_path / "run", teachers, *changes)) == 0
+    student = load_backbone(tmp_path / "run" / "student.safetensors")
+    (width,) = set(student.mlp_hidden)
+    assert width == pytest.approx(teacher_of(teachers).mlp_hidden[0] / 4, abs=1)
+
+
+def test_half_of_everything_is_half_of_the_backbone() -> None:
+    from kdfast.plan import steps_of
+
+    (step,) = steps_of(load("orion50_mlp", files=False))
+    parameters = step.plan(1, True).categories["parameters"] / 4
+    assert parameters == pytest.approx(152e6, rel=0.01)

@@ -13,7 +13,13 @@ from kdfast.configs.chain import ChainConfig
 from kdfast.configs.check import check
 from kdfast.configs.cnn_chain import cnn_chain, cnn_chain_digits
 from kdfast.configs.fields import ConfigError, build, keys, plain, unknown
-from kdfast.configs.orion50 import orion50, orion50_frames, orion50_mini, orion50_scenes
+from kdfast.configs.orion50 import (
+    orion50,
+    orion50_frames,
+    orion50_mini,
+    orion50_mlp,
+    orion50_scenes,
+)
 from kdfast.configs.recovery import Config
 from kdfast.configs.smoke import smoke
 from kdfast.configs.stand_ins import stand_in
@@ -24,7 +30,7 @@ from kdfast.machine.files import write_text
 CONFIGS: dict[str, Callable[[], Config | ChainConfig]] = {
     f.__name__: f
     for f in (
-        *(orion50, orion50_frames, orion50_scenes, orion50_mini, smoke),
+        *(orion50, orion50_mlp, orion50_frames, orion50_scenes, orion50_mini, smoke),
         *(vit_chain, vit_chain_digits, cnn_chain, cnn_chain_digits, cifar10),
     )
 }

@@ -48,6 +48,16 @@ def orion50() -> Config:
     )
 
 
+def orion50_mlp() -> Config:
+    """``orion50`` with half of the hidden units too, both where the whole model needs them least.
+
+    About 152M of the backbone's 303M parameters stay.
+    """
+    base = orion50()
+    prune = replace(base.prune, scope="global", mlp_keep=0.5)
+    return replace(base, name="orion50_mlp", output="runs/orion50_mlp", prune=prune)
+
+
 def orion50_frames() -> Config:
     """``orion50`` with the loss of ORION's frozen heads, on a Bench2Drive that has infos.
 

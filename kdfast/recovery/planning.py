@@ -74,6 +74,8 @@ def _compensation(config: Config, shape: Mapping[str, Any] | None) -> Before | N
         student = _student(config, teacher, False)
     weights = sum(p.nbytes for model in (teacher, student) for p in model.parameters())
     moments = 8 * len(teacher.blocks) * teacher.config["embed_dim"] ** 2
+    if prune.mlp_keep is not None:
+        moments += 8 * sum(width**2 for width in teacher.mlp_hidden)
     height, width = config.data.size
     patch = teacher.config["patch_size"]
     image = 4 * 3 * height * width
@@ -98,7 +100,9 @@ def _student(config: Config, teacher: EVAViT, recompute: bool) -> EVAViT:
     counts = kept_counts("plan", config.prune.keep, [len(heads) for heads in teacher.heads])
     # Which heads stay has no influence on memory.
     heads = [held[:count] for held, count in zip(teacher.heads, counts, strict=True)]
-    changes = {"heads": heads, "drop_path_rate": config.distill.drop_path}
+    changes: dict[str, Any] = {"heads": heads, "drop_path_rate": config.distill.drop_path}
+    if config.prune.mlp_keep is not None:
+        changes["mlp_hidden"] = kept_counts("plan", config.prune.mlp_keep, teacher.mlp_hidden)
     return EVAViT(**{**teacher.config, **changes, "with_cp": recompute})
 
 
