@@ -109,7 +109,9 @@ def test_without_compensation_the_student_is_the_cut_teacher(
     teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     off = words(tmp_path / "run", teachers, "prune.compensate=false")
-    monkeypatch.setattr(run, "calibrate_teacher", lambda *_: pytest.fail("needs no calibration"))
+    monkeypatch.setattr(
+        run, "calibrate_teacher", lambda *_, **__: pytest.fail("needs no calibration")
+    )
     found, heads = first_weights(off, monkeypatch)
     cut = kdfast.prune_heads(teacher_of(teachers), heads)
     assert same(found, dict(cut.state_dict()))
@@ -153,9 +155,9 @@ def test_heads_by_reconstruction(
     calls: list[None] = []
     original = run.calibrate_teacher
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **more: Any) -> Any:
         calls.append(None)
-        return original(*args)
+        return original(*args, **more)
 
     monkeypatch.setattr(run, "calibrate_teacher", counted)
     method = "prune.method=reconstruction"
@@ -177,7 +179,9 @@ def test_resume_keeps_what_training_started_from(
     assert main(words(folder, teachers, "run.max_steps=2")) == 0
     before = load_file(folder / "compensated.safetensors")
     with monkeypatch.context() as patch:
-        patch.setattr(run, "calibrate_teacher", lambda *_: pytest.fail("was calibrated already"))
+        patch.setattr(
+            run, "calibrate_teacher", lambda *_, **__: pytest.fail("was calibrated already")
+        )
         assert main([*words(folder, teachers, "run.max_steps=4"), "--resume"]) == 0
     (folder / "compensated.safetensors").unlink()
     assert main([*words(folder, teachers, "run.max_steps=6"), "--resume"]) == 0
