@@ -200,8 +200,8 @@ def reference(
 
 def biased_weights(scores: Tensor, bias: Tensor) -> Tensor:
     """softmax(scores (B, K, N, N) + bias (G, K, N, N)); rows without a finite score are zero."""
-    turns = (scores.shape[0] // bias.shape[0], bias.shape[0])
-    scores = (scores.unflatten(0, turns) + bias).flatten(0, 1)
+    # Not B // G: a trace keeps numbers that were computed.
+    scores = (scores.unflatten(0, (-1, bias.shape[0])) + bias).flatten(0, 1)
     dead = (scores == -math.inf).all(-1, keepdim=True)
     return scores.masked_fill(dead, 0).softmax(-1).masked_fill(dead, 0)
 

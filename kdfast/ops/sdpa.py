@@ -197,7 +197,7 @@ def self_attention(
 def repeated(bias: Tensor, q: Tensor) -> Tensor:
     """A bias (G, H, N, N) for every image of q (B, H, N, D), as torch's function takes it."""
     times = q.shape[0] // bias.shape[0]
-    if bias.shape[0] > 1 and times > 1:
+    if bias.shape[0] > 1 and (times > 1 or traced()):
         bias = bias.repeat(times, 1, 1, 1)
     return bias.to(q.dtype)
 
