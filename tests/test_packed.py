@@ -319,6 +319,23 @@ def test_functional_call() -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_weights_given_one_after_the_other_at_one_address() -> None:
+    """Each lives where the one before lived, with its version, and differs in one element."""
+    model: Any = layer()
+    x, weight = torch.randn(ROWS, C), torch.randn(P, C)
+    places = set()
+    for row in range(20):
+        changed = weight.clone()
+        changed[row, 1] = 100.0
+        places.add(changed.data_ptr())
+        with torch.no_grad():
+            got = torch.func.functional_call(model, {"0.weight": changed}, (x,))
+            torch.testing.assert_close(
+                got, F.linear(x, changed, model[0].bias), rtol=1e-4, atol=1e-3
+            )
+    assert len(places) < 20
+
+
 def test_strange_weights_are_torchs_own() -> None:
     model: Any = layer()
     check(model)

@@ -258,6 +258,11 @@ class TimmTinyAttention(TimmBiasAttention):
             return "its values are wider than its keys"
         return None
 
+    def _configure(self) -> None:
+        super()._configure()
+        # A bias that a forward pass left here could have a gradient, so it could not be copied.
+        self.attention_bias_cache.clear()
+
     def original(self) -> nn.Module | None:
         original = super().original()
         if original is not None:

@@ -50,7 +50,8 @@ class TorchvisionSwinAttention(TimmPlainAttention):
     def _grid(self, x: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
         """Windows of a map (B, h, w, C) in height and width, and how far they are shifted."""
         (h, w), (high, wide) = x.shape[1:3], self.window_size
-        grid = -(-h // high), -(-w // wide)
+        # Not -(-h // high): ONNX divides towards zero.
+        grid = (h + high - 1) // high, (w + wide - 1) // wide
         down, right = self.shift_size
         return grid, (down if grid[0] > 1 else 0, right if grid[1] > 1 else 0)
 
@@ -73,7 +74,7 @@ class TorchvisionSwinAttention(TimmPlainAttention):
     def unwindowed(self, y: Tensor, x: Tensor) -> Tensor:
         """A map like x, but with the channels of windows y (B * G, N, C')."""
         grid, shift = self._grid(x)
-        tall = y.unflatten(0, (x.shape[0], *grid)).unflatten(3, tuple(self.window_size))
+        tall = y.unflatten(0, (-1, *grid)).unflatten(3, tuple(self.window_size))
         y = tall.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         y = y.roll(shift, (1, 2)) if any(shift) else y
         return y[:, : x.shape[1], : x.shape[2]].contiguous()

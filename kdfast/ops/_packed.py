@@ -123,12 +123,21 @@ class _Packs(NamedTuple):
     Attributes:
         dtype: Of inputs and results.
         state: What ``_state`` said of the tensors.
+        memory: Where their elements were. An address alone may be given out again, as it is to the
+            weights that ``torch.func.functional_call`` gets one after the other.
         products: The packed layers.
     """
 
     dtype: torch.dtype
     state: object
+    memory: tuple[weakref.ref[torch.UntypedStorage], ...]
     products: tuple[Product, ...]
+
+    def made_of(self, storages: Sequence[torch.UntypedStorage]) -> bool:
+        """Whether the tensors still are where they were."""
+        return len(storages) == len(self.memory) and all(
+            ref() is storage for ref, storage in zip(self.memory, storages, strict=True)
+        )
 
 
 # By module, so that neither a state dict nor a copy of the module ever holds a packed weight.
@@ -201,11 +210,12 @@ def packed(
     kept = _packs.get(module)
     # Asked before anything is copied: the next call sees what another thread writes meanwhile.
     state = _state(tensors)
-    if kept is not None and kept.dtype == dtype and kept.state == state:
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    if kept is not None and kept.dtype == dtype and kept.state == state and kept.made_of(storages):
         return kept.products
     with torch.inference_mode(False), torch.no_grad():
         products = tuple(Product(layer, dtype) for layer in layers)
-    _packs[module] = _Packs(dtype, state, products)
+    _packs[module] = _Packs(dtype, state, tuple(map(weakref.ref, storages)), products)
     return products
 
 

@@ -99,7 +99,9 @@ def _mlp_site(name: str, module: nn.Module) -> Site | None:
 
 def meta_copy(model: nn.Module) -> Any:
     """A deep copy whose parameters and buffers have no memory; gradients are left out."""
-    memo: dict[int, Any] = {}
+    caches = (module.__dict__.get("attention_bias_cache") for module in model.modules())
+    # timm computes anew what it keeps there, in tensors that may have a graph: no copy of these.
+    memo: dict[int, Any] = {id(cache): {} for cache in caches if cache is not None}
     for tensor in model.parameters():
         memo[id(tensor)] = nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad)
     for buffer in model.buffers():
