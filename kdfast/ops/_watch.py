@@ -50,7 +50,7 @@ def watcher(*tensors: Tensor | None) -> str | None:
             continue
         if type(x) not in PLAIN:
             return f"{type(x).__name__} may know torch's operators alone"
-        if x.device.type == "meta":
+        if x.is_meta:
             return "meta tensors have no values"
     return None
 
