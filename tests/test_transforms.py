@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 import kdfast
 from kdfast.ops.attention_entropy import attention_entropy
@@ -43,7 +45,6 @@ def _rope(tokens: int) -> Rope:
     return Rope(made.cos.double(), made.sin.double())
 
 
-WINDOW = Window((3, 3), 2, PAD)
 # By name the public op, a call of it with one varying tensor, and that tensor.
 OPS: dict[str, tuple[str, Op, Tensor]] = {
     "attention": (
@@ -81,7 +82,7 @@ OPS: dict[str, tuple[str, Op, Tensor]] = {
     "distill window": (
         "attention_distill",
         lambda x, b=None: kdfast.attention_distill(
-            x, K, V, TQ, TK, window=WINDOW, rope=_rope(4), backend=b
+            x, K, V, TQ, TK, window=Window((3, 3), 2, PAD), rope=_rope(4), backend=b
         )[0],
         Q,
     ),
@@ -152,6 +153,11 @@ class Wrapper(Tensor):
         return pytree.tree_map(lambda x: Wrapper(x) if isinstance(x, Tensor) else x, out)
 
 
+def pulled_back(op: Op, x: Tensor) -> Tensor:
+    out, back = vjp(op, x)
+    return back(torch.ones_like(out))[0]
+
+
 def tangent(op: Op, x: Tensor) -> Tensor:
     with forward_ad.dual_level():
         out = forward_ad.unpack_dual(op(forward_ad.make_dual(x, x.cos())))
@@ -198,11 +204,22 @@ def compiled(op: Op, x: Tensor) -> Tensor:
 
 
 def fake(op: Op, x: Tensor) -> Tensor:
-    on_meta = op(x)
+    """Zeros of the shape that a call with fake tensors has."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        assert op(mode.from_tensor(x)).shape == on_meta.shape
-    return on_meta
+        shape = op(mode.from_tensor(x)).shape
+    return torch.zeros(shape)
+
+
+def meta(op: Op, x: Tensor) -> Tensor:
+    """Zeros of the shape that a call has whose tensors are all on the meta device."""
+    tensors = {name: value for name, value in globals().items() if isinstance(value, Tensor)}
+    globals().update({name: value.to("meta") for name, value in tensors.items()})
+    try:
+        with torch.device("meta"):
+            return torch.zeros(op(x.to("meta")).shape, device="cpu")
+    finally:
+        globals().update(tensors)
 
 
 Transform = Callable[[Op, Tensor], Any]
@@ -210,7 +227,7 @@ Transform = Callable[[Op, Tensor], Any]
 TRANSFORMS: dict[str, list[tuple[Transform, Transform | None]]] = {
     "`torch.func.grad`, `vjp`, `jacrev`": [
         (lambda op, x: grad(lambda z: (op(z) ** 2).sum())(x), None),
-        (lambda op, x: vjp(op, x)[1](torch.ones_like(op(x)))[0], None),
+        (pulled_back, None),
         (lambda op, x: jacrev(op)(x), None),
     ],
     "`torch.func.jvp`, `jacfwd`, `autograd.forward_ad`": [
@@ -236,16 +253,17 @@ TRANSFORMS: dict[str, list[tuple[Transform, Transform | None]]] = {
     "subclass by `__torch_dispatch__`": [
         (lambda op, x: op(Wrapper(x)).held, lambda op, x: op(x)),
     ],
-    "meta and fake tensors": [(fake, lambda op, x: op(x))],
+    "fake tensors": [(fake, lambda op, x: torch.zeros(op(x).shape))],
+    "meta tensors": [(meta, lambda op, x: torch.zeros(op(x).shape))],
 }
 # A minute and more for all ops, each in a graph of its own.
 LONG = ("`torch.export`", "`torch.compile`, fullgraph, dynamic", "`torch.func.hessian`")
 
 
-def documented() -> dict[str, list[str]]:
-    """Rows of the page: transform -> ops that raise."""
+def documented() -> dict[str, tuple[str, list[str]]]:
+    """Rows of the page: transform -> whose code runs, and ops that raise."""
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.*?) ?\|$", PAGE.read_text("utf-8"), re.MULTILINE)
-    return {name: re.findall(r"`(\w+)`", errors) for name, _, errors in rows[2:]}
+    return {name: (by, re.findall(r"`(\w+)`", errors)) for name, by, errors in rows[2:]}
 
 
 def test_the_page_has_every_transform() -> None:
@@ -262,7 +280,7 @@ def test_the_page_has_every_transform() -> None:
 )
 def test_ops(transform: str, op: str) -> None:
     public, call, x = OPS[op]
-    raises = public in documented()[transform]
+    raises = public in documented()[transform][1]
     for apply, wanted in TRANSFORMS[transform]:
         if raises:
             with pytest.raises(NotImplementedError, match="backend='reference'"):
@@ -270,6 +288,34 @@ def test_ops(transform: str, op: str) -> None:
             continue
         want = (wanted or apply)(lambda z: call(z, "reference"), x)
         torch.testing.assert_close(apply(call, x), want, atol=1e-8, rtol=1e-7)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_whose_code_runs(transform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    by, _ = documented()[transform]
+    decisions: list[bool] = []
+    file = sys.modules["kdfast.ops.swiglu_norm"]
+    real = file.use_fused
+
+    def spy(*args: Any, **kwargs: Any) -> bool:
+        decisions.append(real(*args, **kwargs))
+        return decisions[-1]
+
+    monkeypatch.setattr(file, "use_fused", spy)
+    _, call, x = OPS["swiglu"]
+    for apply, _ in TRANSFORMS[transform]:
+        decisions.clear()
+        if transform.startswith("`torch.compile`"):
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                monkeypatch.undo()
+                apply(call, x)
+            decisions = [any(e.name == "kdfast::swiglu_norm" for e in seen.events())]
+        else:
+            apply(call, x)
+        # The kernel's own result is differentiated again by torch's operators.
+        kernels = by == "kernels" or transform == "double backward"
+        assert decisions and set(decisions) == {kernels}
 
 
 def test_the_fused_backend_cannot_be_asked_for() -> None:
