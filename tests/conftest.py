@@ -41,6 +41,22 @@ def picture_folder(tmp_path: Path) -> Path:
     return folder.parent
 
 
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cache of trained teachers, shared by the tests of a file."""
+    return tmp_path_factory.mktemp("teachers")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recovery runs time models once instead of for half a second each, and draw no curves."""
+    monkeypatch.setattr(
+        "kdfast.recovery.report.interleave",
+        lambda calls, **_: {name: [(1e-3, True)] for name in calls},
+    )
+    monkeypatch.setattr("kdfast.trainer.loop.draw_curves", lambda folder: None)
+
+
 @pytest.fixture(autouse=True)
 def _isolate() -> Iterator[None]:
     """Same seed and one thread for every test; uninitialised memory shows up as NaN."""
@@ -64,6 +80,17 @@ def compiled() -> None:
         if "cpu" in os.environ.get("KDFAST_REQUIRE", "").split(","):
             pytest.fail("KDFAST_REQUIRE=cpu, but kdfast._C is not built")
         pytest.skip("kdfast._C is not built")
+
+
+@pytest.fixture
+def always_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of fp32 and bf16 are packed on any machine with oneDNN."""
+    if not _matmul._available():
+        pytest.skip("this torch has no oneDNN")
+    if _matmul.SETTING == "torch":
+        pytest.skip("KDFAST_LINEAR=torch")
+    always = Choice(True, True, True, True, True, "as the test wants it")
+    monkeypatch.setattr(_matmul, "CHOICES", dict.fromkeys((torch.float32, torch.bfloat16), always))
 
 
 @pytest.fixture(params=EXTENSION.testable_isas() if EXTENSION else ["generic"])

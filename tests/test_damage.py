@@ -28,7 +28,7 @@ from kdfast.sources import SourceError, load_model
 from kdfast.testing.damage import bombs, disks, edits, flips
 from kdfast.testing.damage.__main__ import main
 from kdfast.testing.damage.models import MAKERS, saved
-from kdfast.testing.damage.tally import BAIT, OPENED, Tally, differs, watch_opened
+from kdfast.testing.damage.tally import BAIT, OPENED, OUTSIDE, Tally, differs, watch_opened
 from kdfast.train import main as train
 from kdfast.trainer.commits import save_checkpoint
 
@@ -278,14 +278,14 @@ def a_link(**changes: Any) -> dict[str, Any]:
     "changes",
     [
         {"args": {"depth": 10**9}},
-        {"args": {"checkpoint_path": f"/tmp/{BAIT}"}},
+        {"args": {"checkpoint_path": OUTSIDE}},
         {"args": {"pretrained": True}},
-        {"args": {"pretrained_cfg": {"file": f"/tmp/{BAIT}"}}},
+        {"args": {"pretrained_cfg": {"file": OUTSIDE}}},
         {"args": {"depth": -1}},
         {"args": {"img_size": "x"}},
         {"args": None},
         {"model": f"hf-hub:{BAIT}/{BAIT}"},
-        {"model": f"local-dir:/tmp/{BAIT}"},
+        {"model": f"local-dir:{OUTSIDE}"},
         {"model": ["vit_tiny_patch16_224"]},
     ],
 )

@@ -17,13 +17,13 @@ from kdfast import evaluate
 from kdfast.configs import Config, ConfigError, load
 from kdfast.data.orion.prepare import new_sample
 from kdfast.data.orion.sample import SampleOptions
-from kdfast.recovery import report
 from kdfast.recovery.orion.feed import build_frames
 from kdfast.recovery.orion.objective import SHOWN, TaskDistiller
 from kdfast.recovery.orion.teacher import get_frame_teacher
 from kdfast.train import main
-from kdfast.trainer import loop
 from kdfast.trainer.commits import load_checkpoint, newest
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 FRAMES = 6
 
@@ -33,19 +33,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("b2d") / "data"
     new_sample(out, SampleOptions(clips=4, val_clips=1, frames=FRAMES, size=(96, 160)))
     return out
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("teachers")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        report, "interleave", lambda calls, **_: {name: [(1e-3, True)] for name in calls}
-    )
-    monkeypatch.setattr(loop, "draw_curves", lambda folder: None)
 
 
 def changes(root: Path, teachers: Path, *more: str) -> list[str]:
@@ -78,11 +65,7 @@ def whole(root: Path, teachers: Path, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("whole") / "run"
     # As in the tests: sums of another number of threads differ in the last bit.
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            report, "interleave", lambda calls, **_: {name: [(1e-3, True)] for name in calls}
-        )
-        assert main(words(folder, root, teachers)) == 0
+    assert main(words(folder, root, teachers)) == 0
     return folder
 
 

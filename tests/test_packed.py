@@ -16,22 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kdfast
-from kdfast.ops import _matmul, _packed
-from kdfast.ops._matmul import Choice
+from kdfast.ops import _packed
 from kdfast.testing import small_eva
 
 C, P, ROWS = 192, 144, 50  # above LEAST_WORK, and no multiples of each other
 
 
-@pytest.fixture(autouse=True)
-def _packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of fp32 and bf16 are packed on any machine with oneDNN."""
-    if not _matmul._available():
-        pytest.skip("this torch has no oneDNN")
-    if _matmul.SETTING == "torch":
-        pytest.skip("KDFAST_LINEAR=torch")
-    always = Choice(True, True, True, True, True, "as the test wants it")
-    monkeypatch.setattr(_matmul, "CHOICES", dict.fromkeys((torch.float32, torch.bfloat16), always))
+pytestmark = pytest.mark.usefixtures("always_packed")
 
 
 def layer(**options: Any) -> nn.Module:
@@ -401,37 +392,6 @@ def test_layers_can_be_traced_by_fx() -> None:
         torch.testing.assert_close(traced(x), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 3, 64, 32), (2, 3, 70, 37), (3, 64, 64), (0, 3, 64, 64)], ids=str
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_patches(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    plain = nn.Sequential(nn.Conv2d(3, 256, (16, 16), (16, 16))).to(dtype)
-    fused = copy.deepcopy(plain)
-    assert len(kdfast.accelerate(fused).layers) == 1
-    x = torch.randn(shape).to(dtype)
-    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
-    results = []
-    for model in (plain, fused):
-        out = model(x)
-        grads = torch.autograd.grad(out.sin().sum(), list(model.parameters()))
-        with torch.no_grad():
-            results.append([out, *grads, model.eval()(x)])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=50 * tolerance)
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("size", [(3, 10, 10), (2, 4, 32, 32)])
-def test_wrong_pictures_raise_what_torch_raises(size: tuple[int, ...]) -> None:
-    plain = nn.Sequential(nn.Conv2d(3, 8, 16, 16)).eval()
-    fused = copy.deepcopy(plain)
-    kdfast.accelerate(fused)
-    for model in (plain, fused):
-        with pytest.raises(RuntimeError, match="Kernel size can't be|expected input"):
-            model(torch.randn(size))
-
-
 def test_threads() -> None:
     model: Any = layer()
     x = torch.randn(ROWS, C)
@@ -513,8 +473,3 @@ def test_layers_without_units_are_left_to_torch() -> None:
     want = model(image).detach()
     with torch.no_grad():
         torch.testing.assert_close(model(image), want, rtol=1e-4, atol=1e-4)
-    empty = nn.Sequential(nn.Linear(C, 0), nn.Linear(0, P)).eval()
-    kdfast.accelerate(empty)
-    with torch.no_grad():
-        got = empty(torch.randn(ROWS, C))
-    torch.testing.assert_close(got, empty[1].bias.expand(ROWS, P))

@@ -17,29 +17,14 @@ from safetensors.torch import load_file
 
 from kdfast.configs import Config, load
 from kdfast.machine.signals import Signals
-from kdfast.recovery import report
 from kdfast.train import main
-from kdfast.trainer import loop
 from kdfast.trainer.commits import load_checkpoint, newest, save_checkpoint
 from kdfast.trainer.logs import Table, read_rows
 from kdfast.trainer.state import rng_state, set_rng_state
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 STEPS = 40  # two epochs of 20; drop path draws random numbers in each
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Cache of trained teachers, shared by the tests of this file."""
-    return tmp_path_factory.mktemp("teachers")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times models once instead of for half a second each, and draws no curves."""
-    monkeypatch.setattr(
-        report, "interleave", lambda calls, **_: {name: [(1e-3, True)] for name in calls}
-    )
-    monkeypatch.setattr(loop, "draw_curves", lambda folder: None)
 
 
 def words(folder: Path, teachers: Path, *changes: str) -> list[str]:

@@ -28,11 +28,6 @@ def small() -> Classification:
     return build_classification("digits", size=16, seed=3, val_fraction=0.05, test_fraction=0.05)
 
 
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("teachers")
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, small: Classification) -> None:
     monkeypatch.setattr(

@@ -22,27 +22,10 @@ from kdfast.configs.recovery import OptimConfig
 from kdfast.data.scenes import Scenes
 from kdfast.models.checkpoint import load_backbone
 from kdfast.models.eva import EVAViT
-from kdfast.recovery import report
 from kdfast.recovery.evaluate import confusion, mean_iou, similarity
 from kdfast.recovery.optim import block_depth, param_groups, schedule
 from kdfast.train import main
-from kdfast.trainer import loop
 from kdfast.trainer.commits import load_checkpoint
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Cache of trained teachers, shared by the tests of this file."""
-    return tmp_path_factory.mktemp("teachers")
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times models once instead of for half a second each, and draws no curves."""
-    monkeypatch.setattr(
-        report, "interleave", lambda calls, **_: {name: [(1e-3, True)] for name in calls}
-    )
-    monkeypatch.setattr(loop, "draw_curves", lambda folder: None)
 
 
 def smoke(folder: Path, teachers: Path, *changes: str) -> list[str]:

@@ -14,27 +14,13 @@ from kdfast.configs import load
 from kdfast.models.checkpoint import load_backbone, load_orion_backbone
 from kdfast.models.eva import EVAViT
 from kdfast.pruning import HeadScores
-from kdfast.recovery import report, run
+from kdfast.recovery import run
 from kdfast.recovery.data import build_data
 from kdfast.recovery.evaluate import Evaluator
 from kdfast.train import main, make_accelerator
-from kdfast.trainer import loop
 from kdfast.trainer.commits import load_checkpoint
 
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Cache of trained teachers, shared by the tests of this file."""
-    return tmp_path_factory.mktemp("teachers")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times models once instead of for half a second each, and draws no curves."""
-    monkeypatch.setattr(
-        report, "interleave", lambda calls, **_: {name: [(1e-3, True)] for name in calls}
-    )
-    monkeypatch.setattr(loop, "draw_curves", lambda folder: None)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def words(folder: Path, teachers: Path, *changes: str, name: str = "smoke") -> list[str]:

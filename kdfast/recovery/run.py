@@ -29,12 +29,13 @@ from kdfast.recovery.compensation import (
 )
 from kdfast.recovery.data import Data, build_data, some_views
 from kdfast.recovery.evaluate import EvaluateEpochs, Evaluator
+from kdfast.recovery.fit_teacher import save_head
 from kdfast.recovery.free import FREE
 from kdfast.recovery.heads import Kept, choose_heads, choose_units, score_heads
 from kdfast.recovery.objective import Distiller
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
 from kdfast.recovery.report import draw_predictions, measure, write_report
-from kdfast.recovery.teacher import get_teacher, save_head
+from kdfast.recovery.teacher import get_teacher
 from kdfast.trainer.commits import changed, load_checkpoint, newest, settle
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from kdfast.data.files import read_bgr
 from kdfast.data.orion.chat import Round, conversation
@@ -20,7 +19,7 @@ from kdfast.data.orion.maps import open_maps
 from kdfast.data.orion.names import CAMERAS
 from kdfast.data.orion.targets import Labels, Rig, pixel_transform, rig
 from kdfast.data.rng import CROP, PHOTOMETRIC, generator
-from kdfast.data.views.base import Corrupt
+from kdfast.data.views.base import Corrupt, Epochs
 from kdfast.data.views.preprocess import CropDraw, draw_crop, draw_photometric, preprocess
 from kdfast.models.orion.batch import Batch, Frame, Lanes, Objects
 
@@ -76,7 +75,7 @@ class FrameBatch:
         return FrameBatch(self.index, images, self.batch.to(device), self.rounds, self.corrupt)
 
 
-class OrionFrames(Dataset[Sample]):
+class OrionFrames(Epochs, Dataset[Sample]):
     """Map-style dataset of whole frames.
 
     An item depends on the arguments, the epoch and the index alone.
@@ -114,6 +113,7 @@ class OrionFrames(Dataset[Sample]):
             FileNotFoundError: Infos, maps or the chat folder are missing.
             ValueError: An argument is out of range, or a town has no map.
         """
+        super().__init__()
         if min(size) < 2 or size[0] % 2:
             raise ValueError(f"size: must be positive with an even height, got {size}")
         if photometric and not augment:
@@ -126,19 +126,6 @@ class OrionFrames(Dataset[Sample]):
             raise FileNotFoundError(f"chat: must be a folder with train and val, got {self.chat}")
         self.split, self.size, self.seed = split, size, seed
         self.augment, self.photometric = augment, photometric
-        # Shared memory: workers that outlive an epoch must see the next one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    @property
-    def epoch(self) -> int:
-        """Epoch whose augmentation the items show."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, also in running workers."""
-        if epoch < 0:
-            raise ValueError(f"set_epoch: epoch must be >= 0, got {epoch}")
-        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         """Number of frames."""
@@ -148,8 +135,7 @@ class OrionFrames(Dataset[Sample]):
         """The frame at ``index``."""
         if not 0 <= index < len(self):
             raise IndexError(f"index: must be in [0, {len(self)}), got {index}")
-        if get_worker_info() is not None:
-            cv2.setNumThreads(0)
+        self.in_one_thread()
         crop = draw_crop(generator(CROP, self.seed, self.epoch, index)) if self.augment else None
         images, transforms, corrupt = self._images(index, crop)
         rounds: tuple[Round, ...] = ()

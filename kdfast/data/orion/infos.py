@@ -56,7 +56,6 @@ class Infos:
         clips: Folders of the clips (``v1/<clip>``).
         towns: Names of the towns.
         names: Blueprint names of the boxes.
-        paths: Pictures, if they do not lie where Bench2Drive puts them.
         has_lights: Whether states of traffic lights are known.
     """
 

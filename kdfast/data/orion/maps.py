@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from kdfast.data.files import CorruptDataError
 from kdfast.data.orion.geometry import Floats, move
-from kdfast.data.orion.names import MAP_CLASSES
 from kdfast.data.orion.table import open_table, write_table
 from kdfast.data.orion.unpickle import load_object_npz, load_pickle
+from kdfast.models.orion.config import LANE_CLASSES
 
 KIND = "kdfast maps 1"
 # Lanes with a sample point nearer than this are looked at; every 50th point of a lane is one.
@@ -33,7 +33,7 @@ class Town:
     Attributes:
         points: (P, 3) points of all polylines, one after another.
         start: (n + 1,) first point of each, and P.
-        label: (n,) index into ``MAP_CLASSES``.
+        label: (n,) index into ``LANE_CLASSES``.
         closed: (n,) whether it is the outline of a trigger volume.
         samples: (S, 2) points that decide whether a polyline is near.
         sample_start: (n + 1,) first sample of each, and S.
@@ -107,14 +107,14 @@ def _town_arrays(town: Mapping[str, Any], where: str) -> dict[str, NDArray[Any]]
             f"{where}: a key is missing or has another form ({type(error).__name__}: {error})"
         ) from error
     # Types that ORION has no class for ("NONE", "Other") are left out here, once.
-    kept = [row for row, name in enumerate(types) if name in MAP_CLASSES]
+    kept = [row for row, name in enumerate(types) if name in LANE_CLASSES]
     lines = [*lanes, *volumes]
     empty = np.zeros((0, 2))
     near = [*samples, *[empty] * len(volumes)]
     return {
         "points": np.concatenate([np.zeros((0, 3)), *(lines[row] for row in kept)]),
         "start": np.cumsum([0, *(len(lines[row]) for row in kept)], dtype=np.int64),
-        "label": np.array([MAP_CLASSES.index(types[row]) for row in kept], np.int8),
+        "label": np.array([LANE_CLASSES.index(types[row]) for row in kept], np.int8),
         "closed": np.array([row >= len(lanes) for row in kept], bool),
         "samples": np.concatenate([empty, *(near[row] for row in kept)]),
         "sample_start": np.cumsum([0, *(len(near[row]) for row in kept)], dtype=np.int64),
@@ -215,8 +215,3 @@ def open_maps(folder: str | Path) -> dict[str, Town]:
         }
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}: must hold whole maps, got {error!r}") from error
-
-
-def needed_towns(towns: Iterable[str], maps: Mapping[str, Town]) -> list[str]:
-    """Towns that the infos name and the maps lack."""
-    return sorted(set(towns) - set(maps))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from kdfast.models.orion.config import CLASSES as DETECTION_CLASSES
+
 # Sensor name in annotations -> folder of its pictures, in ORION's order.
 CAMERAS = {
     "CAM_FRONT": "rgb_front",
@@ -12,18 +14,6 @@ CAMERAS = {
     "CAM_BACK_LEFT": "rgb_back_left",
     "CAM_BACK_RIGHT": "rgb_back_right",
 }
-DETECTION_CLASSES = (
-    "car",
-    "van",
-    "truck",
-    "bicycle",
-    "traffic_sign",
-    "traffic_cone",
-    "traffic_light",
-    "pedestrian",
-    "others",
-)
-MAP_CLASSES = ("Broken", "Solid", "SolidSolid", "Center", "TrafficLight", "StopSign")
 TRAFFIC_LIGHT = DETECTION_CLASSES.index("traffic_light")
 # Red, yellow, green; 3 is a light that is off or unknown and has no state to learn.
 LIGHT_STATES = ("red", "yellow", "green", "off")

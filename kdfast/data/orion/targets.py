@@ -170,18 +170,5 @@ class Labels:
         return moves, valid.astype(np.float64)
 
 
-def ego_future(infos: Infos, frame: int) -> tuple[Floats, Floats]:
-    """Moves (6, 2) of the car in steps of half a second, LiDAR axes of now, and validity (6,)."""
-    clip, now = infos.clip(frame), int(infos.columns["frame_idx"][frame])
-    place, known = np.zeros((STEPS + 1, 2)), np.zeros(STEPS + 1, bool)
-    for step in range(STEPS + 1):
-        other = infos.frame_of(clip, now + step * STRIDE)
-        if other is not None:
-            place[step] = (infos.pose(frame) @ np.linalg.inv(infos.pose(other)))[:2, 3]
-            known[step] = True
-    valid = known[1:] & known[:-1]
-    return np.where(valid[:, None], np.diff(place, axis=0), 0), valid.astype(np.float64)
-
-
 def _fp32(array: Floats) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))

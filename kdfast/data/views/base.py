@@ -39,7 +39,36 @@ class Corrupt:
     reason: str
 
 
-class ViewDataset(Dataset["Item | Corrupt"]):
+class Epochs:
+    """The epoch whose augmentation a dataset shows, also in running workers."""
+
+    def __init__(self) -> None:
+        # Shared memory: workers that outlive an epoch must see the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._alone = False
+
+    @property
+    def epoch(self) -> int:
+        """Epoch whose augmentation the items show."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, also in running workers; call it before the loader is iterated."""
+        if epoch < 0:
+            raise ValueError(f"set_epoch: epoch must be >= 0, got {epoch}")
+        self._epoch.fill_(epoch)
+
+    def in_one_thread(self) -> None:
+        """Called for every item: workers are the parallelism.
+
+        OpenCV's thread pool does not survive a fork either.
+        """
+        if not self._alone and get_worker_info() is not None:
+            cv2.setNumThreads(0)
+            self._alone = True
+
+
+class ViewDataset(Epochs, Dataset["Item | Corrupt"]):
     """Map-style dataset of single camera views.
 
     An item is ``{"image": (3, H, W) float32 normalised, "label": (H, W) int64 where the kind has
@@ -56,26 +85,13 @@ class ViewDataset(Dataset["Item | Corrupt"]):
     classes: tuple[str, ...] = ()
 
     def __init__(self, *, split: str, size: tuple[int, int], augment: bool, seed: int) -> None:
+        super().__init__()
         if split not in SPLITS:
             raise ValueError(f"split: must be one of {SPLITS}, got {split!r}")
         self.split = split
         self.size = size
         self.augment = augment
         self.seed = seed
-        # Shared memory: workers that outlive an epoch must see the next one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._alone = False
-
-    @property
-    def epoch(self) -> int:
-        """Epoch whose augmentation the items show."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, also in running workers; call it before the loader is iterated."""
-        if epoch < 0:
-            raise ValueError(f"set_epoch: epoch must be >= 0, got {epoch}")
-        self._epoch.fill_(epoch)
 
     @abstractmethod
     def __len__(self) -> int:
@@ -89,10 +105,7 @@ class ViewDataset(Dataset["Item | Corrupt"]):
         """The item at ``index``; IndexError outside of the dataset."""
         if not 0 <= index < len(self):
             raise IndexError(f"index: must be in [0, {len(self)}), got {index}")
-        if not self._alone and get_worker_info() is not None:
-            # Workers are the parallelism, and OpenCV's thread pool does not survive a fork.
-            cv2.setNumThreads(0)
-            self._alone = True
+        self.in_one_thread()
         return self.load(index)
 
 

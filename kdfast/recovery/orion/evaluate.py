@@ -16,11 +16,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from kdfast.data.orion.names import DETECTION_CLASSES, MAP_CLASSES
 from kdfast.models.eva import EVAViT
 from kdfast.models.orion import Batch, HeadsMemory, OrionHeads
 from kdfast.models.orion.boxes import Detections as Found
 from kdfast.models.orion.boxes import FoundLanes
+from kdfast.models.orion.config import CLASSES, LANE_CLASSES
 from kdfast.recovery.detection_metrics import Detections, DetectionScore, score_detections
 from kdfast.recovery.map_metrics import Lines, MapScore, score_lines
 from kdfast.recovery.orion.feed import Frames
@@ -109,8 +109,8 @@ class FrameEvaluator:
                 )
             )
         rows = gather_object(rows)
-        boxes = score_detections([r[0] for r in rows], [r[1] for r in rows], DETECTION_CLASSES)
-        lines = score_lines([r[2] for r in rows], [r[3] for r in rows], MAP_CLASSES)
+        boxes = score_detections([r[0] for r in rows], [r[1] for r in rows], CLASSES)
+        lines = score_lines([r[2] for r in rows], [r[3] for r in rows], LANE_CLASSES)
         return FrameScores(boxes, lines, len(rows))
 
     @torch.no_grad()

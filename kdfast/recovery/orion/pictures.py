@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from kdfast.data.orion.geometry import box_corners, project
-from kdfast.data.orion.names import MAP_CLASSES
 from kdfast.data.views.preprocess import MEAN, STD
+from kdfast.models.orion.config import LANE_CLASSES
 
 Pixels = NDArray[np.uint8]
 # Metres to each side of the view from above, and its pixels.
@@ -139,6 +139,6 @@ def _from_above(
             _lines(out, corners, ((0, 1), (1, 2), (2, 3), (3, 0)), BOX_COLOURS[label])
     car = pixel(np.array([[-0.9, -2.2], [-0.9, 2.2], [0.9, 2.2], [0.9, -2.2]]))
     cv2.fillConvexPoly(out, car.astype(np.int32), (40, 90, 200))
-    for at, name in enumerate(MAP_CLASSES):
+    for at, name in enumerate(LANE_CLASSES):
         cv2.putText(out, name, (4, 12 + 11 * at), 0, 0.35, LINE_COLOURS[at], 1, cv2.LINE_AA)
     return out

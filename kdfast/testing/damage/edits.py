@@ -20,23 +20,23 @@ from torch import Tensor
 
 import kdfast
 from kdfast.testing.damage.models import saved
-from kdfast.testing.damage.tally import BAIT, Tally, put, taken
+from kdfast.testing.damage.tally import BAIT, OUTSIDE, Tally, put, taken
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # What takes the place of any value.
 VALUES: list[Any] = [
     *(None, True, -1, 0, 1, 3, 10**7, 2**40, 10**30, -1e308, 0.5, "", "x", [], {}, [[]], [-1]),
-    *([1, 1], [0, 99], {"a": {"b": 1}}, f"../{BAIT}", f"/tmp/{BAIT}", f"hf-hub:{BAIT}/{BAIT}"),
+    *([1, 1], [0, 99], {"a": {"b": 1}}, f"../{BAIT}", OUTSIDE, f"hf-hub:{BAIT}/{BAIT}"),
 ]
 # What is added to any object.
 EXTRA: dict[str, Any] = {
     "pretrained": True,
-    "checkpoint_path": f"/tmp/{BAIT}",
-    "pretrained_cfg": {"file": f"/tmp/{BAIT}"},
-    "pretrained_cfg_overlay": {"file": f"/tmp/{BAIT}"},
-    "file": f"/tmp/{BAIT}",
-    "url": f"file:///tmp/{BAIT}",
-    "cache_dir": f"/tmp/{BAIT}",
+    "checkpoint_path": OUTSIDE,
+    "pretrained_cfg": {"file": OUTSIDE},
+    "pretrained_cfg_overlay": {"file": OUTSIDE},
+    "file": OUTSIDE,
+    "url": f"file://{OUTSIDE}",
+    "cache_dir": OUTSIDE,
     "auto_map": {"AutoModel": f"{BAIT}.Model"},
     "transformers_weights": f"../{BAIT}",
     "quantization_config": {"quant_method": "gptq", "tokenizer": BAIT},
@@ -179,7 +179,7 @@ class Bait:
     """Runs code when it is unpickled."""
 
     def __reduce__(self) -> Any:
-        return open, (f"/tmp/{BAIT}",)
+        return open, (OUTSIDE,)
 
 
 def hostile_files(tally: Tally, root: Path) -> None:
@@ -223,7 +223,7 @@ def hostile_files(tally: Tally, root: Path) -> None:
 
     for name in (CONFIG, WEIGHTS):
         trial(f"{name} is a link to another folder", linked(name))
-    for name in (f"../{bait.name}", str(bait), f"/tmp/{BAIT}", "..", "", "missing.safetensors"):
+    for name in (f"../{bait.name}", str(bait), OUTSIDE, "..", "", "missing.safetensors"):
         trial(f"the index names {name!r}", index(name))
     trial("weights are a pickle", written(WEIGHTS, pickled))
     trial("config.json is a pickle", written(CONFIG, pickled))

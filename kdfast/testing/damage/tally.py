@@ -104,6 +104,8 @@ def _alarm() -> Iterator[None]:
 # Files and addresses that a reader opened and that it must never open.
 OPENED: list[str] = []
 BAIT = "kdfast-bait"
+# A path that leads out of any folder, as whoever edits a file may write it.
+OUTSIDE = f"/{BAIT}"
 
 
 def watch_opened() -> None:
