@@ -46,7 +46,7 @@ from kdfast.pruning.latency_goal import Goal, Outcome, corrected, remarks, tried
 from kdfast.pruning.report import PruningReport
 from kdfast.pruning.saving import save_pretrained
 from kdfast.pruning.scores import METHODS, MLP_METHODS
-from kdfast.pruning.surgery import prune_with_errors
+from kdfast.pruning.surgery import prune_heads
 from kdfast.pruning.tables import costs, outcome, site_errors
 from kdfast.sources import MODEL_HELP, image_batches, is_random, load_model, noise
 
@@ -307,7 +307,8 @@ def cut(
         more = {"compensate": calibration, "sequential": options.sequential, "data": pictures}
     elif options.mean_context:
         more = {"mean_context": True, "data": batches}
-    pruned, errors = prune_with_errors(model, chosen.heads, mlp=chosen.units, **more)
+    errors: list[SiteError] = []
+    pruned = prune_heads(model, chosen.heads, mlp=chosen.units, errors=errors, **more)
     return pruned.eval(), errors
 
 

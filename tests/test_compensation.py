@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import kdfast
 from kdfast.models.eva import EVAViT
 from kdfast.pruning.adapter import Site
+from kdfast.pruning.compensate import SiteError
 from kdfast.pruning.families import anatomy_of
-from kdfast.pruning.surgery import prune_with_errors
 from tests.test_prune_families import blocks, hugging_face, run, small, torchvision_vit
 
 EXACT = 1e-10  # ridge of fits that have an exact solution
@@ -118,8 +118,9 @@ def test_exact_where_removed_channels_are_linear_in_kept_ones(name: str) -> None
     whole = output(model, data[0])
     far = (output(cut, data[0]) - whole).abs().max()
     for sequential in (False, True):
-        pruned, errors = prune_with_errors(
-            model, heads, sequential=sequential, progress=False, **given
+        errors: list[SiteError] = []
+        pruned = kdfast.prune_heads(
+            model, heads, sequential=sequential, progress=False, errors=errors, **given
         )
         assert len(errors) == len(heads) + len(units or [])
         assert all(error.compensated < 1e-7 < error.cut for error in errors)
@@ -136,7 +137,8 @@ def test_never_worse_than_the_cut(name: str) -> None:
     units = [list(range(0, len(site.held), 3)) for site in anatomy.mlps] or None
     calibration = kdfast.calibrate(model, data, progress=False)
     for sequential in (False, True):
-        _, errors = prune_with_errors(
+        errors: list[SiteError] = []
+        kdfast.prune_heads(
             model,
             heads,
             mlp=units,
@@ -144,6 +146,7 @@ def test_never_worse_than_the_cut(name: str) -> None:
             data=data,
             sequential=sequential,
             progress=False,
+            errors=errors,
         )
         assert len(errors) == sum(
             len(row) < len(site.held)
@@ -184,8 +187,15 @@ def test_moments_fits_and_errors_are_those_of_the_definition() -> None:
         for moments in pair
     ]
     heads, units = [[0, 2], [1]], [list(range(0, 256, 2)), list(range(40))]
-    pruned, errors = prune_with_errors(
-        model, heads, mlp=units, compensate=calibration, ridge=1e-3, progress=False
+    errors: list[SiteError] = []
+    pruned = kdfast.prune_heads(
+        model,
+        heads,
+        mlp=units,
+        compensate=calibration,
+        ridge=1e-3,
+        progress=False,
+        errors=errors,
     )
     new = [layer for block in pruned.blocks for layer in (block.attn.proj, block.mlp.fc2)]
     kept = [

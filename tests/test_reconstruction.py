@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 import kdfast
-from kdfast.pruning.compensate import RIDGE
+from kdfast.pruning.compensate import RIDGE, SiteError
 from kdfast.pruning.eliminate import best_sets, inverse, slice_path, slopes, unit_path
 from kdfast.pruning.moments import Moments
 from kdfast.pruning.reconstruction import weighted
-from kdfast.pruning.surgery import prune_with_errors
 from tests.test_prune_families import small, torchvision_vit
 
 
@@ -142,8 +141,9 @@ def test_heads_are_the_best_of_all_sets(tmp_path: Path) -> None:
             for kept in itertools.combinations(range(4), count):
                 rows = [list(range(4)), list(range(4))]
                 rows[block] = list(kept)
-                _, (error,) = prune_with_errors(model, rows, compensate=calibration)
-                errors[kept] = error.compensated
+                found: list[SiteError] = []
+                kdfast.prune_heads(model, rows, compensate=calibration, errors=found)
+                errors[kept] = found[0].compensated
             best = min(errors, key=errors.__getitem__)
             assert errors[tuple(chosen[block])] == pytest.approx(errors[best], rel=1e-2)
 

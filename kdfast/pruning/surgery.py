@@ -38,6 +38,7 @@ def prune_heads(
     data: Iterable[Any] | None = None,
     batches: int | None = None,
     progress: bool = True,
+    errors: list[SiteError] | None = None,
 ) -> Model:
     """A new model that holds only the selected heads; the given one is not changed.
 
@@ -67,6 +68,7 @@ def prune_heads(
             norms): such a site is fitted on what the norm of the kept slices gives.
         batches: Use at most so many; None: all.
         progress: Show a progress bar on a terminal.
+        errors: Gets the error of every site that was compensated, before and after.
 
     Returns:
         A model with its own memory, of the same class; attention modules of a library may be
@@ -81,35 +83,6 @@ def prune_heads(
             together, or a layer that would be cut is adapted, parametrized or quantized; the
             message names it and what makes it plain. Nothing is changed then.
     """
-    student, _ = prune_with_errors(
-        model,
-        selection,
-        mlp=mlp,
-        compensate=compensate,
-        sequential=sequential,
-        ridge=ridge,
-        mean_context=mean_context,
-        data=data,
-        batches=batches,
-        progress=progress,
-    )
-    return student
-
-
-def prune_with_errors(
-    model: Model,
-    selection: Sequence[Sequence[int]] | None,
-    *,
-    mlp: Sequence[Sequence[int]] | None = None,
-    compensate: Calibration | None = None,
-    sequential: bool = False,
-    ridge: float | None = None,
-    mean_context: bool = False,
-    data: Iterable[Any] | None = None,
-    batches: int | None = None,
-    progress: bool = True,
-) -> tuple[Model, list[SiteError]]:
-    """As ``prune_heads``, with the errors of every site that was compensated."""
     anatomy = anatomy_of("prune_heads", model)
     _check_options(anatomy, compensate, sequential, ridge, mean_context, data)
     adapter, attentions, mlps = anatomy.adapter, anatomy.attentions, anatomy.mlps
@@ -126,18 +99,19 @@ def prune_with_errors(
     _fill(model, student, cuts)
     adapter.refresh(student)
     _copy_flags(model, student)
-    errors: list[SiteError] = []
     if compensate is not None:
         smaller = Anatomy.of(adapter, student)
         if ridge is None:
             ridge = SEQUENTIAL_RIDGE if sequential else RIDGE
         fit = Compensation(anatomy, smaller, compensate, ridge, data, batches, progress)
         rows = [row for _, row in cuts]
-        errors = fit.sequential(rows) if sequential else fit.at_once(rows)
+        found = fit.sequential(rows) if sequential else fit.at_once(rows)
+        if errors is not None:
+            errors += found
     elif data is not None:
         means, _ = observe("prune_heads", anatomy, MeanObserver(anatomy), data, batches, progress)
         _fold(cuts, means, Anatomy.of(adapter, student))
-    return student, errors  # type: ignore[return-value]
+    return student  # type: ignore[return-value]
 
 
 def _check_layers(cuts: Sequence[tuple[Site, Sequence[int]]]) -> None:

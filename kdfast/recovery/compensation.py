@@ -13,7 +13,8 @@ from kdfast.configs.recovery import PruneConfig
 from kdfast.data.views.base import Item
 from kdfast.models.eva import EVAViT
 from kdfast.pruning import Calibration, calibrate
-from kdfast.pruning.surgery import prune_with_errors
+from kdfast.pruning.compensate import SiteError
+from kdfast.pruning.surgery import prune_heads
 from kdfast.recovery.data import Views
 from kdfast.recovery.heads import Kept
 from kdfast.trainer.logs import LOG
@@ -75,8 +76,9 @@ def compensated_student(
     Raises:
         ValueError: The ridge term is too small for a fit.
     """
+    errors: list[SiteError] = []
     with accelerator.autocast():
-        student, errors = prune_with_errors(
+        student = prune_heads(
             teacher,
             kept.heads,
             mlp=kept.units,
@@ -85,6 +87,7 @@ def compensated_student(
             ridge=config.ridge,
             data=views if config.sequential else None,
             progress=accelerator.is_main_process,
+            errors=errors,
         )
     if errors:
         LOG.info(
