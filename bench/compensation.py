@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is left of a trained model after pruning: `python -m bench.compensation MODEL PICTURES`.
+"""What is left of a trained model after pruning: `bench.compensation MODEL PICTURES --save FILE`.
 
 MODEL is what `kdfast.prune --model` takes, PICTURES a folder. Half of the heads and half of the
 hidden units go, or both together half of the FLOPs; nothing is trained. Tokens of the pruned model
 are compared with the whole model's on pictures that the calibration has not seen: the mean cosine,
-and the mean relative error. docs/use/compensation.md says how its table was made.
+and the mean relative error. FILE belongs into bench/results, as FAMILY_compensation.json.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kdfast
+from bench.saved import save_rows
 from kdfast.data.files import list_images
 from kdfast.machine.facts import cpu_name
 from kdfast.pruning.families import anatomy_of
@@ -90,6 +91,7 @@ def main() -> None:
     p.add_argument("--test", type=int, default=40, help="other pictures to compare on")
     p.add_argument("--keep", type=float, default=0.5)
     p.add_argument("--batch-size", type=int, default=20)
+    p.add_argument("--save", type=Path, help="result file")
     options = p.parse_args()
     model = load_model(options.model)
     size = anatomy_of("bench.compensation", model).adapter.image_size(model)
@@ -104,9 +106,15 @@ def main() -> None:
     want = tokens(model, held)
     print("| budget | treatment | cosine | relative error | seconds |")
     print("| --- | --- | --- | --- | --- |")
+    rows: list[dict[str, Any]] = []
     for scope, name, pruned, seconds in pruned_models(model, calibration, seen, options):
         cosine, error = agreement(tokens(pruned, held), want)
         print(f"| {scope} | {name} | {cosine:.3f} | {error:.2f} | {seconds:.0f} |", flush=True)
+        agreed = {"cosine": round(cosine, 4), "relative_error": round(error, 4)}
+        rows.append({"budget": scope, "treatment": name, **agreed, "s": round(seconds, 1)})
+    if options.save:
+        pictures = {"calibration": len(data), "held out": len(test)}
+        save_rows(options.save, "bench.compensation", {"pictures": pictures}, rows)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,15 @@ calibration has not seen. FILE belongs into bench/results, as FAMILY_speedup.jso
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import kdfast
 from bench.compensation import agreement, chosen_pictures, tokens
-from kdfast.machine.facts import machine_facts
+from bench.saved import save_rows
 from kdfast.pruning.adapter import Anatomy
 from kdfast.pruning.block_times import LatencyTable, latency_table
 from kdfast.pruning.by_latency import LatencySelection, losses_of, selected
@@ -137,25 +135,19 @@ def save(
     test: Tensor,
 ) -> None:
     """Writes the result file."""
-    command = " ".join(["python -m bench.latency", *sys.argv[1:]])
-    content = {
-        "machine": machine_facts(),
-        "command": command,
+    kinds = [
+        {**vars(kind), "ms": [[round(x, 4) for x in row] for row in kind.ms]}
+        for kind in table.kinds
+    ]
+    facts = {
         "pictures": {"calibration": len(data), "held out": len(test)},
         "dtype": table.setting.dtype,
         "dense_ms": round(table.dense_ms, 3),
         "fixed_ms": round(table.fixed_ms, 3),
         "spread": round(table.spread, 4),
-        "kinds": [
-            {**vars(kind), "ms": [[round(x, 4) for x in row] for row in kind.ms]}
-            for kind in table.kinds
-        ],
+        "kinds": kinds,
     }
-    parts = [f' "{key}": {json.dumps(value)}' for key, value in content.items()]
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    parts.append(f' "rows": [\n{lines}\n ]')
-    options.save.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-    print(f"{options.save}, torch {torch.__version__}")
+    save_rows(options.save, "bench.latency", facts, rows)
 
 
 if __name__ == "__main__":

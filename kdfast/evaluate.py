@@ -87,9 +87,8 @@ def run(args: argparse.Namespace) -> int:
         models[name or path.stem] = load_backbone(path).to(accelerator.device).eval()
     limit = None if args.frames is None else args.frames * data.held_out.dataset.views
     evaluate = FrameEvaluator(accelerator, data.held_out, heads, limit)
-    images = next(iter(data.held_out.batches(0, limit=1))).images
-    print(report_frames(args.out, models, evaluate, teacher, images))
-    picture = draw_results(args.out / "frames.png", models, evaluate, data)
+    print(report_frames(args.out, models, evaluate, teacher))
+    picture = draw_results(args.out / "frames.png", models, evaluate)
     for path in (args.out / "frames.json", picture):
         print(path)
     return 0

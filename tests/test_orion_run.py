@@ -6,6 +6,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from kdfast.trainer.commits import load_checkpoint, newest
 
 pytestmark = pytest.mark.usefixtures("quick")
 
+ROOT = Path(__file__).resolve().parents[1]
 FRAMES = 6
 
 
@@ -189,3 +192,16 @@ def test_configs_that_do_not_fit(root: Path, teachers: Path, tmp_path: Path) -> 
 def test_too_many_streams_are_named(root: Path, teachers: Path, tmp_path: Path) -> None:
     sets = words(tmp_path / "run", root, teachers, "run.batch_size=50")
     assert main(sets) == 2
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    """Each has streams of its own; one reports while the other waits."""
+    root = tmp_path_factory.mktemp("two") / "data"
+    new_sample(root, SampleOptions(clips=6, val_clips=2, frames=FRAMES, size=(96, 160)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command = [*launch, "-m", "kdfast.train", *words(tmp_path / "run", root, tmp_path / "teachers")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    held = json.loads((tmp_path / "run" / "frames.json").read_text())
+    assert held["frames"] == 2 * FRAMES

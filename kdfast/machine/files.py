@@ -155,13 +155,11 @@ def load_torch(path: str | Path, *, mmap: bool = False) -> Any:
     """What ``torch.save`` wrote: tensors on the CPU, plain containers and scalars.
 
     Options of a command line (``argparse.Namespace``), which timm and DeiT put beside the weights,
-    are plain values too.
+    are plain values too. The checksums of the file are compared first; see ``check_archive``.
 
     Args:
         path: The file.
         mmap: Map it instead of reading it; only files of the zip format can be.
-
-    The checksums of the file are compared first; see ``check_archive``.
 
     Raises:
         OSError: It cannot be opened.

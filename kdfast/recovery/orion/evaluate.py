@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from kdfast.data.orion.sequences import SequenceSampler
 from kdfast.models.eva import EVAViT
 from kdfast.models.orion import Batch, HeadsMemory, OrionHeads
 from kdfast.models.orion.boxes import Detections as Found
@@ -82,7 +83,7 @@ class FrameEvaluator:
 
         Args:
             accelerator: Gathers over processes, and autocast.
-            feed: Held-out frames.
+            feed: Held-out frames, shared among processes or all of them in this one.
             heads: What turns features into boxes and lanes.
             limit: Images to use over all processes, six a frame; None: all.
         """
@@ -108,10 +109,18 @@ class FrameEvaluator:
                     Lines(lanes.points.cpu().numpy(), lanes.labels.cpu().numpy()),
                 )
             )
-        rows = gather_object(rows)
+        if self.feed.sampler.world > 1:
+            rows = gather_object(rows)
         boxes = score_detections([r[0] for r in rows], [r[1] for r in rows], CLASSES)
         lines = score_lines([r[2] for r in rows], [r[3] for r in rows], LANE_CLASSES)
         return FrameScores(boxes, lines, len(rows))
+
+    def first_clip(self) -> int:
+        """Frames of the first clip that are measured."""
+        sampler = self.feed.sampler
+        assert isinstance(sampler, SequenceSampler)
+        length = len(sampler.sequences[0])
+        return length if self.limit is None else min(length, self.limit)
 
     @torch.no_grad()
     def results(self, backbone: nn.Module) -> Iterator[tuple[FrameResult, Batch]]:

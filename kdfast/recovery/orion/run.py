@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,13 @@ from kdfast.configs.recovery import Config
 from kdfast.models.eva import EVAViT
 from kdfast.models.orion import Batch, OrionHeads
 from kdfast.recovery.orion.evaluate import FrameEvaluator, FrameResult, fidelity
-from kdfast.recovery.orion.feed import FrameData, build_frames
+from kdfast.recovery.orion.feed import FrameData, build_frames, frame_feed
 from kdfast.recovery.orion.objective import TaskDistiller
 from kdfast.recovery.orion.pictures import draw_frame
 from kdfast.recovery.orion.teacher import get_frame_teacher
 from kdfast.recovery.run import Run, started
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.state import seed_everything
-
-# Images whose features the fidelity table compares: one frame.
-FIDELITY_IMAGES = 6
 
 
 def run_frames(config: Config, accelerator: Accelerator, *, resume: bool) -> int:
@@ -78,48 +76,46 @@ class FrameRun(Run):
         limit = self.config.run.eval_images
         return FrameEvaluator(self.accelerator, self.data.held_out, self.task, limit)
 
+    def alone(self) -> FrameEvaluator:
+        """Measures all held-out frames in this process, while the others wait for the report."""
+        dataset, device = self.data.held_out.dataset, self.accelerator.device
+        feed = frame_feed(self.config, dataset, None, device)
+        return FrameEvaluator(self.accelerator, feed, self.task, self.config.run.eval_images)
+
     def finish(self, models: dict[str, EVAViT], quality: dict[str, float]) -> None:
         """See ``Run``; tells boxes, lanes and features apart as well."""
         super().finish(models, quality)
-        text = report_frames(self.folder, models, self.evaluator(), self.teacher, self.shown()[0])
+        text = report_frames(self.folder, models, self.alone(), self.teacher)
         LOG.info("\n%s\n", text)
         LOG.info("%-12s %s", "frames", self.folder / "frames.json")
 
     def shown(self) -> tuple[Tensor, None]:
-        """The six images of a held-out frame."""
-        batch = next(iter(self.data.held_out.batches(0, limit=1)))
-        return batch.images, None
+        """The six images of the first held-out frame."""
+        return first_images(self.alone()), None
 
     def picture(self, models: dict[str, EVAViT], path: Path) -> Path:
         """Boxes and lanes of the truth and of every model, in the last frame of a clip."""
-        return draw_results(path, models, self.evaluator(), self.data)
+        return draw_results(path, models, self.alone())
 
 
-def draw_results(
-    path: Path, models: dict[str, EVAViT], evaluate: FrameEvaluator, data: FrameData
-) -> Path:
+def first_images(evaluate: FrameEvaluator) -> Tensor:
+    """Images (V, 3, H, W) of the first frame that is measured."""
+    return next(iter(evaluate.feed.batches(0, limit=1))).images
+
+
+def draw_results(path: Path, models: dict[str, EVAViT], evaluate: FrameEvaluator) -> Path:
     """Picture of the last frame of the first held-out clip, where the memory is full."""
-    clip = data.held_out.dataset.infos.span(0)
-    at = len(range(clip[0], clip[1], 1)) - 1
+    last = evaluate.first_clip() - 1
     rows: dict[str, dict[str, Any]] = {}
-    images = matrices = None
+    dataset, matrices = evaluate.feed.dataset, None
     for name, model in models.items():
-        for number, (result, batch) in enumerate(evaluate.results(model)):
-            if number < min(at, _last(evaluate, at)):
-                continue
-            if images is None:
-                images = data.held_out.dataset[result.index].images
-                matrices = batch.frame.lidar2img[0]
-                rows["truth"] = _truth(batch)
-            rows[name] = _found(result)
-            break
-    if images is None or matrices is None:
-        raise ValueError("draw_results: the held-out clips must have a frame, got none")
+        result, batch = next(islice(evaluate.results(model), last, None))
+        if matrices is None:
+            images, matrices = dataset[result.index].images, batch.frame.lidar2img[0]
+            rows["truth"] = _truth(batch)
+        rows[name] = _found(result)
+    assert matrices is not None
     return draw_frame(path, images, matrices, rows)
-
-
-def _last(evaluate: FrameEvaluator, at: int) -> int:
-    return at if evaluate.limit is None else min(at, evaluate.limit - 1)
 
 
 def _truth(batch: Batch) -> dict[str, Any]:
@@ -148,7 +144,6 @@ def report_frames(
     models: dict[str, EVAViT],
     evaluate: FrameEvaluator,
     teacher: EVAViT,
-    images: Tensor,
 ) -> str:
     """Write ``frames.json``: boxes, lanes and features of every model; returns tables as text."""
     content: dict[str, Any] = {}
@@ -156,11 +151,11 @@ def report_frames(
     columns = ("mAP", "map mAP", "translation", "scale", "orientation", "velocity")
     for head in ("model", *columns, "features cosine", "squared error"):
         table.add_column(head, justify="left" if head == "model" else "right")
-    frames = 0
+    frames, images = 0, first_images(evaluate)
     for name, model in models.items():
         scores = evaluate.scores(model)
         frames = scores.frames
-        blocks = fidelity(model, teacher, images[:FIDELITY_IMAGES])
+        blocks = fidelity(model, teacher, images)
         figures = scores.figures()
         content[name] = {
             **figures,
