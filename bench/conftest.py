@@ -20,7 +20,7 @@ from bench.entries import Case, Run, case_of, clock, is_entry  # noqa: E402
 from bench.rows import facts_line  # noqa: E402
 
 # Whole models take the longest, so they come last and are what is left out when time is up.
-LAST = ("bench_accelerate.py", "bench_eva.py", "bench_vit.py")
+LAST = ("bench_accelerate.py", "bench_orion.py", "bench_vit.py")
 RUN = pytest.StashKey[Run]()
 
 

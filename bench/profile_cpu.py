@@ -25,10 +25,10 @@ import torch
 
 from bench import (
     bench_attention_distill,
-    bench_eva,
     bench_feature_loss,
     bench_kd_loss,
     bench_linear_kd_loss,
+    bench_orion,
     bench_pruned_attention,
 )
 from bench.rows import text as result_file
@@ -55,8 +55,8 @@ CASES: dict[str, Callable[..., Any]] = {
     "linear kd": partial(
         bench_linear_kd_loss.bench_forward_backward, shape=(1024, 1000, 768), dtype=BF16
     ),
-    "eva": partial(bench_eva.bench_forward, dtype=BF16),
-    "eva step": partial(bench_eva.bench_distillation, dtype=BF16),
+    "eva": partial(bench_orion.bench_forward, dtype=BF16, depth=3),
+    "eva step": partial(bench_orion.bench_distillation, dtype=BF16, depth=3),
 }
 # The first pattern that a function's library and name fit says what it does.
 KINDS = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m kdfast.plan``: what a training run needs of a GPU, and the batch that fits."""
+"""``python -m kdfast.plan``: what a training needs of a GPU, the batch that fits, and the hours."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from kdfast.chain.planning import chain_steps
 from kdfast.configs import ChainConfig, Config, ConfigError, load
+from kdfast.machine.gpus import GPUS, Gpus, gpus_of
 from kdfast.machine.signals import run_command
 from kdfast.memory.measure import GIB, MemoryPlan, Step, checkpointed, mib, supervised
 from kdfast.memory.search import DoesNotFit, largest
@@ -23,6 +24,8 @@ from kdfast.recovery.planning import recovery_step
 from kdfast.sources import require_timm_name
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+# Shares of a data sheet's rate between which trainings of transformers lie.
+REACHED = (0.25, 0.5)
 CANDIDATES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 # Options that say what a config says otherwise, and what they are where --model has none.
 OF_MODEL: dict[str, Any] = {
@@ -36,6 +39,7 @@ OF_MODEL: dict[str, Any] = {
 EXAMPLES = """examples:
   python -m kdfast.plan --config vit_chain --vram 6GiB
   python -m kdfast.plan --config orion50 --vram 24GiB --set run.batch_size=2
+  python -m kdfast.plan --config orion50_frames --gpu 4x4090
   python -m kdfast.plan --model vit_base_patch16_224 --teacher vit_large_patch16_224 --batch 8
 """
 
@@ -59,6 +63,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--optimizer", help="of --model, a name of timm [adamw]")
     made.add_argument("--checkpointing", action="store_true", default=None, help="of --model")
     made.add_argument("--vram", type=size_of, metavar="6GiB", help="memory that must be enough")
+    made.add_argument(
+        "--gpu", type=gpus, metavar="[Nx]NAME", help=f"memory and hours for it: {', '.join(GPUS)}"
+    )
+    made.add_argument("--images", type=int, help="training images of an epoch, for the hours")
     made.add_argument("--modules", action="store_true", help="list the memory by module")
     return made
 
@@ -69,6 +77,14 @@ def size_of(text: str) -> int:
     if found is None or float(found[1]) <= 0:
         raise argparse.ArgumentTypeError(f"must be a size such as 6GiB, got {text!r}")
     return int(float(found[1]) * UNITS[found[2]])
+
+
+def gpus(text: str) -> Gpus:
+    """``gpus_of`` with the error that argparse shows."""
+    try:
+        return gpus_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +111,9 @@ def guarded(args: argparse.Namespace) -> int:
             steps = [_model_step(args)]
         else:
             steps = steps_of(load(args.config, args.changes, files=False), args.classes)
-        fits = [_report(step, args.vram, args.modules) for step in steps]
+        if args.gpu is not None and args.vram is None:
+            args.vram = args.gpu.each.gib * GIB
+        fits = [_report(step, args) for step in steps]
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -111,6 +129,10 @@ def _unusable(args: argparse.Namespace) -> str | None:
         return f"{', '.join(given)} cannot be said of a config; change its keys by --set"
     if args.model is not None and args.changes:
         return "--set changes a config, and --model has none"
+    if args.images is not None and args.gpu is None:
+        return "--images is for the hours, which need --gpu"
+    if args.images is not None and args.images < 1:
+        return f"--images must be at least 1, got {args.images}"
     if args.classes < 1:
         return f"--classes must be at least 1, got {args.classes}"
     return None
@@ -156,13 +178,14 @@ def _model_step(args: argparse.Namespace) -> PlannedStep:
     )
 
 
-def _report(step: PlannedStep, vram: int | None, modules: bool) -> bool:
+def _report(step: PlannedStep, args: argparse.Namespace) -> bool:
     """Print the plan of a step; whether it fits."""
+    vram: int | None = args.vram
     print(f"\n{step.title}")
     plan = None
     if step.batch is not None:
         plan = step.plan(step.batch, step.checkpointing)
-        print(_text(plan, modules))
+        print(_text(plan, args.modules))
     if step.before is not None:
         print(f"  before it, {step.before.title} keeps {mib(step.before.bytes)}")
     if vram is None:
@@ -188,7 +211,30 @@ def _report(step: PlannedStep, vram: int | None, modules: bool) -> bool:
         f"  largest batch in {vram / GIB:.1f} GiB: {best.batch}{more}{recompute}, "
         f"{mib(best.peak_bytes)}"
     )
+    if args.gpu is not None:
+        planned = plan if fits and plan is not None else step.plan(best.batch, best.checkpointing)
+        print(_hours(step, planned, args.gpu, args.images))
     return small and (fits or step.batch is None)
+
+
+def _hours(step: PlannedStep, plan: MemoryPlan, gpus: Gpus, images: int | None) -> str:
+    """How long all epochs take, by the operations of a step and a data sheet."""
+    images = images or step.images
+    each = plan.flops / plan.batch
+    work = f"{each / 1e12:.3g} TFLOP" if each >= 1e11 else f"{each / 1e9:.3g} GFLOP"
+    work = f"  {work} an image"
+    if images is None:
+        return f"{work}; --images says how many an epoch has, for the hours"
+    rate = gpus.each.single if step.amp is None else gpus.each.half
+    seconds = images * step.epochs * each / (gpus.count * rate * 1e12)
+    unit, name = (3600, "hours") if seconds > 1800 else (60, "minutes")
+    slow, fast = (seconds / share / unit for share in REACHED)
+    epochs = f", {step.epochs} epochs" if step.epochs > 1 else ""
+    return (
+        f"{work}, {images:,} images{epochs}: {fast:.2g} to {slow:.2g} {name} on {gpus}\n"
+        f"  (if {REACHED[0]:.0%} to {REACHED[1]:.0%} of {rate:g} TFLOP/s each is reached: "
+        "an estimate, nothing was run)"
+    )
 
 
 def _text(plan: MemoryPlan, modules: bool) -> str:

@@ -366,9 +366,35 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert "DOES NOT FIT into 0.1 GiB" in text and "parameters and gradients alone" in text
 
 
+def test_hours(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdfast.plan.CANDIDATES", [4, 8])
+    words = ["--model", "test_vit", "--gpu", "2x4090"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "fits into 24.0 GiB" in text and "--images says how many an epoch has" in text
+    assert main([*words, "--images", "1000000000000"]) == 0
+    text = capsys.readouterr().out
+    number = r"(\S+)"
+    line = (
+        f"{number} GFLOP an image, 1,000,000,000,000 images: {number} to {number} hours on 2 x RTX"
+    )
+    found = re.search(line, text)
+    assert found is not None and "165 TFLOP/s each" in text
+    flop, fast, slow = (float(x) for x in found.groups())
+    assert slow == pytest.approx(flop * 1e9 / (2 * 165 * 0.25) / 3600, rel=0.05)
+    assert fast == pytest.approx(slow / 2, rel=0.05)
+    assert main(["--config", "smoke", "--gpu", "l4", "--set", "run.precision=fp32"]) == 0
+    text = capsys.readouterr().out
+    assert "48 images, 2 epochs" in text and "30.3 TFLOP/s" in text and "minutes on L4" in text
+    (step,) = steps_of(load("orion50_frames", files=False))
+    assert (step.images, step.epochs) == (6 * 234_769, 3)
+
+
 @pytest.mark.parametrize(
     ("argv", "match"),
     [
+        (["--config", "smoke", "--images", "9"], "--images is for the hours, which need --gpu"),
+        (["--config", "smoke", "--images", "0", "--gpu", "l4"], "--images must be at least 1"),
         ([], "give either --config or --model"),
         (["--config", "smoke", "--model", "resnet18"], "give either --config or --model"),
         (

@@ -91,6 +91,8 @@ def link_step(config: ChainConfig, link: Link, teacher: Link | None, classes: in
         (config.data.size, config.data.size),
         PRECISION[config.precision],
         config.checkpointing,
+        epochs=link.epochs,
+        images=config.data.limit,
     )
 
 

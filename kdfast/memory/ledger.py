@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 PARAMETERS, GRADIENTS, OPTIMIZER = "parameters", "gradients", "optimizer states"
 SAVED, TEMPORARIES = "saved for backward", "temporaries"
@@ -44,6 +45,16 @@ class Following(partial[None]):
     only_follows = True
 
 
+_ATEN = torch.ops.aten
+# Torch's formulas know attention by the names it has on a GPU; the arguments are the same.
+_LIKE = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ),
+}
+
+
 class Ledger(TorchDispatchMode):
     """Counts the storages of all tensors that ops return while the mode is on, by purpose.
 
@@ -54,6 +65,7 @@ class Ledger(TorchDispatchMode):
         peak: Most bytes that were alive at once.
         phase: What was going on at that moment.
         at_peak: Bytes at that moment by (category, module).
+        flops: Operations of all matrix products so far.
     """
 
     def __init__(self, student: nn.Module, teachers: list[nn.Module], granule: int) -> None:
@@ -66,7 +78,7 @@ class Ledger(TorchDispatchMode):
         """
         super().__init__()
         self.student, self.teachers, self.granule = student, teachers, granule
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self.phase = self._doing = "start"
         self.at_peak: Books = {}
         self._books: Counter[tuple[str, str]] = Counter()
@@ -115,6 +127,10 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        packet: Any = getattr(func, "_overloadpacket", None)
+        formula = flop_registry.get(_LIKE.get(packet, packet))
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
         module, frozen = self._path[-1] if self._path else ("", False)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):

@@ -60,6 +60,7 @@ class MemoryPlan:
         overhead: Bytes that the device needs besides.
         categories: Bytes of tensors at the peak by purpose.
         modules: Bytes of tensors at the peak by module, then purpose.
+        flops: Operations of the step's matrix products, recomputed ones included.
     """
 
     batch: int
@@ -71,6 +72,7 @@ class MemoryPlan:
     overhead: int
     categories: dict[str, int]
     modules: dict[str, dict[str, int]]
+    flops: int
 
     @property
     def peak_bytes(self) -> int:
@@ -176,6 +178,7 @@ def plan_step(
         overhead=overhead,
         categories=_by_category(ledger.at_peak),
         modules=_by_module(ledger.at_peak),
+        flops=ledger.flops // STEPS,
     )
 
 

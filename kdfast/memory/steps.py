@@ -37,6 +37,8 @@ class PlannedStep:
         checkpointing: Whether the config says to recompute activations.
         before: What comes before the training, with the bytes that it keeps, activations left out,
             and what to set where they are too many; None: nothing that counts.
+        epochs: Passes over the training images.
+        images: Training images of all processes in an epoch; None: only the data knows.
     """
 
     title: str
@@ -46,6 +48,8 @@ class PlannedStep:
     amp: torch.dtype | None
     checkpointing: bool
     before: Before | None = None
+    epochs: int = 1
+    images: int | None = None
 
     def plan(self, batch: int, checkpointing: bool, device: str = "cuda") -> MemoryPlan:
         """Predicted peak with this batch; ``device`` as in ``plan_step``."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kdfast.ops._checks import check_tensors
 from kdfast.ops._watch import TRANSFORM, has_tangent, transformed, watcher
@@ -116,6 +117,24 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
         torch.library.register_fake(f"kdfast::{name}", call, lib=LIB)
         return fake
+
+    return register
+
+
+def register_flops(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Registers the decorated function as what torch's FlopCounterMode counts for op ``name``.
+
+    It gets the arguments of the schema by name, with shapes in the place of tensors, as
+    ``register_fake`` does. It counts the operations of the matrix products that are computed.
+    """
+    names = argument_names(name)
+
+    def register(flops: Callable[..., int]) -> Callable[..., int]:
+        def count(*args: Any, out_shape: Any = None, **_: Any) -> int:
+            return flops(**dict(zip(names, args, strict=True)))
+
+        register_flop_formula(getattr(torch.ops.kdfast, name))(count)
+        return flops
 
     return register
 

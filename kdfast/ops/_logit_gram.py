@@ -4,7 +4,7 @@
 B batch, K heads, N tokens, D head dim, Dt the teacher's, W the larger; n tokens of a window.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from kdfast.ops._library import (
     LIB,
     forbid_second_derivative,
     register_fake,
+    register_flops,
     register_gradient,
     second_derivative,
 )
@@ -272,6 +273,18 @@ def _fake(
 @register_fake("attention_logit_mse_bwd")
 def _fake_bwd(*, q: Tensor, k: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k)
+
+
+@register_flops("attention_logit_mse")
+def _flops(*, q: Sequence[int], teacher_q: Sequence[int], **_: Any) -> int:
+    rows, wide = q[0] * q[1] * q[2], max(q[3], teacher_q[3])
+    return 12 * rows * wide**2
+
+
+@register_flops("attention_logit_mse_bwd")
+def _flops_bwd(*, q: Sequence[int], teacher_q: Sequence[int], **_: Any) -> int:
+    rows, wide = q[0] * q[1] * q[2], max(q[3], teacher_q[3])
+    return 8 * rows * wide * q[3]
 
 
 def _setup_context(ctx: Any, given: Any, output: tuple[Tensor, Tensor]) -> None:

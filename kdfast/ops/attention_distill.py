@@ -31,6 +31,7 @@ from kdfast.ops._library import (
     fused_devices,
     not_compiled,
     register_fake,
+    register_flops,
     register_gradient,
     register_launcher,
     second_derivative,
@@ -267,6 +268,32 @@ def _fake_bwd(
     dq, dk, dv = (q.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2) for _ in range(3))
     dpad = q.new_empty(0) if pad_value is None else torch.empty_like(pad_value).contiguous()
     return dq, dk, dv, dpad
+
+
+@register_flops("attention_distill")
+def _flops(**given: Any) -> int:
+    student, teacher = _products(**given)
+    return 2 * student + teacher
+
+
+@register_flops("attention_distill_bwd")
+def _flops_bwd(**given: Any) -> int:
+    student, teacher = _products(**given)
+    return 5 * student + teacher  # scores of both again, and four gradients
+
+
+def _products(
+    *,
+    q: Sequence[int],
+    teacher_q: Sequence[int],
+    teacher_heads: list[int],
+    grid: list[int] | None,
+    window: int,
+    **_: Any,
+) -> tuple[int, int]:
+    """Operations of one product of queries and keys, of the student and of the teacher."""
+    student = attention.products(q, teacher_heads, grid, window)
+    return student, student // q[3] * teacher_q[3] if q[3] else 0
 
 
 def _setup_context(ctx: Any, given: Any, output: tuple[Tensor, ...]) -> None:

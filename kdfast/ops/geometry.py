@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token geometry of an attention call: rotary tables and windows of a token grid."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,3 +140,11 @@ class Window:
         rows, cols = span
         inside = torch.arange(self.size**2, device=device).view(self.size, self.size)
         return inside[: rows.stop - rows.start, : cols.stop - cols.start].reshape(-1)
+
+
+def score_count(tokens: int, grid: Sequence[int] | None, window: int) -> int:
+    """Pairs of a query and a real key of its window, for one head of one image."""
+    if grid is None:
+        return tokens**2
+    spans = Window((grid[0], grid[1]), window).spans()
+    return sum(((y.stop - y.start) * (x.stop - x.start)) ** 2 for y, x in spans)

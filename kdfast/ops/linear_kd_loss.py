@@ -4,6 +4,8 @@
 C classes, D features of the student, Dt of the teacher; rows are all the leading dimensions.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from kdfast.ops._library import (
     fused_devices,
     not_compiled,
     register_fake,
+    register_flops,
     register_gradient,
     use_fused,
 )
@@ -236,6 +239,23 @@ def _fake(
     layers = Layers(hidden, weight, bias, teacher_logits, teacher_hidden, None, None, None)
     loss, kd, ce = (hidden.new_empty(shape, dtype=accumulator(layers.dtype)) for _ in range(3))
     return loss, kd, ce, *empty_gradients(hidden, weight, bias, need_grad)
+
+
+@register_flops(OP)
+def _flops(
+    *,
+    hidden: Sequence[int],
+    weight: Sequence[int],
+    teacher_hidden: Sequence[int] | None,
+    teacher_weight: Sequence[int] | None,
+    need_grad: list[bool],
+    **_: Any,
+) -> int:
+    rows = math.prod(hidden[:-1])
+    products = 2 * rows * math.prod(weight) * (1 + sum(need_grad[:2]))
+    if teacher_hidden is not None and teacher_weight is not None:
+        products += 2 * rows * math.prod(teacher_weight)
+    return products
 
 
 def _setup_context(ctx: Any, given: Any, output: tuple[Tensor, ...]) -> None:

@@ -30,12 +30,13 @@ from kdfast.ops._library import (
     fused_devices,
     not_compiled,
     register_fake,
+    register_flops,
     register_gradient,
     register_launcher,
     second_derivative,
     use_fused,
 )
-from kdfast.ops.geometry import Rope, Window
+from kdfast.ops.geometry import Rope, Window, score_count
 
 MAX_HEAD_DIM = 128  # of the CUDA kernel
 
@@ -243,6 +244,26 @@ def _fake_bwd(
     if bias is not None and bias_grad:
         dbias = torch.empty_like(bias).contiguous()
     return dq, dk, dv, dpad, dbias
+
+
+def products(q: Sequence[int], heads: list[int] | None, grid: list[int] | None, window: int) -> int:
+    """Operations of one product of all queries with their keys."""
+    kept = q[1] if heads is None else len(heads)
+    return 2 * q[0] * kept * q[3] * score_count(q[2], grid, window)
+
+
+@register_flops("pruned_attention")
+def _flops(
+    *, q: Sequence[int], heads: list[int] | None, grid: list[int] | None, window: int, **_: Any
+) -> int:
+    return 2 * products(q, heads, grid, window)
+
+
+@register_flops("pruned_attention_bwd")
+def _flops_bwd(
+    *, q: Sequence[int], heads: list[int] | None, grid: list[int] | None, window: int, **_: Any
+) -> int:
+    return 5 * products(q, heads, grid, window)  # scores again, and four gradients
 
 
 def _setup_context(ctx: Any, given: Any, output: tuple[Tensor, Tensor]) -> None:

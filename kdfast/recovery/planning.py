@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.configs import Config, plain
-from kdfast.data.orion.names import CAMERAS
+from kdfast.data.orion.names import CAMERAS, TRAIN_FRAMES
 from kdfast.data.scenes import CLASSES
 from kdfast.memory.measure import Step
 from kdfast.memory.steps import PRECISION, Before, PlannedStep
@@ -61,7 +61,19 @@ def recovery_step(config: Config, teacher: Mapping[str, Any] | None = None) -> P
         PRECISION[config.run.precision],
         config.run.checkpointing,
         _compensation(config, teacher),
+        epochs=config.run.epochs,
+        images=_images(config),
     )
+
+
+def _images(config: Config) -> int | None:
+    """Training images of an epoch as far as the config tells: those of the whole Bench2Drive."""
+    data = config.data
+    if data.kind == "scenes":
+        return data.frames * len(CAMERAS)
+    if data.kind == "images" or data.sample:
+        return None
+    return TRAIN_FRAMES // data.stride * len(CAMERAS)
 
 
 def _compensation(config: Config, shape: Mapping[str, Any] | None) -> Before | None:

@@ -85,7 +85,7 @@ class Loop:
             job.logs, self.step if resumed else None, enabled=self.main, epochs_file=job.epochs_file
         )
         self.display = Display(job.title, self.stop, self.step, enabled=self.main)
-        self.clock, self.images = time.monotonic(), 0
+        self.clock, self.images, self.data_seconds = time.monotonic(), 0, 0.0
         job.module.train()
         try:
             with noting() as self.signals:
@@ -119,7 +119,7 @@ class Loop:
     def _epoch(self) -> None:
         epoch, done = divmod(self.step, self.per_epoch)
         length = self.job.length
-        batches = self.job.feed.batches(epoch, done * length.accumulate)
+        batches = self._waiting(self.job.feed.batches(epoch, done * length.accumulate))
         end = min(self.stop, (epoch + 1) * self.per_epoch)
         while self.step < end:
             lr = self._train_step(batches, epoch)
@@ -127,6 +127,16 @@ class Loop:
                 self._close_epoch(epoch, lr)
             elif self.step % length.save_every == 0 or self.step == self.stop:
                 self.save(self._snapshot())
+
+    def _waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with the time that the training waits for them."""
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self.data_seconds += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
 
     def _close_epoch(self, epoch: int, lr: float) -> None:
         """Evaluate and save; a signal saves the steps, and a resume begins with the evaluation."""
@@ -212,8 +222,9 @@ class Loop:
             values["lr"] = extra["lr"]
             now = time.monotonic()
             values["images_per_s"] = self.images / max(now - self.clock, 1e-9)
+            values["data_share"] = self.data_seconds / max(now - self.clock, 1e-9)
             values["memory_mib"] = memory_mib(self.device)
-            self.clock, self.images = now, 0
+            self.clock, self.images, self.data_seconds = now, 0, 0.0
             self.records.step({"step": self.step, "epoch": epoch + 1, **values})
             self.window, self.window_steps = {}, 0
             self.display.update(self.step, values)

@@ -14,6 +14,8 @@ CAMERAS = {
     "CAM_BACK_LEFT": "rgb_back_left",
     "CAM_BACK_RIGHT": "rgb_back_right",
 }
+# Training frames of Bench2Drive's base set, as ORION counts them.
+TRAIN_FRAMES = 234_769
 TRAFFIC_LIGHT = DETECTION_CLASSES.index("traffic_light")
 # Red, yellow, green; 3 is a light that is off or unknown and has no state to learn.
 LIGHT_STATES = ("red", "yellow", "green", "off")

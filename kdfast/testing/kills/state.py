@@ -24,6 +24,7 @@ MEASURED = {
         "elapsed",
         "epoch_time_sec",
         "images_per_s",
+        "data_share",
         "ms",
         "latency_ms",
         "date",
