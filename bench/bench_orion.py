@@ -30,6 +30,7 @@ from kdfast.testing import DRY_RUN
 from kdfast.testing import orion as drive
 
 KEPT = list(range(0, 16, 2))
+UNITS = 1365  # half of an MLP's hidden ones
 DTYPES = [torch.float32, torch.bfloat16]
 DEPTHS = [3, pytest.param(24, marks=pytest.mark.slow)]
 CONFIG = DistillConfig()
@@ -52,13 +53,16 @@ def case(text: str, depth: int, dtype: torch.dtype) -> str:
     return f"{text}, {depth} of 24 blocks {dtype}"
 
 
-@pytest.mark.candidates("kdfast", "eager", "SDPA", "kdfast, 16 heads", "eager, 16 heads")
+@pytest.mark.candidates(
+    "kdfast", "eager", "SDPA", "kdfast, 16 heads", "kdfast, half of units too", "eager, 16 heads"
+)
 @pytest.mark.benchmark(min_rounds=3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("depth", DEPTHS)
 def bench_forward(compare: Compare, dtype: torch.dtype, depth: int) -> None:
     """The student, and for comparison the teacher: what the student takes the place of."""
     teacher, student, image = models(compare.device, dtype, depth)
+    narrow = models(compare.device, dtype, depth, UNITS)[1]
 
     def eager(model: EVAViT, sdpa: bool = False) -> Callable[[], Tensor]:
         return session.inference(lambda: eager_forward(model, image, sdpa)[0])
@@ -70,6 +74,7 @@ def bench_forward(compare: Compare, dtype: torch.dtype, depth: int) -> None:
     }
     yardsticks = {
         "kdfast, 16 heads": session.inference(lambda: teacher(image)),
+        "kdfast, half of units too": session.inference(lambda: narrow(image)),
         "eager, 16 heads": eager(teacher),
     }
     check = session.near(calls["eager"](), 3e-2 if dtype == torch.bfloat16 else 1e-4)

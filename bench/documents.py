@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m bench.documents``: writes the tables of README.md and of two pages of docs/internals.
+"""``python -m bench.documents``: writes the tables of README.md and of three pages of docs.
 
-The pages are benchmarks.md and gpu.md. What stands between ``<!-- NAME -->`` and ``<!-- end -->``
-comes from the result files of bench/results: FAMILY.json for the ops and FAMILY_models.json for
-whole models, in full of the machine SHOWN, the medians of all; for GPUs from gpu_static.json.
+The pages are benchmarks.md, gpu.md and orion_training.md. What stands between ``<!-- NAME -->`` and
+``<!-- end -->`` comes from the result files of bench/results: FAMILY.json for the ops,
+FAMILY_models.json for whole models and FAMILY_orion.json for bench_orion, in full of the machine
+SHOWN, the medians of all; for GPUs from gpu_static.json.
 """
 
 import argparse
@@ -15,11 +16,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from bench.bench_orion import KEPT, UNITS
 from bench.gpu_tables import ROOT, arch_name, kernels
 from bench.gpu_tables import table as markdown
 from bench.report import OURS, best_other
 from bench.report import table as all_rows
 from bench.rows import facts_line, skipped_lines
+from kdfast.models import eva_vit_l_orion
+from kdfast.pruning import pruning_report
 
 RESULTS = ROOT / "bench" / "results"
 # The machine that is shown in full: the one whose files are newest and most complete.
@@ -35,20 +41,23 @@ class Machine(NamedTuple):
     Attributes:
         ops: The result file of the ops.
         whole: That of whole models; both are the same if there is only one.
+        orion: That of ORION's models, or None.
     """
 
     ops: dict[str, Any]
     whole: dict[str, Any]
+    orion: dict[str, Any] | None = None
 
 
 def machines() -> dict[str, Machine]:
-    """The machines that have a file, by its name without "_models"."""
+    """The machines that have a file, by its name without "_models" and "_orion"."""
     every = {path.stem: json.loads(path.read_text("utf-8")) for path in RESULTS.glob("*.json")}
     files = {name: file for name, file in every.items() if "skipped" in file}  # by bench.rows
     found = {}
-    for name in sorted({name.removesuffix("_models") for name in files}):
-        ops, whole = files.get(name), files.get(f"{name}_models")
-        found[name] = Machine(ops or whole, whole or ops)
+    for name in sorted({name.removesuffix("_models").removesuffix("_orion") for name in files}):
+        ops, whole, orion = (files.get(f"{name}{part}") for part in ("", "_models", "_orion"))
+        if ops or whole:
+            found[name] = Machine(ops or whole, whole or ops, orion)
     return found
 
 
@@ -69,6 +78,7 @@ def ratio(group: Group) -> float | None:
 def ops_rows(machine: Machine) -> list[dict[str, Any]]:
     """The rows of ops; of one that was timed again with the whole models those."""
     newer = [row for row in machine.whole["rows"] if row["op"] not in MODELS]
+    newer += [] if machine.orion is None else machine.orion["rows"]
     again = {row["op"] for row in newer}
     older = (row for row in machine.ops["rows"] if row["op"] not in MODELS)
     return [*(row for row in older if row["op"] not in again), *newer]
@@ -210,6 +220,50 @@ def rivals(found: dict[str, Any]) -> str:
     return f"{facts}.\n\n" + markdown(["ms", *header, "kdfast bf16"], table)
 
 
+def orion(found: dict[str, Any]) -> str:
+    """ORION's backbone and what pruning leaves of it: size, work, time and memory of one image."""
+    with torch.device("meta"):
+        whole = eva_vit_l_orion()
+        halves = (eva_vit_l_orion(heads=KEPT), eva_vit_l_orion(heads=KEPT, mlp_hidden=UNITS))
+    models = {
+        "eager, 16 heads": ("as ORION computes it, 16 heads", whole),
+        "kdfast, 16 heads": ("kdfast, 16 heads", whole),
+        OURS: ("kdfast, 8 heads", halves[0]),
+        "kdfast, half of units too": ("kdfast, 8 heads and half of the units", halves[1]),
+    }
+    cases = {case: group for (_, case), group in grouped(found["rows"]).items()}
+    single, half = (
+        cases[f"fwd, 8 heads, 24 of 24 blocks {dtype}"] for dtype in ("float32", "bfloat16")
+    )
+    rows = []
+    for candidate, (title, model) in models.items():
+        cost = pruning_report(model, ())
+        flops = cost.full.flops_padded if candidate.startswith("eager") else cost.full.flops
+        times = [single[candidate], half[candidate]]
+        rows.append(
+            [
+                title,
+                f"{cost.full.params / 1e6:.1f}M",
+                f"{flops / 1e9:.0f}",
+                *(f"{row['ms']:.0f}" for row in times),
+                f"{single['eager, 16 heads']['ms'] / times[0]['ms']:.2f}",
+                *(f"{row['peak_bytes'] / 2**20:.0f}" for row in times),
+            ]
+        )
+    header = ["backbone", "parameters", "GFLOP", "ms fp32", "ms bf16", "gain, fp32"]
+    header += ["MiB fp32", "MiB bf16"]
+    steps = []
+    for (_, case), group in grouped(found["rows"]).items():
+        if "24 of 24 blocks" in case and "step" in case or "frame" in case:
+            ours, eager = group[OURS], group["eager"]
+            memory = (f"{row['peak_bytes'] / 2**30:.1f}" for row in (eager, ours))
+            times = (f"{row['ms'] / 1e3:.1f}" for row in (eager, ours))
+            steps.append([case, *times, f"{eager['ms'] / ours['ms']:.2f}", *memory])
+    second = ["what", "eager, s", "kdfast, s", "gain", "eager, GiB", "kdfast, GiB"]
+    facts = facts_line(found["machine"])
+    return "\n\n".join([f"{facts}.", markdown(header, rows), markdown(second, steps)])
+
+
 def chain(steps: Iterable[dict[str, Any]]) -> str:
     """Steps and evaluations of the ViT chain."""
     names = ("timm", OURS, "kdfast, cache")
@@ -270,7 +324,8 @@ def committed() -> dict[str, str]:
     gpu = json.loads((RESULTS / "gpu_static.json").read_text(encoding="utf-8"))
     found = json.loads((RESULTS / f"{SHOWN}_rivals.json").read_text(encoding="utf-8"))
     contents = blocks(every[SHOWN], every.values(), gpu)
-    return {**contents, "rivals": rivals(found)}
+    shown = every[SHOWN].orion
+    return {**contents, "rivals": rivals(found), "orion": "" if shown is None else orion(shown)}
 
 
 def filled(text: str, contents: dict[str, str]) -> str:
@@ -294,7 +349,8 @@ def filled(text: str, contents: dict[str, str]) -> str:
 def documents() -> Iterable[Path]:
     """The documents that hold generated blocks."""
     internals = ROOT / "docs" / "internals"
-    return ROOT / "README.md", internals / "benchmarks.md", internals / "gpu.md"
+    use = ROOT / "docs" / "use" / "orion_training.md"
+    return ROOT / "README.md", internals / "benchmarks.md", internals / "gpu.md", use
 
 
 def main(argv: Sequence[str]) -> int:

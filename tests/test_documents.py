@@ -43,6 +43,19 @@ WHOLE = {
         row("accelerate", "fwd ViT", "openvino", 8.0),
     ],
 }
+SIZES = ("kdfast", "kdfast, 16 heads", "kdfast, half of units too", "eager, 16 heads")
+ORION = {
+    **OPS,
+    "rows": [
+        *(
+            row("EVA-ViT-L", f"fwd, 8 heads, 24 of 24 blocks {dtype}", name, ms, peak_bytes=2**21)
+            for dtype in ("float32", "bfloat16")
+            for ms, name in enumerate(SIZES, 1)
+        ),
+        row("ORION's heads", "a frame of six cameras", "kdfast", 2000.0, peak_bytes=2**30),
+        row("ORION's heads", "a frame of six cameras", "eager", 5000.0, peak_bytes=3 * 2**30),
+    ],
+}
 SHOWN = documents.Machine(OPS, WHOLE)
 OTHER = documents.Machine(
     {**WHOLE, "machine": {**OPS["machine"], "family": "Lake"}},
@@ -102,6 +115,15 @@ def test_rivals_have_a_row_for_each_model() -> None:
     assert lines[-1] == "| vit |  |  |  | 4 |  | 2 |  |"
 
 
+def test_orions_models_by_size_work_time_and_memory() -> None:
+    lines = documents.orion(ORION).splitlines()
+    assert lines[4] == "| as ORION computes it, 16 heads | 303.4M | 1186 | 4 | 4 | 1.00 | 2 | 2 |"
+    assert lines[5] == "| kdfast, 16 heads | 303.4M | 1074 | 2 | 2 | 2.00 | 2 | 2 |"
+    assert lines[6].startswith("| kdfast, 8 heads | 253.0M | 860 | 1 |")
+    assert lines[7].startswith("| kdfast, 8 heads and half of the units | 152.3M | 538 | 3 |")
+    assert lines[-1] == "| a frame of six cameras | 5.0 | 2.0 | 2.50 | 3.0 | 1.0 |"
+
+
 def test_blocks_name_machines_rates_and_what_was_not_timed() -> None:
     blocks = documents.blocks(SHOWN, [OTHER, SHOWN], GPU)
     assert blocks["machine"] == "Zen 9, avx2, 2 threads, torch 9, commit abc, 2000-01-02."
@@ -123,10 +145,11 @@ def test_machines_are_found_by_their_files(tmp_path: Path, monkeypatch: pytest.M
     assert every[documents.SHOWN].whole is not every[documents.SHOWN].ops
     assert all(machine.ops["machine"]["family"] for machine in every.values())
     assert not {"gpu_static", "profile_zen4", "zen4_models"} & every.keys()
-    for name, file in {"zen9": OPS, "zen9_models": WHOLE, "lake_models": WHOLE}.items():
+    files = {"zen9": OPS, "zen9_models": WHOLE, "lake_models": WHOLE, "zen9_orion": ORION}
+    for name, file in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(file))
     monkeypatch.setattr(documents, "RESULTS", tmp_path)
-    assert documents.machines() == {"lake": (WHOLE, WHOLE), "zen9": (OPS, WHOLE)}
+    assert documents.machines() == {"lake": (WHOLE, WHOLE, None), "zen9": (OPS, WHOLE, ORION)}
 
 
 def test_filled_replaces_named_blocks_only() -> None:
