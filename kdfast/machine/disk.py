@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,7 +84,7 @@ def _shown(path: Path) -> Path:
 
 
 def require_writable(folder: Path, what: str) -> None:
-    """Makes a folder if it is missing and writes a file into it, which goes at once.
+    """Makes a folder if it is missing and opens a file in it that has no name, so none is left.
 
     Asked before long work whose result goes there.
 
@@ -95,11 +95,9 @@ def require_writable(folder: Path, what: str) -> None:
     Raises:
         ValueError: It cannot be written; the message says why.
     """
-    probe = folder / f".writable.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"{what}: {folder} cannot be written: {error.strerror}") from error
 

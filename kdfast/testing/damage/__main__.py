@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -63,6 +65,25 @@ def run(
         disks.full_disk(tally, DISKS)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """One thread, and no word of libraries; as it was before at the end."""
+    threads, level = torch.get_num_threads(), logging.root.manager.disable
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        logging.disable(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
 def main() -> int:
     """Runs the command; 1 if there were faults."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m kdfast.testing.damage")
@@ -71,12 +92,8 @@ def main() -> int:
     parser.add_argument("--edits", type=int, default=200, help="edits of each kind of folder")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
     began, tally = time.monotonic(), Tally()
-    with tempfile.TemporaryDirectory() as root:
+    with quiet(), tempfile.TemporaryDirectory() as root:
         run(
             args.parts or list(PARTS),
             tally,
