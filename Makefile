@@ -31,7 +31,7 @@ test-all: $(INSTALLED)
 # finding ends the process and goes to stderr itself, so that must not be captured.
 SANITIZED := build/sanitize
 WATCHED := LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 sanitized: $(INSTALLED)
 	KDFAST_SANITIZE=ON KDFAST_CUDA=OFF KDFAST_BUILD_DIR=$(SANITIZED)/cmake \
 		$(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
