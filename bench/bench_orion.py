@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench import session
 from bench.compare import Compare
-from bench.orion_eager import attention_kl, eager_heads
+from bench.orion_eager import attention_kl, eager_heads, traced
 from bench.orion_eager import forward as eager_forward
 from kdfast.configs.recovery import DistillConfig
 from kdfast.models import EVAViT, eva_vit_l_orion
@@ -65,7 +65,7 @@ def bench_forward(compare: Compare, dtype: torch.dtype, depth: int) -> None:
     narrow = models(compare.device, dtype, depth, UNITS)[1]
 
     def eager(model: EVAViT, sdpa: bool = False) -> Callable[[], Tensor]:
-        return session.inference(lambda: eager_forward(model, image, sdpa)[0])
+        return session.inference(lambda: eager_forward(model, image, sdpa))
 
     calls = {
         "kdfast": session.inference(lambda: student(image)),
@@ -123,10 +123,10 @@ def bench_distillation(compare: Compare, dtype: torch.dtype, depth: int) -> None
     batch = one_camera(ring(compare.device, 0))
     leaves = list(student.parameters())
     config = CONFIG if depth == 24 else replace(CONFIG, feature_layers="all")
-    distiller = TaskDistiller(student, teacher, heads, config, Streams())
+    distiller = TaskDistiller(student, teacher, heads, config, Streams(compare.device))
 
     def fused() -> Any:
-        distiller.streams = Streams()
+        distiller.streams = Streams(compare.device)
         return distiller(image, batch, 1)["total"]
 
     eager = EagerStep(student, teacher, heads, config)
@@ -171,8 +171,8 @@ class EagerStep:
     def __call__(self, image: Tensor, batch: Batch) -> Tensor:
         config, alpha = self.config, self.config.alpha
         with torch.no_grad():
-            goal, goals, maps = eager_forward(self.teacher, image, self.sdpa)
-        out, streams, mine = eager_forward(self.student, image, self.sdpa)
+            goal, goals, maps = traced(self.teacher, image, self.sdpa)
+        out, streams, mine = traced(self.student, image, self.sdpa)
         features = [
             feature_loss(
                 streams[i],

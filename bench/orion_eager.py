@@ -61,10 +61,16 @@ def attention(attn: Any, x: Tensor, rope: Any, sdpa: bool) -> tuple[Tensor, Tens
     return attn.proj(out.transpose(1, 2).reshape(batch, h, w, -1)), scores
 
 
-def forward(
-    model: EVAViT, x: Tensor, sdpa: bool = False
+def forward(model: EVAViT, x: Tensor, sdpa: bool = False) -> Tensor:
+    """(B, 3, H, W) to (B, C, h, w)."""
+    out: Tensor = traced(model, x, sdpa, keep=False)[0]
+    return out
+
+
+def traced(
+    model: EVAViT, x: Tensor, sdpa: bool = False, keep: bool = True
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    """(B, 3, H, W) to (B, C, h, w); and the results and the scores of all blocks, pads and all."""
+    """Like ``forward``; and the results and the scores of all blocks, pads and all, if ``keep``."""
     tokens, grid = model._embed(x)
     image = tokens.view(tokens.shape[0], *grid, -1)
     streams, scores = [], []
@@ -76,11 +82,13 @@ def forward(
             y = unpartition(parts, windows, grid)
         else:
             y, found = attention(block.attn, y, rope, sdpa)
-        scores.append(found)
         image = image + y
         image = image + block.mlp(block.norm2(image))
-        streams.append(image.permute(0, 3, 1, 2))
-    return streams[-1], streams, scores
+        if keep:
+            scores.append(found)
+            streams.append(image.permute(0, 3, 1, 2))
+        del found
+    return image.permute(0, 3, 1, 2), streams, scores
 
 
 def attention_kl(
