@@ -76,12 +76,13 @@ def ratio(group: Group) -> float | None:
 
 
 def ops_rows(machine: Machine) -> list[dict[str, Any]]:
-    """The rows of ops; of one that was timed again with the whole models those."""
-    newer = [row for row in machine.whole["rows"] if row["op"] not in MODELS]
-    newer += [] if machine.orion is None else machine.orion["rows"]
-    again = {row["op"] for row in newer}
-    older = (row for row in machine.ops["rows"] if row["op"] not in MODELS)
-    return [*(row for row in older if row["op"] not in again), *newer]
+    """The rows of ops; of one that was timed again, with whole models or ORION's, those."""
+    rows: list[dict[str, Any]] = []
+    for file in (machine.ops, machine.whole, machine.orion):
+        newer = [row for row in file["rows"] if row["op"] not in MODELS] if file else []
+        again = {row["op"] for row in newer}
+        rows = [*(row for row in rows if row["op"] not in again), *newer]
+    return rows
 
 
 def model_rows(machine: Machine) -> list[dict[str, Any]]:

@@ -9,19 +9,18 @@ or change nothing. Prints each fault, and a table of what was tried.
 from __future__ import annotations
 
 import argparse
-import logging
 import random
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import transformers.utils.logging
+from transformers.utils import logging as library_log
 
+from kdfast.rivals.rival import quiet
 from kdfast.testing.damage import bombs, disks, edits, flips
 from kdfast.testing.damage.models import MAKERS
 from kdfast.testing.damage.tally import Tally, watch_opened
@@ -66,22 +65,18 @@ def run(
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """One thread, and no word of libraries; as it was before at the end."""
-    threads, level = torch.get_num_threads(), logging.root.manager.disable
-    bars = transformers.utils.logging.is_progress_bar_enabled()
+def calm() -> Iterator[None]:
+    """One thread, and no word or progress bar of libraries; as it was before at the end."""
+    threads, bars = torch.get_num_threads(), library_log.is_progress_bar_enabled()
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
+    library_log.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             yield
     finally:
         torch.set_num_threads(threads)
-        logging.disable(level)
         if bars:
-            transformers.utils.logging.enable_progress_bar()
+            library_log.enable_progress_bar()
 
 
 def main() -> int:
@@ -93,7 +88,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     began, tally = time.monotonic(), Tally()
-    with quiet(), tempfile.TemporaryDirectory() as root:
+    with calm(), tempfile.TemporaryDirectory() as root:
         run(
             args.parts or list(PARTS),
             tally,
