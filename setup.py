@@ -14,6 +14,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 COMPILERS = ("c++", "g++", "clang++")
 PATH = os.environ.get("PATH", "")
+OLDEST_TORCH = (2, 10)  # as in CMakeLists.txt
 
 
 def cxx_compiler() -> str | None:
@@ -35,34 +36,48 @@ def wants_extension() -> bool:
     return True
 
 
+def pybind11_include(torch_root: Path) -> Path:
+    """The headers of pybind11's package, or else of the copy that torch ships."""
+    try:
+        import pybind11
+    except ModuleNotFoundError:
+        print("kdfast: pybind11 is not installed, torch's copy is taken", file=sys.stderr)
+        return torch_root / "include"
+    return Path(pybind11.get_include())
+
+
 class CMakeBuild(build_ext):
     """Builds the extension by CMake into the place that setuptools asks for."""
 
     def build_extension(self, ext: Extension) -> None:
-        try:  # a build requirement of the extension only, not of a pure-Python install
+        try:  # build requirements of the extension only, not of a pure-Python install
             import torch
-            import torch.utils.cpp_extension as cpp
         except ModuleNotFoundError as error:
             sys.exit(
-                f"kdfast: {error} where it is built; `pip install torch cmake ninja`, then "
-                "`pip install --no-build-isolation`, or KDFAST_BUILD_EXT=0"
+                f"kdfast: {error} where it is built; `pip install torch pybind11 cmake ninja`, "
+                "then `pip install --no-build-isolation`, or KDFAST_BUILD_EXT=0"
             )
+        if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+            sys.exit(f"kdfast: needs torch 2.10 to be built, got {torch.__version__}")
+        torch_root = Path(torch.__file__).parent
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         build_dir = Path(os.environ.get("KDFAST_BUILD_DIR", ROOT / "build" / "cmake")).resolve()
-        includes = [*cpp.include_paths("cpu"), sysconfig.get_paths()["include"]]
+        includes = [pybind11_include(torch_root), torch_root / "include"]
+        includes.append(Path(sysconfig.get_paths()["include"]))
         cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{PATH}")
         if cmake is None:
             sys.exit("kdfast: cmake is missing; `pip install cmake ninja`, or KDFAST_BUILD_EXT=0")
         options = {
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output.parent,
             "KDFAST_MODULE_NAME": output.name,
-            "KDFAST_INCLUDE_DIRS": ";".join(includes),
-            "KDFAST_TORCH_LIB_DIR": Path(torch.__file__).parent / "lib",
+            "KDFAST_INCLUDE_DIRS": ";".join(map(str, includes)),
+            "KDFAST_TORCH_LIB_DIR": torch_root / "lib",
             "KDFAST_TORCH_VERSION": torch.__version__,
             "KDFAST_TORCH_CUDA": torch.version.cuda or "",
             "KDFAST_CUDA": os.environ.get("KDFAST_CUDA", "AUTO"),
             "KDFAST_CUDA_ARCHS": os.environ.get("KDFAST_CUDA_ARCHS", ""),
+            "KDFAST_PORTABLE": os.environ.get("KDFAST_PORTABLE", "OFF"),
             "KDFAST_SANITIZE": os.environ.get("KDFAST_SANITIZE", "OFF"),
         }
         definitions = [f"-D{key}={value}" for key, value in options.items()]

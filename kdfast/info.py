@@ -120,7 +120,8 @@ def extension() -> Rows:
             ("to build it", "install a C++20 compiler, then pip install --no-build-isolation -e ."),
         ]
     facts = _library.EXTENSION.build_info()
-    rows = [("kdfast._C", f"built by {facts['compiler']} for torch {facts['torch']}")]
+    built = f"built by {facts['compiler']} with torch {facts['torch']}, for 2.10 and newer"
+    rows = [("kdfast._C", built)]
     if facts["cuda"]:
         rows.append(("CUDA C++", f"built by nvcc {facts['cuda']} for {facts['cuda_archs']}"))
     else:

@@ -305,7 +305,7 @@ def operands(kind: str, window: bool) -> tuple[Any, ...]:
     side = (small, small, 0, False, 0.7)
     if not window:
         student, side = (None, None, 0, True, 0.5, None, 0, None), (None, None, 0, True, 0.7)
-    return (q, k, v, *teacher, [1], [2], *student, *side, 1.3, kind)
+    return (q, k, v, *teacher, [1], [2], *student, *side, 1.3, kind, 0)
 
 
 @pytest.mark.parametrize("window", [False, True])
@@ -357,6 +357,7 @@ def test_kernel_rejects_what_would_read_outside() -> None:
         12: ([2, 4], "grid must hold 6 tokens"),
         14: (torch.randn(1, 4), r"pad_value must be \(2, 4\)"),
         21: ("l1", "kind is unknown"),
+        22: (3, "products must be 0, 1 or 2"),
     }
     call(*good)
     for index, (value, match) in bad.items():

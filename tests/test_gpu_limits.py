@@ -30,13 +30,13 @@ def test_attention_beyond_32_bits() -> None:
     batch = BEYOND // (16 * 257 * 64) + 1
     x = torch.randn(batch, 257, 16, 64, dtype=torch.bfloat16, device=DEVICE).transpose(1, 2)
     args = (None, None, None, 0, True, 0.125, None, 0, None, None)
-    out, lse = torch.ops.kdfast.pruned_attention(x, x, x, *args)
-    grads = torch.ops.kdfast.pruned_attention_bwd(out, x, x, x, out, lse, *args, False)
+    out, lse = torch.ops.kdfast.pruned_attention(x, x, x, *args, 0)
+    grads = torch.ops.kdfast.pruned_attention_bwd(out, x, x, x, out, lse, *args, False, 0)
     last = x[-1:]
-    want, small = torch.ops.kdfast.pruned_attention(last, last, last, *args)
+    want, small = torch.ops.kdfast.pruned_attention(last, last, last, *args, 0)
     assert torch.equal(out[-1:], want)
     bwd = torch.ops.kdfast.pruned_attention_bwd
-    again = bwd(want, last, last, last, want, small, *args, False)
+    again = bwd(want, last, last, last, want, small, *args, False, 0)
     for a, b in zip(grads[:3], again[:3], strict=True):
         assert torch.equal(a[-1:], b)
 

@@ -104,7 +104,7 @@ def test_cpu_tensor_of_heads() -> None:
 
 @pytest.mark.usefixtures("compiled")
 def test_large_input_uses_all_threads() -> None:
-    # Boundary files built without OpenMP run parallel_for on one thread and nothing warns.
+    # More than one thread takes: what the threads write has to meet without a gap.
     torch.set_num_threads(2)
     x = torch.randn(2048, 4096)
     fused = kdfast.head_gather(x, list(range(0, 128, 2)), head_dim=16, dim=0, backend="fused")

@@ -28,7 +28,7 @@ def attention(
     window: int = 0,
     pad: Any = None,
 ) -> Any:
-    return OPS.pruned_attention(q, q, q, heads, cos, cos, 0, True, 0.3, grid, window, pad, None)
+    return OPS.pruned_attention(q, q, q, heads, cos, cos, 0, True, 0.3, grid, window, pad, None, 0)
 
 
 def distill(
@@ -37,7 +37,7 @@ def distill(
     plain = (None, None, 0, True, 0.3)
     return OPS.attention_distill(
         *(q, q, q, q, q, heads, list(mapped)),
-        *(*plain, None, 0, None, *plain, temperature, "kl"),
+        *(*plain, None, 0, None, *plain, temperature, "kl", 0),
     )
 
 
@@ -120,9 +120,9 @@ def test_a_tensor_on_meta_beside_one_that_is_not(compiled: None) -> None:
     meta = Q.to("meta")
     logits = Q.flatten(0, 2)
     for call in (
-        lambda: OPS.pruned_attention(Q, meta, Q, *NOTHING, None),
+        lambda: OPS.pruned_attention(Q, meta, Q, *NOTHING, None, 0),
         lambda: OPS.pruned_attention(
-            Q, Q, Q, *NOTHING[:-1], torch.zeros(2, 8, device="meta"), None
+            Q, Q, Q, *NOTHING[:-1], torch.zeros(2, 8, device="meta"), None, 0
         ),
         lambda: OPS.kd_loss(logits, logits.to("meta"), None, 1.0, 0.5, "sum", 0.0, -100, True),
         lambda: OPS.swiglu_norm(logits, logits, logits[0].to("meta"), logits[0], 1e-6),
@@ -131,7 +131,7 @@ def test_a_tensor_on_meta_beside_one_that_is_not(compiled: None) -> None:
         with pytest.raises(ValueError, match=r"on one device, got \['cpu', 'meta'\]"):
             call()
     with pytest.raises(TypeError, match="pruned_attention: q must be a tensor, got NoneType"):
-        OPS.pruned_attention(None, meta, meta, *NOTHING, None)
+        OPS.pruned_attention(None, meta, meta, *NOTHING, None, 0)
 
 
 @pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan, 1e300])

@@ -212,20 +212,20 @@ def test_registration() -> None:
     q, k, v, bias = (x.requires_grad_() for x in case.inputs(torch.float32))
     geometry = ([1], None, None, 0, True, 0.5, None, 0, None, bias)
     attention = torch.ops.kdfast.pruned_attention.default
-    torch.library.opcheck(attention, (q, k, v, *geometry))
+    torch.library.opcheck(attention, (q, k, v, *geometry, 0))
     q, k, v, bias = (x.detach() for x in (q, k, v, bias))
     geometry = (*geometry[:-1], bias)
-    out, lse = attention(q, k, v, *geometry)
+    out, lse = attention(q, k, v, *geometry, 0)
     bwd = torch.ops.kdfast.pruned_attention_bwd.default
     for wanted in (True, False):
-        torch.library.opcheck(bwd, (torch.randn_like(out), q, k, v, out, lse, *geometry, wanted))
+        torch.library.opcheck(bwd, (torch.randn_like(out), q, k, v, out, lse, *geometry, wanted, 0))
     with pytest.raises(ValueError, match="bias_grad needs a bias"):
-        bwd(torch.randn_like(out), q, k, v, out, lse, *geometry[:-1], None, True)
+        bwd(torch.randn_like(out), q, k, v, out, lse, *geometry[:-1], None, True, 0)
     for wrong in (bias[:, :1], bias[..., :5], bias[:, 0], bias.repeat(3, 1, 1, 1)):
         with pytest.raises(ValueError, match=r"bias must be \(G, H, N, N\)"):
-            attention(q, k, v, *geometry[:-1], wrong)
+            attention(q, k, v, *geometry[:-1], wrong, 0)
     with pytest.raises(ValueError, match="bias must be None in a call with a window"):
-        attention(q, k, v, None, None, None, 0, True, 0.5, [2, 3], 2, None, bias)
+        attention(q, k, v, None, None, None, 0, True, 0.5, [2, 3], 2, None, bias, 0)
 
 
 @pytest.mark.usefixtures("compiled")

@@ -58,7 +58,7 @@ def test_kernels_with_fma_are_not_the_generic_one(dtype: torch.dtype) -> None:
         EXTENSION.set_cpu_isa(name)
         # The log-sum-exp is fp32 whatever the inputs are, so another order of sums shows in it.
         q, k, v = case.inputs(dtype)
-        rest = (None, None, None, 0, True, 0.125, None, 0, None, None)
+        rest = (None, None, None, 0, True, 0.125, None, 0, None, None, 0)
         results[name] = torch.ops.kdfast.pruned_attention.default(q, k, v, *rest)[1]
     EXTENSION.set_cpu_isa(before)
     plain = results.pop("generic")
@@ -248,14 +248,14 @@ def test_registration() -> None:
     q, k, v, pad = (x.requires_grad_() for x in case.inputs(torch.float32))
     table = torch.randn(4, 4)
     geometry = ([1], table, table, 0, True, 0.5, [2, 3], 2, pad, None)
-    torch.library.opcheck(torch.ops.kdfast.pruned_attention.default, (q, k, v, *geometry))
+    torch.library.opcheck(torch.ops.kdfast.pruned_attention.default, (q, k, v, *geometry, 0))
     plain = (None, None, None, 0, True, 0.5, None, 0, None, None)
-    torch.library.opcheck(torch.ops.kdfast.pruned_attention.default, (q, k, v, *plain))
+    torch.library.opcheck(torch.ops.kdfast.pruned_attention.default, (q, k, v, *plain, 0))
     q, k, v, pad = (x.detach() for x in (q, k, v, pad))
     geometry = (*geometry[:-2], pad, None)
-    out, lse = torch.ops.kdfast.pruned_attention.default(q, k, v, *geometry)
+    out, lse = torch.ops.kdfast.pruned_attention.default(q, k, v, *geometry, 0)
     bwd = torch.ops.kdfast.pruned_attention_bwd.default
-    torch.library.opcheck(bwd, (torch.randn_like(out), q, k, v, out, lse, *geometry, False))
+    torch.library.opcheck(bwd, (torch.randn_like(out), q, k, v, out, lse, *geometry, False, 0))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -2,38 +2,36 @@
 // The additive bias of an attention call: its tensor as the kernels read it, and the sums that its
 // gradient is made of.
 #pragma once
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cstring>
 #include <optional>
 #include <vector>
 
-#include "checked_math.h"
 #include "cpu/isa/pruned_attention.h"
+#include "errors.h"
+#include "tensor.h"
 
 namespace kdfast::cpu {
 
 // bias (G, H, N, N) in the dtype of the sums, with contiguous rows; undefined without one. What the
 // caller expanded stays expanded: a mask for all heads is converted once.
-inline at::Tensor checked_bias(const char* op, const std::optional<at::Tensor>& bias,
-                               const at::Tensor& q, bool windows, at::ScalarType dtype) {
+inline Tensor checked_bias(const char* op, const OptionalTensor& bias, const Tensor& q,
+                           bool windows, Type dtype) {
   if (!bias.has_value()) return {};
-  const at::IntArrayRef shape = bias->sizes();
-  TORCH_CHECK_VALUE(bias->dim() == 4 && shape[0] > 0 && q.size(0) % shape[0] == 0 &&
-                        shape[1] == q.size(1) && shape[2] == q.size(2) && shape[3] == q.size(2),
-                    op, ": bias must be (G, H, N, N) with a G that divides B, got ", shape,
-                    " for q ", q.sizes());
-  TORCH_CHECK_VALUE(!windows, op, ": bias must be None in a call with a window");
-  at::Tensor small = *bias;
+  const Sizes shape = bias->sizes();
+  KDFAST_CHECK_VALUE(bias->dim() == 4 && shape[0] > 0 && q.size(0) % shape[0] == 0 &&
+                         shape[1] == q.size(1) && shape[2] == q.size(2) && shape[3] == q.size(2),
+                     op, ": bias must be (G, H, N, N) with a G that divides B, got ", shape,
+                     " for q ", q.sizes());
+  KDFAST_CHECK_VALUE(!windows, op, ": bias must be None in a call with a window");
+  Ints sizes(shape.begin(), shape.end()), strides(bias->strides().begin(), bias->strides().end());
   for (int64_t d = 0; d < 3; ++d)
-    if (small.stride(d) == 0 && small.size(d) > 1) small = small.narrow(d, 0, 1);
-  small = small.to(dtype);
+    if (strides[d] == 0) sizes[d] = std::min<int64_t>(sizes[d], 1);
+  Tensor small = bias->as_strided(sizes, strides).to(dtype);
   if (small.stride(3) != 1) small = small.contiguous();
-  return small.expand(shape);
+  for (int64_t d = 0; d < 4; ++d) strides[d] = sizes[d] < shape[d] ? 0 : small.stride(d);
+  return small.as_strided(shape, strides);
 }
 
 // The gradient of the bias: transposed sums of dS over the images of a slice of the batch, for each
@@ -46,7 +44,7 @@ class BiasSums {
   static constexpr int64_t kWorks = 64, kBytes = int64_t{64} << 20;
 
   // bias (G, H, N, N); undefined where no gradient of it is wanted.
-  BiasSums(const at::Tensor& bias, int64_t batch, int64_t kept) : items_(batch * kept) {
+  BiasSums(const Tensor& bias, int64_t batch, int64_t kept) : items_(batch * kept) {
     if (!bias.defined() || items_ == 0) return;
     biases_ = bias.size(0);
     kept_ = kept;
@@ -57,8 +55,7 @@ class BiasSums {
         product_of("pruned_attention", {pairs, tokens_, bias_columns(tokens_), sizeof(A)});
     slices_ = std::min(turns_, std::max<int64_t>(1, (kWorks + pairs - 1) / pairs));
     slices_ = std::max<int64_t>(1, std::min(slices_, kBytes / std::max<int64_t>(1, bytes)));
-    sums_ = at::empty({slices_, biases_, kept_, tokens_, bias_columns(tokens_)},
-                      bias.options().dtype(c10::CppTypeToScalarType<A>::value));
+    sums_ = empty({slices_, biases_, kept_, tokens_, bias_columns(tokens_)}, type_of<A>);
   }
 
   // Pieces of work that may run side by side; one item each where no sum is shared.
@@ -86,14 +83,13 @@ class BiasSums {
   }
 
   // The gradient (G, H, N, N): slices in order, rounded once; zero for heads that are not kept.
-  at::Tensor total(const at::Tensor& bias, const std::vector<int64_t>& heads) const {
-    const auto options = bias.options().dtype(c10::CppTypeToScalarType<A>::value);
+  Tensor total(const Tensor& bias, const std::vector<int64_t>& heads) const {
     const bool all = kept_ == bias.size(1);
-    at::Tensor out = all ? at::empty(bias.sizes(), options) : at::zeros(bias.sizes(), options);
-    if (!sums_.defined()) return out.zero_().to(bias.scalar_type());
+    const Tensor out = all ? empty(bias.sizes(), type_of<A>) : zeros(bias.sizes(), type_of<A>);
+    if (!sums_.defined()) return out.zero_().to(bias.type());
     A* data = out.mutable_data_ptr<A>();
     const int64_t strips = (tokens_ + kStrip - 1) / kStrip;
-    at::parallel_for(0, biases_ * kept_ * strips, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(biases_ * kept_ * strips, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t pair = i / strips, group = pair / kept_, head = heads[pair % kept_];
         A* to = data + (group * bias.size(1) + head) * tokens_ * tokens_;
@@ -101,7 +97,7 @@ class BiasSums {
           turn(pair, key, i % strips * kStrip, to);
       }
     });
-    return out.to(bias.scalar_type());
+    return out.to(bias.type());
   }
 
  private:
@@ -128,7 +124,7 @@ class BiasSums {
   int64_t matrix() const { return tokens_ * bias_columns(tokens_); }
 
   int64_t items_, biases_ = 0, kept_ = 0, tokens_ = 0, turns_ = 0, slices_ = 0;
-  at::Tensor sums_;
+  Tensor sums_;
 };
 
 }  // namespace kdfast::cpu

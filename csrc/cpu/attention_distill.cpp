@@ -1,57 +1,53 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/isa/attention_distill.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <tuple>
 
 #include "cpu/attention_boundary.h"
 #include "cpu/attention_products.h"
 #include "cpu/element_of.h"
+#include "register.h"
 
 namespace kdfast::cpu {
 namespace {
 
 constexpr const char* kOp = "attention_distill";
-using OptionalTensor = std::optional<at::Tensor>;
 
 // What forward and backward both get.
 struct Arguments {
-  const at::Tensor &q, &k, &v, &teacher_q, &teacher_k;  // (B, H, N, D), teacher (B, Ht, N, Dt)
+  const Tensor &q, &k, &v, &teacher_q, &teacher_k;  // (B, H, N, D), teacher (B, Ht, N, Dt)
   AttentionOptions student;
-  at::IntArrayRef teacher_heads;
+  const Ints& teacher_heads;
   const OptionalTensor &teacher_cos, &teacher_sin;
   int64_t teacher_prefix;
   bool teacher_interleaved;
   double teacher_scale, temperature;
-  c10::string_view kind;
+  const std::string& kind;
+  int64_t products;
 };
 
-MapLoss map_loss(c10::string_view kind) {
+MapLoss map_loss(const std::string& kind) {
   if (kind == "kl") return MapLoss::kl;
   if (kind == "reverse_kl") return MapLoss::reverse_kl;
   if (kind == "jsd") return MapLoss::jsd;
   if (kind == "mse") return MapLoss::mse;
   if (kind == "cosine") return MapLoss::cosine;
-  TORCH_CHECK_VALUE(kind == "logit_mse", kOp, ": kind is unknown, got ", kind);
+  KDFAST_CHECK_VALUE(kind == "logit_mse", kOp, ": kind is unknown, got ", kind);
   return MapLoss::logit_mse;
 }
 
 // Products of bf16 are for two sides of one element type.
 template <class A>
-const DistillKernel<A>& kernel_of(Element student, Element teacher) {
-  const Products products = student == teacher ? products_of(student) : Products::fp32;
+const DistillKernel<A>& kernel_of(Element student, Element teacher, Products fp32) {
+  const Products products = student == teacher ? products_of(student, fp32) : Products::fp32;
   return attention_kernels<A>(products).distill[static_cast<int>(student)];
 }
 
 // One call, student and teacher.
 template <class A>
 struct Call : StudentCall<A> {
-  at::Tensor teacher_q, teacher_k;
+  Tensor teacher_q, teacher_k;
   std::vector<int64_t> teacher_heads;
   Tables<A> teacher_tables;
   A teacher_scale, inv_temperature;
@@ -70,15 +66,16 @@ struct Call : StudentCall<A> {
         // As COLD in kdfast/ops/attention_distill.py.
         inv_temperature(static_cast<A>(std::min(1 / a.temperature, sizeof(A) == 4 ? 1e30 : 1e300))),
         kind(map_loss(a.kind)),
-        kernel(kernel_of<A>(element_of(kOp, a.q), element_of(kOp, teacher_q))) {
-    TORCH_CHECK_VALUE(teacher_q.size(0) == this->batch && teacher_q.size(2) == this->tokens, kOp,
-                      ": the teacher must have q's B and N, got ", teacher_q.sizes(), " and ",
-                      a.q.sizes());
-    TORCH_CHECK_VALUE(teacher_heads.size() == this->heads.size(), kOp,
-                      ": one teacher head per kept head, got ", teacher_heads.size(), " and ",
-                      this->heads.size());
-    TORCH_CHECK_VALUE(a.temperature > 0 && std::isfinite(a.temperature), kOp,
-                      ": temperature must be above 0 and finite, got ", a.temperature);
+        kernel(kernel_of<A>(element_of(kOp, a.q), element_of(kOp, teacher_q),
+                            checked_products(kOp, a.products))) {
+    KDFAST_CHECK_VALUE(teacher_q.size(0) == this->batch && teacher_q.size(2) == this->tokens, kOp,
+                       ": the teacher must have q's B and N, got ", teacher_q.sizes(), " and ",
+                       a.q.sizes());
+    KDFAST_CHECK_VALUE(teacher_heads.size() == this->heads.size(), kOp,
+                       ": one teacher head per kept head, got ", teacher_heads.size(), " and ",
+                       this->heads.size());
+    KDFAST_CHECK_VALUE(a.temperature > 0 && std::isfinite(a.temperature), kOp,
+                       ": temperature must be above 0 and finite, got ", a.temperature);
     check_matrix(kOp, this->largest, teacher_q.size(3));
     if (std::isfinite(teacher_scale)) return;
     // The kernels would hide it in finite scores.
@@ -87,9 +84,9 @@ struct Call : StudentCall<A> {
   }
 
   // A teacher of fp64 counts as fp32 where the student is no more than that.
-  static at::Tensor of_teacher(const at::Tensor& x, const at::Tensor& like) {
-    const at::Tensor rows = checked(kOp, x, like);
-    return sizeof(A) == 4 && rows.scalar_type() == at::kDouble ? rows.to(at::kFloat) : rows;
+  static Tensor of_teacher(const Tensor& x, const Tensor& like) {
+    const Tensor rows = checked(kOp, x, like);
+    return sizeof(A) == 4 && rows.type() == Type::f64 ? rows.to(Type::f32) : rows;
   }
 
   int64_t rows() const { return this->batch * this->kept * this->tokens; }
@@ -122,17 +119,16 @@ struct Call : StudentCall<A> {
   }
 };
 
-using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Forward = std::tuple<Tensor, Tensor, Tensor>;
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class A>
 Forward forward(const Arguments& arguments) {
   const Call<A> call(arguments);
-  const auto options = call.q.options().dtype(call.kDtype);
-  const at::Tensor out = empty_heads(call.q, call.kept, false);
-  const at::Tensor stats = at::empty(call.stats_shape(), options);
+  const Tensor out = empty_heads(call.q, call.kept, false);
+  const Tensor stats = empty(call.stats_shape(), call.kDtype);
   if (!call.is_finite())
-    return {call.not_a_number(out), call.not_a_number(at::empty({}, options)),
+    return {call.not_a_number(out), call.not_a_number(empty({}, call.kDtype)),
             call.not_a_number(stats)};
   A* stats_data = stats.mutable_data_ptr<A>();
   std::vector<double> sums(call.items());
@@ -145,28 +141,28 @@ Forward forward(const Arguments& arguments) {
   for (const double sum : sums) total += sum;
   if (call.spoiled && call.rows() > 0) total = std::numeric_limits<double>::quiet_NaN();
   const double count = static_cast<double>(std::max<int64_t>(call.rows(), 1));
-  return {out, at::full({}, static_cast<A>(total / count), options), stats};
+  return {out, scalar_result(total / count, call.kDtype), stats};
 }
 
 template <class A>
-Backward backward(const at::Tensor& grad_out, const at::Tensor& grad_loss, const at::Tensor& out_,
-                  const at::Tensor& stats_, const Arguments& arguments) {
+Backward backward(const Tensor& grad_out, const Tensor& grad_loss, const Tensor& out_,
+                  const Tensor& stats_, const Arguments& arguments) {
   const Call<A> call(arguments);
-  const at::Tensor out = checked(kOp, out_, out_), grad = checked(kOp, grad_out, out_);
-  const at::Tensor stats = stats_.contiguous();
-  const std::vector<int64_t> want{call.batch, call.kept, call.tokens, call.dim};
-  TORCH_CHECK_VALUE(out.sizes() == want && out.scalar_type() == call.q.scalar_type() &&
-                        stats.sizes() == call.stats_shape() && stats.scalar_type() == call.kDtype,
-                    kOp, ": grad_out, out and stats must fit q, got ", out.sizes(), " and ",
-                    stats.sizes());
-  at::Tensor gradients[3];
+  const Tensor out = checked(kOp, out_, out_), grad = checked(kOp, grad_out, out_);
+  const Tensor stats = stats_.contiguous();
+  const Ints want{call.batch, call.kept, call.tokens, call.dim};
+  KDFAST_CHECK_VALUE(same(out.sizes(), want) && out.type() == call.q.type() &&
+                         same(stats.sizes(), call.stats_shape()) && stats.type() == call.kDtype,
+                     kOp, ": grad_out, out and stats must fit q, got ", out.sizes(), " and ",
+                     stats.sizes());
+  Tensor gradients[3];
   for (auto& x : gradients) x = empty_heads(call.q, call.q.size(1), call.kept < call.q.size(1));
   const auto& [dq, dk, dv] = gradients;
-  const double upstream = call.spoiled ? 0 : grad_loss.item<double>();
+  const double upstream = call.spoiled ? 0 : *grad_loss.to(Type::f64).const_data_ptr<double>();
   const A weight =
       static_cast<A>(upstream / static_cast<double>(std::max<int64_t>(call.rows(), 1)));
   std::vector<A> pads(call.pad.defined() ? product_of(kOp, {call.items(), call.dim}) : int64_t{0});
-  A* stats_data = stats.data_ptr<A>();
+  A* stats_data = stats.mutable_data_ptr<A>();
   call.for_each([&](int64_t item, char* scratch) {
     const int64_t b = call.image_of(item), j = call.kept_of(item), h = call.heads[j];
     const DistillGrad<A> grads{weight,
@@ -179,42 +175,41 @@ Backward backward(const at::Tensor& grad_out, const at::Tensor& grad_loss, const
     call.kernel.backward(call.head(item, stats_data), grads, scratch);
   });
   if (call.spoiled || !call.is_finite())
-    for (const at::Tensor& x : {dq, dk}) call.spoil(x, 1);
+    for (const Tensor& x : {dq, dk}) call.spoil(x, 1);
   if (!call.is_finite()) call.spoil(dv, 1);
-  if (!call.pad.defined()) return {dq, dk, dv, at::empty({0}, call.q.options())};
-  return {dq, dk, dv, call.sum_pads(pads, 1, arguments.student.pad_value->scalar_type())};
+  if (!call.pad.defined()) return {dq, dk, dv, empty_as(call.q, {0})};
+  return {dq, dk, dv, call.sum_pads(pads, 1, arguments.student.pad_value->type())};
 }
 
 #define KDFAST_DISTILL_PARAMETERS                                                                 \
-  const at::Tensor &q, const at::Tensor &k, const at::Tensor &v, const at::Tensor &teacher_q,     \
-      const at::Tensor &teacher_k, at::OptionalIntArrayRef heads, at::IntArrayRef teacher_heads,  \
+  const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &teacher_q,                     \
+      const Tensor &teacher_k, const OptionalInts &heads, const Ints &teacher_heads,              \
       const OptionalTensor &cos, const OptionalTensor &sin, int64_t prefix, bool interleaved,     \
-      double scale, at::OptionalIntArrayRef grid, int64_t window, const OptionalTensor &pad,      \
+      double scale, const OptionalInts &grid, int64_t window, const OptionalTensor &pad,          \
       const OptionalTensor &teacher_cos, const OptionalTensor &teacher_sin,                       \
       int64_t teacher_prefix, bool teacher_interleaved, double teacher_scale, double temperature, \
-      c10::string_view kind
+      const std::string &kind, int64_t products
 #define KDFAST_DISTILL_ARGUMENTS                                                                   \
   q, k, v, teacher_q, teacher_k, {heads, cos, sin, prefix, interleaved, scale, grid, window, pad}, \
       teacher_heads, teacher_cos, teacher_sin, teacher_prefix, teacher_interleaved, teacher_scale, \
-      temperature, kind
+      temperature, kind, products
 
 Forward attention_distill(KDFAST_DISTILL_PARAMETERS) {
   const Arguments a{KDFAST_DISTILL_ARGUMENTS};
-  return q.scalar_type() == at::kDouble ? forward<double>(a) : forward<float>(a);
+  return q.type() == Type::f64 ? forward<double>(a) : forward<float>(a);
 }
 
-Backward attention_distill_bwd(const at::Tensor& grad_out, const at::Tensor& grad_loss,
-                               const at::Tensor& out, const at::Tensor& stats,
-                               KDFAST_DISTILL_PARAMETERS) {
+Backward attention_distill_bwd(const Tensor& grad_out, const Tensor& grad_loss, const Tensor& out,
+                               const Tensor& stats, KDFAST_DISTILL_PARAMETERS) {
   const Arguments a{KDFAST_DISTILL_ARGUMENTS};
-  return q.scalar_type() == at::kDouble ? backward<double>(grad_out, grad_loss, out, stats, a)
-                                        : backward<float>(grad_out, grad_loss, out, stats, a);
+  return q.type() == Type::f64 ? backward<double>(grad_out, grad_loss, out, stats, a)
+                               : backward<float>(grad_out, grad_loss, out, stats, a);
 }
 
 }  // namespace
 }  // namespace kdfast::cpu
 
-TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
-  m.impl("attention_distill", &kdfast::cpu::attention_distill);
-  m.impl("attention_distill_bwd", &kdfast::cpu::attention_distill_bwd);
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("attention_distill", TORCH_BOX(&kdfast::cpu::attention_distill));
+  m.impl("attention_distill_bwd", TORCH_BOX(&kdfast::cpu::attention_distill_bwd));
 }

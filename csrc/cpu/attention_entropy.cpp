@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/isa/attention_entropy.h"
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include "cpu/attention_boundary.h"
 #include "cpu/attention_products.h"
 #include "cpu/element_of.h"
+#include "register.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -21,15 +19,13 @@ const EntropyKernel<A>& kernel_of(Element element) {
 }
 
 template <class A>
-at::Tensor entropy(const at::Tensor& q, const at::Tensor& k, const Tables<A>& tables, double scale,
-                   const TokenGrid& grid, bool pads) {
+Tensor entropy(const Tensor& q, const Tensor& k, const Tables<A>& tables, double scale,
+               const TokenGrid& grid, bool pads) {
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3);
-  const at::Tensor out =
-      at::empty({batch, heads, tokens}, q.options().dtype(c10::CppTypeToScalarType<A>::value));
+  const Tensor out = empty({batch, heads, tokens}, type_of<A>);
   if (out.numel() == 0) return out;
   // The kernels keep extreme scores finite, so they would hide a factor that is not.
-  if (!std::isfinite(static_cast<A>(scale)))
-    return out.fill_(std::numeric_limits<double>::quiet_NaN());
+  if (!std::isfinite(static_cast<A>(scale))) return out.fill_nan_();
   A* data = out.mutable_data_ptr<A>();
   const EntropyKernel<A>& kernel = kernel_of<A>(element_of(kOp, q));
   const int64_t largest = largest_window(grid);
@@ -45,24 +41,24 @@ at::Tensor entropy(const at::Tensor& q, const at::Tensor& k, const Tables<A>& ta
   return out;
 }
 
-at::Tensor attention_entropy(const at::Tensor& q_, const at::Tensor& k_,
-                             const std::optional<at::Tensor>& cos,
-                             const std::optional<at::Tensor>& sin, int64_t prefix, bool interleaved,
-                             double scale, at::OptionalIntArrayRef grid, int64_t window,
-                             bool pads) {
-  const at::Tensor q = checked(kOp, q_, q_), k = checked(kOp, k_, q_);
+Tensor attention_entropy(const Tensor& q_, const Tensor& k_, const OptionalTensor& cos,
+                         const OptionalTensor& sin, int64_t prefix, bool interleaved, double scale,
+                         const OptionalInts& grid, int64_t window, bool pads) {
+  const Tensor q = checked(kOp, q_, q_), k = checked(kOp, k_, q_);
   const TokenGrid tokens = token_grid(kOp, grid, window, q.size(2));
-  TORCH_CHECK_VALUE(grid.has_value() || !pads, kOp, ": pads need a grid");
+  KDFAST_CHECK_VALUE(grid.has_value() || !pads, kOp, ": pads need a grid");
   check_matrix(kOp, largest_window(tokens), q.size(3));
   const int64_t rows = table_rows(grid, window, q);
   const auto run = [&]<class A>(A) {
     const Tables<A> tables(kOp, cos, sin, prefix, interleaved, rows, q.size(3));
     return entropy<A>(q, k, tables, scale, tokens, pads);
   };
-  return q.scalar_type() == at::kDouble ? run(double()) : run(float());
+  return q.type() == Type::f64 ? run(double()) : run(float());
 }
 
 }  // namespace
 }  // namespace kdfast::cpu
 
-TORCH_LIBRARY_IMPL(kdfast, CPU, m) { m.impl("attention_entropy", &kdfast::cpu::attention_entropy); }
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("attention_entropy", TORCH_BOX(&kdfast::cpu::attention_entropy));
+}

@@ -1,25 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-#include <ATen/Context.h>
 
 #include "cpu/kernels.h"
+#include "errors.h"
 
 namespace kdfast::cpu {
 
 // What the products of an attention call are made of, by the element type of what is multiplied.
-// fp32 follows the setting that torch's own matrix product on the CPU reads, when it is called:
-// torch.backends.mkldnn.matmul.fp32_precision, which torch.set_float32_matmul_precision sets too.
-inline Products products_of(Element element) {
+// `fp32` is what those of fp32 may be: the caller knows torch's setting, which has no place in its
+// stable interface. See products_of_fp32 in kdfast/ops/_matmul.py.
+inline Products products_of(Element element, Products fp32) {
   if (element == Element::bf16) return Products::bf16;
   // In one bf16 it would lose three bits; in two it loses none.
   if (element == Element::f16) return Products::split;
-  const auto& context = at::globalContext();
-  if (!context.userEnabledMkldnn()) return Products::fp32;
-  switch (context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL)) {
-    case at::Float32Precision::BF16: return Products::bf16;
-    case at::Float32Precision::TF32: return Products::split;
-    default: return Products::fp32;
-  }
+  return fp32;
+}
+
+// The argument of an op.
+inline Products checked_products(const char* op, int64_t products) {
+  KDFAST_CHECK_VALUE(products >= 0 && products <= static_cast<int64_t>(Products::bf16), op,
+                     ": products must be 0, 1 or 2, got ", products);
+  return static_cast<Products>(products);
 }
 
 // The kernels with sums of type A over such products; of double there is one kind.

@@ -1,15 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "head_gather.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cstring>
 
 #include "head_layout.h"
+#include "register.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -17,13 +13,13 @@ namespace {
 // Bytes that one thread should move at least: below this a second thread costs more than it saves.
 constexpr int64_t kGrainBytes = 1 << 21;
 
-void move_runs(const HeadLayout& m, const at::Tensor& src, at::Tensor& dst) {
+void move_runs(const HeadLayout& m, const Tensor& src, const Tensor& dst) {
   const char* in = static_cast<const char*>(src.const_data_ptr());
   char* out = static_cast<char*>(dst.mutable_data_ptr());
   const int64_t rows = m.outer * m.dst_heads;
   if (rows == 0 || m.run == 0) return;
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / m.run);
-  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
     // A division per run takes as long as a short run itself.
     int64_t head = begin % m.dst_heads;
     const char* block = in + begin / m.dst_heads * m.src_heads * m.run;
@@ -42,21 +38,21 @@ void move_runs(const HeadLayout& m, const at::Tensor& src, at::Tensor& dst) {
   });
 }
 
-at::Tensor head_gather(const at::Tensor& x, at::IntArrayRef heads, int64_t head_dim, int64_t dim) {
+Tensor head_gather(const Tensor& x, const Ints& heads, int64_t head_dim, int64_t dim) {
   check_heads(heads, count_heads(x, head_dim, dim));
-  const at::Tensor in = x.contiguous();
-  at::Tensor out = resized(x, dim, static_cast<int64_t>(heads.size()) * head_dim);
+  const Tensor in = x.contiguous();
+  const Tensor out = resized(x, dim, static_cast<int64_t>(heads.size()) * head_dim);
   HeadLayout m = head_layout(in, head_dim, dim, static_cast<int64_t>(heads.size()), 1);
   map_gather(m, heads);
   move_runs(m, in, out);
   return out;
 }
 
-at::Tensor head_gather_bwd(const at::Tensor& grad, at::IntArrayRef heads, int64_t head_dim,
-                           int64_t dim, int64_t num_heads) {
+Tensor head_gather_bwd(const Tensor& grad, const Ints& heads, int64_t head_dim, int64_t dim,
+                       int64_t num_heads) {
   check_scatter(grad, heads, head_dim, dim, num_heads);
-  const at::Tensor in = grad.contiguous();
-  at::Tensor out = resized(grad, dim, num_heads * head_dim);
+  const Tensor in = grad.contiguous();
+  const Tensor out = resized(grad, dim, num_heads * head_dim);
   HeadLayout m = head_layout(in, head_dim, dim, num_heads, 1);
   map_scatter(m, heads);
   move_runs(m, in, out);
@@ -66,7 +62,7 @@ at::Tensor head_gather_bwd(const at::Tensor& grad, at::IntArrayRef heads, int64_
 }  // namespace
 }  // namespace kdfast::cpu
 
-TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
-  m.impl("head_gather", &kdfast::cpu::head_gather);
-  m.impl("head_gather_bwd", &kdfast::cpu::head_gather_bwd);
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("head_gather", TORCH_BOX(&kdfast::cpu::head_gather));
+  m.impl("head_gather_bwd", TORCH_BOX(&kdfast::cpu::head_gather_bwd));
 }

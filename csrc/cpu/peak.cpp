@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/peak.h"
 
-#include <ATen/Parallel.h>
 #include <time.h>
 
 #include <atomic>
 
 #include "cpu/dispatch.h"
+#include "tensor.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -24,7 +24,7 @@ std::pair<double, double> run_peak(const std::string& isa, bool bf16, double sec
   const PeakLoops& loops = *kernels_of(runnable_isa(isa)).peak;
   const auto loop = bf16 ? loops.bf16 : loops.fp32;
   std::atomic<double> flops{0}, rate{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(num_threads(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       double done = 0, passed = 0;
       const double start = thread_seconds();

@@ -1,10 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/isa/pruned_attention.h"
 
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <tuple>
 
@@ -12,6 +8,7 @@
 #include "cpu/attention_boundary.h"
 #include "cpu/attention_products.h"
 #include "cpu/element_of.h"
+#include "register.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -23,25 +20,26 @@ constexpr int64_t kMinQueries = 96;
 // The op's arguments after q, k and v.
 struct Options {
   AttentionOptions attention;
-  const std::optional<at::Tensor>& bias;
+  const OptionalTensor& bias;
+  int64_t products;
 };
 
 template <class A>
-const AttentionKernel<A>& kernel_of(Element element) {
-  const AttentionKernels<A>& kernels = attention_kernels<A>(products_of(element));
+const AttentionKernel<A>& kernel_of(Element element, Products fp32) {
+  const AttentionKernels<A>& kernels = attention_kernels<A>(products_of(element, fp32));
   return kernels.attention[static_cast<int>(element)];
 }
 
 // One call, whose items may be cut into parts of their queries.
 template <class A>
 struct Call : StudentCall<A> {
-  at::Tensor bias;
+  Tensor bias;
   const AttentionKernel<A>& kernel;
 
-  Call(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Options& o)
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const Options& o)
       : StudentCall<A>(kOp, q, k, v, o.attention),
         bias(checked_bias(kOp, o.bias, this->q, o.attention.grid.has_value(), this->kDtype)),
-        kernel(kernel_of<A>(element_of(kOp, q))) {}
+        kernel(kernel_of<A>(element_of(kOp, q), checked_products(kOp, o.products))) {}
 
   AttentionHead<A> head(int64_t item) const {
     const int64_t b = this->image_of(item), h = this->heads[this->kept_of(item)];
@@ -64,15 +62,15 @@ struct Call : StudentCall<A> {
 };
 
 template <class A>
-std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k,
-                                           const at::Tensor& v, const Options& options) {
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const Options& options) {
   const Call<A> call(q, k, v, options);
-  at::Tensor out = empty_heads(q, call.kept, false);
-  at::Tensor lse = at::empty({call.batch, call.kept, call.tokens}, q.options().dtype(call.kDtype));
+  const Tensor out = empty_heads(q, call.kept, false);
+  const Tensor lse = empty({call.batch, call.kept, call.tokens}, call.kDtype);
   if (out.numel() == 0) return {out, lse};
   if (!call.is_finite()) return {call.not_a_number(out), call.not_a_number(lse)};
   // Query rows are independent, so few heads on many cores share a head's queries.
-  const int64_t want = 4 * at::get_num_threads() / call.items();
+  const int64_t want = 4 * num_threads() / call.items();
   const int64_t parts =
       std::clamp<int64_t>(want, 1, std::max<int64_t>(1, call.largest / kMinQueries));
   A* lse_data = lse.mutable_data_ptr<A>();
@@ -89,40 +87,39 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
   return {out, lse};
 }
 
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class A>
-Gradients backward(const at::Tensor& grad_, const at::Tensor& q, const at::Tensor& k,
-                   const at::Tensor& v, const at::Tensor& out_, const at::Tensor& lse_,
-                   const Options& options, bool bias_grad) {
+Gradients backward(const Tensor& grad_, const Tensor& q, const Tensor& k, const Tensor& v,
+                   const Tensor& out_, const Tensor& lse_, const Options& options, bool bias_grad) {
   const Call<A> call(q, k, v, options);
-  const at::Tensor out = checked(kOp, out_, out_), grad = checked(kOp, grad_, out_);
-  const at::Tensor lse = lse_.contiguous();
-  const std::vector<int64_t> want{call.batch, call.kept, call.tokens, call.dim};
-  TORCH_CHECK_VALUE(out.sizes() == want && out.scalar_type() == q.scalar_type() &&
-                        lse.sizes() == at::IntArrayRef(want).slice(0, 3) &&
-                        lse.scalar_type() == call.kDtype,
-                    kOp, ": grad, out and lse must fit q and heads, got ", grad.sizes(), ", ",
-                    out.sizes(), " and ", lse.sizes());
-  at::Tensor gradients[3];
+  const Tensor out = checked(kOp, out_, out_), grad = checked(kOp, grad_, out_);
+  const Tensor lse = lse_.contiguous();
+  const Ints want{call.batch, call.kept, call.tokens, call.dim};
+  KDFAST_CHECK_VALUE(same(out.sizes(), want) && out.type() == q.type() &&
+                         same(lse.sizes(), Sizes(want).first(3)) && lse.type() == call.kDtype,
+                     kOp, ": grad, out and lse must fit q and heads, got ", grad.sizes(), ", ",
+                     out.sizes(), " and ", lse.sizes());
+  Tensor gradients[3];
   for (auto& x : gradients) x = empty_heads(q, q.size(1), call.kept < q.size(1));
   const auto& [dq, dk, dv] = gradients;
-  TORCH_CHECK_VALUE(call.bias.defined() || !bias_grad, kOp, ": bias_grad needs a bias");
-  at::Tensor dpad = at::zeros({0}, q.options()), dbias = at::zeros({0}, q.options());
+  KDFAST_CHECK_VALUE(call.bias.defined() || !bias_grad, kOp, ": bias_grad needs a bias");
+  Tensor dpad = empty_as(q, {0}), dbias = empty_as(q, {0});
   if (out.numel() == 0 || !call.is_finite()) {
-    if (call.pad.defined()) dpad = at::zeros_like(*options.attention.pad_value);
-    if (bias_grad) dbias = at::zeros(options.bias->sizes(), options.bias->options());
+    if (call.pad.defined())
+      dpad = zeros_as(*options.attention.pad_value, options.attention.pad_value->sizes());
+    if (bias_grad) dbias = zeros_as(*options.bias, options.bias->sizes());
     if (out.numel() == 0) return {dq, dk, dv, dpad, dbias};
-    for (const at::Tensor& x : gradients) call.spoil(x, 1);
+    for (const Tensor& x : gradients) call.spoil(x, 1);
     if (call.pad.defined()) call.spoil(dpad, 0);
     if (bias_grad) call.spoil(dbias, 1);
     return {dq, dk, dv, dpad, dbias};
   }
-  const BiasSums<A> bias_sums(bias_grad ? call.bias : at::Tensor(), call.batch, call.kept);
+  const BiasSums<A> bias_sums(bias_grad ? call.bias : Tensor(), call.batch, call.kept);
   // Heads fewer than threads: the chunks of a head's queries go to different threads, and their
   // shares of dk and dv are added up afterwards, in the order in which one thread would add them.
   const int64_t chunk = query_chunk(call.largest);
-  const bool split = call.items() < at::get_num_threads() && !bias_sums.shared();
+  const bool split = call.items() < num_threads() && !bias_sums.shared();
   const int64_t parts = split ? (call.largest + chunk - 1) / chunk : 1;
   const int64_t sums_size = 2 * sum_rows(call.largest) * sum_columns(call.dim);
   const A* lse_data = lse.const_data_ptr<A>();
@@ -155,8 +152,7 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& q, const at::Tenso
       });
     });
   } else {
-    const at::Tensor memory =
-        at::empty({product_of(kOp, {items, parts, sums_size})}, lse.options());
+    const Tensor memory = empty({product_of(kOp, {items, parts, sums_size})}, call.kDtype);
     A* sums = memory.mutable_data_ptr<A>();
     bias_sums.clear();  // not where they are used: several parts share them
     // A window smaller than the largest may need fewer chunks; its sums lie side by side.
@@ -180,34 +176,33 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& q, const at::Tenso
                                 count(head));
     });
   }
-  if (call.pad.defined())
-    dpad = call.sum_pads(pads, parts, options.attention.pad_value->scalar_type());
+  if (call.pad.defined()) dpad = call.sum_pads(pads, parts, options.attention.pad_value->type());
   if (bias_grad) dbias = bias_sums.total(*options.bias, call.heads);
   return {dq, dk, dv, dpad, dbias};
 }
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-std::tuple<at::Tensor, at::Tensor> pruned_attention(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::OptionalIntArrayRef heads,
-    const OptionalTensor& cos, const OptionalTensor& sin, int64_t prefix, bool interleaved,
-    double scale, at::OptionalIntArrayRef grid, int64_t window, const OptionalTensor& pad_value,
-    const OptionalTensor& bias) {
-  const Options options{{heads, cos, sin, prefix, interleaved, scale, grid, window, pad_value},
-                        bias};
+std::tuple<Tensor, Tensor> pruned_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const OptionalInts& heads, const OptionalTensor& cos,
+                                            const OptionalTensor& sin, int64_t prefix,
+                                            bool interleaved, double scale,
+                                            const OptionalInts& grid, int64_t window,
+                                            const OptionalTensor& pad_value,
+                                            const OptionalTensor& bias, int64_t products) {
+  const Options options{
+      {heads, cos, sin, prefix, interleaved, scale, grid, window, pad_value}, bias, products};
   return element_of(kOp, q) == Element::f64 ? forward<double>(q, k, v, options)
                                             : forward<float>(q, k, v, options);
 }
 
-Gradients pruned_attention_bwd(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k,
-                               const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
-                               at::OptionalIntArrayRef heads, const OptionalTensor& cos,
+Gradients pruned_attention_bwd(const Tensor& grad, const Tensor& q, const Tensor& k,
+                               const Tensor& v, const Tensor& out, const Tensor& lse,
+                               const OptionalInts& heads, const OptionalTensor& cos,
                                const OptionalTensor& sin, int64_t prefix, bool interleaved,
-                               double scale, at::OptionalIntArrayRef grid, int64_t window,
+                               double scale, const OptionalInts& grid, int64_t window,
                                const OptionalTensor& pad_value, const OptionalTensor& bias,
-                               bool bias_grad) {
-  const Options options{{heads, cos, sin, prefix, interleaved, scale, grid, window, pad_value},
-                        bias};
+                               bool bias_grad, int64_t products) {
+  const Options options{
+      {heads, cos, sin, prefix, interleaved, scale, grid, window, pad_value}, bias, products};
   return element_of(kOp, q) == Element::f64
              ? backward<double>(grad, q, k, v, out, lse, options, bias_grad)
              : backward<float>(grad, q, k, v, out, lse, options, bias_grad);
@@ -216,7 +211,7 @@ Gradients pruned_attention_bwd(const at::Tensor& grad, const at::Tensor& q, cons
 }  // namespace
 }  // namespace kdfast::cpu
 
-TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
-  m.impl("pruned_attention", &kdfast::cpu::pruned_attention);
-  m.impl("pruned_attention_bwd", &kdfast::cpu::pruned_attention_bwd);
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("pruned_attention", TORCH_BOX(&kdfast::cpu::pruned_attention));
+  m.impl("pruned_attention_bwd", TORCH_BOX(&kdfast::cpu::pruned_attention_bwd));
 }

@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/isa/swiglu_norm.h"
 
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
-
 #include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/row_loss.h"
+#include "register.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -17,16 +15,15 @@ namespace {
 // that the sums do not depend on the number of threads.
 int64_t rows_together(int64_t rows) { return std::clamp<int64_t>(rows / 64, 16, 256); }
 
-void check(const at::Tensor& gate, const at::Tensor& value, const at::Tensor& weight) {
-  TORCH_CHECK_VALUE(gate.dim() > 0 && gate.size(-1) > 0 && gate.is_same_size(value) &&
-                        gate.scalar_type() == value.scalar_type() && weight.dim() == 1 &&
-                        weight.size(0) > 0 && weight.size(0) <= gate.size(-1),
-                    "swiglu_norm: gate and value must be alike and weight must fit, got ",
-                    gate.sizes(), ", ", value.sizes(), " and ", weight.sizes());
+void check(const Tensor& gate, const Tensor& value, const Tensor& weight) {
+  KDFAST_CHECK_VALUE(gate.dim() > 0 && gate.size(-1) > 0 && same_sizes(gate, value) &&
+                         gate.type() == value.type() && weight.dim() == 1 && weight.size(0) > 0 &&
+                         weight.size(0) <= gate.size(-1),
+                     "swiglu_norm: gate and value must be alike and weight must fit, got ",
+                     gate.sizes(), ", ", value.sizes(), " and ", weight.sizes());
 }
 
-SwigluNormArgs inputs(const at::Tensor& gate, const at::Tensor& g, const at::Tensor& v,
-                      const at::Tensor& weight) {
+SwigluNormArgs inputs(const Tensor& gate, const Tensor& g, const Tensor& v, const Tensor& weight) {
   SwigluNormArgs args{};
   args.elem = element_of("swiglu_norm", gate);
   args.gate = g.const_data_ptr();
@@ -40,30 +37,28 @@ SwigluNormArgs inputs(const at::Tensor& gate, const at::Tensor& g, const at::Ten
   return args;
 }
 
-at::Tensor empty_result(const at::Tensor& like) {
-  const at::Tensor out = at::empty(like.sizes(), like.options());
+Tensor empty_result(const Tensor& like) {
+  const Tensor out = empty_as(like, like.sizes());
   advise_huge(out);
   return out;
 }
 
 // gate, value (..., P), weight, bias (C), C <= P -> out (..., P), mean and rstd (...) of the
 // products.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> swiglu_norm(const at::Tensor& gate,
-                                                           const at::Tensor& value,
-                                                           const at::Tensor& weight,
-                                                           const at::Tensor& bias, double eps) {
+std::tuple<Tensor, Tensor, Tensor> swiglu_norm(const Tensor& gate, const Tensor& value,
+                                               const Tensor& weight, const Tensor& bias,
+                                               double eps) {
   check(gate, value, weight);
   check(gate, value, bias);
-  TORCH_CHECK_VALUE(bias.is_same_size(weight), "swiglu_norm: bias must be like weight, got ",
-                    bias.sizes());
-  TORCH_CHECK_VALUE(eps >= 0, "swiglu_norm: eps must not be negative, got ", eps);
+  KDFAST_CHECK_VALUE(same_sizes(bias, weight), "swiglu_norm: bias must be like weight, got ",
+                     bias.sizes());
+  KDFAST_CHECK_VALUE(eps >= 0, "swiglu_norm: eps must not be negative, got ", eps);
   const auto wide = accumulator(gate);
-  const at::Tensor g = as_rows(gate), v = as_rows(value);
-  const at::Tensor w = weight.to(wide).contiguous(), b = bias.to(wide).contiguous();
-  const at::Tensor out = empty_result(gate);
-  const auto options = gate.options().dtype(wide);
-  const at::Tensor mean = at::empty(gate.sizes().slice(0, gate.dim() - 1), options);
-  const at::Tensor rstd = at::empty_like(mean);
+  const Tensor g = as_rows(gate), v = as_rows(value);
+  const Tensor w = weight.to(wide).contiguous(), b = bias.to(wide).contiguous();
+  const Tensor out = empty_result(gate);
+  const Sizes rows = gate.sizes().first(gate.dim() - 1);
+  const Tensor mean = empty(rows, wide), rstd = empty(rows, wide);
   SwigluNormArgs args = inputs(gate, g, v, w);
   args.bias = b.const_data_ptr();
   args.out = out.mutable_data_ptr();
@@ -78,7 +73,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> swiglu_norm(const at::Tensor& gat
 
 // sums (blocks, 2, size) of the accumulator, added up in the order of the blocks.
 template <class A>
-void add_blocks(const at::Tensor& sums, const at::Tensor& first, const at::Tensor& second) {
+void add_blocks(const Tensor& sums, const Tensor& first, const Tensor& second) {
   const int64_t blocks = sums.size(0), size = sums.size(2);
   const A* p = sums.const_data_ptr<A>();
   std::vector<double> total(2 * size);
@@ -89,21 +84,21 @@ void add_blocks(const at::Tensor& sums, const at::Tensor& first, const at::Tenso
   std::copy_n(total.begin() + size, size, second.mutable_data_ptr<A>());
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swiglu_norm_bwd(
-    const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& value,
-    const at::Tensor& weight, const at::Tensor& mean, const at::Tensor& rstd) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_norm_bwd(const Tensor& grad, const Tensor& gate,
+                                                           const Tensor& value,
+                                                           const Tensor& weight, const Tensor& mean,
+                                                           const Tensor& rstd) {
   check(gate, value, weight);
   check(gate, grad, weight);
   const auto wide = accumulator(gate);
-  const at::Tensor g = as_rows(gate), v = as_rows(value), d = as_rows(grad);
+  const Tensor g = as_rows(gate), v = as_rows(value), d = as_rows(grad);
   const int64_t rows = g.size(0);
-  TORCH_CHECK_VALUE(mean.numel() == rows && rstd.numel() == rows && mean.is_contiguous() &&
-                        rstd.is_contiguous() && mean.scalar_type() == wide &&
-                        rstd.scalar_type() == wide,
-                    "swiglu_norm: mean and rstd must be the forward's, got ", mean.sizes());
-  const at::Tensor w = weight.to(wide).contiguous();
-  const at::Tensor dgate = empty_result(gate), dvalue = empty_result(gate);
-  const at::Tensor dweight = at::empty_like(w), dbias = at::empty_like(w);
+  KDFAST_CHECK_VALUE(mean.numel() == rows && rstd.numel() == rows && mean.is_contiguous() &&
+                         rstd.is_contiguous() && mean.type() == wide && rstd.type() == wide,
+                     "swiglu_norm: mean and rstd must be the forward's, got ", mean.sizes());
+  const Tensor w = weight.to(wide).contiguous();
+  const Tensor dgate = empty_result(gate), dvalue = empty_result(gate);
+  const Tensor dweight = empty(w.sizes(), wide), dbias = empty(w.sizes(), wide);
   SwigluNormArgs args = inputs(gate, g, v, w);
   args.grad = d.const_data_ptr();
   args.grad_stride = d.stride(0);
@@ -113,7 +108,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swiglu_norm_bwd(
   args.rstd = const_cast<void*>(rstd.const_data_ptr());
 
   const int64_t together = rows_together(rows), blocks = (rows + together - 1) / together;
-  const at::Tensor sums = at::empty({blocks, 2, args.channels}, w.options());
+  const Tensor sums = empty({blocks, 2, args.channels}, wide);
   char* p = static_cast<char*>(sums.mutable_data_ptr());
   const size_t block_bytes = 2 * args.channels * sums.element_size();
   const auto fn = kernels().rows->swiglu_norm_bwd;
@@ -124,15 +119,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swiglu_norm_bwd(
                   p + b * block_bytes);
              }
            });
-  const auto add = wide == at::kDouble ? add_blocks<double> : add_blocks<float>;
+  const auto add = wide == Type::f64 ? add_blocks<double> : add_blocks<float>;
   add(sums, dweight, dbias);
-  return {dgate, dvalue, dweight.to(weight.scalar_type()), dbias.to(weight.scalar_type())};
+  return {dgate, dvalue, dweight.to(weight.type()), dbias.to(weight.type())};
 }
 
 }  // namespace
 }  // namespace kdfast::cpu
 
-TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
-  m.impl("swiglu_norm", &kdfast::cpu::swiglu_norm);
-  m.impl("swiglu_norm_bwd", &kdfast::cpu::swiglu_norm_bwd);
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("swiglu_norm", TORCH_BOX(&kdfast::cpu::swiglu_norm));
+  m.impl("swiglu_norm_bwd", TORCH_BOX(&kdfast::cpu::swiglu_norm_bwd));
 }

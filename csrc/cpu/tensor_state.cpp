@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Whether tensors changed since they were last asked, without reading all of them.
-#include <ATen/core/Tensor.h>
-#include <torch/library.h>
 
 #include <cstdint>
 #include <cstring>
+
+#include "register.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -21,7 +21,7 @@ uint64_t mix(uint64_t hash, uint64_t value) {
 
 // Of the bytes of 64 elements. They are for edits that torch's version counter does not see:
 // through `.data`, or through an array that shares the memory.
-uint64_t samples(const at::Tensor& x, uint64_t hash) {
+uint64_t samples(const Tensor& x, uint64_t hash) {
   const auto* bytes = static_cast<const char*>(x.const_data_ptr());
   const uint64_t count = x.numel(), size = x.element_size();
   for (uint64_t i = 0; i < kSamples && count > 0; ++i) {
@@ -37,16 +37,18 @@ uint64_t samples(const at::Tensor& x, uint64_t hash) {
 }
 
 // A number that differs when a tensor is another one, was written to, or got other elements.
-int64_t tensor_state(at::TensorList tensors) {
+// `versions` are what torch counts of them, which its stable interface does not tell.
+int64_t tensor_state(const std::vector<Tensor>& tensors, const Ints& versions) {
+  KDFAST_CHECK_VALUE(versions.size() == tensors.size(), "tensor_state: one version a tensor, got ",
+                     versions.size(), " for ", tensors.size());
   uint64_t hash = tensors.size();
-  for (const at::Tensor& x : tensors) {
-    TORCH_CHECK_VALUE(
-        x.device().is_cpu() && x.layout() == at::kStrided && x.is_non_overlapping_and_dense(),
-        "tensor_state: tensors must be dense on the CPU, got ", x.toString(), " of size ",
-        x.sizes());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& x = tensors[i];
+    KDFAST_CHECK_VALUE(x.is_dense(), "tensor_state: tensors must be dense, got one of size ",
+                       x.sizes(), " and strides ", x.strides());
     hash = mix(hash, reinterpret_cast<uintptr_t>(x.const_data_ptr()));
-    hash = mix(hash, static_cast<uint64_t>(x.scalar_type()));
-    hash = mix(hash, x.is_inference() ? 0 : x._version());
+    hash = mix(hash, static_cast<uint64_t>(x.torch_type()));
+    hash = mix(hash, versions[i]);
     for (const int64_t size : x.sizes()) hash = mix(hash, size);
     for (const int64_t stride : x.strides()) hash = mix(hash, stride);
     hash = samples(x, hash);
@@ -57,4 +59,6 @@ int64_t tensor_state(at::TensorList tensors) {
 }  // namespace
 }  // namespace kdfast::cpu
 
-TORCH_LIBRARY_IMPL(kdfast, CPU, m) { m.impl("tensor_state", &kdfast::cpu::tensor_state); }
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("tensor_state", TORCH_BOX(&kdfast::cpu::tensor_state));
+}

@@ -1,19 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "head_gather.h"
 #include "head_layout.h"
+#include "register.h"
 
 namespace kdfast::cuda {
 namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+// torch's stream of the device that is set.
+cudaStream_t current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  torch_did("name its stream", aoti_torch_get_current_cuda_stream(x.device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
 
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 16;  // the grid-stride loop covers the rest
@@ -31,27 +39,26 @@ __global__ void move_units(const __grid_constant__ HeadLayout m, const Unit* __r
 }
 
 template <typename Unit>
-void launch(const HeadLayout& m, const at::Tensor& src, at::Tensor& dst) {
+void launch(const HeadLayout& m, const Tensor& src, const Tensor& dst) {
   const int64_t total = m.outer * m.dst_heads * m.run;
   if (total == 0) return;
   const auto blocks = std::min(kMaxBlocks, (total + kThreads - 1) / kThreads);
-  move_units<Unit>
-      <<<static_cast<unsigned>(blocks), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-          m, static_cast<const Unit*>(src.const_data_ptr()),
-          static_cast<Unit*>(dst.mutable_data_ptr()));
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  move_units<Unit><<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(src)>>>(
+      m, static_cast<const Unit*>(src.const_data_ptr()),
+      static_cast<Unit*>(dst.mutable_data_ptr()));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 // Largest unit (1, 2, 4, 8 or 16 bytes) that divides a run and both addresses.
-int64_t unit_bytes(const at::Tensor& src, const at::Tensor& dst, int64_t head_dim, int64_t dim) {
+int64_t unit_bytes(const Tensor& src, const Tensor& dst, int64_t head_dim, int64_t dim) {
   const int64_t run = head_layout(src, head_dim, dim, 1, 1).run;
   const auto bits = static_cast<uint64_t>(run) | reinterpret_cast<uintptr_t>(src.const_data_ptr()) |
                     reinterpret_cast<uintptr_t>(dst.const_data_ptr()) | 16u;
   return static_cast<int64_t>(bits & (~bits + 1));
 }
 
-void move(const at::Tensor& src, at::Tensor& dst, at::IntArrayRef heads, int64_t head_dim,
-          int64_t dim, bool scatter) {
+void move(const Tensor& src, const Tensor& dst, const Ints& heads, int64_t head_dim, int64_t dim,
+          bool scatter) {
   const int64_t unit = unit_bytes(src, dst, head_dim, dim);
   HeadLayout m = head_layout(src, head_dim, dim, dst.size(dim) / head_dim, unit);
   scatter ? map_scatter(m, heads) : map_gather(m, heads);
@@ -110,7 +117,7 @@ __global__ void move_block(const __grid_constant__ Block block) {
   }
 }
 
-void launch_block(const Block& block, int parts) {
+void launch_block(const Block& block, int parts, cudaStream_t stream) {
   int64_t most = 0, largest = 0;
   for (int i = 0; i < parts; ++i) {
     const Part& p = block.parts[i];
@@ -120,35 +127,36 @@ void launch_block(const Block& block, int parts) {
   if (most == 0) return;
   const auto across = static_cast<unsigned>(std::min(kMaxBlocks, (most + kThreads - 1) / kThreads));
   const dim3 grid(across, static_cast<unsigned>(parts));
-  const auto stream = c10::cuda::getCurrentCUDAStream();
   // A step of the grid is 2^24 units at most, which a 32-bit index may go beyond its end.
   if (largest < int64_t{1} << 31)
     move_block<uint32_t><<<grid, kThreads, 0, stream>>>(block);
   else
     move_block<int64_t><<<grid, kThreads, 0, stream>>>(block);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 // tensors[i] (..., heads * head_dim, ...) along dims[i], all on one device: kMaxParts a launch.
-std::vector<at::Tensor> head_gather_block(at::TensorList tensors, at::IntArrayRef heads,
-                                          int64_t head_dim, at::IntArrayRef dims) {
-  TORCH_CHECK_VALUE(tensors.size() == dims.size() && !heads.empty(),
-                    "head_gather_block: one dim a tensor, got ", dims.size(), " and ",
-                    tensors.size());
-  std::vector<at::Tensor> sources, results;
+std::vector<Tensor> head_gather_block(const std::vector<Tensor>& tensors, const Ints& heads,
+                                      int64_t head_dim, const Ints& dims) {
+  KDFAST_CHECK_VALUE(tensors.size() == dims.size() && !heads.empty(),
+                     "head_gather_block: one dim a tensor, got ", dims.size(), " and ",
+                     tensors.size());
+  std::vector<Tensor> sources, results;
   if (tensors.empty()) return results;
-  const c10::cuda::CUDAGuard guard(tensors[0].device());
+  const DeviceGuard guard(tensors[0].device_index());
+  const cudaStream_t stream = current_stream(tensors[0]);
   Block block{};
   block.dst_heads = static_cast<int32_t>(heads.size());
   int used = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const at::Tensor& x = tensors[i];
-    TORCH_CHECK_VALUE(x.device() == tensors[0].device(), "head_gather_block: tensors are on ",
-                      x.device(), " and ", tensors[0].device());
+    const Tensor& x = tensors[i];
+    KDFAST_CHECK_VALUE(x.device_index() == tensors[0].device_index(),
+                       "head_gather_block: tensors are on CUDA devices ", x.device_index(), " and ",
+                       tensors[0].device_index());
     check_heads(heads, count_heads(x, head_dim, dims[i]));
     // Kept until the launch: the caching allocator would hand its memory to the next one.
-    const at::Tensor& in = sources.emplace_back(x.contiguous());
-    at::Tensor& out = results.emplace_back(resized(x, dims[i], block.dst_heads * head_dim));
+    const Tensor& in = sources.emplace_back(x.contiguous());
+    const Tensor& out = results.emplace_back(resized(x, dims[i], block.dst_heads * head_dim));
     const int64_t unit = unit_bytes(in, out, head_dim, dims[i]);
     HeadLayout m = head_layout(in, head_dim, dims[i], block.dst_heads, unit);
     map_gather(m, heads);
@@ -157,28 +165,28 @@ std::vector<at::Tensor> head_gather_block(at::TensorList tensors, at::IntArrayRe
                            m.outer * m.dst_heads, m.run,
                            m.src_heads,           static_cast<int32_t>(unit)};
     if (used == kMaxParts || i + 1 == tensors.size()) {
-      launch_block(block, used);
+      launch_block(block, used, stream);
       used = 0;
     }
   }
   return results;
 }
 
-at::Tensor head_gather(const at::Tensor& x, at::IntArrayRef heads, int64_t head_dim, int64_t dim) {
+Tensor head_gather(const Tensor& x, const Ints& heads, int64_t head_dim, int64_t dim) {
   check_heads(heads, count_heads(x, head_dim, dim));
-  const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor in = x.contiguous();
-  at::Tensor out = resized(x, dim, static_cast<int64_t>(heads.size()) * head_dim);
+  const DeviceGuard guard(x.device_index());
+  const Tensor in = x.contiguous();
+  const Tensor out = resized(x, dim, static_cast<int64_t>(heads.size()) * head_dim);
   move(in, out, heads, head_dim, dim, false);
   return out;
 }
 
-at::Tensor head_gather_bwd(const at::Tensor& grad, at::IntArrayRef heads, int64_t head_dim,
-                           int64_t dim, int64_t num_heads) {
+Tensor head_gather_bwd(const Tensor& grad, const Ints& heads, int64_t head_dim, int64_t dim,
+                       int64_t num_heads) {
   check_scatter(grad, heads, head_dim, dim, num_heads);
-  const c10::cuda::CUDAGuard guard(grad.device());
-  const at::Tensor in = grad.contiguous();
-  at::Tensor out = resized(grad, dim, num_heads * head_dim);
+  const DeviceGuard guard(grad.device_index());
+  const Tensor in = grad.contiguous();
+  const Tensor out = resized(grad, dim, num_heads * head_dim);
   move(in, out, heads, head_dim, dim, true);
   return out;
 }
@@ -186,8 +194,8 @@ at::Tensor head_gather_bwd(const at::Tensor& grad, at::IntArrayRef heads, int64_
 }  // namespace
 }  // namespace kdfast::cuda
 
-TORCH_LIBRARY_IMPL(kdfast, CUDA, m) {
-  m.impl("head_gather", &kdfast::cuda::head_gather);
-  m.impl("head_gather_block", &kdfast::cuda::head_gather_block);
-  m.impl("head_gather_bwd", &kdfast::cuda::head_gather_bwd);
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m) {
+  m.impl("head_gather", TORCH_BOX(&kdfast::cuda::head_gather));
+  m.impl("head_gather_block", TORCH_BOX(&kdfast::cuda::head_gather_block));
+  m.impl("head_gather_bwd", TORCH_BOX(&kdfast::cuda::head_gather_bwd));
 }

@@ -12,6 +12,7 @@ from kdfast.ops import _distill_composed, _logit_gram
 from kdfast.ops import pruned_attention as attention
 from kdfast.ops._attention_args import geometry_args, score_args
 from kdfast.ops._distill_args import Distillation
+from kdfast.ops._matmul import products_of
 
 
 def gram_pays(call: Distillation) -> bool:
@@ -49,7 +50,7 @@ def by_kernel(call: Distillation) -> tuple[Tensor, Tensor]:
         *(call.heads, call.teacher_heads),
         *geometry_args(rope, call.window, call.scale),
         *score_args(teacher_rope, call.teacher_scale),
-        *(call.temperature, call.kind),
+        *(call.temperature, call.kind, products_of(q)),
     )
     return out, loss
 

@@ -39,8 +39,8 @@ def _load_extension() -> ModuleType | None:
         if str(error).startswith("KDFAST_"):
             raise  # a setting, not the build
         raise ImportError(
-            "kdfast._C was built but cannot be loaded, most likely for another torch; rebuild it "
-            f"with `pip install --no-build-isolation -e .` (torch here: {torch.__version__})"
+            "kdfast._C was built but cannot be loaded: it needs torch 2.10 or newer, here is "
+            f"{torch.__version__}. To build it again: `pip install --no-build-isolation -e .`"
         ) from error
 
 
@@ -147,18 +147,20 @@ def _check_one_device(name: str, args: Sequence[Any]) -> None:
         raise ValueError(f"{name}: tensors must be on one device, got {sorted(devices)}")
 
 
-def register_launcher(name: str, launcher: str) -> Callable[..., Any]:
+def register_launcher(name: str, launcher: str, cpu_arguments: int = 0) -> Callable[..., Any]:
     """Registers a function of ``kdfast.kernels`` as op ``name`` on CUDA, where there is Triton.
 
     Args:
         name: Name of an op defined on ``LIB``.
         launcher: Module and function, as in "kd_loss.forward"; imported by the first call. Its
             parameters are the arguments of the schema.
+        cpu_arguments: So many of the schema's last arguments are for the CPU's kernel alone.
 
     Returns:
         The registered function.
     """
     module, function = launcher.split(".")
+    count = len(argument_names(name)) - cpu_arguments
 
     @functools.cache
     def launch() -> Callable[..., Any]:
@@ -168,7 +170,7 @@ def register_launcher(name: str, launcher: str) -> Callable[..., Any]:
         return found
 
     def call(*args: Any) -> Any:
-        return launch()(*args)
+        return launch()(*args[:count])
 
     if HAS_TRITON:
         LIB.impl(name, call, "CUDA")

@@ -126,6 +126,27 @@ def _settings_of_torch() -> tuple[bool, bool]:
     return torch._C._get_mkldnn_enabled(), precision in ("none", "ieee")
 
 
+# What kernels call the settings of ``torch.backends.mkldnn.matmul.fp32_precision``.
+_PRODUCTS = {"none": 0, "ieee": 0, "tf32": 1, "bf16": 2}
+
+
+@torch.compiler.assume_constant_result
+def _products_of_fp32() -> int:
+    if not torch._C._get_mkldnn_enabled():
+        return 0
+    return _PRODUCTS[torch._C._get_fp32_precision_getter("mkldnn", "matmul")]
+
+
+def products_of(x: Tensor) -> int:
+    """What the CPU kernels may make products of x's type of, an argument of attention ops.
+
+    0: numbers of that type; 1: two bf16 for each, which lose none of an fp32's first 16 bits; 2:
+    one bf16. fp32 follows the setting that torch's own product reads, which
+    ``torch.set_float32_matmul_precision`` sets too; other types have no choice.
+    """
+    return _products_of_fp32() if x.dtype == torch.float32 and x.device.type == "cpu" else 0
+
+
 def seen_by_torch() -> bool:
     """Whether something looks at each operator that runs, and must see torch's own.
 

@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from kdfast.ops._library import EXTENSION, LIB
 from kdfast.ops._matmul import LEAST_WORK, choice, is_plain, seen_by_torch
 
-LIB.define("tensor_state(Tensor[] x) -> int")
+LIB.define("tensor_state(Tensor[] x, int[] versions) -> int")
 # oneDNN's name and algorithm of what can follow a product in the same pass.
 ACTIVATIONS = {
     "none": ("none", ""),
@@ -299,7 +299,8 @@ def _state(tensors: list[Tensor]) -> object:
     Of the elements a sample is compared: that is for edits through ``.data`` or an array that
     shares the memory, of which torch's version counter knows nothing.
     """
+    versions = [0 if x.is_inference() else x._version for x in tensors]
     if EXTENSION is not None:
-        return torch.ops.kdfast.tensor_state.default(tensors)
-    facts = [(x.data_ptr(), x._version, x.dtype, x.shape, x.stride()) for x in tensors]
-    return facts, [x.flatten()[:: max(1, x.numel() // 64)].tolist() for x in tensors]
+        return torch.ops.kdfast.tensor_state.default(tensors, versions)
+    facts = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
+    return versions, facts, [x.flatten()[:: max(1, x.numel() // 64)].tolist() for x in tensors]

@@ -37,6 +37,7 @@ from kdfast.ops._library import (
     second_derivative,
     use_fused,
 )
+from kdfast.ops._matmul import products_of
 from kdfast.ops._watch import watcher
 from kdfast.ops.geometry import Rope, Window
 
@@ -236,7 +237,7 @@ _GEOMETRY = (
     "int[]? heads, int[] teacher_heads, Tensor? cos, Tensor? sin, int prefix, bool interleaved, "
     "float scale, int[]? grid, int window, Tensor? pad_value, Tensor? teacher_cos, "
     "Tensor? teacher_sin, int teacher_prefix, bool teacher_interleaved, float teacher_scale, "
-    "float temperature, str kind"
+    "float temperature, str kind, int products"
 )
 LIB.define(
     "attention_distill(Tensor q, Tensor k, Tensor v, Tensor teacher_q, Tensor teacher_k, "
@@ -350,7 +351,7 @@ def _backward(
     dq, dk, dv, dpad = op(
         *(grad_out, grad_loss, out, stats, *sides, *ctx.heads),
         *(cos, sin, *ctx.plain, pad_value),
-        *(teacher_cos, teacher_sin, *ctx.teacher_plain, *ctx.distance),
+        *(teacher_cos, teacher_sin, *ctx.teacher_plain, *ctx.distance, products_of(sides[0])),
     )
     return {"q": dq, "k": dk, "v": dv, "pad_value": None if pad_value is None else dpad}
 
@@ -358,6 +359,7 @@ def _backward(
 register_gradient("attention_distill", _backward, _setup_context)
 forbid_second_derivative("attention_distill_bwd", "attention_distill")
 
-_cuda = register_launcher("attention_distill", "attention_distill.forward")
-_cuda_bwd = register_launcher("attention_distill_bwd", "attention_distill.backward")
+# `products` is the choice of a CPU.
+_cuda = register_launcher("attention_distill", "attention_distill.forward", 1)
+_cuda_bwd = register_launcher("attention_distill_bwd", "attention_distill.backward", 1)
 FUSED_ON = fused_devices("attention_distill")

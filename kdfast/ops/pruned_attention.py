@@ -36,6 +36,7 @@ from kdfast.ops._library import (
     second_derivative,
     use_fused,
 )
+from kdfast.ops._matmul import products_of
 from kdfast.ops.geometry import Rope, Window, score_count
 
 MAX_HEAD_DIM = 128  # of the CUDA kernel
@@ -114,7 +115,8 @@ def pruned_attention(
             if rope is not None:
                 q, k, rope = rope.whole(q, k)
             op = torch.ops.kdfast.pruned_attention.default
-            out: Tensor = op(q, k, v, kept, *geometry_args(rope, window, scale), bias)[0]
+            geometry = geometry_args(rope, window, scale)
+            out: Tensor = op(q, k, v, kept, *geometry, bias, products_of(q))[0]
             return out
         return reference(q, k, v, kept, rope, scale, window, bias)
 
@@ -212,11 +214,12 @@ _GEOMETRY = (
     "int[]? grid, int window, Tensor? pad_value, Tensor? bias"
 )
 LIB.define(
-    f"pruned_attention(Tensor q, Tensor k, Tensor v, {_GEOMETRY}) -> (Tensor out, Tensor lse)"
+    f"pruned_attention(Tensor q, Tensor k, Tensor v, {_GEOMETRY}, int products) "
+    "-> (Tensor out, Tensor lse)"
 )
 LIB.define(
     "pruned_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_GEOMETRY}, bool bias_grad) "
+    f"{_GEOMETRY}, bool bias_grad, int products) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dpad, Tensor dbias)"
 )
 
@@ -294,7 +297,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> dict[str, 
         return {"pad_value" if name == "pad" else name: x for name, x in found.items()}
     geometry = (ctx.heads, cos, sin, *ctx.plain, pad_value, bias)
     op = torch.ops.kdfast.pruned_attention_bwd.default
-    dq, dk, dv, dpad, dbias = op(grad_out, q, k, v, out, lse, *geometry, ctx.needs.bias)
+    rest = ctx.needs.bias, products_of(q)
+    dq, dk, dv, dpad, dbias = op(grad_out, q, k, v, out, lse, *geometry, *rest)
     grads = {"q": dq, "k": dk, "v": dv}
     if pad_value is not None:
         grads["pad_value"] = dpad
@@ -306,6 +310,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> dict[str, 
 register_gradient("pruned_attention", _backward, _setup_context)
 forbid_second_derivative("pruned_attention_bwd", "pruned_attention")
 
-_cuda = register_launcher("pruned_attention", "pruned_attention.forward")
-_cuda_bwd = register_launcher("pruned_attention_bwd", "pruned_attention.backward")
+# `products` is the choice of a CPU.
+_cuda = register_launcher("pruned_attention", "pruned_attention.forward", 1)
+_cuda_bwd = register_launcher("pruned_attention_bwd", "pruned_attention.backward", 1)
 FUSED_ON = fused_devices("pruned_attention")

@@ -268,7 +268,7 @@ class _Watcher(TorchFunctionMode):
 
     def _pruned(self, name: str, q: Tensor, k: Tensor, v: Tensor, heads: Any, *rest: Any) -> None:
         """A call of the compiled op: q, k and v, heads, then its geometry arguments and bias."""
-        cos, sin, prefix, interleaved, scale, grid, size, pad, bias = rest
+        cos, sin, prefix, interleaved, scale, grid, size, pad, bias, _ = rest
         if bias is not None:
             bias = bias.detach().repeat(q.shape[0] // bias.shape[0], 1, 1, 1)
         if heads is not None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdfast.ops._library import DEFAULT_BACKEND
+from kdfast.ops._matmul import products_of
 from kdfast.ops.pruned_attention import FUSED_ON
 from kdfast.ops.sdpa import scaled_dot_product_attention
 
@@ -58,7 +59,7 @@ class _SplitKeys(torch.autograd.Function):
         batch, _, queries, _ = q.shape
         side = k.shape[2] // parts
         given = _repeated(q, parts, side), _parted(k, parts), _parted(v, parts)
-        outs, lses = torch.ops.kdfast.pruned_attention.default(*given, *_plain(q))
+        outs, lses = torch.ops.kdfast.pruned_attention.default(*given, *_plain(q), products_of(q))
         outs = outs.unflatten(0, (batch, parts))[..., :queries, :]
         lses = lses.unflatten(0, (batch, parts))[..., :queries]
         lse = lses.logsumexp(1)
@@ -77,7 +78,7 @@ class _SplitKeys(torch.autograd.Function):
         lses = _repeated(lse[..., None], parts, side)[..., 0]
         given = grads, qs, _parted(k, parts), _parted(v, parts), outs, lses
         op = torch.ops.kdfast.pruned_attention_bwd.default
-        dq, dk, dv = op(*given, *_plain(q), False)[:3]
+        dq, dk, dv = op(*given, *_plain(q), False, products_of(q))[:3]
         dq = dq.unflatten(0, (batch, parts)).sum(1)[:, :, :queries]
         dk, dv = (x.unflatten(0, (batch, parts)).transpose(1, 2).flatten(2, 3) for x in (dk, dv))
         return dq, dk, dv, None
