@@ -23,6 +23,7 @@ from kdfast.nn.attention import FusedAttention, qualified_name
 from kdfast.nn.heads import AttentionCall
 from kdfast.nn.pool import TimmClassAttention
 from kdfast.nn.table import FUSED, UNKNOWN, unfused_reason
+from kdfast.ops._torch_private import storage_key
 
 # Submodules that run after the softmax, so that no queries and keys come out of them.
 _AFTER = ("attn_drop", "proj", "out_proj", "attn_out_proj", "mlp", "drop_path", "ls", "sub_norm")
@@ -272,8 +273,5 @@ def _same(a: Any, b: Any) -> bool:
     """Whether two tensors are one view of one memory."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return False
-    views = [
-        (x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype)
-        for x in (a, b)
-    ]
+    views = [(storage_key(x), x.storage_offset(), x.shape, x.stride(), x.dtype) for x in (a, b)]
     return views[0] == views[1]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast.ops import _torch_private as private
 from kdfast.ops._library import EXTENSION
 
 ROUNDS, SECONDS = 3, 0.02
@@ -118,15 +119,14 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _has_onednn(bf16: bool) -> bool:
-    ops = torch.ops.mkldnn
-    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
+    if not torch.backends.mkldnn.is_available() or private.linear_pointwise is None:
         return False
-    return not bf16 or bool(ops._is_mkldnn_bf16_supported())
+    return not bf16 or bool(private.multiplies_bf16())
 
 
 def _onednn_linear(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
-    return partial(torch.ops.mkldnn._linear_pointwise, x, packed, None, "none", [], "")
+    packed = private.reorder_linear_weight(weight, len(x))
+    return partial(private.linear_pointwise, x, packed, None, "none", [], "")
 
 
 def _best_seconds(call: Callable[[], Tensor]) -> float:

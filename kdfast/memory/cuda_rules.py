@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode
 
 from kdfast.memory.ledger import Following
 from kdfast.ops import OPS
+from kdfast.ops._torch_private import current_function_mode
 
 HALF = (torch.float16, torch.bfloat16)
 # What autocast runs in fp32 on CUDA, and leaves alone on CPUs; copies are saved for the backward.
@@ -64,7 +65,7 @@ class _Recompute:
         self._open: list[tuple[nn.Module, CudaAutocast]] = []
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        if _get_current_function_mode() is None:
+        if current_function_mode() is None:
             mode = CudaAutocast()
             mode.__enter__()
             self._open.append((module, mode))

@@ -18,9 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from kdfast.ops._torch_private import (
+    FLASH_ATTENTION,
+    TorchDispatchMode,
+    storage_key,
+    tree_leaves,
+)
 
 PARAMETERS, GRADIENTS, OPTIMIZER = "parameters", "gradients", "optimizer states"
 SAVED, TEMPORARIES = "saved for backward", "temporaries"
@@ -43,16 +48,6 @@ class Following(partial[None]):
     """A hook that follows which module runs; fused code need not stop for it."""
 
     only_follows = True
-
-
-_ATEN = torch.ops.aten
-# Torch's formulas know attention by the names it has on a GPU; the arguments are the same.
-_LIKE = {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
-        _ATEN._scaled_dot_product_flash_attention_backward
-    ),
-}
 
 
 class Ledger(TorchDispatchMode):
@@ -100,7 +95,7 @@ class Ledger(TorchDispatchMode):
     def add(self, tensor: Tensor, category: str, module: str) -> None:
         """Count the storage of a tensor, unless it is counted already."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(tensor)
         if key in self._entries:
             return
         size = math.ceil(storage.nbytes() / self.granule) * self.granule
@@ -120,15 +115,16 @@ class Ledger(TorchDispatchMode):
     def mark(self, tensor: Tensor, category: str, module: str | None = None) -> None:
         """Say what a tensor turned out to be for."""
         self.add(tensor, category, module or "")
-        entry = self._entries[tensor.untyped_storage()._cdata]
+        entry = self._entries[storage_key(tensor)]
         self._books[entry.category, entry.module] -= entry.size
         entry.category, entry.module = category, entry.module if module is None else module
         self._books[entry.category, entry.module] += entry.size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        packet: Any = getattr(func, "_overloadpacket", None)
-        formula = flop_registry.get(_LIKE.get(packet, packet))
+        packet = getattr(func, "overloadpacket", None)
+        # Torch's formulas know attention by the names it has on a GPU.
+        formula = flop_registry.get(FLASH_ATTENTION.get(packet, packet))
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         module, frozen = self._path[-1] if self._path else ("", False)
@@ -173,7 +169,7 @@ class Ledger(TorchDispatchMode):
             self.mark(parameter.grad, GRADIENTS, owner)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        entry = self._entries.get(tensor.untyped_storage()._cdata)
+        entry = self._entries.get(storage_key(tensor))
         if entry is not None and entry.category == TEMPORARIES:
             self.mark(tensor, SAVED)
         # The tensor itself would be a cycle where a node saves its own output.

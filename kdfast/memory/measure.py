@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdfast.memory.cuda_rules import as_on_cuda
 from kdfast.memory.ledger import CATEGORIES, INPUTS, OPTIMIZER, PARAMETERS, Books, Ledger
 from kdfast.models.eva import EVAViT
+from kdfast.ops._torch_private import FakeTensorMode
 from kdfast.ops.kd_loss import kd_loss
 
 MIB, GIB = 2**20, 2**30

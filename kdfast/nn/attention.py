@@ -18,6 +18,7 @@ from kdfast.nn.heads import AttentionCall, HeadAxis, find_tensor, resize
 from kdfast.ops._checks import head_list
 from kdfast.ops._library import FallbackWarning
 from kdfast.ops._packed import hooked, hooked_everywhere, only_follows
+from kdfast.ops._torch_private import is_compiled
 from kdfast.ops.pruned_attention import rotated
 from kdfast.ops.sdpa import repeated, self_attention
 
@@ -40,7 +41,7 @@ def own_call(module: nn.Module) -> str | None:
     """Why a module must not be replaced whatever its class: somebody said how it is called."""
     if "forward" in module.__dict__:
         return "its instance has a forward of its own"
-    if module.__dict__.get("_compiled_call_impl") is not None:
+    if is_compiled(module):
         return "it is compiled already; accelerate first, then compile"
     cls = next(base for base in type(module).__mro__ if "forward" in base.__dict__)
     given = cls.__dict__["forward"]

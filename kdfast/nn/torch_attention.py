@@ -33,7 +33,7 @@ class TorchMultiheadAttention(FusedAttention):
     @classmethod
     def why_not(cls, original: nn.Module) -> str | None:
         module: Any = original
-        if not module._qkv_same_embed_dim:
+        if module.in_proj_weight is None:
             return "keys or values have another width than queries"
         if module.bias_k is not None or module.add_zero_attn:
             return "it adds tokens to keys and values"

@@ -16,6 +16,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kdfast.ops._checks import check_tensors
+from kdfast.ops._torch_private import (
+    AFTER_AUTOGRAD,
+    BelowAutograd,
+    any_requires_grad,
+    has_kernel,
+    schema_arguments,
+)
 from kdfast.ops._watch import TRANSFORM, has_tangent, transformed, watcher
 
 BACKENDS = ("auto", "fused", "reference")
@@ -64,8 +71,7 @@ _warned: set[tuple[str, str]] = set()
 def fused_devices(op: str) -> frozenset[str]:
     """Device types on which ``op`` has a compiled kernel; asked once, when its file is imported."""
     keys = {"cpu": "CPU", "cuda": "CUDA"}
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return frozenset(device for device, key in keys.items() if has(f"kdfast::{op}", key))
+    return frozenset(device for device, key in keys.items() if has_kernel(f"kdfast::{op}", key))
 
 
 def not_compiled(op: str, device: torch.device, fused_on: frozenset[str]) -> str | None:
@@ -79,9 +85,9 @@ def call_below_autograd(op: Any, *args: Any) -> Any:
     """``op(*args)``, past its autograd kernel where no gradient is asked for: 4 us less."""
     if torch.compiler.is_compiling():
         return op(*args)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+    if torch.is_grad_enabled() and any_requires_grad(*args):
         return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
+    with BelowAutograd():
         return op(*args)
 
 
@@ -92,7 +98,7 @@ def argument_names(name: str) -> list[str]:
         ValueError: An argument has a default: the dispatcher drops an argument that is equal to its
             default, and what follows could no longer count on its place.
     """
-    arguments = getattr(torch.ops.kdfast, name).default._schema.arguments
+    arguments = schema_arguments(getattr(torch.ops.kdfast, name).default)
     optional = [argument.name for argument in arguments if argument.has_default_value()]
     if optional:
         raise ValueError(f"{name}: no argument of the schema may have a default, got {optional}")
@@ -106,7 +112,7 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     strides and dtypes depend on, and takes the others as ``**_``.
     """
     names = argument_names(name)
-    arguments = getattr(torch.ops.kdfast, name).default._schema.arguments
+    arguments = schema_arguments(getattr(torch.ops.kdfast, name).default)
     needed = [place for place, x in enumerate(arguments) if str(x.type) == "Tensor"]
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -202,8 +208,8 @@ def register_gradient(
     named = functools.partial(tuple.__new__, Arguments)
 
     def call(keyset: Any, args: Sequence[Any]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        with BelowAutograd():
+            return op.redispatch(keyset & AFTER_AUTOGRAD, *args)
 
     class Gradient(torch.autograd.Function):
         @staticmethod
@@ -230,7 +236,7 @@ def register_gradient(
             return tuple(results)
 
     def autograd(keyset: Any, *args: Any) -> Any:
-        tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        tracked = torch.is_grad_enabled() and any_requires_grad(*args)
         if transformed():
             refuse_transform(name, tracked, args)
         return Gradient.apply(*args, keyset) if tracked else call(keyset, args)
@@ -256,14 +262,14 @@ def forbid_gradient(name: str) -> None:
     op = getattr(torch.ops.kdfast, name).default
 
     def autograd(keyset: Any, *args: Any) -> Any:
-        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or (
+        if (torch.is_grad_enabled() and any_requires_grad(*args)) or (
             transformed() and has_tangent(args)
         ):
             raise NotImplementedError(
                 f"torch.ops.kdfast.{name} has no derivative; call the function of kdfast"
             )
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        with BelowAutograd():
+            return op.redispatch(keyset & AFTER_AUTOGRAD, *args)
 
     LIB.impl(name, autograd, "Autograd", with_keyset=True)
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast.ops._torch_private import graph_is_kept, is_legacy_batched, is_wrapped
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -62,7 +64,7 @@ def scaled_gradient(op: str, saved: Tensor, upstream: Tensor, dtype: torch.dtype
     plain = _is_plain(saved) and _is_plain(upstream) and not torch.compiler.is_compiling()
     # A graph that is not kept will not be asked again, so its buffer can be given away: the pages
     # of a fresh one would cost more than the arithmetic.
-    if not plain or torch._C._autograd._get_current_graph_task_keep_graph():
+    if not plain or graph_is_kept():
         return (saved * upstream).to(dtype)
     # The usual upstream of loss.backward(); spares a pass. Looking would stall a GPU.
     if upstream.device.type == "cpu" and upstream.dim() == 0 and upstream.item() == 1:
@@ -72,7 +74,4 @@ def scaled_gradient(op: str, saved: Tensor, upstream: Tensor, dtype: torch.dtype
 
 def _is_plain(x: Tensor) -> bool:
     """False for subclasses and under vmap, which ``is_grads_batched`` uses in its older form."""
-    wrapped = torch._C._functorch
-    return type(x) is Tensor and not (
-        wrapped.is_functorch_wrapped_tensor(x) or wrapped.is_legacy_batchedtensor(x)
-    )
+    return type(x) is Tensor and not (is_wrapped(x) or is_legacy_batched(x))

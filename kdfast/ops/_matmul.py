@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast.ops import _torch_private as private
 from kdfast.ops._processor import Processor, processor
 from kdfast.ops._watch import traced, transformed
 
@@ -32,8 +33,8 @@ def _setting() -> str:
 
 def _available() -> bool:
     """Whether this torch has oneDNN and the operators that reach it."""
-    ops = ("_linear_pointwise", "_reorder_linear_weight")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, o) for o in ops)
+    operators = private.linear_pointwise, private.reorder_linear_weight
+    return torch.backends.mkldnn.is_available() and None not in operators
 
 
 class Choice(NamedTuple):
@@ -90,8 +91,8 @@ def _supported() -> frozenset[torch.dtype]:
     if not _available():
         return frozenset()
     half = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+        torch.bfloat16: private.multiplies_bf16(),
+        torch.float16: private.multiplies_fp16(),
     }
     return frozenset({torch.float32} | {dtype for dtype, fast in half.items() if fast})
 
@@ -112,29 +113,22 @@ def choice(dtype: torch.dtype) -> Choice:
     ``torch.backends.mkldnn`` turned off and ``torch.set_float32_matmul_precision`` below "highest"
     keep their meaning: torch multiplies then.
     """
-    enabled, highest = _settings_of_torch()
-    if dtype not in CHOICES or not enabled or not (highest or dtype != torch.float32):
+    enabled, products = _settings_of_torch()
+    if dtype not in CHOICES or not enabled or (products and dtype == torch.float32):
         return _LEFT
     return CHOICES[dtype]
 
 
-@torch.compiler.assume_constant_result  # a compiled graph keeps what held when it was compiled
-def _settings_of_torch() -> tuple[bool, bool]:
-    """Whether oneDNN is enabled, and whether fp32 is to be multiplied in full precision."""
-    # torch.get_float32_matmul_precision raises once torch.backends.*.fp32_precision was set.
-    precision = torch._C._get_fp32_precision_getter("mkldnn", "matmul")
-    return torch._C._get_mkldnn_enabled(), precision in ("none", "ieee")
-
-
-# What kernels call the settings of ``torch.backends.mkldnn.matmul.fp32_precision``.
+# What torch calls what products of fp32 may be made of, and what the kernels do.
 _PRODUCTS = {"none": 0, "ieee": 0, "tf32": 1, "bf16": 2}
 
 
-@torch.compiler.assume_constant_result
-def _products_of_fp32() -> int:
-    if not torch._C._get_mkldnn_enabled():
-        return 0
-    return _PRODUCTS[torch._C._get_fp32_precision_getter("mkldnn", "matmul")]
+@torch.compiler.assume_constant_result  # a compiled graph keeps what held when it was compiled
+def _settings_of_torch() -> tuple[bool, int]:
+    """Whether oneDNN is enabled, and what its products of fp32 may be made of: see products_of."""
+    # torch.get_float32_matmul_precision raises once torch.backends.*.fp32_precision was set.
+    onednn: Any = torch.backends.mkldnn
+    return onednn.enabled, _PRODUCTS[onednn.matmul.fp32_precision]
 
 
 def products_of(x: Tensor) -> int:
@@ -144,7 +138,10 @@ def products_of(x: Tensor) -> int:
     one bf16. fp32 follows the setting that torch's own product reads, which
     ``torch.set_float32_matmul_precision`` sets too; other types have no choice.
     """
-    return _products_of_fp32() if x.dtype == torch.float32 and x.device.type == "cpu" else 0
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return 0
+    enabled, products = _settings_of_torch()
+    return products if enabled else 0
 
 
 def seen_by_torch() -> bool:
@@ -155,14 +152,14 @@ def seen_by_torch() -> bool:
     """
     if transformed() or traced():
         return True
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+    return not torch.compiler.is_compiling() and private.dispatch_modes() > 0
 
 
 def is_batched(x: Tensor) -> bool:
     """Whether vmap gave a tensor, as it does where gradients of several outputs are asked for."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+    return private.is_batched(x) or private.is_legacy_batched(x)
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -182,6 +179,5 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.t() + bias`` by oneDNN; ``weight`` may be packed."""
-    call: Any = torch.ops.mkldnn._linear_pointwise.default
-    out: Tensor = call(x, weight, bias, "none", [], "")
+    out: Tensor = private.linear_pointwise.default(x, weight, bias, "none", [], "")
     return out

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.modules.module import _has_any_global_hook
 
+from kdfast.ops import _torch_private as private
 from kdfast.ops._library import EXTENSION, LIB
 from kdfast.ops._matmul import LEAST_WORK, choice, is_plain, seen_by_torch
 
@@ -87,12 +87,12 @@ class Product:
         weight, self._bias = layer.folded(dtype)
         self.nbytes = weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
         # The layout does not depend on the number of rows that the input is going to have.
-        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self._weight: Tensor = private.reorder_linear_weight(weight, None)
 
     def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
         """f(x W^T + b), (..., P) of x (..., C); ``activation`` is one of ACTIVATIONS."""
         name, algorithm = ACTIVATIONS[activation]
-        call: Any = torch.ops.mkldnn._linear_pointwise.default
+        call = private.linear_pointwise.default
         out: Tensor = call(x.to(self.dtype), self._weight, self._bias, name, [], algorithm)
         return out
 
@@ -111,7 +111,7 @@ class Product:
         return self._binary(x, other, "mul")
 
     def _binary(self, x: Tensor, other: Tensor, name: str) -> Tensor:
-        call: Any = torch.ops.mkldnn._linear_pointwise.binary
+        call = private.linear_pointwise.binary
         other = other.to(self.dtype)
         out: Tensor = call(x.to(self.dtype), other, self._weight, self._bias, name)
         return out
@@ -255,7 +255,7 @@ def only_follows(hook: Any) -> bool:
 
 def hooked_everywhere() -> bool:
     """Whether a hook of the whole process sees the calls of every module."""
-    return bool(_has_any_global_hook())
+    return bool(private.any_global_hook())
 
 
 def enough_work(x: Tensor, weight: Tensor) -> bool:
@@ -299,7 +299,7 @@ def _state(tensors: list[Tensor]) -> object:
     Of the elements a sample is compared: that is for edits through ``.data`` or an array that
     shares the memory, of which torch's version counter knows nothing.
     """
-    versions = [0 if x.is_inference() else x._version for x in tensors]
+    versions = [private.version(x) for x in tensors]
     if EXTENSION is not None:
         return torch.ops.kdfast.tensor_state.default(tensors, versions)
     facts = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]

@@ -3,9 +3,15 @@
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+
+from kdfast.ops._torch_private import (
+    FakeTensor,
+    FunctionalTensor,
+    forward_level,
+    functorch_active,
+    tracing_state,
+)
 
 # Other subclasses may have no data of their own, as the masks of torch.nn.attention.bias, or know
 # torch's operators alone.
@@ -16,7 +22,7 @@ TRANSFORM = "torch.func and forward-mode derivatives look into every operator"
 def transformed() -> bool:
     """Whether torch.func transforms the call, or a forward-mode derivative may be asked for."""
     # torch.compile knows the right answer of this question, not of others about the stack.
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return functorch_active() or forward_level() >= 0
 
 
 def traced() -> bool:
@@ -27,7 +33,7 @@ def traced() -> bool:
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return torch._C._get_tracing_state() is not None
+    return tracing_state() is not None
 
 
 def has_values(x: Tensor) -> bool:

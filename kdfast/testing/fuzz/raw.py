@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdfast.ops._torch_private import TorchDispatchMode, schema_arguments
 
 Args = list[Any]
 BIG = (2**31, 2**32, 2**62, 2**63 - 1, -(2**63), 922337203685477581)
@@ -34,7 +35,7 @@ def changed(func: Any, args: Args, draw: random.Random) -> tuple[Args, str]:
     """``args`` with one to three of them changed, and what was changed."""
     args, notes = list(args), []
     for place in draw.sample(range(len(args)), min(len(args), draw.randint(1, 3))):
-        name = func._schema.arguments[place].name
+        name = schema_arguments(func)[place].name
         args[place] = _other(args[place], draw)
         notes.append(f"{name}={_brief(args[place])}")
     return args, f"{func.name()} {', '.join(notes)}"
