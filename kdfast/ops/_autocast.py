@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 
 UNCHANGED = nullcontext()
+# Asked beforehand for what torch.compile may meet: that of torch 2.11 cannot trace the question.
+_KNOWN = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu")))
+
+
+def _has_autocast(device: str) -> bool:
+    return device in _KNOWN or (
+        not torch.compiler.is_compiling() and torch.amp.is_autocast_available(device)
+    )
 
 
 def without_autocast(
@@ -19,7 +27,7 @@ def without_autocast(
         device: Device type of the tensors.
         *tensors: Cast to autocast's dtype where that is on; None and fp64 stay as they are.
     """
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not (_has_autocast(device) and torch.is_autocast_enabled(device)):
         return UNCHANGED, tensors
     dtype = torch.get_autocast_dtype(device)
     cast = tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
