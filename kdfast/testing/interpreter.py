@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels on the CPU, in Triton's interpreter."""
 
+import functools
 import importlib
 import os
 import sys
@@ -36,7 +37,25 @@ def interpreted_kernels(op: str) -> ModuleType:
     language = sys.modules["triton.language"]
     if type(language.max).__name__ != "InterpretedFunction":
         raise SkipTest("triton was imported before, without its interpreter")
+    _count_by_arguments()
     return kernels
+
+
+@functools.cache
+def _count_by_arguments() -> None:
+    """Lets arguments bound loops, with any numpy.
+
+    The interpreter holds an argument as an array of one element. That of Triton 3.6 gives such an
+    array to ``int``, which numpy refuses from 2.4 on.
+    """
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_count(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_count
 
 
 def launch_on_cpu() -> torch.library.Library:
