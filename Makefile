@@ -8,12 +8,13 @@ CONFIG ?= orion50
 ARGS ?=
 NATIVE := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: install train test test-all sanitized sanitize fuzz damage bench gpu gpu-static wheel test-wheel lint format info clean
+.PHONY: install train test test-all test-torch sanitized sanitize fuzz damage bench gpu gpu-static
+.PHONY: wheel test-wheel lint format info clean
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel pybind11 cmake ninja torch torchvision
+	$(BIN)/python -m pip install --quiet "setuptools>=64" wheel pybind11 cmake ninja torch torchvision
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,test,bench,dev,hf,export,examples]"
 	touch $@
 
@@ -26,6 +27,10 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest tests -n 2 $(ARGS)
 	$(MAKE) fuzz ARGS=
+
+# The tests of the last commit under another torch: make test-torch TORCH=2.11.0
+test-torch:
+	$(PYTHON) -m bench.versions $(or $(TORCH),$(error TORCH must name a release, as TORCH=2.11.0)) $(ARGS)
 
 # Kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, beside the normal build. The report of a
 # finding ends the process and goes to stderr itself, so that must not be captured.

@@ -86,6 +86,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
+    license="Apache-2.0",
     packages=[*find_packages(include=["kdfast", "kdfast.*"]), "kdfast.kernels"],
     package_dir={"kdfast.kernels": "kernels"},
     ext_modules=[Extension("kdfast._C", sources=[])] if wants_extension() else [],

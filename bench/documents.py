@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m bench.documents``: writes the tables of README.md and of three pages of docs.
+"""``python -m bench.documents``: writes the tables of README.md and of four pages of docs.
 
-The pages are benchmarks.md, gpu.md and orion_training.md. What stands between ``<!-- NAME -->`` and
-``<!-- end -->`` comes from the result files of bench/results: FAMILY.json for the ops,
-FAMILY_models.json for whole models and FAMILY_orion.json for bench_orion, in full of the machine
-SHOWN, the medians of all; for GPUs from gpu_static.json.
+The pages are benchmarks.md, gpu.md, orion_training.md and compatibility.md. What stands between
+``<!-- NAME -->`` and ``<!-- end -->`` comes from the result files of bench/results: FAMILY.json for
+the ops, FAMILY_models.json for whole models and FAMILY_orion.json for bench_orion, in full of the
+machine SHOWN, the medians of all; for GPUs from gpu_static.json; for releases of torch from
+torch_VERSION.json, which ``make test-torch`` writes.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from kdfast.pruning import pruning_report
 RESULTS = ROOT / "bench" / "results"
 # The machine that is shown in full: the one whose files are newest and most complete.
 SHOWN = "zen4"
+# How a test's reason begins that an old torch or triton keeps from running.
+LACKING = ("torch ", "triton ")
 # Whole models have tables of their own.
 MODELS = ("accelerate", "vit_chain")
 Group = dict[str, dict[str, Any]]
@@ -275,6 +278,30 @@ def chain(steps: Iterable[dict[str, Any]]) -> str:
     return markdown(["link", "timm + torch KD, ms", "kdfast", "kdfast, teacher cache"], rows)
 
 
+def releases(found: Iterable[dict[str, Any]]) -> str:
+    """What passed under each release of torch, oldest first, and what an old one lacks."""
+    rows, lacks = [], []
+    for file in sorted(found, key=lambda file: release(file["machine"]["torch"])):
+        machine, packages, tests = file["machine"], file["packages"], file["tests"]
+        versions = [packages[n] or "none" for n in ("triton", "numpy", "transformers")]
+        skipped = sum(tests["skipped"].values())
+        counts = [tests["passed"], skipped, len(tests["failed"])]
+        run = [machine["commit"], machine["date"]]
+        rows.append([machine["torch"], *versions, machine["python"], *counts, *run])
+        lacks += [
+            wrapped(f"- {reason}: {count} test{'s' * (count > 1)}", "  ")
+            for reason, count in tests["skipped"].items()
+            if reason.startswith(LACKING)
+        ]
+    header = ["torch", "triton", "NumPy", "transformers", "Python", "passed", "skipped", "failed"]
+    return "\n".join([markdown([*header, "commit", "date"], rows), "", *(dict.fromkeys(lacks))])
+
+
+def release(version: str) -> list[int]:
+    """The numbers of a version, to sort by."""
+    return [int(x) for x in version.partition("+")[0].split(".")]
+
+
 def binaries(facts: dict[str, Any]) -> str:
     """How many kernels are compiled ahead of time, and what they keep to."""
     every = [k for k in kernels(facts) if arch_name(k["arch"]).startswith("sm_")]
@@ -287,9 +314,11 @@ def binaries(facts: dict[str, Any]) -> str:
     )
 
 
-def wrapped(text: str) -> str:
-    """Prose in lines of at most 100 characters."""
-    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+def wrapped(text: str, indent: str = "") -> str:
+    """Prose in lines of at most 100 characters, all but the first behind ``indent``."""
+    return textwrap.fill(
+        text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def blocks(shown: Machine, every: Iterable[Machine], gpu: dict[str, Any]) -> dict[str, str]:
@@ -326,7 +355,13 @@ def committed() -> dict[str, str]:
     found = json.loads((RESULTS / f"{SHOWN}_rivals.json").read_text(encoding="utf-8"))
     contents = blocks(every[SHOWN], every.values(), gpu)
     shown = every[SHOWN].orion
-    return {**contents, "rivals": rivals(found), "orion": "" if shown is None else orion(shown)}
+    tested = [json.loads(path.read_text("utf-8")) for path in RESULTS.glob("torch_*.json")]
+    return {
+        **contents,
+        "rivals": rivals(found),
+        "orion": "" if shown is None else orion(shown),
+        "releases": releases(tested),
+    }
 
 
 def filled(text: str, contents: dict[str, str]) -> str:
@@ -350,8 +385,9 @@ def filled(text: str, contents: dict[str, str]) -> str:
 def documents() -> Iterable[Path]:
     """The documents that hold generated blocks."""
     internals = ROOT / "docs" / "internals"
-    use = ROOT / "docs" / "use" / "orion_training.md"
-    return ROOT / "README.md", internals / "benchmarks.md", internals / "gpu.md", use
+    use = ROOT / "docs" / "use"
+    pages = use / "orion_training.md", use / "compatibility.md"
+    return ROOT / "README.md", internals / "benchmarks.md", internals / "gpu.md", *pages
 
 
 def main(argv: Sequence[str]) -> int:
