@@ -80,12 +80,12 @@ wheel:
 		--plat manylinux_2_28_x86_64 --wheel-dir dist $(WHEEL)/*.whl
 	ls -l dist
 
-# That wheel in a fresh environment of PYTHON without a compiler on PATH, under the torch of TORCH.
-TORCH ?= 2.10.0
+# That wheel in a fresh environment of PYTHON without a compiler on PATH, under one torch:
+# make test-wheel TORCH=2.10.0
 BARE := build/bare
 test-wheel:
 	rm -rf $(BARE) && $(PYTHON) -m venv $(BARE)
-	$(BARE)/bin/python -m pip install --quiet torch==$(TORCH) --find-links dist "kdfast[train]"
+	$(BARE)/bin/python -m pip install --quiet torch==$(or $(TORCH),2.10.0) --find-links dist "kdfast[train]"
 	cd $(BARE) && PATH="$$PWD/bin" bin/python -m kdfast.testing.smoke
 
 lint: $(INSTALLED)

@@ -25,7 +25,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-TOOLS = ("setuptools>=64", "wheel", "cmake", "ninja")
+TOOLS = ("setuptools>=64", "wheel", "pybind11", "cmake", "ninja")
 EXTRAS = "train,test,bench,hf,export,examples"
 FACTS = """
 import importlib.metadata as metadata, json
