@@ -27,7 +27,10 @@ Type type_of_code(int32_t code) {
   return static_cast<Type>(std::find(std::begin(all), std::end(all), code) - std::begin(all));
 }
 
-int32_t code_of(Type type) { return codes().of[static_cast<int>(type)]; }
+int32_t code_of(Type type) {
+  if (type == Type::other) throw std::logic_error("kdfast: a tensor of no certain type");
+  return codes().of[static_cast<int>(type)];
+}
 
 Tensor make(Sizes sizes, Sizes strides, int32_t code, int32_t device_type, int32_t device_index) {
   AtenTensorHandle handle = nullptr;
@@ -122,6 +125,10 @@ void* Tensor::mutable_data_ptr() const {
 }
 
 Tensor Tensor::to(Type type) const { return type == type_ ? *this : copy_of(*this, code_of(type)); }
+
+Tensor Tensor::to_type_of(const Tensor& like) const {
+  return like.torch_type_ == torch_type_ ? *this : copy_of(*this, like.torch_type_);
+}
 
 Tensor Tensor::contiguous() const { return is_contiguous() ? *this : copy_of(*this, torch_type_); }
 

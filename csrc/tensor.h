@@ -15,7 +15,8 @@
 
 namespace kdfast {
 
-// The types that kernels know; `other` can be moved, not computed with.
+// The types that kernels know. `other` can be moved and copied, not computed with, and a new tensor
+// has it only as another one does.
 enum class Type { f64, f32, bf16, f16, i64, u8, other };
 
 // That of the numbers A which sums are made of.
@@ -66,6 +67,7 @@ class Tensor {
 
   // These return the tensor itself where it is so already.
   Tensor to(Type type) const;
+  Tensor to_type_of(const Tensor& like) const;
   Tensor contiguous() const;
   // A view of the same memory.
   Tensor as_strided(Sizes sizes, Sizes strides, int64_t offset = 0) const;

@@ -199,3 +199,23 @@ def test_windows_without_room(compiled: None) -> None:
     window = Window((2, 2), 2**31, torch.zeros(2, 8))
     got = kdfast.pruned_attention(Q, Q, Q, window=window)
     assert got.isfinite().all() and got.abs().max() < 1e-6  # nearly all weight is on the pads
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.uint8], ids=str)
+def test_types_that_kernels_do_not_know(dtype: torch.dtype) -> None:
+    logits = torch.ones(2, 5, dtype=dtype)
+    wide = torch.ones(2, 5)
+    for call in (
+        lambda: OPS.kd_loss(logits, logits, None, 1.0, 0.5, "sum", 0.0, -100, True),
+        lambda: OPS.kd_loss_(logits, logits.clone(), None, 1.0, 0.5, "sum", 0.0, -100),
+        lambda: OPS.feature_loss(logits, logits, "mse", "layer", True),
+        lambda: OPS.swiglu_norm(logits, logits, wide[0], wide[0], 1e-6),
+    ):
+        with pytest.raises(TypeError, match="must be floating, got"):
+            call()
+    # What is only converted may be of any type, and its gradient is of that type.
+    weight = torch.ones(5, dtype=dtype)
+    _, mean, rstd = OPS.swiglu_norm(wide, wide, weight, weight, 1e-6)
+    found = OPS.swiglu_norm_bwd(wide, wide, wide, weight, mean, rstd)
+    assert [x.dtype for x in found] == [torch.float32] * 2 + [dtype] * 2

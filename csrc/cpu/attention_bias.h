@@ -86,7 +86,7 @@ class BiasSums {
   Tensor total(const Tensor& bias, const std::vector<int64_t>& heads) const {
     const bool all = kept_ == bias.size(1);
     const Tensor out = all ? empty(bias.sizes(), type_of<A>) : zeros(bias.sizes(), type_of<A>);
-    if (!sums_.defined()) return out.zero_().to(bias.type());
+    if (!sums_.defined()) return out.zero_().to_type_of(bias);
     A* data = out.mutable_data_ptr<A>();
     const int64_t strips = (tokens_ + kStrip - 1) / kStrip;
     parallel_for(biases_ * kept_ * strips, 1, [&](int64_t begin, int64_t end) {
@@ -97,7 +97,7 @@ class BiasSums {
           turn(pair, key, i % strips * kStrip, to);
       }
     });
-    return out.to(bias.type());
+    return out.to_type_of(bias);
   }
 
  private:

@@ -191,14 +191,14 @@ struct StudentCall {
 
   // The gradient of the padded keys' value from `chunks` parts (D,) of each item: their sum over
   // images and windows in a fixed order, and zero for heads that are not kept.
-  Tensor sum_pads(const std::vector<A>& parts, int64_t chunks, Type dtype) const {
-    Tensor total = zeros(pad.sizes(), kDtype);
+  Tensor sum_pads(const std::vector<A>& parts, int64_t chunks, const Tensor& like) const {
+    const Tensor total = zeros(pad.sizes(), kDtype);
     A* to = total.mutable_data_ptr<A>();
     for (int64_t item = 0; item < items(); ++item)
       for (int64_t c = 0; c < chunks; ++c)
         for (int64_t d = 0; d < dim; ++d)
           to[heads[kept_of(item)] * dim + d] += parts[(item * chunks + c) * dim + d];
-    return total.to(dtype);
+    return total.to_type_of(like);
   }
 };
 

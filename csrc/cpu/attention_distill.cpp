@@ -155,6 +155,8 @@ Backward backward(const Tensor& grad_out, const Tensor& grad_loss, const Tensor&
                          same(stats.sizes(), call.stats_shape()) && stats.type() == call.kDtype,
                      kOp, ": grad_out, out and stats must fit q, got ", out.sizes(), " and ",
                      stats.sizes());
+  KDFAST_CHECK_VALUE(grad_loss.numel() == 1, kOp, ": grad_loss must be one number, got size ",
+                     grad_loss.sizes());
   Tensor gradients[3];
   for (auto& x : gradients) x = empty_heads(call.q, call.q.size(1), call.kept < call.q.size(1));
   const auto& [dq, dk, dv] = gradients;
@@ -178,7 +180,7 @@ Backward backward(const Tensor& grad_out, const Tensor& grad_loss, const Tensor&
     for (const Tensor& x : {dq, dk}) call.spoil(x, 1);
   if (!call.is_finite()) call.spoil(dv, 1);
   if (!call.pad.defined()) return {dq, dk, dv, empty_as(call.q, {0})};
-  return {dq, dk, dv, call.sum_pads(pads, 1, arguments.student.pad_value->type())};
+  return {dq, dk, dv, call.sum_pads(pads, 1, *arguments.student.pad_value)};
 }
 
 #define KDFAST_DISTILL_PARAMETERS                                                                 \

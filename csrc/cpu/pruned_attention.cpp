@@ -176,7 +176,7 @@ Gradients backward(const Tensor& grad_, const Tensor& q, const Tensor& k, const 
                                 count(head));
     });
   }
-  if (call.pad.defined()) dpad = call.sum_pads(pads, parts, options.attention.pad_value->type());
+  if (call.pad.defined()) dpad = call.sum_pads(pads, parts, *options.attention.pad_value);
   if (bias_grad) dbias = bias_sums.total(*options.bias, call.heads);
   return {dq, dk, dv, dpad, dbias};
 }

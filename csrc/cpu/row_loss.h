@@ -36,9 +36,9 @@ inline void advise_huge(const Tensor& x) {
 
 // The gradient that waits for the backward pass: fp32 for fp16, since the loss scale comes later.
 inline Tensor empty_gradient(const Tensor& x, bool need_grad) {
-  const auto type = x.type() == Type::f16 ? Type::f32 : x.type();
-  if (!need_grad) return empty({0}, type);
-  const Tensor grad = empty(x.sizes(), type);
+  const Ints none{0};
+  const Sizes sizes = need_grad ? x.sizes() : Sizes(none);
+  const Tensor grad = x.type() == Type::f16 ? empty(sizes, Type::f32) : empty_as(x, sizes);
   advise_huge(grad);
   return grad;
 }

@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_norm_bwd(const Tensor& grad, c
            });
   const auto add = wide == Type::f64 ? add_blocks<double> : add_blocks<float>;
   add(sums, dweight, dbias);
-  return {dgate, dvalue, dweight.to(weight.type()), dbias.to(weight.type())};
+  return {dgate, dvalue, dweight.to_type_of(weight), dbias.to_type_of(weight)};
 }
 
 }  // namespace
