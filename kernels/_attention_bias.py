@@ -120,10 +120,13 @@ def _bias_grad_kernel(
 ):
     """Sums dS of one block of a bias and a head over the images of one slice, in their order."""
     UNIT: tl.constexpr = CHANNELS.unit
+    # Named here: Triton 3.6 does not pass on that a part of a constexpr is one.
+    ROWS: tl.constexpr = TILES.rows
+    COLS: tl.constexpr = TILES.cols
     # Which entries of which bias, which head and which images are this program's.
     pid = tl.program_id(0)
-    n, pid = pid % col_blocks * TILES.cols + tl.arange(0, TILES.cols), pid // col_blocks
-    i, pid = pid % row_blocks * TILES.rows + tl.arange(0, TILES.rows), pid // row_blocks
+    n, pid = pid % col_blocks * COLS + tl.arange(0, COLS), pid // col_blocks
+    i, pid = pid % row_blocks * ROWS + tl.arange(0, ROWS), pid // row_blocks
     j, pid = pid % kept, pid // kept
     group, part = pid % bias.count, pid // bias.count
     head = tl.load(heads_ptr + j)
@@ -134,7 +137,7 @@ def _bias_grad_kernel(
     added = bias_tile(bias_ptr, query, key, bias.stride_r, bias.stride_c)
     added = (added - tl.load(top_ptr + query * bias.top_stride_n)[:, None]) * LOG2_E
     # The weights and their gradient again, image by image.
-    total = tl.zeros((TILES.rows, TILES.cols), tl.float32)
+    total = tl.zeros((ROWS, COLS), tl.float32)
     for turn in tl.range(
         turns * part // slices, turns * (part + 1) // slices, num_stages=TILES.stages
     ):

@@ -152,9 +152,11 @@ def bwd_kernel(
     out_ptr = head_base(out.ptr, out, b, j, UNIT)
     stats = (b.to(tl.int64) * shape.kept + j) * shape.tokens
     if teacher is not None:
-        TD: tl.constexpr = MAPS.channels.D
-        TUNIT: tl.constexpr = MAPS.channels.unit
-        TROPE: tl.constexpr = MAPS.channels.rope
+        # Named here: Triton 3.6 does not pass on that a part of a constexpr is one.
+        THEIRS: tl.constexpr = MAPS.channels
+        TD: tl.constexpr = THEIRS.D
+        TUNIT: tl.constexpr = THEIRS.unit
+        TROPE: tl.constexpr = THEIRS.rope
         their_head = tl.load(teacher.heads_ptr + j)
         own_head = j if KEYS and TROPE else their_head
         t_own_ptr = head_base(teacher.own.ptr, teacher.own, b, own_head, TUNIT)
@@ -202,13 +204,13 @@ def bwd_kernel(
             if teacher is not None:
                 rows = row_offsets(token, teacher.own.stride_n, TUNIT)
                 if KEYS or TROPE == NONE:
-                    t_own_lo, t_own_hi = load_rows(t_own_ptr, rows, ok, MAPS.channels)
+                    t_own_lo, t_own_hi = load_rows(t_own_ptr, rows, ok, THEIRS)
                 else:
                     turned = table_offsets(token, shape, teacher.rotary, TD, WINDOWED)
                     copy = teacher.turned_ptr + stats * TD
                     t_own_lo, t_own_hi = take_queries(
                         *(t_own_ptr, rows, ok, teacher.rotary, turned, copy, token),
-                        MAPS.channels,
+                        THEIRS,
                     )
                 if not KEYS:
                     here = teacher.stats_ptr + stats
@@ -253,8 +255,8 @@ def bwd_kernel(
                     # What the distance to the teacher's maps adds to it.
                     if teacher is not None:
                         at = row_offsets(col, teacher.other.stride_n, TUNIT)
-                        tc_lo, tc_hi = load_rows(t_other_ptr, at, there, MAPS.channels, REST)
-                        t = scores(t_own_lo, t_own_hi, tc_lo, tc_hi, MAPS.channels) * teacher.scale
+                        tc_lo, tc_hi = load_rows(t_other_ptr, at, there, THEIRS, REST)
+                        t = scores(t_own_lo, t_own_hi, tc_lo, tc_hi, THEIRS) * teacher.scale
                         if KEYS:
                             here = teacher.stats_ptr + stats
                             a_lse, b_lse, x, y = load_stats(

@@ -75,7 +75,9 @@ def _distance_kernel(
 ):
     """Distances of one block of queries; fills the planes of stats that the gradient needs."""
     UNIT: tl.constexpr = CHANNELS.unit
-    TUNIT: tl.constexpr = MAPS.channels.unit
+    # Named here: Triton 3.6 does not pass on that a part of a constexpr is one.
+    THEIRS: tl.constexpr = MAPS.channels
+    TUNIT: tl.constexpr = THEIRS.unit
     KIND: tl.constexpr = MAPS.kind
     # Which rows of which tensors are this program's.
     block, window, j, b = program(shape)
@@ -84,7 +86,7 @@ def _distance_kernel(
     q_ptr = head_base(q.ptr, q, b, head, UNIT)
     k_ptr = head_base(k.ptr, k, b, head if CHANNELS.rope == NONE else j, UNIT)
     tq_ptr = head_base(teacher.own.ptr, teacher.own, b, their_head, TUNIT)
-    other_head = j if MAPS.channels.rope else their_head
+    other_head = j if THEIRS.rope else their_head
     tk_ptr = head_base(teacher.other.ptr, teacher.other, b, other_head, TUNIT)
     stats = (b.to(tl.int64) * shape.kept + j) * shape.tokens
     left = count - block * TILES.rows
@@ -97,9 +99,9 @@ def _distance_kernel(
             turn = table_offsets(token, shape, rotary, CHANNELS.D, WINDOWED)
             rows = row_offsets(token, q.stride_n, UNIT)
             q_lo, q_hi = load_queries(q_ptr, rows, ok, rotary, turn, CHANNELS)
-            turn = table_offsets(token, shape, teacher.rotary, MAPS.channels.D, WINDOWED)
+            turn = table_offsets(token, shape, teacher.rotary, THEIRS.D, WINDOWED)
             rows = row_offsets(token, teacher.own.stride_n, TUNIT)
-            tq_lo, tq_hi = load_queries(tq_ptr, rows, ok, teacher.rotary, turn, MAPS.channels)
+            tq_lo, tq_hi = load_queries(tq_ptr, rows, ok, teacher.rotary, turn, THEIRS)
             # The sums over a row that its distance is made of, see map_terms.
             a_lse, b_lse, x, y = load_stats(
                 *(teacher.stats_ptr + stats, teacher.plane, token, ok),
@@ -136,9 +138,9 @@ def _distance_kernel(
                     at = row_offsets(keys, k.stride_n, UNIT)
                     k_lo, k_hi = load_rows(k_ptr, at, there, CHANNELS, REST)
                     at = row_offsets(keys, teacher.other.stride_n, TUNIT)
-                    tk_lo, tk_hi = load_rows(tk_ptr, at, there, MAPS.channels, REST)
+                    tk_lo, tk_hi = load_rows(tk_ptr, at, there, THEIRS, REST)
                     s = scores(q_lo, q_hi, k_lo, k_hi, CHANNELS) * (scale / teacher.temperature)
-                    t = scores(tq_lo, tq_hi, tk_lo, tk_hi, MAPS.channels) * teacher.scale
+                    t = scores(tq_lo, tq_hi, tk_lo, tk_hi, THEIRS) * teacher.scale
                     if KIND == KL:
                         # Sums of r' and r' (log r' - log p), r' = exp(t - top) not yet normalised.
                         t = tl.where(there[None, :], t, float("-inf")) if REST else t

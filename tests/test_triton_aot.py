@@ -34,6 +34,8 @@ def facts() -> dict[str, Any]:
 def test_every_case_is_compiled_or_named_as_missing(bench: Any, facts: dict[str, Any]) -> None:
     """Each stored case is of the kernels as they are now."""
     static, cases = bench("gpu_static"), bench("gpu_cases")
+    if facts["triton"] != triton.__version__:
+        pytest.skip(f"triton {triton.__version__} makes other binaries than {facts['triton']}")
     assert not static.changed_ops(facts), AGAIN
     done = static.stored(facts)
     lacking = [case for case in cases.cases() if case not in done]
@@ -58,6 +60,7 @@ def test_every_kernel_keeps_to_the_rules(bench: Any, facts: dict[str, Any]) -> N
 LIVE = {
     (90, "pruned_attention", 64, ""): {"rotate_kernel", "fwd_kernel", "bwd_kernel"},
     (942, "pruned_attention", 64, ""): {"rotate_kernel", "fwd_kernel", "bwd_kernel"},
+    (90, "pruned_attention", 64, "bias=1"): {"_bias_grad_kernel"},
     (90, "attention_distill", 64, ""): {"fwd_kernel", "_distance_kernel", "bwd_kernel"},
     # Both ways of a row.
     (90, "kd_loss", 1000, "target=indices"): {"_rows_kernel", "_count_kernel", "_total_kernel"},
