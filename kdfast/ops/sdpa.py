@@ -81,6 +81,9 @@ def scaled_dot_product_attention(
     if reason and _choice(backend) == "fused":
         raise NotImplementedError(f"{op}: backend='fused' cannot run here: {reason}")
     if reason or _torch_is_better(query, backend):
+        if query.dim() == 4 and query.shape[1] == 0:
+            # Before torch 2.12 its function ends the process on a CPU where there are no heads.
+            return query @ key.transpose(-2, -1) @ value
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
