@@ -55,12 +55,13 @@ class Rope:
         if head_dim % 2:
             raise ValueError(f"{op}: rope needs an even head dim, got {head_dim}")
         check_tensors(op, ("rope.cos", "rope.sin"), self.cos, self.sin)
-        # No set: while torch.jit traces, sizes are tensors.
         rows = (tokens,) if self.prefix == 0 else (tokens - self.prefix, tokens)
         for name, table in (("cos", self.cos), ("sin", self.sin)):
             if not table.is_floating_point():
                 raise TypeError(f"{op}: rope.{name} must be floating, got {table.dtype}")
-            fits = table.dim() == 2 and table.shape[0] in rows
+            # Compared one by one: while torch.jit traces sizes are tensors, and torch.compile of
+            # torch 2.11 does not find a size that it left open in a tuple.
+            fits = table.dim() == 2 and (table.shape[0] == rows[0] or table.shape[0] == rows[-1])
             if not fits or table.shape[1] % 2 or not 0 < table.shape[1] <= head_dim:
                 want = " or ".join(f"({r}, {head_dim})" for r in rows)
                 raise ValueError(
