@@ -26,6 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ir, make_backend
 from triton.runtime.jit import JITFunction
 
+from bench.gpu_tables import arch_name
+from kdfast.kernels import _attention_call
 from kdfast.ops import attention_distill, feature_loss, kd_loss, pruned_attention, swiglu_norm
 from kdfast.ops._attention_args import geometry_args
 from kdfast.ops.geometry import Rope, Window
@@ -198,7 +200,9 @@ def _driver(arch: int, device: int) -> Iterator[None]:
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(_Driver(arch, device))
     try:
-        yield
+        # The blocks of that architecture's table.
+        with mock.patch.object(_attention_call, "architecture", lambda _: arch_name(arch)):
+            yield
     finally:
         triton.runtime.driver._active = before
 

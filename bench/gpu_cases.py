@@ -15,6 +15,7 @@ import torch
 
 from bench import aot
 from bench.gpu_tables import arch_name
+from kdfast.kernels._blocks import FOLDER
 
 # In the order of what they say. Ampere's tensor cores and Hopper's first, then Blackwell's; sm_86
 # and sm_89 run the instructions of sm_80 on less shared memory.
@@ -145,8 +146,17 @@ def core(case: Case) -> bool:
 
 
 def traced_as(case: Case) -> Case:
-    """The case with the same trace: Triton's IR is the same for all of NVIDIA's architectures."""
-    return case if case.arch == aot.AMD else dataclasses.replace(case, arch=90)
+    """The case with the same trace.
+
+    Triton's IR is the same for all of NVIDIA's architectures that have no table of their own.
+    """
+    alike = [arch for arch in ARCHS if arch != aot.AMD and not has_table(arch)]
+    return dataclasses.replace(case, arch=alike[0]) if case.arch in alike else case
+
+
+def has_table(arch: int) -> bool:
+    """Whether block sizes that were measured on the architecture are part of the package."""
+    return (FOLDER / f"{arch_name(arch)}.json").is_file()
 
 
 @functools.cache

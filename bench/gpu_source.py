@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import aot
+from kdfast.kernels._blocks import FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "kdfast.kernels"
@@ -46,6 +47,9 @@ def fingerprint(op: str) -> str:
             wanted += modules[module].needed(module, node)
     for place in sorted(found):
         digest.update(repr((place, found[place])).encode())
+    if ("_blocks", "table") in found:
+        for file in sorted(FOLDER.glob("*.json")):
+            digest.update(file.read_bytes())
     launcher = aot.OPS[op].__name__
     for node in ast.parse(Path(aot.__file__).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and node.name == launcher:

@@ -19,6 +19,7 @@ from kdfast.machine.peak import library_rates, peak_flops
 from kdfast.machine.signals import run_command
 from kdfast.machine.timing import timed_sample
 from kdfast.ops import OPS, _library
+from kdfast.ops._blocks import tables_in_use
 from kdfast.ops._matmul import CHOICES
 from kdfast.ops._processor import processor
 
@@ -230,6 +231,7 @@ def report(args: argparse.Namespace) -> int:
         return 0
     sections = {"Versions": versions, "Hardware": hardware, "Limits of matrix products": limits}
     sections |= {"Build": extension, "Ops": ops, "Linear layers on the CPU": linear_layers}
+    sections["Block sizes of attention on GPUs"] = tables_in_use
     for title, rows in sections.items():
         _print(title, rows())
     return 0 if args.config is None else print_needs(args.config, args.changes)

@@ -24,6 +24,7 @@ from kdfast.kernels._attention import (
     store_tile,
     table_offsets,
 )
+from kdfast.kernels._blocks import architecture
 from kdfast.kernels._common import (
     PLAIN_ROWS,
     Tiles,
@@ -102,6 +103,7 @@ class Call:
     prefix: int
     skipped: int
     scale: float
+    arch: str  # of the GPU
 
     @property
     def rows(self) -> int:
@@ -110,7 +112,7 @@ class Call:
 
     def tiles(self, kernel: str) -> Tiles:
         """Blocks of a kernel of ``BLOCKS``."""
-        return choose_tiles(kernel, self.lengths, self.width, self.itemsize)
+        return choose_tiles(kernel, self.lengths, self.width, self.itemsize, self.arch)
 
     def programs(self, tiles: Tiles) -> int:
         """Programs of an attention kernel: one for each block of rows, window, head and image."""
@@ -183,6 +185,7 @@ def make_call(q: Tensor, heads: list[int] | None, scores: Scores, windows: Windo
         # The rows of a table that leaves out the prefix start later.
         skipped=0 if cos is None or grid is not None else tokens - cos.shape[0],
         scale=scores.scale,
+        arch=architecture(q.device),
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block sizes of the attention kernels, and what several launchers need."""
+"""What several launchers need: the tiles of a launch, head tables, sums."""
 
 import functools
 import math
@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kdfast.kernels._blocks import TWO, Blocks, table
 
 Result = TypeVar("Result")
 
@@ -34,73 +36,6 @@ class Tiles(NamedTuple):
     stages: int
 
 
-class Blocks(NamedTuple):
-    """Block sizes of a kernel, of which a call takes what suits its lengths."""
-
-    rows: tuple[tuple[int, int], ...]  # (row block, warps) in order of preference
-    cols: int  # column block
-    stages: int  # of the pipeline
-
-
-# Stands for the width of head dims of two tiles in fp32, of which every warp keeps TF32 parts and
-# remainders.
-TWO = 0
-# By kernel, widest head dim and bytes per element. Chosen from compiled binaries, not timed on a
-# GPU: no spills, and at most 99 KiB of shared memory, which every GPU from sm_80 to sm_100 has.
-BLOCKS: dict[tuple[str, int, int], Blocks] = {
-    ("fwd", 64, 2): Blocks(((128, 8), (64, 4), (32, 4)), 64, 3),
-    ("fwd", 128, 2): Blocks(((128, 8), (64, 8), (32, 4)), 64, 2),
-    ("fwd", 64, 4): Blocks(((64, 8), (32, 4)), 32, 2),
-    ("fwd", 128, 4): Blocks(((32, 8),), 16, 1),
-    ("fwd", TWO, 4): Blocks(((32, 8),), 16, 1),
-    ("dq", 64, 2): Blocks(((128, 8), (64, 4), (32, 4)), 64, 2),
-    ("dq", 128, 2): Blocks(((64, 8), (32, 4)), 32, 2),
-    ("dq", 64, 4): Blocks(((32, 4),), 32, 1),
-    ("dq", 128, 4): Blocks(((16, 4),), 16, 1),
-    ("dq", TWO, 4): Blocks(((16, 4),), 16, 1),
-    ("dkdv", 64, 2): Blocks(((128, 8), (64, 4), (32, 4)), 32, 2),
-    ("dkdv", 128, 2): Blocks(((64, 8), (32, 4)), 32, 2),
-    ("dkdv", 64, 4): Blocks(((32, 8),), 32, 1),
-    ("dkdv", 128, 4): Blocks(((16, 4),), 16, 1),
-    ("dkdv", TWO, 4): Blocks(((16, 4),), 16, 1),
-    # With the distance to a teacher's maps, and the kernel of its row sums.
-    ("dq_maps", 64, 2): Blocks(((64, 4), (32, 4)), 32, 2),
-    ("dq_maps", 128, 2): Blocks(((64, 8), (32, 8)), 16, 1),
-    ("dq_maps", 64, 4): Blocks(((32, 8),), 32, 1),
-    ("dq_maps", 128, 4): Blocks(((16, 8),), 16, 1),
-    ("dq_maps", TWO, 4): Blocks(((16, 8),), 16, 1),
-    ("dkdv_maps", 64, 2): Blocks(((64, 8), (32, 4)), 32, 2),
-    ("dkdv_maps", 128, 2): Blocks(((32, 8),), 16, 1),
-    ("dkdv_maps", 64, 4): Blocks(((32, 8),), 16, 1),
-    ("dkdv_maps", 128, 4): Blocks(((16, 8),), 16, 1),
-    ("dkdv_maps", TWO, 4): Blocks(((16, 8),), 16, 1),
-    ("distance", 64, 2): Blocks(((64, 4), (32, 4)), 64, 2),
-    ("distance", 128, 2): Blocks(((64, 8), (32, 4)), 32, 2),
-    ("distance", 64, 4): Blocks(((64, 8), (16, 4)), 32, 1),
-    ("distance", 128, 4): Blocks(((16, 4),), 16, 1),
-    ("distance", TWO, 4): Blocks(((16, 4),), 16, 1),
-    # With a bias, and the kernel of its gradient.
-    ("fwd_bias", 64, 2): Blocks(((128, 8), (64, 4), (32, 4)), 64, 2),
-    ("fwd_bias", 128, 2): Blocks(((64, 8), (32, 4)), 32, 2),
-    ("fwd_bias", 64, 4): Blocks(((32, 8),), 32, 1),
-    ("fwd_bias", 128, 4): Blocks(((16, 4),), 16, 1),
-    ("fwd_bias", TWO, 4): Blocks(((16, 4),), 16, 1),
-    ("dq_bias", 64, 2): Blocks(((128, 8), (64, 4), (32, 4)), 32, 2),
-    ("dq_bias", 128, 2): Blocks(((64, 8), (32, 4)), 32, 2),
-    ("dq_bias", 64, 4): Blocks(((32, 8),), 16, 1),
-    ("dq_bias", 128, 4): Blocks(((16, 4),), 16, 1),
-    ("dq_bias", TWO, 4): Blocks(((16, 4),), 16, 1),
-    ("dkdv_bias", 64, 2): Blocks(((64, 8), (32, 4)), 32, 2),
-    ("dkdv_bias", 128, 2): Blocks(((32, 8),), 32, 1),
-    ("dkdv_bias", 64, 4): Blocks(((32, 8),), 16, 1),
-    ("dkdv_bias", 128, 4): Blocks(((16, 4),), 16, 1),
-    ("dkdv_bias", TWO, 4): Blocks(((16, 8),), 16, 1),
-    ("dbias", 64, 2): Blocks(((64, 4), (32, 4)), 64, 2),
-    ("dbias", 128, 2): Blocks(((32, 4),), 32, 1),
-    ("dbias", 64, 4): Blocks(((16, 4),), 16, 2),
-    ("dbias", 128, 4): Blocks(((16, 4),), 16, 2),
-    ("dbias", TWO, 4): Blocks(((16, 4),), 16, 2),
-}
 # Rows of the element-wise kernels.
 PLAIN_ROWS = 32
 # Values that ``total_kernel`` adds at a time.
@@ -137,7 +72,9 @@ def window_lengths(tokens: int, grid: tuple[int, ...] | None, size: int) -> tupl
 
 
 @functools.cache
-def choose_tiles(kernel: str, lengths: tuple[int, ...], head_dim: int, itemsize: int) -> Tiles:
+def choose_tiles(
+    kernel: str, lengths: tuple[int, ...], head_dim: int, itemsize: int, arch: str = ""
+) -> Tiles:
     """Blocks for windows of ``lengths`` tokens: the first choice with a useful share of 75 %.
 
     Args:
@@ -145,11 +82,13 @@ def choose_tiles(kernel: str, lengths: tuple[int, ...], head_dim: int, itemsize:
         lengths: Tokens of every window, or the one length of global attention.
         head_dim: At most 128.
         itemsize: Bytes of an element, 2 or 4.
+        arch: Of the GPU, as ``architecture`` gives it.
     """
-    width = 64 if head_dim <= 64 else 128
-    if itemsize == 4 and chunks(head_dim, itemsize)[1]:
-        width = TWO
-    blocks = BLOCKS[kernel, width, itemsize]
+    return fitted(table(arch).blocks[kernel, table_width(head_dim, itemsize), itemsize], lengths)
+
+
+def fitted(blocks: Blocks, lengths: tuple[int, ...]) -> Tiles:
+    """What a call with windows of these lengths takes of the blocks of an entry."""
     longest = max(SMALLEST, power_of_two(max(lengths)))
     cols = min(blocks.cols, longest)
     fitting = [(r, warps) for r, warps in blocks.rows if r <= longest] or [(longest, 4)]
@@ -157,6 +96,13 @@ def choose_tiles(kernel: str, lengths: tuple[int, ...], head_dim: int, itemsize:
     choices = [Tiles(r, tail(lengths, r), cols, rest, w, blocks.stages) for r, w in fitting]
     good = [t for t in choices if useful_share(lengths, t) >= USEFUL_SHARE]
     return good[0] if good else max(choices, key=lambda t: useful_share(lengths, t))
+
+
+def table_width(head_dim: int, itemsize: int) -> int:
+    """The width under which ``BLOCKS`` has a head dim."""
+    if itemsize == 4 and chunks(head_dim, itemsize)[1]:
+        return TWO
+    return 64 if head_dim <= 64 else 128
 
 
 def chunks(head_dim: int, itemsize: int) -> tuple[int, int]:

@@ -48,6 +48,7 @@ def test_every_kind_of_distance_is_compiled(bench: Any) -> None:
 def test_every_entry_of_the_block_table_is_compiled(bench: Any) -> None:
     """Each choice of rows of BLOCKS that any length takes."""
     common = importlib.import_module("kdfast.kernels._common")
+    table = importlib.import_module("kdfast.kernels._blocks").BLOCKS
     every = bench("gpu_cases").cases()
 
     def taken(case: Any) -> Iterator[tuple[Any, ...]]:
@@ -64,13 +65,12 @@ def test_every_entry_of_the_block_table_is_compiled(bench: Any) -> None:
             names = biased if "bias" in values else ("fwd", "dq", "dkdv")
         for name in names:
             tiles = common.choose_tiles(name, lengths, width, itemsize)
-            low = common.TWO if itemsize == 4 and common.chunks(width, 4)[1] else None
-            yield (name, (64 if width <= 64 else 128) if low is None else low, itemsize), tiles.rows
+            yield (name, common.table_width(width, itemsize), itemsize), tiles.rows
 
     for arch, dtype in itertools.product(NVIDIA, ("bfloat16", "float16", "float32")):
         attention = [c for c in every if (c.arch, c.dtype) == (arch, dtype) and "attention" in c.op]
         found = {x for c in attention for x in taken(c)}
-        for key, blocks in common.BLOCKS.items():
+        for key, blocks in table.items():
             if key[2] == (4 if dtype == "float32" else 2):
                 assert {x[1] for x in found if x[0] == key} >= {r for r, _ in blocks.rows}, (
                     arch,
@@ -144,7 +144,7 @@ CHANGES = {
         {"pruned_attention", "attention_distill"},
     ),
     "the block table": (
-        "_common.py",
+        "_blocks.py",
         "Blocks(((128",
         "Blocks(((256",
         {"pruned_attention", "attention_distill"},

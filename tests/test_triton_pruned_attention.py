@@ -19,6 +19,7 @@ from kdfast.testing import assert_no_worse, interpreted_kernels, rotary, run
 
 kernels = interpreted_kernels("pruned_attention")
 common = __import__("kdfast.kernels._common", fromlist=["_common"])
+blocks = __import__("kdfast.kernels._blocks", fromlist=["_blocks"])
 pytestmark = pytest.mark.interpret
 
 
@@ -229,7 +230,7 @@ def test_useful_share(tokens: int, share: float, kernel: str, itemsize: int) -> 
 
 
 def test_useful_share_of_any_length() -> None:
-    for (kernel, width, itemsize), _ in common.BLOCKS.items():
+    for (kernel, width, itemsize), _ in blocks.BLOCKS.items():
         for tokens in (*range(104, 700), *range(700, 5000, 61)):
             tiles = common.choose_tiles(kernel, (tokens,), width or 72, itemsize)
             assert common.useful_share((tokens,), tiles) >= 0.75, (kernel, width, tokens)
