@@ -9,11 +9,13 @@ turn.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdfast.ops import _flash
 from kdfast.ops._attention_args import (
     check_bias,
     check_geometry,
@@ -25,6 +27,7 @@ from kdfast.ops._attention_args import (
 from kdfast.ops._autocast import without_autocast
 from kdfast.ops._checks import check_tensors, head_list
 from kdfast.ops._library import (
+    DEFAULT_BACKEND,
     LIB,
     forbid_second_derivative,
     fused_devices,
@@ -111,6 +114,10 @@ def pruned_attention(
         "pruned_attention", backend, why_not(q), compiled=device in FUSED_ON, given=given
     )
     with context:
+        plain = kept is None and rope is None and window is None and bias is None
+        if fused and plain and (backend or DEFAULT_BACKEND) == "auto" and _flash.takes(q):
+            again = partial(reference, heads=None, rope=None, scale=scale, window=None)
+            return _flash.attention(q, k, v, scale, again)
         if fused:
             if rope is not None:
                 q, k, rope = rope.whole(q, k)
