@@ -98,6 +98,7 @@ class Compare:
             for name, entry in right.items():
                 entry.info = self._info(found, name, work, limit)
             progress(bench, self._item, found)
+            bench.save()
         bench.give(self._item, self._benchmark, self._candidate)
 
     def _check_names(self, given: Sequence[str]) -> None:

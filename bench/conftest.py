@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pytest bench/`: pytest-benchmark, with the candidates of a case sampled in turns."""
+"""`pytest bench/`: pytest-benchmark, with the candidates of a case sampled in turns.
+
+Without that plugin the samples are the same, see bench/plain.py.
+"""
 
 import os
 import sys
@@ -15,6 +18,7 @@ from kdfast.testing import DRY_RUN, launch_on_cpu
 # Behind what is installed, so that `pytest bench` finds the modules beside this file.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from bench import plain  # noqa: E402
 from bench.compare import Compare  # noqa: E402
 from bench.entries import Case, Run, case_of, clock, is_entry  # noqa: E402
 from bench.rows import facts_line  # noqa: E402
@@ -24,16 +28,21 @@ LAST = ("bench_accelerate.py", "bench_orion.py", "bench_vit.py")
 RUN = pytest.StashKey[Run]()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     parser.addoption(
         "--budget", type=float, default=810.0, help="seconds after which no case is begun"
     )
+    parser.addoption("--rows", type=Path, help="a result file, written after every case")
+    if not pluginmanager.has_plugin("benchmark"):
+        plain.add_options(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Threads are fixed for all candidates by KDFAST_BENCH_THREADS."""
     torch.set_num_threads(int(os.environ.get("KDFAST_BENCH_THREADS", torch.get_num_threads())))
     config.stash[RUN] = Run(config)
+    if not config.pluginmanager.has_plugin("benchmark"):
+        config.pluginmanager.register(plain)
 
 
 @pytest.hookimpl(trylast=True)
@@ -109,6 +118,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The last entries may have been skipped."""
+    session.config.stash[RUN].save()
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
@@ -119,19 +133,17 @@ def pytest_terminal_summary(
         terminalreporter.write_line(line)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
     """What has to be equal for times to be compared; the commit is the plugin's commit_info."""
     facts = config.stash[RUN].facts
     return {k: v for k, v in facts.items() if k not in ("commit", "dirty", "date")}
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """What was not timed and why, and the rates that limits come from."""
-    bench = config.stash[RUN]
-    output_json["skipped"] = [{"entry": k, "reason": v} for k, v in bench.skipped.items()]
-    output_json["rates"] = {
-        str(dtype).removeprefix("torch."): rate._asdict() for dtype, rate in bench.rates.items()
-    }
+    output_json |= config.stash[RUN].shared()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import session
+from bench import rows, session
+from bench.gpu_stages import replace
 from kdfast.machine import timing
 from kdfast.machine.facts import machine_facts
 from kdfast.testing import DRY_RUN
@@ -36,6 +37,7 @@ class Clock:
 
     def replay(self, benchmark: Any, entry: "Entry") -> None:
         """Gives an entry's samples to the plugin, one a round."""
+        self._readings.clear()
         for seconds, _ in entry.samples:
             self._readings.extend((0.0, seconds * entry.calls))
 
@@ -137,6 +139,24 @@ class Run:
             "least": least,
             "seconds": min(seconds * candidates, SAMPLES_SHARE * share),
         }
+
+    def shared(self) -> dict[str, Any]:
+        """What the entries of a file have in common: what was not timed and why, and the rates."""
+        return {
+            "skipped": [{"entry": k, "reason": v} for k, v in self.skipped.items()],
+            "rates": {
+                str(dtype).removeprefix("torch."): rate._asdict()
+                for dtype, rate in self.rates.items()
+            },
+        }
+
+    def save(self) -> None:
+        """Writes the result file of ``--rows``, of what there is so far."""
+        if path := self.config.getoption("--rows"):
+            entries = (x for case in self.cases.values() for x in case.entries.values() if x.info)
+            found = {"machine": self.facts, **self.shared()}
+            found["rows"] = [rows.row_of({"extra_info": entry.info}) for entry in entries]
+            replace(path, rows.text(found))
 
     def forget_calls(self) -> None:
         """Lets go of the inputs and models of the cases so far."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu_static import EVA, GLOBAL, GOALS, ORION, Shape
+from bench.gpu_limits import EVA, GLOBAL, GOALS, ORION, Shape
 from bench.session import copy_seconds, sized
 from kdfast import linear_kd_loss
 from kdfast.machine.memory import peak_bytes
@@ -35,29 +35,32 @@ Rows = Iterator[dict[str, Any]]
 class Attention:
     """The ops' own arguments for a shape: q, k, v packed, RoPE or not, every head kept."""
 
-    def __init__(self, shape: Shape, rope: bool) -> None:
+    def __init__(
+        self, shape: Shape, rope: bool, dtype: torch.dtype = DTYPE, biases: int = 0
+    ) -> None:
         b, h, n, d = shape.batch, shape.heads, shape.tokens, shape.dim
 
         def packed() -> list[Tensor]:
-            x = torch.randn(b, n, 3, h, d, device=DEVICE, dtype=DTYPE)
+            x = torch.randn(b, n, 3, h, d, device=DEVICE, dtype=dtype)
             return list(x.permute(2, 0, 3, 1, 4).unbind())
 
         table = torch.randn(shape.size**2 or n, d, device=DEVICE)
         rotary = (table, table) if rope else (None, None)
         grid = None if shape.grid is None else list(shape.grid)
-        pad = None if grid is None else torch.randn(h, d, device=DEVICE, dtype=DTYPE)
+        pad = None if grid is None else torch.randn(h, d, device=DEVICE, dtype=dtype)
+        self.bias = torch.randn(biases, h, n, n, device=DEVICE, dtype=dtype) if biases else None
         self.inputs, self.teacher = packed(), packed()[:2]
-        self.grad = torch.randn(b, n, h, d, device=DEVICE, dtype=DTYPE).transpose(1, 2)
+        self.grad = torch.randn(b, n, h, d, device=DEVICE, dtype=dtype).transpose(1, 2)
         self.tail = (*rotary, 0, True, d**-0.5)
         self.geometry = (None, *self.tail, grid, shape.size, pad)
         self.heads = list(range(h))
 
     def forward(self) -> Any:
-        return KDFAST.pruned_attention(*self.inputs, *self.geometry, None)
+        return KDFAST.pruned_attention(*self.inputs, *self.geometry, self.bias)
 
     def backward(self, out: Tensor, lse: Tensor) -> Any:
         given = (*self.inputs, out, lse, *self.geometry)
-        return KDFAST.pruned_attention_bwd(self.grad, *given, None, False)
+        return KDFAST.pruned_attention_bwd(self.grad, *given, self.bias, self.bias is not None)
 
     def distill_arguments(self, kind: str = "kl") -> tuple[Any, ...]:
         heads, *rest = self.geometry

@@ -10,21 +10,18 @@ import math
 import os
 import queue
 import resource
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from bench import aot
+from bench import aot, gpu_worker
 from bench.gpu_cases import Case, trace
-from bench.gpu_source import ROOT
 
 # Seconds of CPU time for one case, and for the compiler of one kernel: a stopped process uses none.
 LIMIT = 300
@@ -49,39 +46,17 @@ def compiled(case: Case) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-class Worker:
-    """A process that compiles, started when there is something to do."""
+class Worker(gpu_worker.Worker):
+    """A process that compiles."""
 
     def __init__(self, cache: str) -> None:
-        self.env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        self.env["TRITON_CACHE_DIR"] = cache
-        self.process: subprocess.Popen[str] | None = None
-        self.taken = 0
-
-    def close(self) -> None:
-        if self.process is not None:
-            self.process.communicate()
-        self.process, self.taken = None, 0
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        env["TRITON_CACHE_DIR"] = cache
+        super().__init__("bench.gpu_sweep", env, "compiling", CASES_EACH)
 
     def ask(self, case: Case, *, binaries: bool = True) -> dict[str, Any]:
         """``trace``, with ``binaries`` also ``kernels``, and ``seconds``; or ``error`` alone."""
-        if self.taken == CASES_EACH:
-            self.close()
-        if self.process is None:
-            command = [sys.executable, "-m", "bench.gpu_sweep"]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            self.process = subprocess.Popen(command, cwd=ROOT, env=self.env, text=True, **pipes)
-        self.taken += 1
-        assert self.process.stdin is not None and self.process.stdout is not None
-        with suppress(BrokenPipeError):  # it has ended, as the missing answer shows
-            question = {"case": asdict(case), "binaries": binaries}
-            print(json.dumps(question), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if answer:
-            return dict(json.loads(answer))
-        code = self.process.wait()
-        self.process, self.taken = None, 0
-        return {"error": f"the compiling process ended with {code}"}
+        return self.answer({"case": asdict(case), "binaries": binaries})
 
 
 Answer = tuple[Case, dict[str, Any]]
@@ -129,11 +104,8 @@ def sweep(
 
 def main() -> None:
     """Answers until the input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # compilers may print
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    for line in sys.stdin:
-        question = json.loads(line)
+    for question, reply in gpu_worker.questions():
         case = Case(**question["case"])
         start = cpu_seconds()
         # Compilers inherit the limit, which ends a process that reaches it.
@@ -145,7 +117,7 @@ def main() -> None:
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answer["seconds"] = round(cpu_seconds() - start, 1)
-        print(json.dumps(answer), file=answers, flush=True)
+        reply(answer)
 
 
 def cpu_seconds() -> float:

@@ -14,6 +14,7 @@ import torch
 
 from bench import session
 from bench.entries import Clock, Entry
+from bench.rows import read
 from kdfast.machine import timing
 
 pytest.importorskip("pytest_benchmark")
@@ -73,7 +74,8 @@ def run_bench(
         (tmp_path / "bench_one.py").write_text(text)
         options = ["-s", "-p", "no:cacheprovider", "-c", os.devnull, "--import-mode=importlib"]
         options += ["--rootdir", str(tmp_path), "-o", "python_functions=bench_*", "-ra"]
-        options += [f"--benchmark-storage=file://{tmp_path}/saved"]
+        if "no:benchmark" not in arguments:
+            options += [f"--benchmark-storage=file://{tmp_path}/saved"]
         pytest.main([*options, *arguments, str(tmp_path / "bench_one.py")])
         for name in set(sys.modules) - modules:
             if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
@@ -132,6 +134,31 @@ def test_candidates_are_sampled_in_turns_by_the_first(
     # Two are checked; three rounds, each beginning with the next; then the memory of each.
     turns = ["kdfast", "eager", "other", "eager", "other", "kdfast", "other", "kdfast", "eager"]
     assert words[1:12] == ["kdfast", "eager", *turns]
+
+
+def test_rows_are_written_after_every_case(tmp_path: Path, run_bench: Callable[..., str]) -> None:
+    """So a run that is killed has lost the case in work."""
+    file = tmp_path / "rows.json"
+    stop = "    if index:\n        raise KeyboardInterrupt\n    compare(\n"
+    run_bench(f"--rows={file}", text=CASES.replace("    compare(\n", stop))
+    found = read(file)
+    assert {row["case"] for row in found["rows"]} == {"case 0 float32"}
+    assert {row["candidate"] for row in found["rows"]} == {"kdfast", "eager", "other work"}
+    assert found["rates"]["float32"] == {"limit": 2e9, "library": 1e9}
+    assert found["machine"]["torch"] == torch.__version__
+    assert [row["reason"] for row in found["skipped"]] == ["openvino: not installed"]
+
+
+def test_without_the_plugin_the_samples_are_the_same(
+    tmp_path: Path, run_bench: Callable[..., str]
+) -> None:
+    file = tmp_path / "rows.json"
+    text = run_bench("-p", "no:benchmark", f"--rows={file}", "--benchmark-max-time=0.001")
+    assert "pytest-benchmark is not installed" in text
+    assert "6 passed" in text and "2 failed" in text and "2 skipped" in text
+    found = read(file)
+    assert len(found["rows"]) == 6 and len(found["skipped"]) == 2
+    assert all(row["ms"] > 0 and row["samples"] == 3 for row in found["rows"])
 
 
 def test_only_what_is_selected_is_checked_and_called(

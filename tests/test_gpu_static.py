@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The counts and limits of bench/gpu_static.py, and that its files hold them."""
+"""The counts and limits of bench/gpu_limits.py, and that the file of gpu_static.py holds them."""
 
 import importlib
 import json
@@ -14,12 +14,12 @@ RESULT = ROOT / "bench" / "results" / "gpu_static.json"
 
 
 @pytest.fixture(scope="module")
-def static() -> Any:
-    return importlib.import_module("bench.gpu_static")
+def counts() -> Any:
+    return importlib.import_module("bench.gpu_limits")
 
 
-def test_limits_by_hand(static: Any) -> None:
-    limits = {goal.name: goal.limit_us() for goal in static.GOALS}
+def test_limits_by_hand(counts: Any) -> None:
+    limits = {goal.name: goal.limit_us() for goal in counts.GOALS}
     # 64 x 16 x 257 x 64 bf16 are 33.7 MB: k is read and written, then q, k, v read and out written.
     tensor = 2 * 64 * 16 * 257 * 64 / 3.35e12 * 1e6
     assert limits["G1"] == pytest.approx(6 * tensor)
@@ -34,15 +34,15 @@ def test_limits_by_hand(static: Any) -> None:
     assert limits["G7"] == pytest.approx(3 * 2 * 1024 * 1000 / 3.35e12 * 1e6)
 
 
-def test_tiles_are_useful(static: Any) -> None:
-    for row in static.shares():
+def test_tiles_are_useful(counts: Any) -> None:
+    for row in counts.shares():
         assert min(v for k, v in row.items() if k != "tokens") >= 0.75, row
 
 
-def test_files_hold_these_figures(static: Any) -> None:
+def test_files_hold_these_figures(counts: Any) -> None:
     facts = json.loads(RESULT.read_text())
     again = "run `make gpu-static` (ARGS='--minutes 0' compiles nothing)"
-    assert facts["goals"] == json.loads(json.dumps(static.goals())), again
-    assert facts["shares"] == static.shares(), again
+    assert facts["goals"] == json.loads(json.dumps(counts.goals())), again
+    assert facts["shares"] == counts.shares(), again
     tables = importlib.import_module("bench.gpu_tables")
     assert tables.document(facts) in (ROOT / "docs" / "internals" / "gpu.md").read_text(), again

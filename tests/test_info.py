@@ -8,7 +8,7 @@ import kdfast
 from kdfast import info
 from kdfast.chain.needs import chain_needs
 from kdfast.configs import load
-from kdfast.machine import memory, needs
+from kdfast.machine import needs
 from kdfast.machine.needs import gib
 from kdfast.ops import OPS, TRITON_OPS
 from kdfast.ops._library import EXTENSION
@@ -110,7 +110,7 @@ def test_too_little_memory_and_disk(name: str, monkeypatch: pytest.MonkeyPatch) 
     config = load(name)
     ram = type("Memory", (), {"available": 1 << 20})
     disk = type("Disk", (), {"free": 1 << 20})
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: ram)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: ram)
     monkeypatch.setattr(needs.shutil, "disk_usage", lambda _: disk)
     found = chain_needs(config) if name == "vit_chain_digits" else recovery_needs(config)
     fixes = {need.name: need.fix for need in found}

@@ -44,5 +44,8 @@ def cpu_name() -> str:
 
 def _git(*args: str) -> str | None:
     here = Path(__file__).resolve().parent
-    done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git, as on machines that get a copy of the tree
+        return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -45,6 +44,8 @@ def resident_bytes() -> tuple[int, int]:
 
     Where the system keeps no high-water mark, both are the memory now.
     """
+    import psutil  # bench.gpu measures GPUs where it is not installed
+
     now = int(psutil.Process().memory_info().rss)
     if _STATUS.exists():
         for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
@@ -57,6 +58,8 @@ def free_bytes(device: torch.device) -> int:
     """Memory that is free now, on the GPU or on the host."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
     return int(psutil.virtual_memory().available)
 
 
