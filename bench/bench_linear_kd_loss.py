@@ -4,11 +4,15 @@
 The limit counts the three products of the student's layer and the one of the teacher's.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 import kdfast
-from bench import session
+from bench import gpu_rivals, session
 from bench.compare import Compare
 from kdfast.ops import linear_kd_loss as op
 
@@ -49,6 +53,59 @@ def bench_forward_backward(
         steps,
         check=session.near(steps["eager"](), 2e-2),
         flops=4 * 2 * rows * classes * dim,
+        dtype=dtype,
+        memory=True,
+    )
+
+
+# The divergence alone, of a teacher whose logits are there.
+GIVEN = session.sized([((4096, 32000, 1024), torch.bfloat16)], [((5, 20, 16), torch.float32)])
+HAS_CUDA = torch.cuda.is_available()
+
+
+def liger(temperature: float) -> Callable[..., Tensor]:
+    """Liger's fused layer and divergence, on the scale of ``linear_kd_loss``."""
+    module = gpu_rivals.module("liger_kernel.transformers.fused_linear_kl_div")
+    loss = module.LigerFusedLinearKLDivLoss(temperature=temperature)
+
+    def call(hidden: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
+        goal = (teacher.float() / temperature).softmax(-1).to(hidden.dtype)
+        result: Tensor = temperature**2 * loss(hidden, weight, goal)
+        return result
+
+    return call
+
+
+@pytest.mark.skipif(not (HAS_CUDA or session.DRY_RUN), reason="sized for a GPU")
+@pytest.mark.candidates("kdfast", "eager", "liger")
+@pytest.mark.parametrize(("shape", "dtype"), GIVEN, ids=str)
+def bench_divergence(compare: Compare, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    (rows, classes, dim), device, temperature = shape, compare.device, 2.0
+    hidden = torch.randn(rows, dim).to(device, dtype).requires_grad_()
+    weight = (0.1 * torch.randn(classes, dim)).to(device, dtype).requires_grad_()
+    teacher = torch.randn(rows, classes).to(device, dtype)
+    options: dict[str, Any] = {"temperature": temperature, "alpha": 1.0}
+    losses: dict[str, Callable[[], Tensor]] = {
+        name: lambda backend=backend: kdfast.linear_kd_loss(
+            hidden, weight, teacher, backend=backend, **options
+        )[0]
+        for name, backend in (("kdfast", "fused"), ("eager", "reference"))
+    }
+    found, missing = gpu_rivals.usable(
+        {"liger": lambda: liger(temperature)},
+        lambda call: session.gradients(lambda: call(hidden, weight, teacher), [hidden, weight])(),
+    )
+    losses |= {
+        name: lambda call=call: call(hidden, weight, teacher) for name, call in found.items()
+    }
+    steps = {name: session.gradients(loss, [hidden, weight]) for name, loss in losses.items()}
+    compare(
+        "linear_kd_loss",
+        f"fwd+bwd KL {rows}x{classes}x{dim} {dtype}",
+        steps,
+        check=session.near(steps["eager"](), 2e-2),
+        missing=missing,
+        flops=3 * 2 * rows * classes * dim,
         dtype=dtype,
         memory=True,
     )

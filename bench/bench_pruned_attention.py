@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """pruned_attention against eager, SDPA and torch.compile, at ViT shapes with head dim 64.
 
+On a GPU also against FlexAttention, SDPA's backends one by one and flash-attn, as far as they are
+installed.
+
 The limit counts the matrix products (4 N^2 D a head forward, 14 N^2 D forward and backward, scores
 recomputed) at the rate of a large matmul of the same dtype in the same session; exponentials and
 memory come on top.
 """
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,14 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
-from bench import session
+from bench import gpu_rivals, session
 from bench.compare import Compare
 from kdfast import Rope, Window
 from kdfast.testing import DRY_RUN
 
 D = 64
+HAS_CUDA = torch.cuda.is_available()
+# On a GPU those that fill it come first, in case that time runs out.
 SHAPES = session.sized(
     [
+        *([(64, 16, 257), (8, 16, 1600)] if HAS_CUDA else []),
         (8, 12, 197),
         (8, 3, 197),
         (8, 8, 257),
@@ -33,13 +38,12 @@ SHAPES = session.sized(
         (1, 8, 1600),
         (1, 16, 1600),
         (1, 3, 197),
-        *([(64, 16, 257), (8, 16, 1600)] if torch.cuda.is_available() else []),
     ],
     [(1, 2, 20)],
 )
 # Timed also where fp32 may be multiplied in bf16.
 LOWERED = [(8, 12, 197), (8, 8, 257), (1, 8, 1600)]
-DTYPES = session.sized([torch.float32, torch.bfloat16], [torch.float32])
+DTYPES = session.sized([torch.float32, torch.bfloat16][:: -1 if HAS_CUDA else 1], [torch.float32])
 # ORION: a grid of 40 x 40 tokens in windows of 16, padded to 48.
 HEADS, SIDE, SIZE, PADDED = session.sized((16, 40, 16, 48), (1, 3, 2, 4))
 # Images or windows, heads, tokens, head dim, biases: Swin-T's first stage and BEiT-B, 8 images.
@@ -48,41 +52,13 @@ BIASED = session.sized(
     {"swin stage 1": (4, 1, 9, 16, 2), "beit": (2, 1, 20, 16, 1)},
 )
 TORCH = ("kdfast", "eager", "sdpa", "compile")
-LIBRARIES = ("flex", "flash-attn") if torch.cuda.is_available() or DRY_RUN else ()
+LIBRARIES = gpu_rivals.NAMES if HAS_CUDA or DRY_RUN else ()
 Attention = Callable[..., Tensor]
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What people write without a fused kernel, in the dtype of the inputs."""
     return ((q * D**-0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
-
-
-def libraries(
-    dtype: torch.dtype, inputs: list[Tensor]
-) -> tuple[dict[str, Attention], dict[str, str]]:
-    """FlexAttention and flash-attn where they run, and the reason where not."""
-    if dtype == torch.float32 and not DRY_RUN:
-        return {}, {"flex": "in fp32 it is for TF32", "flash-attn": "has no fp32"}
-    from torch.nn.attention.flex_attention import flex_attention
-
-    found: dict[str, Attention] = {"flex": session.compiled(flex_attention)}
-    missing: dict[str, str] = {}
-    if importlib.util.find_spec("flash_attn") is None:
-        missing["flash-attn"] = "not installed"
-    else:
-        from flash_attn import flash_attn_func
-
-        def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
-        found["flash-attn"] = flash
-    for name in list(found):
-        try:
-            with_backward(found[name], inputs, torch.ones_like(inputs[0]))()
-        except Exception as error:  # whatever a library says is the reason
-            missing[name] = f"{error!r:.200}"
-            del found[name]
-    return found, missing
 
 
 def packed(
@@ -154,7 +130,10 @@ def bench_attention(
     }
     missing: dict[str, str] = {}
     if LIBRARIES:
-        found, missing = libraries(dtype, inputs)
+        ones = torch.ones_like(inputs[0])
+        found, missing = gpu_rivals.attention(
+            dtype, lambda call: with_backward(call, inputs, ones)()
+        )
         candidates |= found
     exact = eager(*(x.detach().double() for x in inputs))
     products = 4 if phase == "fwd" else 14
@@ -186,7 +165,7 @@ def precision() -> Iterator[Callable[[str, Attention], Attention]]:
     torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.skipif(DRY_RUN or torch.cuda.is_available(), reason="a setting of the CPU's products")
+@pytest.mark.skipif(DRY_RUN or HAS_CUDA, reason="a setting of the CPU's products")
 @pytest.mark.candidates(*TORCH, *(f"{name} fp32" for name in TORCH))
 @pytest.mark.parametrize("phase", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("shape", LOWERED, ids=str)
