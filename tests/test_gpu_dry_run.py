@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # In a worker of pytest-xdist pytest-benchmark would write no file.
+    # In a worker of pytest-xdist pytest-benchmark would time nothing.
     unset = ("TRITON_INTERPRET", "KDFAST_DRY_RUN", "PYTEST_XDIST_WORKER")
     env = {k: v for k, v in os.environ.items() if k not in unset}
     run = [sys.executable, "-m", "bench.gpu", *arguments]
@@ -30,7 +29,6 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_dry_run(tmp_path: Path) -> None:
-    pytest.importorskip("pytest_benchmark")
     done = command("--dry-run", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads((tmp_path / "gpu_dry_run.json").read_text())
@@ -43,11 +41,12 @@ def test_dry_run(tmp_path: Path) -> None:
     repeated = {row["call"] for row in results["determinism"]}
     assert repeated >= {"linear_kd_loss", "swiglu_norm", "swiglu_norm_bwd"}
     ops = {(row["op"], row["candidate"]) for row in results["rows"]}
-    assert {("pruned_attention", c) for c in ("kdfast", "eager", "sdpa", "compile")} <= ops
+    attention = ("kdfast", "eager", "sdpa", "compile", "sdpa flash", "sdpa math")
+    assert {("pruned_attention", c) for c in attention} <= ops
     benches = {"attention_distill", "kd_loss", "linear_kd_loss", "feature_loss", "swiglu_norm"}
     assert {(op, "kdfast") for op in benches | {"head_gather", "head_gather_block"}} <= ops
     reasons = {row["reason"] for row in results["skipped"]}
-    assert "flash-attn: not installed" in reasons
+    assert reasons >= {f"{name}: not installed" for name in ("flash-attn", "fa3", "liger")}
     report = (tmp_path / "gpu_dry_run.md").read_text()
     for part in ("A dry run", "Nothing failed.", "## Goals", "| G1 |", "| pruned_attention |"):
         assert part in report
@@ -60,12 +59,40 @@ def test_no_device() -> None:
     assert "no CUDA device" in done.stderr
 
 
+def test_dry_run_of_tuning_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Every answer is kept, so that a second run of the command asks nothing."""
+    runs = [command("--tune", "--dry-run", "--out", str(tmp_path)) for _ in range(2)]
+    for done in runs:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    first, *rows = map(json.loads, (tmp_path / "tune_dry_run.jsonl").read_text().splitlines())
+    assert first["arch"] == "interpreter"
+    assert {question["do"] for question, _ in rows} >= {"check", "time"}
+    assert len({json.dumps(question) for question, _ in rows}) == len(rows)
+    blocks = importlib.import_module("kdfast.kernels._blocks")
+    table = blocks.read_table(tmp_path / "interpreter.json", "interpreter", "test")
+    assert table.blocks.keys() == blocks.BLOCKS.keys() and not table.flash
+    report = (tmp_path / "tune_dry_run.md").read_text()
+    assert "flash-attn is not installed" in report and "None." in report
+
+
+def test_dry_run_of_training(tmp_path: Path) -> None:
+    done = command("--train", "--dry-run", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    results = json.loads((tmp_path / "train_dry_run.json").read_text())
+    found = {(r["trainer"], r["precision"], r["backend"]) for r in results["rows"]}
+    assert found == {
+        ("orion50", "bf16", "kdfast"),
+        ("chain tiny", "bf16", "eager"),
+        ("chain tiny", "fp16", "kdfast"),
+    }
+    assert all(row["finite"] and row["steps"] == 2 and row["ms"] > 0 for row in results["rows"])
+    assert [run["config"] for run in results["trainers"]] == ["smoke"] or results["notes"]
+
+
 @pytest.fixture
-def gpu() -> Iterator[Any]:
-    """The module bench.gpu."""
-    sys.path.insert(0, str(ROOT))
-    yield importlib.import_module("bench.gpu")
-    sys.path.remove(str(ROOT))
+def gpu() -> Any:
+    """Gives modules of bench/."""
+    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 def test_failures_are_named(gpu: Any) -> None:
@@ -78,7 +105,7 @@ def test_failures_are_named(gpu: Any) -> None:
         "determinism": [{"call": "kd_loss", "runs": 30, "different": 2}],
         "incomplete": ["goals"],
     }
-    assert gpu.verdict(results) == [
+    assert gpu("gpu_run").verdict(results) == [
         "stage tests: 1",
         "stage probes: stopped: no time left",
         "test test_x: wrong",
@@ -99,13 +126,21 @@ def test_figures_without_time_are_named(tmp_path: Path) -> None:
 
 def test_one_of_several_processes_fails(gpu: Any, capfd: pytest.CaptureFixture[str]) -> None:
     talk = ["-c", "import sys; print('out'); print('err', file=sys.stderr)"]
-    assert gpu.stage("two", [talk, ["-c", "raise SystemExit(3)"]], 60, True)["code"] == 3
+    stages = gpu("gpu_stages")
+    both = [talk, ["-c", "raise SystemExit(3)"]]
+    assert stages.stage("two", both, 60, stages.environment(True))["code"] == 3
     assert capfd.readouterr().out == "== two\nout\nerr\n"
 
 
-def test_a_process_that_hangs_is_stopped(gpu: Any) -> None:
-    done = gpu.stage("hang", [["-c", "import time; time.sleep(60)"]], 0.5, True)
+def test_a_process_that_hangs_is_stopped(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meanwhile its results are written again and again."""
+    stages, written = gpu("gpu_stages"), list[int]()
+    monkeypatch.setattr(stages, "WRITE", 0.1)
+    hang = ["-c", "import time; time.sleep(60)"]
+    env = stages.environment(True)
+    done = stages.stage("hang", [hang], 0.5, env, lambda: written.append(1))
     assert done["code"] == "stopped: no time left"
+    assert written
     assert done["seconds"] < 30
 
 
@@ -116,6 +151,36 @@ import pytest
 def test_it(i):
     print("ran", i)
 """
+OUTCOMES = """
+import pytest
+
+def test_right():
+    pass
+
+def test_wrong():
+    assert 1 == 2, "not so"
+
+def test_left_out():
+    pytest.skip("no device")
+
+def test_cut_off():
+    import os
+    os._exit(9)
+"""
+
+
+def test_outcomes_are_kept_as_they_come(gpu: Any, tmp_path: Path) -> None:
+    """Also of a process that the device takes down."""
+    file, results = tmp_path / "test_some.py", tmp_path / "tests_0.jsonl"
+    file.write_text(OUTCOMES)
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu_shard", "-p"]
+    run += ["no:cacheprovider", "-c", os.devnull, f"--rootdir={tmp_path}", str(file)]
+    run.append(f"--results={results}")
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 9
+    found = gpu("gpu_run").read_tests([results])
+    assert found["passed"] == 1 and found["skipped"] == {"test_left_out": "no device"}
+    assert found["failed"] == {"test_wrong": "AssertionError: not so"}
 
 
 @pytest.mark.parametrize(
