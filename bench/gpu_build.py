@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,8 +15,16 @@ import torch
 
 from bench.gpu_stages import ROOT
 
-# Of the time of a command, what building may take.
-SHARE = 0.5
+# Of the time of a command, what building may take, and seconds that each try has at least.
+SHARE, LEAST = 0.5, 45
+# What is tried, in this order: in words, and the variables that say so.
+TRIES: dict[str, dict[str, str]] = {
+    "with the extension": {},
+    "without CUDA C++, which only gathers heads": {"KDFAST_CUDA": "OFF"},
+    "without the extension": {"KDFAST_BUILD_EXT": "0"},
+}
+# Lines of pip's output that show what the compiler said.
+SHOWN = 120
 PIP = ("-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "-e", ".")
 
 
@@ -28,36 +37,41 @@ def installed() -> bool:
 
 
 def build(seconds: float) -> bool:
-    """Installs with the extension, or without it where that fails; says which.
+    """Installs as much as can be built; says what.
 
     Args:
         seconds: Of the whole command.
     """
     started = time.monotonic()
-    for extension in ("", "0"):
-        env = environment() | ({"KDFAST_BUILD_EXT": extension} if extension else {})
-        what = "without the extension" if extension else "with the extension"
+    for what, variables in TRIES.items():
         print(f"== build {what}: python {' '.join(PIP)}", flush=True)
-        try:
-            done = subprocess.run(
-                [sys.executable, *PIP],
-                cwd=ROOT,
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=SHARE * seconds,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            print(f"bench.gpu: the build took more than {SHARE * seconds:.0f} s", flush=True)
-            continue
-        if done.returncode == 0:
+        left = started + SHARE * seconds - time.monotonic()
+        code, text = attempt(environment() | variables, max(LEAST, left))
+        if code == 0:
             print(f"built {what} in {time.monotonic() - started:.0f} s", flush=True)
             return True
-        print("\n".join(done.stdout.splitlines()[-40:]), flush=True)
+        print("\n".join([*text.splitlines()[-SHOWN:], f"pip ended with {code}"]), flush=True)
     print("bench.gpu: kdfast could not be installed, see above", file=sys.stderr)
     return False
+
+
+def attempt(env: dict[str, str], seconds: float) -> tuple[int, str]:
+    """Runs pip, and ends it with its compilers after so many seconds; its code and output."""
+    pip = subprocess.Popen(
+        [sys.executable, *PIP],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        text = pip.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(pip.pid, signal.SIGKILL)
+        text = pip.communicate()[0]
+    return pip.returncode, text
 
 
 def environment() -> dict[str, str]:

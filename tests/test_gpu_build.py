@@ -2,8 +2,11 @@
 """What `python -m bench.gpu` does before anything else: builds kdfast where it is not installed."""
 
 import importlib
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +64,15 @@ def test_a_failed_build_is_tried_without_the_extension(
     assert "could not be installed" in capsys.readouterr().err
 
 
-def test_a_build_that_takes_too_long_is_stopped(
-    build: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_build_that_takes_too_long_is_stopped_with_its_compilers(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "PIP", ("-c", "import time; time.sleep(60)"))
-    assert not build.build(0.4)
-    assert "took more than 0 s" in capsys.readouterr().out
+    mark = tmp_path / "still there"
+    compiler = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
+    pip = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {compiler!r}])"
+    monkeypatch.setattr(build, "PIP", ("-c", pip))
+    started = time.monotonic()
+    assert build.attempt(dict(os.environ), 1.0)[0] == -signal.SIGKILL
+    assert time.monotonic() - started < 2.5
+    time.sleep(3.5)
+    assert not mark.exists()
