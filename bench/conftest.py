@@ -32,6 +32,9 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     parser.addoption(
         "--budget", type=float, default=810.0, help="seconds after which no case is begun"
     )
+    parser.addoption(
+        "--in-turns", action="store_true", help="the first case of every file, then the second"
+    )
     parser.addoption("--rows", type=Path, help="a result file, written after every case")
     if not pluginmanager.has_plugin("benchmark"):
         plain.add_options(parser)
@@ -65,8 +68,15 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.benchmark(**options), append=False)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name in LAST)
+    if config.getoption("--in-turns"):
+        # Each case gets its place among the cases of its file.
+        places: dict[Path, dict[str, int]] = {}
+        for item in filter(is_entry, items):
+            mine = places.setdefault(item.path, {})
+            mine.setdefault(case_of(item), len(mine))
+        items.sort(key=lambda x: places[x.path][case_of(x)] if is_entry(x) else 0)
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str:

@@ -28,6 +28,7 @@ SDPA = {
 # The modules with flash-attn's function in its second, third (Hopper) and fourth version.
 FLASH = {"flash-attn": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
 NAMES = ("flex", *SDPA, *FLASH)
+SLOW = "takes too long to compile for every shape"
 LOW = (torch.float16, torch.bfloat16)
 
 
@@ -70,22 +71,30 @@ def module(name: str) -> Any:
 
 
 def attention(
-    dtype: torch.dtype, trial: Callable[[Attention], object]
+    dtype: torch.dtype, trial: Callable[[Attention], object], compiled: bool
 ) -> tuple[dict[str, Attention], dict[str, str]]:
-    """``usable`` of all rivals of attention, for q, k and v of a dtype."""
-    return usable(makers(dtype), trial)
+    """``usable`` of all rivals of attention, for q, k and v of a dtype.
+
+    Args:
+        dtype: Of q, k and v.
+        trial: As in ``usable``.
+        compiled: Whether there is time for one that has to be compiled.
+    """
+    return usable(makers(dtype, compiled), trial)
 
 
-def makers(dtype: torch.dtype) -> Mapping[str, Callable[[], Attention]]:
+def makers(dtype: torch.dtype, compiled: bool) -> Mapping[str, Callable[[], Attention]]:
     """By name, what makes the rival or raises."""
-    made: dict[str, Callable[[], Attention]] = {"flex": lambda: flex(dtype)}
+    made: dict[str, Callable[[], Attention]] = {"flex": lambda: flex(dtype, compiled)}
     made |= {name: lambda backend=backend: forced(backend) for name, backend in SDPA.items()}
     made |= {name: lambda source=source: flash(source, dtype) for name, source in FLASH.items()}
     return made
 
 
-def flex(dtype: torch.dtype) -> Attention:
+def flex(dtype: torch.dtype, compiled: bool) -> Attention:
     """FlexAttention, compiled."""
+    if not compiled:
+        raise NotHere(SLOW)
     if dtype == torch.float32 and torch.cuda.is_available():
         raise NotHere("in fp32 it is for TF32")
     from torch.nn.attention.flex_attention import flex_attention

@@ -7,6 +7,7 @@ installed, and writes gpu_NAME.json and gpu_NAME.md. Compiling their kernels wou
 too long in one process, so several share them.
 """
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from bench import plain
 from bench.gpu_shard import NO_TIME
 from bench.gpu_stages import Settings, environment, stage
 from bench.gpu_tables import report
@@ -78,7 +80,9 @@ class Report:
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.folder = settings, folder
         self.started = time.monotonic()
+        lacking = importlib.util.find_spec("pytest_benchmark") is None
         self.facts = {"machine": machine_facts(), "dry_run": settings.dry}
+        self.facts["notes"] = [plain.NOTE] if lacking else []
         self.stages: dict[str, Any] = {}
 
     def write(self, working: str = "") -> dict[str, Any]:
@@ -120,6 +124,7 @@ def run_stages(report: Report, seconds: float) -> None:
     limit = started + seconds - time.time()
     files = [f"bench/bench_{name}.py" for name in BENCHES]
     benches = [*PYTEST, *files, f"--rows={folder / 'rows.json'}", f"--budget={BEGIN * limit}"]
+    benches.append("--in-turns")
     run("benches", [[*benches, f"--benchmark-max-time={SAMPLES}"]], limit)
 
 

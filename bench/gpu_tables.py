@@ -44,6 +44,8 @@ def report(results: dict[str, Any]) -> str:
         parts.append("## Memory\n\n" + memory_table(results["memory"]))
     if "rows" in results:
         parts.append("## Against others\n\n" + bench_table(results["rows"]))
+    if results.get("notes"):
+        parts.insert(1, "\n".join(results["notes"]))
     if results.get("skipped"):
         parts.append("## Not timed\n\n" + skipped_lines(results))
     return "\n\n".join(parts) + "\n"

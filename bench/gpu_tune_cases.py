@@ -73,10 +73,10 @@ SETUPS = (
     # BEiT-B, and Swin's first stage with its shift masks.
     Setup("bias", Shape(32, 12, 197), 4, rope=False, biases=1),
     Setup("bias", Shape(512, 3, 49, 32), 128, rope=False, biases=64),
-    # Head dims up to 128: EVA-g and ViT-H.
-    Setup("plain", Shape(64, 16, 257, 88), 1),
-    Setup("plain", Shape(16, 16, 577, 80), 1, rope=False),
-    Setup("maps", Shape(32, 16, 257, 88), 1),
+    # Head dims up to 128: ViT-H, in two tiles, and one wide tile.
+    Setup("plain", Shape(64, 16, 257, 80), 1),
+    Setup("plain", Shape(16, 16, 577, 128), 1, rope=False),
+    Setup("maps", Shape(32, 16, 257, 80), 1),
     Setup("bias", Shape(32, 16, 257, 80), 1, rope=False, biases=1),
     # fp32: one tile, two tiles, and one wide tile.
     Setup("plain", Shape(16, 16, 257), 1, "float32"),

@@ -48,11 +48,11 @@ def expected(place: int, direction: str) -> tuple[Callable[..., Any], list[Tenso
     s, dtype = setup.shape, getattr(torch, setup.dtype)
     torch.manual_seed(place)
 
-    def packed() -> list[Tensor]:
-        x = torch.randn(setup.images, s.tokens, 3, s.heads, s.dim, device=DEVICE, dtype=dtype)
-        return list(x.permute(2, 0, 3, 1, 4).unbind())
+    def packed() -> Tensor:
+        shape = (setup.images, s.tokens, 3, s.heads, s.dim)
+        return torch.randn(shape, device=DEVICE, dtype=dtype)
 
-    inputs, teacher = packed(), packed()[:2]
+    inputs, teacher = [packed()], packed()
     if s.grid is not None:
         inputs.append(torch.randn(s.heads, s.dim, device=DEVICE, dtype=dtype))
     if setup.biases:
@@ -63,12 +63,14 @@ def expected(place: int, direction: str) -> tuple[Callable[..., Any], list[Tenso
         tables = rotary(s.size**2 or s.tokens, s.dim)
         rope = Rope(tables.cos.to(DEVICE), tables.sin.to(DEVICE))
 
-    def call(backend: str, q: Tensor, k: Tensor, v: Tensor, extra: Tensor | None = None) -> Any:
+    def call(backend: str, packed: Tensor, extra: Tensor | None = None) -> Any:
+        # Views of one projection, as in what is timed.
+        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind()
         window = None if s.grid is None else Window(s.grid, s.size, extra)
         if setup.kind == "maps":
-            goal = [x.to(q) for x in teacher]
+            goal_q, goal_k, _ = teacher.to(q).permute(2, 0, 3, 1, 4).unbind()
             out, loss = kdfast.attention_distill(
-                q, k, v, *goal, rope=rope, teacher_rope=rope, backend=backend
+                q, k, v, goal_q, goal_k, rope=rope, teacher_rope=rope, backend=backend
             )
             return out, 100 * loss
         bias = extra if setup.biases else None
@@ -245,6 +247,8 @@ def main() -> None:
             found = {"error": f"{type(error).__name__}: {error}"[:300]}
         _blocks.table(_blocks.architecture(DEVICE)).blocks.update(before)
         _common.choose_tiles.cache_clear()
+        if not DRY_RUN:
+            torch.cuda.empty_cache()  # the other processes are on the same device
         reply(found)
     del registered
 

@@ -161,6 +161,20 @@ def test_without_the_plugin_the_samples_are_the_same(
     assert all(row["ms"] > 0 and row["samples"] == 3 for row in found["rows"])
 
 
+def test_files_take_turns_if_asked_to(
+    tmp_path: Path, run_bench: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "bench_two.py"
+    other.write_text(CASES)
+    found = {}
+    for options in ([], ["--in-turns"]):
+        text = run_bench("--collect-only", "-q", *options, str(other))
+        entries = [line.split("::") for line in text.splitlines() if "kdfast]" in line]
+        found[len(options)] = [f"{file[6:-3]} {name[10]}" for file, name in entries]
+    assert found[0] == ["two 0", "two 1", "one 0", "one 1"]
+    assert found[1] == ["two 0", "one 0", "two 1", "one 1"]
+
+
 def test_only_what_is_selected_is_checked_and_called(
     tmp_path: Path, run_bench: Callable[..., str]
 ) -> None:

@@ -29,6 +29,9 @@ def test_wheel_holds_every_module(tmp_path: Path) -> None:
     for name in tracked("."):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
+    table = "kernels/tables/sm_00.json"
+    (source / table).parent.mkdir(exist_ok=True)
+    (source / table).write_text("{}")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
     done = subprocess.run(
         [*build, "-w", str(tmp_path), str(source)],
@@ -43,7 +46,7 @@ def test_wheel_holds_every_module(tmp_path: Path) -> None:
     modules = {f for f in tracked("kdfast", "kernels") if f.endswith(".py")}
     want = {f if f.startswith("kdfast/") else f"kdfast/{f}" for f in modules}
     assert {n for n in names if n.endswith(".py")} == want
-    assert "kdfast/py.typed" in names
+    assert {"kdfast/py.typed", f"kdfast/{table}"} <= set(names)
     top = next(n for n in names if n.endswith("top_level.txt"))
     assert zipfile.ZipFile(wheel).read(top).decode().split() == ["kdfast"]
 
