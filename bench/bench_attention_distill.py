@@ -15,8 +15,9 @@ from bench import session
 from bench.compare import Compare
 
 D = 64
-SHAPES = session.sized([(8, 8, 257), (8, 12, 197), (1, 8, 1600)], [(1, 1, 20)])
-DTYPES = session.sized([torch.float32, torch.bfloat16], [torch.float32])
+FILLING = [(64, 16, 257), (8, 16, 1600)] if torch.cuda.is_available() else []
+SHAPES = session.sized([*FILLING, (8, 8, 257), (8, 12, 197), (1, 8, 1600)], [(1, 1, 20)])
+DTYPES = session.DTYPES
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from kdfast.ops import feature_loss as op
 
 CASES = [("mse", None), ("cosine", None), ("smooth_l1", None), ("mse", "layer"), ("mse", "channel")]
 SHAPE = session.sized((64 * 257, 1024), (6, 40))
-DTYPES = session.sized([torch.float32, torch.bfloat16], [torch.float32])
+DTYPES = session.DTYPES
 
 
 @pytest.mark.candidates("kdfast", "eager", "compile", "kdfast, weight")

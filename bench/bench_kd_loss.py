@@ -15,7 +15,7 @@ from kdfast.machine.timing import Candidate
 from kdfast.ops import kd_loss as op
 
 SHAPES = session.sized([(1024, 1000), (4096, 1000), (256, 21841)], [(6, 40)])
-DTYPES = session.sized([torch.float32, torch.bfloat16], [torch.float32])
+DTYPES = session.DTYPES
 OPTIONS = (4.0, 0.7, "batchmean", 0.0, -100)
 
 

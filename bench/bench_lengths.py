@@ -15,7 +15,7 @@ from kdfast import Rope
 
 HEADS = session.sized(8, 2)
 TOKENS = session.sized([64, 197, 400, 784, 1600, 3136], [16])
-DTYPES = session.sized([torch.float32, torch.bfloat16], [torch.float32])
+DTYPES = session.DTYPES
 
 
 @pytest.mark.candidates("kdfast", "eager", "sdpa")

@@ -21,7 +21,7 @@ SHAPES = session.sized(
     [(197, 384, 1536), (197, 1536, 384), (1576, 384, 1152), (1576, 768, 3072), (1600, 1024, 2730)],
     [(6, 16, 24)],
 )
-DTYPES = session.sized([torch.float32, torch.bfloat16], [torch.float32])
+DTYPES = session.DTYPES
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 

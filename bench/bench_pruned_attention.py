@@ -45,7 +45,7 @@ SHAPES = session.sized(
 LOWERED = [(8, 12, 197), (8, 8, 257), (1, 8, 1600)]
 # Compiling takes a good part of the time of bench.gpu, so there it is for the first shapes alone.
 COMPILED = SHAPES[: 2 if HAS_CUDA else None]
-DTYPES = session.sized([torch.float32, torch.bfloat16][:: -1 if HAS_CUDA else 1], [torch.float32])
+DTYPES = session.DTYPES
 # ORION: a grid of 40 x 40 tokens in windows of 16, padded to 48.
 HEADS, SIDE, SIZE, PADDED = session.sized((16, 40, 16, 48), (1, 3, 2, 4))
 # Images or windows, heads, tokens, head dim, biases: Swin-T's first stage and BEiT-B, 8 images.

@@ -20,7 +20,7 @@ from kdfast.ops import swiglu_norm as op
 
 # ORION's MLP on one image, and a ViT-L's with 2048 hidden channels on eight.
 SHAPES = session.sized([(1600, 2730), (8 * 257, 2048)], [(6, 40)])
-DTYPES = session.sized([torch.float32, torch.bfloat16], [torch.float32])
+DTYPES = session.DTYPES
 Calls = dict[str, Callable[[], Tensor]]
 
 

@@ -21,6 +21,12 @@ def sized(full: T, tiny: T) -> T:
     return tiny if DRY_RUN else full
 
 
+# What models are trained in on a GPU comes first there, in case that time runs out.
+DTYPES = sized(
+    [torch.float32, torch.bfloat16][:: -1 if torch.cuda.is_available() else 1], [torch.float32]
+)
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile`` of a candidate for the shapes it is called with.
 
