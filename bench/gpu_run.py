@@ -25,6 +25,7 @@ from bench.gpu_stages import Settings, environment, stage
 from bench.gpu_tables import report
 from bench.rows import read
 from kdfast.machine.facts import machine_facts
+from kdfast.ops._blocks import tables_in_use
 
 # The limits want the device to themselves.
 TESTS_FILE, LIMITS_FILE = "tests/test_gpu.py", "tests/test_gpu_limits.py"
@@ -81,8 +82,9 @@ class Report:
         self.settings, self.folder = settings, folder
         self.started = time.monotonic()
         lacking = importlib.util.find_spec("pytest_benchmark") is None
-        self.facts = {"machine": machine_facts(), "dry_run": settings.dry}
-        self.facts["notes"] = [plain.NOTE] if lacking else []
+        notes = [f"- block sizes of {name}: {text}" for name, text in tables_in_use()]
+        notes += [f"- {plain.NOTE}"] if lacking else []
+        self.facts = {"machine": machine_facts(), "dry_run": settings.dry, "notes": notes}
         self.stages: dict[str, Any] = {}
 
     def write(self, working: str = "") -> dict[str, Any]:

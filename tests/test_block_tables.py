@@ -134,20 +134,25 @@ def test_what_is_no_table_is_refused(
 def test_info_names_the_table_of_every_gpu(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    title = "Block sizes of attention on GPUs"
-    assert info.tables_in_use is in_use.tables_in_use and title
+    assert info.tables_in_use is in_use.tables_in_use
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert in_use.tables_in_use() == [("tables", "no GPU")]
     monkeypatch.setenv(blocks.VARIABLE, "here.json")
     unread = "KDFAST_BLOCKS=here.json is not read without a GPU"
     assert in_use.tables_in_use() == [("tables", unread)]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(in_use, "installed", lambda: "2.7")
     monkeypatch.setattr(blocks, "architecture", lambda device: f"sm_{80 + 10 * device.index}")
     monkeypatch.setenv(blocks.VARIABLE, str(write()))
     (first, foreign), (second, mine) = in_use.tables_in_use()
     assert (first, second) == ("gpu 0, sm_80", "gpu 1, sm_90")
     assert foreign.startswith("cannot be used: ") and "it is of sm_90" in foreign
     assert mine.startswith("KDFAST_BLOCKS: ") and "made-up card" in mine
+    assert mine.endswith(
+        "; flash-attn 2.8.3 is faster for 1 kinds of calls, but 2.7 is installed: it is not taken"
+    )
+    monkeypatch.setattr(in_use, "installed", lambda: "2.8.3")
+    assert in_use.tables_in_use()[1][1].endswith("for 1 kinds of calls, and takes them")
 
 
 def test_no_gpu_has_no_architecture() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,3 +205,32 @@ def test_unknown_statements_are_refused(bench: Any) -> None:
     tree = source.ast.parse("import os\nif os.name:\n    x = 1\n")
     with pytest.raises(NotImplementedError, match=re.escape("what does this define? if os.name")):
         source.Module(tree)
+
+
+def test_a_measured_table_has_binaries_of_its_own(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cases, source = bench("gpu_cases"), bench("gpu_source")
+    before = {op: source.fingerprint(op) for op in source.fingerprints()}
+    for module in (cases, source):
+        monkeypatch.setattr(module, "FOLDER", tmp_path)
+    (tmp_path / "sm_90.json").write_text("{}")
+    found = {}
+    for arch in cases.ARCHS:
+        found[arch] = cases.traced_as(cases.Case(arch, "kd_loss", "bfloat16", 1000)).arch
+    assert found == {90: 90, 80: 80, 100: 80, 86: 80, 89: 80, 942: 942}
+    changed = {op for op, old in before.items() if source.fingerprint(op) != old}
+    assert changed == {"pruned_attention", "attention_distill"}
+
+
+def test_compiling_takes_the_table_of_the_architecture(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the device of the tensors, which are those of the CPU."""
+    aot = bench("aot")
+    call = importlib.import_module("kdfast.kernels._attention_call")
+    monkeypatch.setattr(aot.triton.knobs.runtime, "interpret", False)
+    for arch, name in ((90, "sm_90"), (aot.AMD, "gfx942")):
+        with aot._driver(arch, arch):
+            assert call.architecture(torch.device("cpu")) == name
+    assert call.architecture(torch.device("cpu")) == ""

@@ -33,6 +33,7 @@ def test_dry_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads((tmp_path / "gpu_dry_run.json").read_text())
     assert results["failed"] == results["incomplete"] == []
+    assert results["notes"][0].startswith("- block sizes of ")
     assert results["tests"]["passed"] > 25
     assert "no CUDA device" in results["tests"]["skipped"]["test_memory_is_linear_in_tokens"]
     assert set(results["stages"]) == {"tests", "limits", "probes", "benches"}

@@ -31,6 +31,7 @@ def test_report_names_every_op_and_version(capsys: pytest.CaptureFixture[str]) -
     for op in OPS:
         assert op in out
     assert f"torch                   {torch.__version__.split('+')[0]}" in out
+    assert "Block sizes of attention on GPUs" in out
     assert ("kdfast._C               built by" in out) == (EXTENSION is not None)
     assert ("not built: pure Python" in out) == (EXTENSION is None)
 

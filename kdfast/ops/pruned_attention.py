@@ -76,7 +76,8 @@ def pruned_attention(
             of the images b with ``b % G`` equal to its index; G divides B. Swin's windows, folded
             into the batch, take one each of its G biases. An entry may be -inf; a row of them gives
             a row of zeros and no gradient, as in torch. Not with ``window``.
-        backend: "auto", "fused" or "reference"; ``KDFAST_BACKEND`` if None.
+        backend: "auto", "fused" or "reference"; ``KDFAST_BACKEND`` if None. On a GPU "auto" is
+            flash-attn for what its table says is faster so, see docs/internals/gpu.md.
 
     Returns:
         (B, K, N, D) in q's dtype, in the memory order (B, N, K, D), so that
