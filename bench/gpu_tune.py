@@ -96,7 +96,7 @@ class Tuner:
         tried = {entry: self.candidates(entry, blocks) for entry, blocks in found.items()}
         count = sum(map(len, tried.values()))
         print(f"== {', '.join(name_of(e.key) for e in tried)}: round {number}, {count}", flush=True)
-        right = self.checked(tried)
+        right = self.checked(found, tried)
         better = False
         for entry, candidates in right.items():
             wins = self.compared(entry, [found[entry], *candidates])
@@ -113,13 +113,16 @@ class Tuner:
         ]
         return every[:DRY_CANDIDATES] if self.settings.dry else every
 
-    def checked(self, tried: dict[Entry, list[Blocks]]) -> dict[Entry, list[Blocks]]:
+    def checked(
+        self, found: dict[Entry, Blocks], tried: dict[Entry, list[Blocks]]
+    ) -> dict[Entry, list[Blocks]]:
         """The candidates that give right results in every call that they change."""
         questions = [
             (entry, blocks, self.question(entry, place, do="check", blocks=blocks._asdict()))
             for entry, candidates in tried.items()
             for blocks in candidates
             for place in entry.setups
+            if changes(found[entry], blocks, setups()[place])
         ]
         bad = set()
         answers = self.together([question for _, _, question in questions])
