@@ -3,15 +3,17 @@
 
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
-from bench.gpu_stages import Settings
+from bench.gpu_stages import ROOT, Settings, replace
 from bench.gpu_worker import Worker
 
 # Seconds for one answer.
 PATIENCE = 120
 # What is left of the time when no question is asked any more, to write the files.
 REST = 10
+KEPT = ROOT / "build" / "gpu"
 Question = dict[str, Any]
 Answer = dict[str, Any]
 
@@ -21,25 +23,41 @@ class OutOfTime(Exception):
 
 
 class Answers:
-    """Asks each question once: answers are kept in a file, for the next run of the command."""
+    """Asks each question once: answers are kept in a file, for the next run of the command.
 
-    def __init__(self, settings: Settings, facts: dict[str, str]) -> None:
+    A second copy is in a folder of the checkout, for a next run whose results go elsewhere.
+    """
+
+    def __init__(self, settings: Settings, facts: dict[str, str], kept: Path | None = KEPT) -> None:
+        """Reads what an earlier run has left.
+
+        Args:
+            settings: Where the file goes.
+            facts: What answers depend on besides the question: those of others are dropped.
+            kept: Folder of the second copy; None in a dry run.
+        """
         self.settings, self.facts = settings, facts
         self.path = settings.out / f"tune_{settings.name}.jsonl"
+        self.copies = [self.path]
+        if kept is not None and not settings.dry:
+            kept.mkdir(parents=True, exist_ok=True)
+            self.copies.append(kept / self.path.name)
         self.known: dict[str, Answer] = {}
         self.asked = 0
         self._lock = threading.Lock()
         self._read()
 
     def _read(self) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        found = next((path for path in self.copies if path.exists()), None)
+        lines = found.read_text(encoding="utf-8").splitlines() if found else []
         rows = [row for row in map(whole, lines) if row is not None]
         if rows and rows[0] != self.facts:
-            print(f"{self.path} is of {rows[0]}: it is begun anew", flush=True)
+            print(f"{found} is of {rows[0]}: it is begun anew", flush=True)
             rows = []
         self.known = {json.dumps(question): answer for question, answer in rows[1:]}
         text = "".join(json.dumps(row) + "\n" for row in (rows or [self.facts]))
-        self.settings.write(self.path.name, text)
+        for path in self.copies:
+            replace(path, text)
 
     def ask(self, worker: Worker, question: Question) -> Answer:
         """The answer; ``error`` alone if there is none.
@@ -59,8 +77,9 @@ class Answers:
         with self._lock:
             self.known[key] = found
             self.asked += 1
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([question, found]) + "\n")
+            for path in self.copies:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([question, found]) + "\n")
         return found
 
 

@@ -19,7 +19,10 @@ def bench() -> Any:
 
 
 @pytest.fixture
-def settings(bench: Any, tmp_path: Path) -> Any:
+def settings(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of a card, with the copies of its answers in a folder of the test."""
+    answers = bench("gpu_answers")
+    monkeypatch.setattr(answers.Answers.__init__, "__defaults__", (tmp_path / "kept",))
     return bench("gpu_stages").Settings("card", tmp_path, time.monotonic() + 1000, False)
 
 
@@ -106,6 +109,11 @@ def test_answers_are_kept(bench: Any, settings: Any) -> None:
     answers.Answers(settings, {"arch": "sm_80"}).ask(worker, question)
     assert worker.questions == [question] * 2
     assert json.loads(path.read_text().splitlines()[0]) == {"arch": "sm_80"}
+    # Results that go elsewhere.
+    path.unlink()
+    answers.Answers(settings, {"arch": "sm_80"}).ask(worker, question)
+    assert worker.questions == [question] * 2
+    assert path.read_text() == (settings.out / "kept" / path.name).read_text()
 
 
 def test_nothing_is_asked_when_time_is_up(bench: Any, tmp_path: Path) -> None:
@@ -113,7 +121,7 @@ def test_nothing_is_asked_when_time_is_up(bench: Any, tmp_path: Path) -> None:
     settings = stages.Settings("card", tmp_path, time.monotonic() + 5, False)
     worker = Asked({"right": True})
     with pytest.raises(answers.OutOfTime):
-        answers.Answers(settings, {}).ask(worker, {"do": "check"})
+        answers.Answers(settings, {}, None).ask(worker, {"do": "check"})
     assert not worker.questions
 
 
