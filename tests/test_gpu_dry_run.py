@@ -87,7 +87,9 @@ def test_dry_run_of_training(tmp_path: Path) -> None:
         ("chain tiny", "fp16", "kdfast"),
     }
     assert all(row["finite"] and row["steps"] == 2 and row["ms"] > 0 for row in results["rows"])
-    assert [run["config"] for run in results["trainers"]] == ["smoke"] or results["notes"]
+    # The teacher is trained where none is kept from an earlier run.
+    trained = {run["config"] for run in results["trainers"]}
+    assert results["notes"] or {"smoke"} <= trained <= {"smoke", "smoke teacher"}
 
 
 @pytest.fixture
