@@ -125,6 +125,18 @@ def test_tracing_state() -> None:
     assert seen == [True, False]
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exporting(strict: bool) -> None:
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if private.exporting() else x - 1
+
+    x = torch.zeros(2)
+    assert torch.compile(Asks(), fullgraph=True, backend="eager")(x)[0] == -1
+    assert torch.export.export(Asks(), (x,), strict=strict).module()(x)[0] == 1
+    assert not private.exporting()
+
+
 @onednn
 @pytest.mark.parametrize("packed", [False, True])
 def test_linear_pointwise(packed: bool) -> None:

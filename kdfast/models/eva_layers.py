@@ -27,6 +27,7 @@ from kdfast.ops._packed import (
     packed,
     tracked,
 )
+from kdfast.ops._torch_private import exporting
 from kdfast.ops.attention_distill import attention_distill
 from kdfast.ops.geometry import Rope, Window
 from kdfast.ops.linear import linear
@@ -65,7 +66,7 @@ class GatedNorm(nn.LayerNorm):
     def forward(self, gate: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
         """(B, N, P), of which the first C elements of a row count, to the same, padded with 0."""
         # An exported graph must run where kdfast is not installed.
-        backend = "reference" if torch.compiler.is_exporting() else None
+        backend = "reference" if exporting() else None
         return swiglu_norm(gate, value, self.weight, self.bias, eps=self.eps, backend=backend)
 
 
@@ -223,7 +224,7 @@ class Attention(nn.Module):
             out = no_heads(self, v)
         elif target is None:
             # An exported graph must run where kdfast is not installed.
-            backend = "reference" if torch.compiler.is_exporting() else None
+            backend = "reference" if exporting() else None
             out = pruned_attention(q, k, v, rope=rope, window=window, backend=backend)
         else:
             out, loss = attention_distill(

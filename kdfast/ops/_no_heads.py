@@ -4,6 +4,8 @@
 import torch
 from torch import Tensor, nn
 
+from kdfast.ops._torch_private import exporting
+
 
 def no_heads(module: nn.Module, context: Tensor, *inputs: Tensor | None) -> Tensor:
     """The empty output of an attention without heads, with a zero gradient to what it depends on.
@@ -17,7 +19,7 @@ def no_heads(module: nn.Module, context: Tensor, *inputs: Tensor | None) -> Tens
         context: A tensor without elements.
         inputs: What it attends to, its bias and its rotation; None is skipped.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+    if not torch.is_grad_enabled() or exporting():
         return context
     sources = [x[..., :0] for x in inputs if x is not None and x.requires_grad]
     sources += [p.flatten()[:0] for p in module.parameters() if p.requires_grad]

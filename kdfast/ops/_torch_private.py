@@ -32,6 +32,7 @@ __all__ = [
     "any_requires_grad",
     "current_function_mode",
     "dispatch_modes",
+    "exporting",
     "forward_level",
     "functorch_active",
     "graph_is_kept",
@@ -91,6 +92,13 @@ FLASH_ATTENTION: dict[Any, Any] = {
 def forward_level() -> int:
     """The nesting of forward-mode derivatives; -1 outside of them."""
     return forward_ad._current_level
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` records; ``torch.compiler.is_exporting`` says so of every
+    ``torch.compile`` before torch 2.12."""
+    flag: bool = torch.compiler._is_exporting_flag
+    return flag
 
 
 def is_compiled(module: nn.Module) -> bool:

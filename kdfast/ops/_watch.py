@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 from kdfast.ops._torch_private import (
     FakeTensor,
     FunctionalTensor,
+    exporting,
     forward_level,
     functorch_active,
     tracing_state,
@@ -32,7 +33,7 @@ def traced() -> bool:
     ``torch.compile``.
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return exporting()
     return tracing_state() is not None
 
 

@@ -38,7 +38,7 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     parts = split(q.shape[2], k.shape[2])
     usable = q.device.type == "cpu" and "cpu" in FUSED_ON and DEFAULT_BACKEND != "reference"
-    if parts < 2 or not usable or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if parts < 2 or not usable or torch.compiler.is_compiling():
         return scaled_dot_product_attention(q, k, v)
     out: Tensor = _SplitKeys.apply(q, k, v, parts)
     return out
