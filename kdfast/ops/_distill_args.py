@@ -34,12 +34,13 @@ class Distillation(NamedTuple):
     temperature: float
     kind: str
 
-    @property
     def map_scales(self) -> tuple[float, float]:
-        """What multiplies the scores of the student's and of the teacher's map."""
+        """What multiplies the scores of the student's and of the teacher's map.
+
+        No property: torch.compile of torch 2.10 does not ask those of a named tuple.
+        """
         return self.scale / self.temperature, self.teacher_scale / self.temperature
 
-    @property
     def map_elements(self) -> int:
         """Elements of all maps of one side."""
         batch, _, tokens, _ = self.q.shape

@@ -33,7 +33,7 @@ def by_gram(call: Distillation, fused: bool) -> tuple[Tensor, Tensor]:
         window=call.window,
         backend="fused" if fused else "reference",
     )
-    loss = _logit_gram.logit_mse(*call.student(), *call.teacher(), *call.map_scales, call.window)
+    loss = _logit_gram.logit_mse(*call.student(), *call.teacher(), *call.map_scales(), call.window)
     return out, loss
 
 
@@ -58,7 +58,7 @@ def by_kernel(call: Distillation) -> tuple[Tensor, Tensor]:
 def composed_pays(call: Distillation) -> bool:
     """Whether ``composed`` gives the loss, and whole maps would take more than 1 GiB."""
     possible = call.kind == "kl" and call.window is None
-    return possible and call.map_elements > _distill_composed.MOST_ELEMENTS
+    return possible and call.map_elements() > _distill_composed.MOST_ELEMENTS
 
 
 def composed(call: Distillation) -> tuple[Tensor, Tensor]:
@@ -68,5 +68,5 @@ def composed(call: Distillation) -> tuple[Tensor, Tensor]:
     out = F.scaled_dot_product_attention(q, k, v, scale=call.scale).to(q.dtype)
     dtype = attention.math_dtype(q.dtype)
     q, k, teacher_q, teacher_k = (x.to(dtype) for x in (q, k, teacher_q, teacher_k))
-    rows = _distill_composed.row_kl(q, k, teacher_q, teacher_k, *call.map_scales)
+    rows = _distill_composed.row_kl(q, k, teacher_q, teacher_k, *call.map_scales())
     return out, rows.sum() / max(rows.numel(), 1)
