@@ -286,12 +286,19 @@ def releases(found: Iterable[dict[str, Any]]) -> str:
         versions = [packages[n] or "none" for n in ("triton", "numpy", "transformers")]
         skipped = sum(tests["skipped"].values())
         counts = [tests["passed"], skipped, len(tests["failed"])]
-        run = [machine["commit"], machine["date"]]
-        rows.append([machine["torch"], *versions, machine["python"], *counts, *run])
+        when = [machine["commit"], machine["date"]]
+        rows.append([machine["torch"], *versions, machine["python"], *counts, *when])
         lacks += [
             wrapped(f"- {reason}: {count} test{'s' * (count > 1)}", "  ")
             for reason, count in tests["skipped"].items()
             if reason.startswith(LACKING)
+        ]
+        for run in tests.get("again", []):
+            count = len(run["tests"])
+            note = f"- torch {machine['torch']}: {count} of the tests ran again, mended, at commit "
+            lacks.append(wrapped(f"{note}{run['commit']}", "  "))
+        lacks += [
+            wrapped(f"- torch {machine['torch']} fails `{name}`", "  ") for name in tests["failed"]
         ]
     header = ["torch", "triton", "NumPy", "transformers", "Python", "passed", "skipped", "failed"]
     return "\n".join([markdown([*header, "commit", "date"], rows), "", *(dict.fromkeys(lacks))])

@@ -4,8 +4,9 @@
 The last commit is cloned into build/torch-2.11.0/source and installed, its extension built, into a
 venv beside that, so neither the checkout nor the build for another torch is touched. The result
 is bench/results/torch_2.11.0.json, of which `python -m bench.documents` makes the table of
-docs/use/compatibility.md. More arguments go to pytest; no result is written then. pip takes its
-settings as always, such as PIP_INDEX_URL for wheels without CUDA.
+docs/use/compatibility.md. After a mend ARGS=--failed runs those again that failed in that file, and
+notes the commit that they ran at. More arguments go to pytest; no result is written then. pip takes
+its settings as always, such as PIP_INDEX_URL for wheels without CUDA.
 """
 
 from __future__ import annotations
@@ -96,27 +97,58 @@ def main(argv: Sequence[str]) -> int:
     """Installs, tests, and writes the result of a whole run."""
     parser = argparse.ArgumentParser(prog="make test-torch", description=__doc__)
     parser.add_argument("torch", help="a release, such as 2.11.0")
+    parser.add_argument(
+        "--failed", action="store_true", help="only the tests that failed in the stored result"
+    )
     options, more = parser.parse_known_args(argv)
     version: str = options.torch
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
         parser.error(f"TORCH must be a release such as 2.11.0, got {version!r}")
+    path, before = RESULTS / f"torch_{version}.json", None
+    if options.failed:
+        if more or not path.is_file():
+            parser.error(f"--failed takes no more arguments and needs {path}, of a whole run")
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if not before["tests"]["failed"]:
+            parser.error(f"nothing failed in {path}")
     folder = ROOT / "build" / f"torch-{version}"
     programs = installed(version, folder)
     source, report = folder / "source", folder / "junit.xml"
     report.unlink(missing_ok=True)
     settings = {"KDFAST_SHARED": str(ROOT.parent / "shared"), **os.environ}
     command = [programs / "pytest", "-n", "2", "-m", "not slow", f"--junitxml={report}"]
-    begun = time.monotonic()
-    done = subprocess.run([*command, *(more or ["tests"])], cwd=source, env=settings, check=False)
+    again = [] if before is None else [node(name) for name in before["tests"]["failed"]]
+    begun, tests = time.monotonic(), again or more or ["tests"]
+    done = subprocess.run([*command, *tests], cwd=source, env=settings, check=False)
     if more or not report.exists():
         return done.returncode
     asked = [programs / "python", "-c", FACTS]
     facts = json.loads(subprocess.run(asked, cwd=source, stdout=-1, check=True).stdout)
-    result = {**facts, "tests": outcome(report, time.monotonic() - begun)}
-    path = RESULTS / f"torch_{version}.json"
+    found = outcome(report, time.monotonic() - begun)
+    whole = {**facts, "tests": found}
+    result = whole if before is None else mended(before, found, facts["machine"]["commit"])
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{path}: written; `python -m bench.documents` puts it into the table")
     return done.returncode
+
+
+def node(name: str) -> str:
+    """What pytest calls a test that a JUnit file names ``tests.test_x::test_y``."""
+    place, _, test = name.partition("::")
+    return f"{place.replace('.', '/')}.py::{test}"
+
+
+def mended(before: dict[str, Any], found: dict[str, Any], commit: str) -> dict[str, Any]:
+    """A result with the outcome of those tests that failed in it and ran again."""
+    tests, skipped = before["tests"], Counter(before["tests"]["skipped"])
+    skipped.update(found["skipped"])
+    now = {
+        "passed": tests["passed"] + found["passed"],
+        "skipped": dict(sorted(skipped.items())),
+        "failed": found["failed"],
+        "again": [*tests.get("again", []), {"commit": commit, "tests": tests["failed"]}],
+    }
+    return before | {"tests": tests | now}
 
 
 if __name__ == "__main__":

@@ -41,18 +41,18 @@ def test_outcome_of_a_report(tmp_path: Path) -> None:
 
 def test_table_is_oldest_first_and_says_what_is_lacking() -> None:
     other = {"no CUDA device": 40, "triton 3.6 cannot": 1}
-    lines = documents.releases(
-        [
-            result("2.14.1+cu130", 50, {"no CUDA device": 40}, []),
-            result("2.9.0", 48, {**other, "torch 2.9 has no operator": 2}, ["a::c"]),
-        ]
-    ).splitlines()
+    old = result("2.9.0", 48, {**other, "torch 2.9 has no operator": 2}, ["a::c"])
+    old["tests"]["again"] = [{"commit": "def", "tests": ["a::c", "a::d"]}]
+    new = result("2.14.1+cu130", 50, {"no CUDA device": 40}, [])
+    lines = documents.releases([new, old]).splitlines()
     assert lines[2] == "| 2.9.0 | 3.6.0 | 2.4.6 | none | 3.11.7 | 48 | 43 | 1 | abc | 2000-01-02 |"
     assert lines[3].startswith("| 2.14.1+cu130 | 3.6.0 | 2.4.6 | none | 3.11.7 | 50 | 40 | 0 |")
     assert lines[4:] == [
         "",
         "- triton 3.6 cannot: 1 test",
         "- torch 2.9 has no operator: 2 tests",
+        "- torch 2.9.0: 2 of the tests ran again, mended, at commit def",
+        "- torch 2.9.0 fails `a::c`",
     ]
 
 
@@ -83,7 +83,7 @@ def test_whole_runs_leave_a_result_and_parts_none(
     programs = tmp_path / "build" / "torch-2.9.0" / "venv" / "bin"
     programs.mkdir(parents=True)
     (tmp_path / "build" / "torch-2.9.0" / "source").mkdir()
-    facts = {"machine": {"torch": "2.9.0"}, "packages": {}}
+    facts = {"machine": {"torch": "2.9.0", "commit": "abc"}, "packages": {}}
     report = tmp_path / "build" / "torch-2.9.0" / "junit.xml"
     scripts = {
         "pytest": f"printf '%s ' \"$@\"; echo; echo '{JUNIT}' > {report}; exit 1",
@@ -102,6 +102,32 @@ def test_whole_runs_leave_a_result_and_parts_none(
     assert versions.main(["2.9.0"]) == 1
     written = json.loads((tmp_path / "torch_2.9.0.json").read_text())
     assert written["machine"] == facts["machine"] and written["tests"]["passed"] == 1
+    # Of the two that failed one passes now.
+    mended = """<testsuites><testcase classname="a" name="c"/>
+<testcase classname="a" name="d"><error message="broken"/></testcase></testsuites>"""
+    script = f"#!/bin/sh\nprintf '%s ' \"$@\"; echo '{mended}' > {report}; exit 1\n"
+    (programs / "pytest").write_text(script)
+    assert versions.main(["2.9.0", "--failed"]) == 1
+    assert "a.py::c a.py::d" in capfd.readouterr().out
+    again = json.loads((tmp_path / "torch_2.9.0.json").read_text())["tests"]
+    assert (again["passed"], again["failed"]) == (2, ["a::d"])
+    assert again["again"] == [{"commit": "abc", "tests": ["a::c", "a::d"]}]
+
+
+@pytest.mark.parametrize("stored", [None, []])
+def test_nothing_to_run_again(
+    stored: list[str] | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(versions, "RESULTS", tmp_path)
+    if stored is not None:
+        (tmp_path / "torch_2.9.0.json").write_text(json.dumps(result("2.9.0", 1, {}, stored)))
+    with pytest.raises(SystemExit, match="2"):
+        versions.main(["2.9.0", "--failed"])
+    said = capsys.readouterr().err
+    assert ("needs" if stored is None else "nothing failed in") in said
 
 
 def test_runs_without_packages() -> None:
