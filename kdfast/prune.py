@@ -96,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
         description="Prunes the attention heads (and MLPs) of a ViT, saves it and times it.",
     )
     p.add_argument("--model", required=True, help=MODEL_HELP)
+    p.add_argument("--checkpoint", metavar="FILE", help="weights for the name in --model")
     p.add_argument("--out", required=True, type=Path, help="folder to write")
     p.add_argument("--keep", type=number, help="0.5, if left out: fraction; 6: heads per block")
     p.add_argument("--mlp-keep", type=number, help="the same for hidden units; all if left out")
@@ -152,8 +153,8 @@ def run(options: argparse.Namespace) -> None:
     check(options)
     torch.manual_seed(options.seed)
     with asked(OSError, ValueError, ImportError):
-        model = load_model(options.model, pretrained=options.pretrained)
-    if is_random(options.model, pretrained=options.pretrained):
+        model = load_model(options.model, options.checkpoint, options.pretrained)
+    if is_random(options.model, options.checkpoint, pretrained=options.pretrained):
         print("note: the weights are random; --pretrained or a folder brings trained ones")
     with asked(TypeError, ValueError):
         anatomy = anatomy_of("kdfast.prune", model)

@@ -138,7 +138,7 @@ def test_errors_of_the_model_are_not_hidden(
         raise kind("the model's own fault")
 
     model.patch_embed.register_forward_pre_hook(fail)
-    monkeypatch.setattr("kdfast.sources.models.load_pretrained", lambda _: model)
+    monkeypatch.setattr("kdfast.resolve.models.load_pretrained", lambda _: model)
     # With "magnitude" its first pass is the last step, the timing.
     monkeypatch.setattr(prune, "pruning_report", lambda *_, **__: None)
     with pytest.raises(kind, match="^the model's own fault$"):
@@ -167,7 +167,7 @@ def test_mean_context_needs_biases(
 ) -> None:
     model = load_pretrained(model_folder)
     model.blocks[1].mlp.fc2.bias = model.blocks[0].attn.proj.bias = None
-    monkeypatch.setattr("kdfast.sources.models.load_pretrained", lambda _: model)
+    monkeypatch.setattr("kdfast.resolve.models.load_pretrained", lambda _: model)
     for more, names in (({}, "blocks.0.attn"), ({"mlp-keep": 2}, "blocks.0.attn, blocks.1.mlp")):
         assert main([*arguments(model_folder, tmp_path / "out", **more), "--mean-context"]) == 2
         error = capsys.readouterr().err

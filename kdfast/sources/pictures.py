@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from kdfast.machine.limits import MAX_PIXELS
 from kdfast.models.eva import EVAViT
-from kdfast.sources.error import SourceError
+from kdfast.pruning.families import anatomy_of
+from kdfast.resolve.error import SourceError
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 Transform = Callable[[Image.Image], Tensor]
@@ -51,6 +52,18 @@ def transform_of(model: nn.Module, size: tuple[int, int] | None = None) -> Trans
         config = {**config, "input_size": (3, *size)}
     transform: Transform = create_transform(**config, is_training=False)
     return transform
+
+
+def picture_size(model: nn.Module) -> tuple[int, int]:
+    """(height, width) of the pictures that a model was built for."""
+    try:
+        return anatomy_of("picture_size", model).adapter.image_size(model)
+    except TypeError:  # no model that can be pruned
+        if hasattr(model, "pretrained_cfg"):
+            height, width = resolve_model_data_config(model)["input_size"][1:]
+            return height, width
+        side = getattr(getattr(model, "config", model), "image_size", 224)
+        return (side, side) if isinstance(side, int) else tuple(side)
 
 
 def _orion(size: tuple[int, int]) -> Transform:
