@@ -27,7 +27,7 @@ def _check_recovery(config: Config) -> list[str]:
         found += _check_frames(config)
     elif config.distill.vl:
         found.append(f"distill.vl: needs the heads of data.kind frames, got {data.kind}")
-    if teacher.checkpoint is not None and not Path(teacher.checkpoint).expanduser().is_file():
+    if teacher.checkpoint is not None and not _is_model(teacher.checkpoint, data.kind):
         found.append(f"teacher.checkpoint: no such file: {teacher.checkpoint}")
     if data.kind != "scenes" and data.root is None:
         found.append(f"data.root: {data.kind} needs a folder")
@@ -38,6 +38,12 @@ def _check_recovery(config: Config) -> list[str]:
     if config.distill.feature + config.distill.attention + config.distill.output == 0:
         found.append("distill: feature, attention and output must not all be 0")
     return found + _check_device(run.device, run.precision, "run.")
+
+
+def _is_model(checkpoint: str, kind: str) -> bool:
+    """Whether a teacher is there: a file, or a saved model's folder, which has no heads."""
+    path = Path(checkpoint).expanduser()
+    return path.is_file() or (kind != "frames" and (path / "config.json").is_file())
 
 
 def _check_frames(config: Config) -> list[str]:

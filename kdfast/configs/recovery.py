@@ -106,7 +106,8 @@ class TeacherConfig:
     """Where the teacher comes from.
 
     Attributes:
-        checkpoint: ORION checkpoint or a file of ``save_backbone``; null: train it, see ``fit``.
+        checkpoint: ORION checkpoint, a file of ``save_backbone``, or a folder of ``kdfast prune``;
+            null: train it, see ``fit``.
         fit: Training of the teacher; null where there is a checkpoint.
         cache: Folder that keeps trained teachers for the next run.
     """

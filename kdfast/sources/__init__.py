@@ -9,20 +9,18 @@ from kdfast.resolve import (
     load_model,
     load_saved,
 )
-from kdfast.sources.pictures import (
-    image_batches,
-    load_images,
-    noise,
-    picture_size,
-    transform_of,
-)
+from kdfast.sources.judged import JudgedPictures, judged_pictures
+from kdfast.sources.pictures import image_batches, load_images, noise, transform_of
+from kdfast.sources.size import picture_size
 
 __all__ = [
+    "JudgedPictures",
     "MODEL_HELP",
     "SourceError",
     "check_model_name",
     "image_batches",
     "is_random",
+    "judged_pictures",
     "load_images",
     "load_model",
     "load_saved",

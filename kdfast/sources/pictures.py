@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from kdfast.machine.limits import MAX_PIXELS
 from kdfast.models.eva import EVAViT
-from kdfast.pruning.families import anatomy_of
 from kdfast.resolve.error import SourceError
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -54,18 +53,6 @@ def transform_of(model: nn.Module, size: tuple[int, int] | None = None) -> Trans
     return transform
 
 
-def picture_size(model: nn.Module) -> tuple[int, int]:
-    """(height, width) of the pictures that a model was built for."""
-    try:
-        return anatomy_of("picture_size", model).adapter.image_size(model)
-    except TypeError:  # no model that can be pruned
-        if hasattr(model, "pretrained_cfg"):
-            height, width = resolve_model_data_config(model)["input_size"][1:]
-            return height, width
-        side = getattr(getattr(model, "config", model), "image_size", 224)
-        return (side, side) if isinstance(side, int) else tuple(side)
-
-
 def _orion(size: tuple[int, int]) -> Transform:
     from kdfast.data.views.preprocess import preprocess
 
@@ -86,10 +73,11 @@ def load_images(paths: Sequence[str | Path], transform: Transform, flag: str = "
     Raises:
         SourceError: A file is missing or is no picture.
     """
-    return torch.stack(list(_read(paths, transform, flag)))
+    return torch.stack(list(read_pictures(paths, transform, flag)))
 
 
-def _read(paths: Iterable[str | Path], transform: Transform, flag: str) -> Iterator[Tensor]:
+def read_pictures(paths: Iterable[str | Path], transform: Transform, flag: str) -> Iterator[Tensor]:
+    """Pictures of files one by one, preprocessed; a SourceError names the option and the file."""
     for path in paths:
         try:
             with Image.open(path) as file:
@@ -134,13 +122,13 @@ def image_batches(
     if folder is None:
         images = _normalised(model, scenes(size, count))
     else:
-        images = _read(_spread(folder, count, flag), transform_of(model, size), flag)
+        images = read_pictures(spread(folder, count, flag), transform_of(model, size), flag)
     dtype = next(model.parameters()).dtype
     while some := list(islice(images, batch_size)):
         yield torch.stack(some).to(dtype)
 
 
-def _spread(folder: Path, count: int, flag: str) -> list[Path]:
+def spread(folder: Path, count: int, flag: str) -> list[Path]:
     """Up to ``count`` pictures at equal distances in the sorted list of all."""
     from kdfast.data.files import SUFFIXES, list_images
 
