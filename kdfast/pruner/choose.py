@@ -71,9 +71,10 @@ def by_scores(work: Work, scores: Scored, keep: Keep | Path) -> Chosen:
             heads = select_heads(scores.heads, keep, options.scope)
         if scores.units is not None:
             units = select_heads(scores.units, options.mlp_keep, options.scope)
-    words = counted(heads, work.heads)
-    words += "" if units is None else f", {counted(units, work.units, 'hidden units')}"
-    print(f"keep {_shown(keep)}: {words}")
+    print(f"keep {_shown(keep)}: {counted(heads, work.heads)}")
+    if units is not None and (options.sweep is None or keep == options.sweep[-1]):
+        words = counted(units, work.units, "hidden units")
+        print(f"mlp-keep {_shown(options.mlp_keep)}: {words}")
     return Chosen(scores.heads, heads, units)
 
 

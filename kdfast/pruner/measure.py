@@ -39,16 +39,22 @@ class Measured:
     original_bytes: int
 
 
-def measured(work: Work, chosen: Chosen, pruned: nn.Module, images: Tensor) -> Measured:
-    """Counts, times on ``images`` and quality of a pruned model."""
+def measured(
+    work: Work, chosen: Chosen, pruned: nn.Module, latency: dict[str, Latency]
+) -> Measured:
+    """Counts and quality of a pruned model beside its times."""
     keep = [[len(row) for row in chosen.heads]]
     mlp_keep = None if chosen.units is None else [len(row) for row in chosen.units]
     report = pruning_report(work.model, keep, mlp_keep=mlp_keep)
     params = sum(p.numel() for p in pruned.parameters())
-    whole, small = _as_type(work.model, images), _as_type(pruned, images)
-    times = latencies(whole, small, images, work.options.rounds)
     size = tensor_bytes(dict(work.model.state_dict()))
-    return Measured(report, params, times, _quality(work, pruned), size)
+    return Measured(report, params, latency, _quality(work, pruned), size)
+
+
+def timed(work: Work, pruned: nn.Module, images: Tensor) -> dict[str, Latency]:
+    """Times of the original and of a pruned model, in the type of the images."""
+    whole, small = _as_type(work.model, images), _as_type(pruned, images)
+    return latencies(whole, small, images, work.options.rounds)
 
 
 def file_bytes(folder: Path) -> int:

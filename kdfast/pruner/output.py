@@ -33,6 +33,9 @@ from kdfast.pruning.tables import costs, outcome, site_errors
 
 FILES = ("model.safetensors", CONFIG, "scores.json", "heads.png", "report.json")
 
+# Times whose quartiles are further apart, as a share of the median, say little.
+BUSY = 0.25
+
 
 def save(
     out: Path,
@@ -132,9 +135,11 @@ def pictured(found: Measured, images: Tensor) -> str:
 def timing(latency: dict[str, Latency], rounds: int) -> str:
     """How the times were taken, in words."""
     spread = max(value.iqr / value.ms for value in latency.values())
+    busy = " (the machine is busy: time again with it alone)" if spread > BUSY else ""
+    count = torch.get_num_threads()
     return (
         f"times: medians of {rounds} alternating rounds on {cpu_name()}, {processor().name}, "
-        f"{torch.get_num_threads()} threads; quartiles within {spread:.0%}"
+        f"{count} thread{'s' * (count > 1)}; quartiles within {spread:.0%}{busy}"
     )
 
 
@@ -143,7 +148,7 @@ def judged(work: Work) -> str:
     if work.judged is None:
         return "not measured; --data FOLDER has pictures for it"
     if work.judged.labels is not None:
-        return f"{work.judged.origin}, whose folders are the classes"
+        return f"{work.judged.origin}; folders are classes"
     return work.judged.origin
 
 

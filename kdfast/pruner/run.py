@@ -10,7 +10,7 @@ import torch
 
 from kdfast.pruner.checks import by_latency, check
 from kdfast.pruner.choose import by_scores, cut, for_latency, scored
-from kdfast.pruner.measure import measured
+from kdfast.pruner.measure import measured, timed
 from kdfast.pruner.output import save, show
 from kdfast.pruner.sweep import sweep
 from kdfast.pruner.work import Work, prepare
@@ -40,9 +40,9 @@ def _prune(work: Work) -> None:
         chosen = by_scores(work, scored(work), options.keep)
     pruned, errors = cut(work, chosen)
     dropped = drop_blocks(pruned) if chosen.outcome else DropReport([], {})
-    found = measured(work, chosen, pruned, images)
+    latency = timed(work, pruned, images)
+    found = measured(work, chosen, pruned, latency)
     if chosen.outcome is not None:
-        latency = found.latency
         dense = latency.get("before, fused", latency["before"])
         outcome = replace(chosen.outcome, dense=dense, pruned=latency["pruned, fused"])
         chosen = chosen._replace(outcome=outcome)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdfast.machine.files import replacing, write_text
 from kdfast.pruner.checks import UsageError, asked
-from kdfast.pruner.choose import Chosen, Scored, by_scores, cut, scored
+from kdfast.pruner.choose import Chosen, by_scores, cut, scored
 from kdfast.pruner.measure import Measured, file_bytes, measured
 from kdfast.pruner.output import (
     facts,
@@ -26,12 +26,14 @@ from kdfast.pruner.work import Work
 from kdfast.pruning.constant import DropReport
 from kdfast.pruning.folder import CONFIG
 from kdfast.pruning.keep import counted
-from kdfast.pruning.latency import Latency
+from kdfast.pruning.latency import Latency, together
 from kdfast.pruning.quality import Quality
 from kdfast.pruning.tables import empty_table
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+PRUNED = "pruned, not trained afterwards"
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,7 @@ def sweep(work: Work) -> None:
     held = [str(path) for path in folders.values() if (path / CONFIG).exists()]
     if held and not options.overwrite:
         raise UsageError(f"--out: {', '.join(held)} holds a model already; --overwrite replaces it")
-    scores = scored(work)
-    points = [_point(work, scores, keep, folder) for keep, folder in folders.items()]
+    points = _points(work, folders)
     with asked(OSError):
         content = facts(options) | {
             "points": [
@@ -84,12 +85,23 @@ def sweep(work: Work) -> None:
     _show(work, points, drawn)
 
 
-def _point(work: Work, scores: Scored, keep: int | float, folder: Path) -> Point:
-    chosen = by_scores(work, scores, keep)
-    pruned, errors = cut(work, chosen)
-    found = measured(work, chosen, pruned, work.images)
-    save(folder, work, chosen, pruned, found, errors, DropReport([], {}))
-    return Point(keep, folder, chosen, found, file_bytes(folder))
+def _points(work: Work, folders: dict[int | float, Path]) -> list[Point]:
+    """Every pruned model, measured and saved; all are timed in the same rounds."""
+    scores = scored(work)
+    chosen = {keep: by_scores(work, scores, keep) for keep in folders}
+    cuts = {keep: cut(work, choice) for keep, choice in chosen.items()}
+    names = {keep: f"keep {keep:g}" for keep in folders}
+    models = {names[keep]: model for keep, (model, _) in cuts.items()}
+    times = together(work.model, models, work.images, work.options.rounds)
+    points = []
+    for keep, folder in folders.items():
+        model, errors = cuts[keep]
+        latency = {name: row for name, row in times.items() if name not in names.values()}
+        latency["pruned, fused"] = times[names[keep]]
+        found = measured(work, chosen[keep], model, latency)
+        save(folder, work, chosen[keep], model, found, errors, DropReport([], {}))
+        points.append(Point(keep, folder, chosen[keep], found, file_bytes(folder)))
+    return points
 
 
 def _show(work: Work, points: list[Point], drawn: bool) -> None:
@@ -100,6 +112,8 @@ def _show(work: Work, points: list[Point], drawn: bool) -> None:
     console.print(sweep_table(work, points, title))
     console.print(timing(first.latency, work.options.rounds), highlight=False)
     console.print(f"quality: {judged(work)}", highlight=False)
+    if first.quality is not None and first.quality.agreement is not None:
+        console.print("agree: share of them in the class that the original gives", highlight=False)
     for point in points:
         print(point.folder)
     print(work.options.out / "sweep.json")
@@ -123,7 +137,7 @@ def sweep_table(work: Work, points: list[Point], title: str) -> Table:
     table.add_row("all", heads, params, size, f"{base.ms:.2f}", "", *whole)
     for p in points:
         kept = sum(map(len, p.chosen.heads))
-        share = f"{kept:,} ({kept / max(1, sum(work.heads)):.0%})"
+        share = f"{kept:,} ({100 * kept / max(1, sum(work.heads)):.0f} %)"
         speed = f"{base.ms / p.latency.ms:.2f}x"
         cells = [share, f"{p.found.params / 1e6:.2f}M", f"{p.bytes / 1e6:.1f}"]
         cells += [f"{p.latency.ms:.2f}", speed, *_cells(p.found.quality, names)]
@@ -135,7 +149,7 @@ def _names(quality: Quality | None) -> list[str]:
     """Columns of the quality that was measured."""
     if quality is None:
         return []
-    values = {"cosine": quality.cosine, "same class": quality.agreement, "top-1": quality.accuracy}
+    values = {"cosine": quality.cosine, "agree": quality.agreement, "top-1": quality.accuracy}
     return [name for name, value in values.items() if value is not None]
 
 
@@ -143,9 +157,9 @@ def _cells(quality: Quality | None, names: list[str], *, original: bool = False)
     if quality is None:
         return []
     top1 = quality.original if original else quality.accuracy
-    values = {"cosine": quality.cosine, "same class": quality.agreement}
+    values = {"cosine": quality.cosine, "agree": quality.agreement}
     if original:
-        values = {"cosine": 1.0, "same class": 1.0}
+        values = {"cosine": 1.0, "agree": 1.0}
     shares = {name: f"{value or 0:.3f}" for name, value in {**values, "top-1": top1}.items()}
     return [shares[name] for name in names]
 
@@ -160,22 +174,24 @@ def draw_sweep(work: Work, points: list[Point], path: Path) -> bool:
         return False
     name, _ = quality.main
     base = points[0].found.latency
-    whole = (base.get("before, fused", base["before"]).ms, _whole(quality))
+    whole = (base.get("before, fused", base["before"]).ms, 100 * _whole(quality))
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    places = [(p.latency.ms, p.found.quality.main[1]) for p in points if p.found.quality]
-    axes.plot(*zip(*places, strict=True), "o-", color="tab:blue", label="pruned, not trained")
+    places = [(p.latency.ms, 100 * p.found.quality.main[1]) for p in points if p.found.quality]
+    spread = [p.latency.iqr / 2 for p in points if p.found.quality]
+    axes.axhline(whole[1], color="black", linewidth=1, linestyle=":")
+    axes.errorbar(*zip(*places, strict=True), xerr=spread, fmt="o-", capsize=3, label=PRUNED)
     axes.plot(*whole, "s", color="black", label="original, accelerated")
     for p, place in zip(points, places, strict=True):
-        kept = counted(p.chosen.heads, work.heads).replace(" in every block", "")
-        text = f"keep {p.keep:g}\n{kept.replace(' in all blocks', '')}"
-        _label(axes, text, place)
+        kept = counted(p.chosen.heads, work.heads)
+        kept = kept.replace(" in every block", "").replace(" in all blocks", "")
+        _label(axes, f"keep {p.keep:g}: {kept}", place)
     _label(axes, "original", whole)
     _frame(axes, [*places, whole], name)
     axes.set_title(f"{shown_name(work.options)}: {name} over latency", fontsize=11)
-    axes.set_xlabel(f"median ms of {pictured(points[0].found, work.images)}, measured")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.set_xlabel(f"median ms of {pictured(points[0].found, work.images)}, with quartiles")
+    axes.legend(loc="best", fontsize=8)
     with replacing(path) as partial:
         figure.savefig(partial, dpi=120)
     return True
@@ -187,19 +203,17 @@ def _whole(quality: Quality) -> float:
 
 
 def _label(axes: Any, text: str, place: tuple[float, float]) -> None:
-    axes.annotate(
-        text, place, xytext=(0, 8), textcoords="offset points", fontsize=8, ha="center", va="bottom"
-    )
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+    style: dict[str, Any] = {"fontsize": 8, "ha": "center", "va": "bottom", "bbox": box}
+    axes.annotate(text, place, xytext=(0, 8), textcoords="offset points", **style)
 
 
 def _frame(axes: Any, places: list[tuple[float, float]], name: str) -> None:
-    """Limits with room for the labels, from zero where a share is that low."""
+    """Limits with room for the labels and for the legend."""
     xs, ys = zip(*places, strict=True)
-    room, height = 0.15 * (max(xs) - min(xs)) or 1.0, (max(ys) - min(ys)) or 0.1
+    room, height = 0.2 * (max(xs) - min(xs)) or 1.0, (max(ys) - min(ys)) or 10.0
     axes.set_xlim(min(xs) - room, max(xs) + room)
-    axes.set_ylim(
-        max(0.0 if min(ys) >= 0 else -1.0, min(ys) - 0.15 * height), max(ys) + 0.3 * height
-    )
+    axes.set_ylim(min(ys) - 0.25 * height, max(ys) + 0.25 * height)
     axes.ticklabel_format(useOffset=False)
-    axes.set_ylabel(f"{name} (higher is better)")
+    axes.set_ylabel(f"{name}, % (higher is better)")
     axes.grid(alpha=0.3)

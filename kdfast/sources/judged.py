@@ -67,7 +67,11 @@ def judged_pictures(
     some = fresh or everything
     paths = some[:: max(1, len(some) // count)][:count]
     origin = f"{len(paths)} pictures of {held_out}"
-    origin += "" if fresh else ", on which it was chosen and fitted, too: there are no others"
+    origin += (
+        ", none of which it was chosen or fitted on"
+        if fresh
+        else ", which it was also chosen and fitted on: there are no others"
+    )
     dtype = next(model.parameters()).dtype
     images = read_pictures(paths, transform_of(model, size), flag)
     batches = []
