@@ -33,6 +33,12 @@ def _check_recovery(config: Config) -> list[str]:
         found.append(f"data.root: {data.kind} needs a folder")
     elif data.kind not in ("scenes", "frames") and not Path(str(data.root)).expanduser().is_dir():
         found.append(f"data.root: no such folder: {data.root}")
+    prune = config.prune
+    if prune.heads is not None and not Path(prune.heads).expanduser().is_file():
+        found.append(f"prune.heads: no such file: {prune.heads}")
+    for name in ("keep", "mlp_keep"):
+        if prune.scope == "global" and isinstance(getattr(prune, name), tuple):
+            found.append(f"prune.{name}: a number for each block needs prune.scope block")
     if data.cache and data.augment:
         found.append("data.cache: needs data.augment false, got true")
     if config.distill.feature + config.distill.attention + config.distill.output == 0:
