@@ -181,7 +181,8 @@ def draw_sweep(work: Work, points: list[Point], path: Path) -> bool:
     places = [(p.latency.ms, 100 * p.found.quality.main[1]) for p in points if p.found.quality]
     spread = [p.latency.iqr / 2 for p in points if p.found.quality]
     axes.axhline(whole[1], color="black", linewidth=1, linestyle=":")
-    axes.errorbar(*zip(*places, strict=True), xerr=spread, fmt="o-", capsize=3, label=PRUNED)
+    xs, ys = ([place[axis] for place in places] for axis in (0, 1))
+    axes.errorbar(xs, ys, xerr=spread, fmt="o-", capsize=3, label=PRUNED)
     axes.plot(*whole, "s", color="black", label="original, accelerated")
     for p, place in zip(points, places, strict=True):
         kept = counted(p.chosen.heads, work.heads)

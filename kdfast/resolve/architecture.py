@@ -131,10 +131,11 @@ def with_classes(model: nn.Module, classes: int, name: str) -> nn.Module:
     old: Any = model.get_submodule(names[0])
     new = nn.Linear(old.in_features, classes, old.bias is not None)
     setattr(model.get_submodule(owner), leaf, new)
+    kept: Any = model  # what the library itself keeps of the number
     if hasattr(model, "config"):
-        model.config.num_labels = classes
+        kept.config.num_labels = classes
     elif hasattr(model, "num_classes"):
-        model.num_classes = classes  # torchvision's VisionTransformer keeps it
+        kept.num_classes = classes
     return model
 
 
