@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", help=MODEL_HELP)
     made.add_argument("--checkpoint", metavar="PATH", help="weights; alone: it says its model")
     made.add_argument("--pretrained", action="store_true", help="download the weights of --model")
-    made.add_argument("--after", metavar="PATH", help="file or folder of a pruned model")
+    made.add_argument("--after", metavar="PATH", help="the pruned model: a folder or a file")
     made.add_argument("--image", nargs="+", required=True, metavar="FILE")
     made.add_argument("--output", default="attention", metavar="FOLDER")
     made.add_argument("--layers", type=_numbers, default=[-1], help="such as 0,5,11; default: last")

@@ -19,14 +19,12 @@ from typing import Any
 
 import psutil
 import torch
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from kdfast.machine.facts import machine_facts
 from kdfast.machine.files import clear_partials, write_text
 from kdfast.machine.signals import handled, run_command
 from kdfast.pruning import head_scores, prune_heads, select_heads
-from kdfast.pruning.families import anatomy_of
 from kdfast.rivals import RIVALS
 from kdfast.rivals.picture import draw
 from kdfast.rivals.race import ROUNDS, Race
@@ -39,6 +37,7 @@ from kdfast.sources import (
     is_random,
     load_model,
     load_saved,
+    picture_size,
 )
 
 PACKAGES = ("matplotlib", "rich", "cv2")  # picture, table, pictures of folders and scenes
@@ -77,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
-    add("--model", required=True, metavar="NAME|DIR|CHECKPOINT", help=f"{MODEL_HELP}, or a file")
+    add("--model", required=True, metavar="NAME|DIR|FILE", help=MODEL_HELP)
     add("--checkpoint", metavar="FILE", help="weights for the name in --model")
     add("--pretrained", action="store_true", help="download the weights of --model")
     add("--data", type=Path, metavar="DIR", help="your pictures; rendered scenes if left out")
@@ -176,8 +175,6 @@ def wanted(name: str, options: argparse.Namespace) -> bool:
 
 def chosen(options: argparse.Namespace) -> nn.Module:
     """The model of the command line, in fp32."""
-    if Path(options.model).is_file():
-        return load_saved(options.model, "--model").float()
     return load_model(options.model, options.checkpoint, pretrained=options.pretrained).float()
 
 
@@ -194,18 +191,6 @@ def pruned(model: nn.Module, options: argparse.Namespace) -> dict[str, nn.Module
     except (TypeError, ValueError) as error:
         print(f"no pruned model: {error}")
         return {}
-
-
-def picture_size(model: nn.Module) -> tuple[int, int]:
-    """(height, width) of the pictures that a model was built for."""
-    try:
-        return anatomy_of("kdfast.compare", model).adapter.image_size(model)
-    except TypeError:  # no model that can be pruned
-        if hasattr(model, "pretrained_cfg"):
-            height, width = resolve_model_data_config(model)["input_size"][1:]
-            return height, width
-        side = getattr(getattr(model, "config", model), "image_size", 224)
-        return (side, side) if isinstance(side, int) else tuple(side)
 
 
 def pictures(
@@ -244,9 +229,7 @@ def introduce(
 ) -> dict[str, Any]:
     """Prints what is compared, and returns it together with the facts of the machine."""
     machine = machine_facts()
-    random = not Path(options.model).is_file() and is_random(
-        options.model, options.checkpoint, pretrained=options.pretrained
-    )
+    random = is_random(options.model, options.checkpoint, pretrained=options.pretrained)
     source = str(options.data) if options.data else "rendered driving scenes, a stand-in"
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in subjects.items()}
     print(

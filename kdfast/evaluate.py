@@ -18,7 +18,7 @@ from kdfast.configs import CONFIGS, ChainConfig, Config, ConfigError, load
 from kdfast.configs.fields import as_config_error
 from kdfast.data.files import CorruptDataError
 from kdfast.machine.signals import run_command
-from kdfast.models.checkpoint import load_backbone
+from kdfast.models.eva import EVAViT
 
 EXAMPLES = """examples:
   python -m kdfast.evaluate --config orion50_mini --checkpoint runs/orion50_mini/student.safetensors
@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from kdfast.recovery.orion.feed import build_frames
     from kdfast.recovery.orion.run import draw_results, report_frames
     from kdfast.recovery.orion.teacher import get_frame_teacher
+    from kdfast.sources import load_saved
 
     accelerator = Accelerator(cpu=config.run.device == "cpu")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,11 @@ def run(args: argparse.Namespace) -> int:
     models = {"teacher": teacher}
     for path in args.checkpoint:
         name = path.parent.name if path.stem == "student" else path.stem
-        models[name or path.stem] = load_backbone(path).to(accelerator.device).eval()
+        model = load_saved(path)
+        if not isinstance(model, EVAViT):
+            got = type(model).__name__
+            raise ValueError(f"--checkpoint: {path} must be a backbone of ORION, got a {got}")
+        models[name or path.stem] = model.to(accelerator.device)
     limit = None if args.frames is None else args.frames * data.held_out.dataset.views
     evaluate = FrameEvaluator(accelerator, data.held_out, heads, limit)
     print(report_frames(args.out, models, evaluate, teacher))
@@ -103,7 +108,7 @@ def _check(config: Config | ChainConfig, args: argparse.Namespace) -> None:
         )
     if args.frames is not None and args.frames < 1:
         raise ValueError(f"--frames: must be at least 1, got {args.frames}")
-    absent = [str(path) for path in args.checkpoint if not path.is_file()]
+    absent = [str(path) for path in args.checkpoint if not path.exists()]
     if absent:
         raise ValueError(f"--checkpoint: no such file: {', '.join(absent)}")
 

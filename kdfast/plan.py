@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
@@ -21,7 +20,7 @@ from kdfast.memory.measure import GIB, MemoryPlan, Step, checkpointed, mib, supe
 from kdfast.memory.search import DoesNotFit, largest
 from kdfast.memory.steps import PRECISION, PlannedStep
 from kdfast.recovery.planning import recovery_step
-from kdfast.sources import require_timm_name
+from kdfast.sources import check_model_name, load_model, picture_size
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 # Shares of a data sheet's rate between which trainings of transformers lie.
@@ -55,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--config", metavar="NAME", help="name or YAML file; its files are not read")
     made.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
     made.add_argument("--classes", type=int, default=10, help="of the data of a chain or --model")
-    made.add_argument("--model", help="timm name of the model that is trained, without a config")
-    made.add_argument("--teacher", help="timm name of its teacher")
+    made.add_argument("--model", help="what is trained, without a config: a name or a saved model")
+    made.add_argument("--teacher", help="the same of its teacher")
     made.add_argument("--size", type=int, help="side of the images of --model [its own]")
     made.add_argument("--batch", type=int, help="of --model [8]")
     made.add_argument("--precision", choices=PRECISION, help="of --model [bf16]")
@@ -153,11 +152,11 @@ def steps_of(config: Config | ChainConfig, classes: int = 10) -> list[PlannedSte
 def _model_step(args: argparse.Namespace) -> PlannedStep:
     for flag, name in (("--model", args.model), ("--teacher", args.teacher)):
         if name is not None:
-            require_timm_name(name, flag)
+            check_model_name(name, flag)
 
     def model(name: str) -> Callable[[], nn.Module]:
         extra = {} if args.size is None else {"img_size": args.size}
-        return lambda: timm.create_model(name, num_classes=args.classes, **extra)
+        return lambda: load_model(name, classes=args.classes, **extra)
 
     def build(recompute: bool) -> Step:
         teacher = None if args.teacher is None else model(args.teacher)()
@@ -166,13 +165,13 @@ def _model_step(args: argparse.Namespace) -> PlannedStep:
         return supervised(student, teacher, args.optimizer)
 
     with torch.device("meta"):
-        config: Any = model(args.model)().default_cfg
-    size = config["input_size"][1:] if args.size is None else (args.size, args.size)
+        own = picture_size(model(args.model)())
+    size = own if args.size is None else (args.size, args.size)
     return PlannedStep(
         args.model + (f" taught by {args.teacher}" if args.teacher else ""),
         build,
         args.batch,
-        (size[0], size[1]),
+        size,
         PRECISION[args.precision],
         args.checkpointing,
     )

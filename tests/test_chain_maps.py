@@ -19,7 +19,7 @@ from kdfast.chain.links import LinkModel
 from kdfast.chain.map_distance import map_distance, turned
 from kdfast.chain.objective import Objective
 from kdfast.chain.pairing import attention_pairs, feature_pairs, relation_heads
-from kdfast.chain.planning import check_terms
+from kdfast.chain.planning import check_links
 from kdfast.configs import ConfigError, load
 from kdfast.configs.chain import ChainDistillConfig
 from kdfast.nn.heads import AttentionCall
@@ -447,9 +447,9 @@ def test_a_chain_that_cannot_be_compared_stops_before_its_teacher_is_trained() -
     words = ["distill.attention=1", "chain=[xcit_nano_12_p8_224,vit_tiny_patch16_224]"]
     words += ["model_args=[{img_size: 32}]", "data.size=32", "epochs=2", "batch=4"]
     with pytest.raises(ConfigError, match="xcit_nano_12_p8_224 must have self-attention"):
-        check_terms(load("vit_chain_digits", words), 10)
+        check_links(load("vit_chain_digits", words), 10)
     # The teacher alone needs no student.
-    check_terms(load("vit_chain_digits", [*words, "stage=teacher"]), 10)
+    check_links(load("vit_chain_digits", [*words, "stage=teacher"]), 10)
     words[1] = "chain=[vit_tiny_patch16_224,vit_relpos_small_patch16_224]"
     with pytest.raises(ConfigError, match="got 4 tokens and 5 tokens"):
-        check_terms(load("vit_chain_digits", words), 10)
+        check_links(load("vit_chain_digits", words), 10)

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from kdfast.chain import run as chain_run
-from kdfast.chain.checkpoint import weights_of
 from kdfast.chain.links import LinkModel
 from kdfast.chain.objective import Objective
 from kdfast.data.labelled import Classification, build_classification
+from kdfast.resolve.link_file import weights_of
 from kdfast.train import main, make_accelerator
 from kdfast.trainer.commits import load_checkpoint
 from kdfast.trainer.loop import Loop

@@ -312,8 +312,8 @@ def test_steps_of_a_chain_are_its_links() -> None:
 
 def test_a_config_is_planned_without_its_files() -> None:
     assert load("orion50", files=False) == CONFIGS["orion50"]()
-    with pytest.raises(ConfigError, match="prune.keep: must be at most 1"):
-        load("orion50", ["prune.keep=2"], files=False)
+    with pytest.raises(ConfigError, match="prune.keep: .*must be at most 1"):
+        load("orion50", ["prune.keep=1.5"], files=False)
 
 
 def test_memory_of_the_compensation(capsys: pytest.CaptureFixture[str]) -> None:

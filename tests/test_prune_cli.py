@@ -13,7 +13,6 @@ import timm
 import torch
 from PIL import Image
 
-from kdfast import prune
 from kdfast.prune import main
 from kdfast.pruning import HeadScores
 from kdfast.pruning.constant import ConstantBlock
@@ -50,7 +49,9 @@ def test_prunes_saves_draws_and_times(
     assert main([*arguments(model_folder, out, **more), "--mean-context"]) == 0
     text = capsys.readouterr().out
     assert "pictures of" in text and "heads" in text and "1.50x" in text
-    assert text.strip().endswith(str(out / "report.json"))
+    words = f"kdfast distill --teacher {model_folder} --student {out} --data {picture_folder}"
+    assert text.strip().endswith(words)
+    assert "keep 2: 2 of 3 heads in every block (67 %)" in " ".join(text.split())
     model = load_pretrained(out)
     assert [len(block.attn.heads) for block in model.blocks] == [2, 2]
     assert [block.mlp.fc2.in_features for block in model.blocks] == [96, 96]
@@ -138,9 +139,9 @@ def test_errors_of_the_model_are_not_hidden(
         raise kind("the model's own fault")
 
     model.patch_embed.register_forward_pre_hook(fail)
-    monkeypatch.setattr("kdfast.sources.models.load_pretrained", lambda _: model)
+    monkeypatch.setattr("kdfast.resolve.models.load_pretrained", lambda _: model)
     # With "magnitude" its first pass is the last step, the timing.
-    monkeypatch.setattr(prune, "pruning_report", lambda *_, **__: None)
+    monkeypatch.setattr("kdfast.pruner.measure.pruning_report", lambda *_, **__: None)
     with pytest.raises(kind, match="^the model's own fault$"):
         main(arguments(model_folder, tmp_path / "out", method=method))
 
@@ -151,7 +152,7 @@ def test_missing_packages_are_named_before_anything_runs(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prune, "PACKAGES", ("torch", "no_such_package"))
+    monkeypatch.setattr("kdfast.pruner.checks.PACKAGES", ("torch", "no_such_package"))
     assert main(arguments(model_folder, tmp_path / "out")) == 2
     assert capsys.readouterr() == (
         "",
@@ -167,7 +168,7 @@ def test_mean_context_needs_biases(
 ) -> None:
     model = load_pretrained(model_folder)
     model.blocks[1].mlp.fc2.bias = model.blocks[0].attn.proj.bias = None
-    monkeypatch.setattr("kdfast.sources.models.load_pretrained", lambda _: model)
+    monkeypatch.setattr("kdfast.resolve.models.load_pretrained", lambda _: model)
     for more, names in (({}, "blocks.0.attn"), ({"mlp-keep": 2}, "blocks.0.attn, blocks.1.mlp")):
         assert main([*arguments(model_folder, tmp_path / "out", **more), "--mean-context"]) == 2
         error = capsys.readouterr().err

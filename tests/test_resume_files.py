@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from kdfast.chain import run as chain_run
-from kdfast.chain.checkpoint import model_of, weights_of
 from kdfast.chain.link_run import FREE as CHAIN_FREE
 from kdfast.data.labelled import Classification, build_classification
 from kdfast.recovery import report
 from kdfast.recovery.free import FREE as RECOVERY_FREE
+from kdfast.resolve.link_file import model_of, weights_of
 from kdfast.train import main
 from kdfast.trainer.commits import load_checkpoint, save_checkpoint
 from kdfast.trainer.logs import read_rows

@@ -324,9 +324,9 @@ def model_folder(tmp_path: Path) -> Path:
 
 
 COMMANDS = {
-    "prune": (kdfast.prune, "head_scores", "out holds no new model"),
-    "prune calibration": (kdfast.prune, "calibrate", "out holds no new model"),
-    "prune times": (kdfast.prune, "latencies", "out holds no new model"),
+    "prune": (kdfast.prune, "kdfast.pruner.choose.head_scores", "out holds no new model"),
+    "prune calibration": (kdfast.prune, "kdfast.pruner.work.calibrate", "out holds no new model"),
+    "prune times": (kdfast.prune, "kdfast.pruner.measure.latencies", "out holds no new model"),
     "compare": (kdfast.compare, "answers", "rows without numbers were not measured"),
     "attention": (kdfast.attention, "capture", "the pictures that were drawn are whole"),
     "plan": (kdfast.plan, "steps_of", "no plan was made"),
@@ -353,7 +353,7 @@ def test_every_command(
         send(signum)
         wait()
 
-    monkeypatch.setattr(module, name, interrupted)
+    monkeypatch.setattr(name if "." in name else f"{module.__name__}.{name}", interrupted)
     model, out = ["--model", str(model_folder)], str(tmp_path / "out")
     arguments = {
         "prune": [*model, "--out", out, "--batches", "1", "--batch-size", "2"],

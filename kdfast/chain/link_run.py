@@ -11,6 +11,7 @@ from kdfast.chain.links import Link
 from kdfast.configs import plain
 from kdfast.configs.chain import ChainConfig, per_link
 from kdfast.data.labelled import Classification
+from kdfast.resolve import file_name
 from kdfast.trainer.state import identity
 
 # What may change between the parts of a run: it moves files, or computes the same.
@@ -48,7 +49,7 @@ class LinkRun:
     @property
     def name(self) -> str:
         """Start of the names of the link's files."""
-        return f"{self.link.model}_{self.link.role}"
+        return f"{file_name(self.link.model)}_{self.link.role}"
 
     @property
     def logs(self) -> Path:

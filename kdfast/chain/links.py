@@ -3,25 +3,26 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-from kdfast.chain.checkpoint import weights_of
 from kdfast.configs.chain import INITS, ChainConfig, per_link, roles
 from kdfast.configs.fields import ConfigError
 from kdfast.data.labelled import Classification
-from kdfast.machine.files import load_torch
 from kdfast.machine.weights import weight_problems
-from kdfast.pruning.folder import read_safetensors
+from kdfast.pruning.architecture import described
+from kdfast.resolve import TORCHVISION, SourceError, is_saved, load_model
+from kdfast.resolve.link_file import is_link, weights_of
+from kdfast.resolve.models import load_state
+from kdfast.resolve.state import read_checkpoint, state_of
 from kdfast.trainer.commits import check_file, load_checkpoint
-from kdfast.trainer.logs import LOG
 
 # Names of what a link starts from, as folders.
 FOLDERS = {"pretrained": "imagenet_pretrained", "scratch": "from_scratch"}
@@ -34,8 +35,8 @@ class Link:
     Attributes:
         index: Position in the chain.
         role: ``teacher``, ``assistant``, ``student``, or ``student_ce`` for the twin.
-        model: timm name.
-        args: Keyword arguments of ``timm.create_model``.
+        model: A name, as ``kdfast.resolve.load_model`` takes it.
+        args: Keyword arguments of the constructor, for a name of timm or torchvision.
         init: ``scratch``, ``pretrained``, or a file.
         epochs: Passes over the training data.
         distilled: Whether the link before it teaches.
@@ -52,7 +53,8 @@ class Link:
     @property
     def folder(self) -> str:
         """Name of the folder of this link's kind of start."""
-        return FOLDERS.get(self.init, "from_checkpoint")
+        saved = is_saved(self.model) or self.init not in FOLDERS
+        return "from_checkpoint" if saved else FOLDERS[self.init]
 
 
 def links_of(config: ChainConfig) -> list[Link]:
@@ -73,10 +75,10 @@ def links_of(config: ChainConfig) -> list[Link]:
 
 
 class LinkModel(nn.Module):
-    """A timm model behind its own resize and normalisation.
+    """A model behind its own resize and normalisation.
 
     Attributes:
-        net: The timm model.
+        net: The model.
         size: Side that the images are resized to; None: they stay as they are.
     """
 
@@ -91,11 +93,7 @@ class LinkModel(nn.Module):
         for name in ("mean", "std"):
             value = torch.tensor(data[name]).view(-1, 1, 1)
             self.register_buffer(name, value, persistent=False)
-        embed = getattr(net, "patch_embed", None)
-        fixed = (
-            getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", True) else None
-        )
-        self.size = None if fixed is None else (int(fixed[0]), int(fixed[1]))
+        self.size = fixed_size(net)
 
     @property
     def count(self) -> int:
@@ -104,7 +102,9 @@ class LinkModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of images (B, 3, H, W) in [0, 1], not normalised."""
-        logits: Tensor = self.net(self.prepared(images))
+        output = self.net(self.prepared(images))
+        # Models of Hugging Face return more than the logits.
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits
 
     def prepared(self, images: Tensor) -> Tensor:
@@ -114,33 +114,52 @@ class LinkModel(nn.Module):
         return (images - self.mean) / self.std
 
 
+def fixed_size(net: nn.Module) -> tuple[int, int] | None:
+    """(height, width) of the only images that a model takes; None: it takes others, too."""
+    embed: Any = getattr(net, "patch_embed", None)
+    side: Any = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", 1) else None
+    if embed is None:  # models of torchvision and Hugging Face
+        side = getattr(net, "image_size", getattr(getattr(net, "config", None), "image_size", None))
+    if isinstance(side, int):
+        return (side, side)
+    return None if side is None else (int(side[0]), int(side[1]))
+
+
 def build_link(link: Link, classes: int, *, checkpointing: bool = False) -> LinkModel:
     """The model of a link with the weights that it starts from.
 
     Raises:
-        ConfigError: timm cannot build the model, or the weights cannot be had or do not fit.
+        ConfigError: It cannot be built, or the weights cannot be had or do not fit.
     """
+    flag = f"chain: {link.role}"
+    wanted = link.init == "pretrained" and not is_saved(link.model)
     try:
-        net = timm.create_model(
-            link.model, pretrained=link.init == "pretrained", num_classes=classes, **link.args
-        )
-    except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
-        hint = ""
-        if link.init == "pretrained":
-            hint = "; without a network, init can name a local checkpoint instead"
-        raise ConfigError(
-            [f"chain: {link.role}: timm cannot build {link.model} {link.args}: {error}{hint}"]
-        ) from error
+        net = load_model(
+            link.model, pretrained=wanted, flag=flag, classes=classes, **link.args
+        ).train()
+    except SourceError as error:
+        raise ConfigError([str(error)]) from error
     if checkpointing:
         switch_checkpointing(net, link.model)
     model = LinkModel(net)
     if link.init not in INITS:
-        load_weights(model, Path(link.init).expanduser(), link)
+        start_from(model, Path(link.init).expanduser(), link)
     return model
 
 
+def described_link(link: Link, model: LinkModel) -> dict[str, Any] | None:
+    """What rebuilds a link that no name and arguments of timm do; None where there is no such."""
+    if not (is_saved(link.model) or link.model.startswith(TORCHVISION)):
+        return None
+    try:
+        config: dict[str, Any] = json.loads(json.dumps(described(model.net, {})))
+    except (TypeError, ValueError):  # a family that has no description: its name is needed then
+        return None
+    return config
+
+
 def switch_checkpointing(net: nn.Module, name: str) -> None:
-    """Let a timm model recompute its blocks in the backward.
+    """Let a model recompute its blocks in the backward.
 
     Raises:
         ConfigError: It cannot.
@@ -154,61 +173,49 @@ def switch_checkpointing(net: nn.Module, name: str) -> None:
         raise ConfigError([f"checkpointing: {name}: {error}"]) from error
 
 
-def load_weights(model: LinkModel, path: Path, link: Link) -> None:
-    """Load a chain's checkpoint, or a state dict that timm reads, into a new model.
+def start_from(model: LinkModel, path: Path, link: Link) -> None:
+    """Load the file that ``init`` names into a new model.
 
     Only a classifier of another size is left at its random start; anything else must fit.
 
     Raises:
-        ConfigError: The file does not fit the model.
+        ConfigError: The file is damaged, or does not fit the model.
     """
-    weights = _read_weights(path, link)
-    mine = model.net.state_dict()
-    config: Any = model.net.pretrained_cfg
-    heads = config.get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else heads
-    for name in [name for head in heads for name in (f"{head}.weight", f"{head}.bias")]:
-        if name in weights and name in mine and weights[name].shape != mine[name].shape:
-            LOG.info("init: %s has another number of classes; the classifier starts anew", path)
-            weights[name] = mine[name]
     try:
-        if problems := weight_problems(weights, mine):
-            raise ValueError("; ".join(problems))
-        model.net.load_state_dict(weights)
+        check_file(path)
+        content = read_checkpoint(path)
+        state = state_of(content)
+    except (
+        *(OSError, KeyError, RuntimeError, ValueError),
+        *(AttributeError, TypeError),  # of values that are not what they should be
+    ) as error:
+        raise ConfigError([f"init: {path} is no checkpoint: {error}"]) from error
+    if is_link(content):
+        saved = content["meta"]["link"]
+        held = (saved.get("model"), saved.get("args"))
+        if held != (link.model, link.args):
+            raise ConfigError(
+                [f"init: {path} must hold {link.model} {link.args}, got {held[0]} {held[1]}"]
+            )
+    try:
+        load_state(model.net, state, str(path))
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             [f"init: {path} does not fit {link.model} {link.args}: {error}"]
         ) from error
 
 
-def _read_weights(path: Path, link: Link) -> dict[str, Tensor]:
-    """State dict of a file; a chain's checkpoint has to be of the link's architecture."""
-    try:
-        check_file(path)
-        if path.suffix == ".safetensors":
-            return read_safetensors(path).tensors
-        state: Any = load_torch(path)
-        if not (isinstance(state, dict) and "meta" in state and "module" in state):
-            found: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
-            return found
-        saved, weights = state["meta"].get("link", {}), weights_of(state)
-        held = (saved.get("model"), saved.get("args"))
-    except (
-        *(OSError, KeyError, RuntimeError, ValueError),
-        *(AttributeError, TypeError),  # of values that are not what they should be
-    ) as error:
-        raise ConfigError([f"init: {path} is no checkpoint: {error}"]) from error
-    if held != (link.model, link.args):
-        raise ConfigError(
-            [f"init: {path} must hold {link.model} {link.args}, got {held[0]} {held[1]}"]
-        )
-    return weights
+def facts(link: Link, data: Classification, config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a checkpoint says about its model and its data, and a later link verifies.
 
-
-def facts(link: Link, data: Classification) -> dict[str, Any]:
-    """What a checkpoint says about its model and its data, and a later link verifies."""
+    Args:
+        link: The model.
+        data: The images.
+        config: Result of ``described_link``.
+    """
+    described = {} if config is None else {"config": config}
     return {
-        "link": {"role": link.role, "model": link.model, "args": link.args},
+        "link": {"role": link.role, "model": link.model, "args": link.args, **described},
         "data": {
             "name": data.name,
             "task": data.task,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from kdfast.memory.measure import Step, optimizer_of
 from kdfast.memory.search import BatchPlan, largest
 from kdfast.memory.steps import PRECISION, PlannedStep
 from kdfast.nn import accelerate
+from kdfast.resolve import is_saved
 from kdfast.trainer.commits import load_checkpoint, newest
 from kdfast.trainer.logs import LOG
 
@@ -96,32 +98,44 @@ def link_step(config: ChainConfig, link: Link, teacher: Link | None, classes: in
     )
 
 
-def check_terms(config: ChainConfig, classes: int) -> None:
-    """Asks of every pair of links that the stage trains whether the terms fit, before any training.
+def check_links(config: ChainConfig, classes: int) -> None:
+    """Builds every link that the stage needs, and asks whether the terms fit, before any training.
 
-    The models have no memory here.
+    The models have no memory here; saved ones are read.
 
     Raises:
-        ConfigError: Attention maps or features of two links cannot be compared.
+        ConfigError: A link cannot be built, its weights do not fit it, or attention maps or
+            features of two links cannot be compared.
     """
+    links, chosen = links_of(config), stages(config)
+    needed = sorted({i for index in chosen for i in (index - 1, index) if i >= 0})
+    models = {index: _without_memory(links[index], classes) for index in needed}
     if not (config.distill.attention or config.distill.feature):
         return
-    links = [replace(link, init="scratch") for link in links_of(config)]
-    for index in stages(config):
+    for index in chosen:
         if index == 0:
             continue
-        with torch.device("meta"):
-            teacher, student = (build_link(link, classes) for link in links[index - 1 : index + 1])
-            with as_config_error():
-                Objective(
-                    student,
-                    teacher,
-                    "multiclass",
-                    config.distill,
-                    epochs=links[index].epochs,
-                    distilled=True,
-                    size=(config.data.size, config.data.size),
-                )
+        with torch.device("meta"), as_config_error():
+            Objective(
+                models[index],
+                models[index - 1],
+                "multiclass",
+                config.distill,
+                epochs=links[index].epochs,
+                distilled=True,
+                size=(config.data.size, config.data.size),
+            )
+
+
+def _without_memory(link: Link, classes: int) -> LinkModel:
+    """A link as it will be built; weights that are to be downloaded are only known to exist."""
+    if link.init == "pretrained" and not is_saved(link.model):
+        link = replace(link, init="scratch")
+        if timm.is_model(link.model) and not timm.is_model_pretrained(link.model):
+            name = link.model
+            raise ConfigError([f"init: {link.role}: timm has no pretrained weights of {name}"])
+    with torch.device("meta"):
+        return build_link(link, classes)
 
 
 def batch_size(run: LinkRun, student: LinkModel, device: torch.device, *, resume: bool) -> int:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from kdfast.chain.compare import write_comparison
 from kdfast.chain.link_run import LinkRun, checkpoints_of
 from kdfast.chain.links import Link, links_of
-from kdfast.chain.planning import check_terms
+from kdfast.chain.planning import check_links
 from kdfast.chain.summary import SUMMARY, read_summary
 from kdfast.chain.train_link import train_link
 from kdfast.configs import ChainConfig, ConfigError, plain, save
@@ -107,7 +107,7 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
             sets.clear()
             sets[data_seed] = read_data(config, data_seed)
         if seed == config.seeds[0]:
-            check_terms(config, len(sets[data_seed].class_names))
+            check_links(config, len(sets[data_seed].class_names))
         for run in links_to_train(config, seed, folders, sets[data_seed]):
             finished = train_link(run, accelerator, resume=resume)
             if accelerator.is_main_process:

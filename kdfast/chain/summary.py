@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kdfast.chain.checkpoint import weights_of
 from kdfast.chain.compare import VALUES
 from kdfast.chain.evaluate import held_out_feed
 from kdfast.chain.link_run import LinkRun
@@ -19,6 +18,7 @@ from kdfast.configs import ConfigError, plain
 from kdfast.configs.fields import as_config_error
 from kdfast.machine.files import write_text
 from kdfast.machine.memory import peak_mib
+from kdfast.resolve.link_file import weights_of
 from kdfast.trainer.commits import BEST, load_checkpoint
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.state import differences

@@ -15,7 +15,7 @@ from kdfast.chain.evaluate import ClassEvaluator, held_out_feed
 from kdfast.chain.feed import class_feed, even_part
 from kdfast.chain.kept_logits import kept_logits
 from kdfast.chain.link_run import LinkRun, checkpoints_of
-from kdfast.chain.links import LinkModel, build_link, facts, load_teacher
+from kdfast.chain.links import LinkModel, build_link, described_link, facts, load_teacher
 from kdfast.chain.objective import Objective
 from kdfast.chain.optim import timm_lr_setter, timm_optimizer
 from kdfast.chain.planning import batch_size
@@ -61,7 +61,7 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
     accelerator.wait_for_everyone()
     began = time.monotonic()
     config, link, device = run.config, run.link, accelerator.device
-    student, teacher = _models(run, accelerator)
+    student, teacher, description = _models(run, accelerator)
     batch = batch_size(run, student, device, resume=resume)
     kept = None
     if teacher is not None:
@@ -86,7 +86,8 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
         evaluate = ClassEvaluator(accelerator, run.data.task, classes)
         val = held_out_feed(run, run.data.val, device)
         watch = LinkWatch(run, student, step, val, evaluate, batch)
-        loop = Loop(_job(run, objective, batch, step, watch), accelerator)
+        meta = {**facts(link, run.data, description), "recipe": run.recipe}
+        loop = Loop(_job(run, objective, batch, step, watch, meta), accelerator)
     LOG.info(
         "%s (seed %d): %s, %s parameters, batch %d, %d epochs, %d training images, in %s",
         *(link.role, run.seed, link.model, f"{student.count:,}", batch, link.epochs),
@@ -111,11 +112,17 @@ def _weights(run: LinkRun) -> TaskWeights:
     return task_weights(run.config.distill, data.task, targets, data.class_names)
 
 
-def _models(run: LinkRun, accelerator: Accelerator) -> tuple[LinkModel, LinkModel | None]:
-    """The student as it starts, and the finished teacher; the generators start here."""
+def _models(
+    run: LinkRun, accelerator: Accelerator
+) -> tuple[LinkModel, LinkModel | None, dict[str, Any] | None]:
+    """The student as it starts, the finished teacher, and ``described_link`` of the student.
+
+    The generators of random numbers start here.
+    """
     config, data, link = run.config, run.data, run.link
     seed_everything(run.seed)
     student = build_link(link, len(data.class_names), checkpointing=config.checkpointing)
+    description = described_link(link, student)  # before its attentions are replaced
     teacher = None
     if run.teacher is not None and run.teacher_folder is not None:
         path = checkpoints_of(run.teacher_folder) / BEST
@@ -127,10 +134,17 @@ def _models(run: LinkRun, accelerator: Accelerator) -> tuple[LinkModel, LinkMode
     if accelerator.process_index:
         # The weights are those of the first process; drop path and Mixup differ on the others.
         seed_everything(run.seed + accelerator.process_index)
-    return student, teacher
+    return student, teacher, description
 
 
-def _job(run: LinkRun, objective: Objective, batch: int, step: LinkStep, watch: LinkWatch) -> Job:
+def _job(
+    run: LinkRun,
+    objective: Objective,
+    batch: int,
+    step: LinkStep,
+    watch: LinkWatch,
+    meta: dict[str, Any],
+) -> Job:
     """The link as the loop takes it.
 
     Raises:
@@ -169,7 +183,7 @@ def _job(run: LinkRun, objective: Objective, batch: int, step: LinkStep, watch: 
             optimizer, config.optim, epochs=link.epochs, per_epoch=length.per_epoch
         ),
         clip=config.optim.clip,
-        meta={**facts(link, data), "recipe": run.recipe},
+        meta=meta,
         step=step,
         watch=watch,
         epochs_file=f"{run.name}_log.csv",

@@ -27,17 +27,29 @@ def _check_recovery(config: Config) -> list[str]:
         found += _check_frames(config)
     elif config.distill.vl:
         found.append(f"distill.vl: needs the heads of data.kind frames, got {data.kind}")
-    if teacher.checkpoint is not None and not Path(teacher.checkpoint).expanduser().is_file():
+    if teacher.checkpoint is not None and not _is_model(teacher.checkpoint, data.kind):
         found.append(f"teacher.checkpoint: no such file: {teacher.checkpoint}")
     if data.kind != "scenes" and data.root is None:
         found.append(f"data.root: {data.kind} needs a folder")
     elif data.kind not in ("scenes", "frames") and not Path(str(data.root)).expanduser().is_dir():
         found.append(f"data.root: no such folder: {data.root}")
+    prune = config.prune
+    if prune.heads is not None and not Path(prune.heads).expanduser().is_file():
+        found.append(f"prune.heads: no such file: {prune.heads}")
+    for name in ("keep", "mlp_keep"):
+        if prune.scope == "global" and isinstance(getattr(prune, name), tuple):
+            found.append(f"prune.{name}: a number for each block needs prune.scope block")
     if data.cache and data.augment:
         found.append("data.cache: needs data.augment false, got true")
     if config.distill.feature + config.distill.attention + config.distill.output == 0:
         found.append("distill: feature, attention and output must not all be 0")
     return found + _check_device(run.device, run.precision, "run.")
+
+
+def _is_model(checkpoint: str, kind: str) -> bool:
+    """Whether a teacher is there: a file, or a saved model's folder, which has no heads."""
+    path = Path(checkpoint).expanduser()
+    return path.is_file() or (kind != "frames" and (path / "config.json").is_file())
 
 
 def _check_frames(config: Config) -> list[str]:

@@ -106,7 +106,8 @@ class TeacherConfig:
     """Where the teacher comes from.
 
     Attributes:
-        checkpoint: ORION checkpoint or a file of ``save_backbone``; null: train it, see ``fit``.
+        checkpoint: ORION checkpoint, a file of ``save_backbone``, or a folder of ``kdfast prune``;
+            null: train it, see ``fit``.
         fit: Training of the teacher; null where there is a checkpoint.
         cache: Folder that keeps trained teachers for the next run.
     """
@@ -163,7 +164,10 @@ class PruneConfig:
 
     Attributes:
         method: Criterion of ``kdfast.pruning.head_scores``.
-        keep: Part of the heads that stays.
+        keep: Heads that stay: a number in each block (4), a part (0.5), or a number for each block
+            ([4, 4, 2]).
+        heads: JSON file of the heads that stay, in place of ``method`` and ``keep``: a list of
+            positions for each block, or ``report.json`` of ``kdfast prune``; null: none.
         scope: ``block``: the same number in each block; ``global``: the best of the whole model.
         batches: Batches of training images for criteria that read data; ``reconstruction`` reads
             ``calibration_views``.
@@ -176,12 +180,13 @@ class PruneConfig:
         sequential: Fit one block after the other on the pruned model's own stream, which keeps
             these images and two streams of each in memory. False: all at once.
         ridge: Strength of the fit's ridge term; null: that of ``kdfast.prune_heads``.
-        mlp_keep: Part of the MLPs' hidden units that stays, in ``scope``; null: all of them. They
-            are chosen by the error that remains after the compensation, without one by magnitude.
+        mlp_keep: The same of the MLPs' hidden units, in ``scope``; null: all of them. They are
+            chosen by the error that remains after the compensation, without one by magnitude.
     """
 
     method: Literal["magnitude", "gradient", "taylor", "entropy", "reconstruction"] = "taylor"
-    keep: Share = 0.5
+    keep: Count | Share | tuple[Natural, ...] = 0.5
+    heads: str | None = None
     scope: Literal["block", "global"] = "block"
     batches: Count = 32
     batch_size: Count = 1
@@ -189,7 +194,7 @@ class PruneConfig:
     calibration_views: Count = 256
     sequential: bool = True
     ridge: Positive | None = None
-    mlp_keep: Share | None = None
+    mlp_keep: Count | Share | tuple[Natural, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,30 @@ def of_transformers(folder: Path, config: Mapping[str, Any], weights: Weights) -
     return _filled(folder, kind, parsed, weights, ())
 
 
+def load_transformers(folder: Path) -> Any:
+    """The model of a folder that transformers wrote; None where something else wrote it.
+
+    One that classifies images comes with its classifier, of others the backbone: heads of other
+    tasks are of no use here.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ImportError: transformers is.
+        ValueError: A file is damaged, describes no model of transformers, or does not fit.
+    """
+    config = read_config(folder)
+    if "kdfast" in config or "architecture" in config or "model_type" not in config:
+        return None
+    names = config.get("architectures")
+    kind = names[0] if isinstance(names, list) and names else names
+    if not str(kind).endswith("ForImageClassification"):
+        return load_headless(folder)
+    weights = read_weights(folder, pickled=True)
+    with described_by(folder / CONFIG):
+        check_counts(config, weights.size)
+    return of_transformers(folder, config, weights)
+
+
 def load_headless(folder: Path) -> Any:
     """The backbone of a folder that transformers wrote, whatever task its head is for.
 

@@ -3,7 +3,7 @@
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,6 @@ class Latency(NamedTuple):
     iqr: float
 
 
-@torch.no_grad()
 def latencies(
     model: nn.Module, pruned: nn.Module, images: Tensor, rounds: int
 ) -> dict[str, Latency]:
@@ -36,11 +35,28 @@ def latencies(
         Times of "before", "before, fused" (missing where nothing of the model runs fused) and
         "pruned, fused".
     """
-    fused, small = on_same_tensors(model), on_same_tensors(pruned)
-    candidates = {"before": model, "before, fused": fused, "pruned, fused": small}
+    return together(model, {"pruned, fused": pruned}, images, rounds)
+
+
+@torch.no_grad()
+def together(
+    model: nn.Module, pruned: Mapping[str, nn.Module], images: Tensor, rounds: int
+) -> dict[str, Latency]:
+    """The same for several pruned models, all in the same rounds, so that they can be compared.
+
+    Args:
+        model: The whole model.
+        pruned: By the names of the results.
+        images: As in ``latencies``.
+        rounds: As in ``latencies``.
+    """
+    fused = on_same_tensors(model)
+    candidates = {"before": model, "before, fused": fused}
+    candidates |= {name: on_same_tensors(small) for name, small in pruned.items()}
     if not accelerate(fused).replaced:
         del candidates["before, fused"]
-    accelerate(small)
+    for name in pruned:
+        accelerate(candidates[name])
     calls = {name: (lambda m=m: m(images)) for name, m in candidates.items()}
     samples = {name: summarize(rows) for name, rows in interleave(calls, rounds=rounds).items()}
     return {name: Latency(row["ms"], row["iqr"]) for name, row in samples.items()}

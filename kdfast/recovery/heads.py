@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from kdfast.configs.recovery import PruneConfig
 from kdfast.data.views.base import Item
 from kdfast.models.eva import EVAViT
 from kdfast.pruning import Calibration, HeadScores, head_scores, mlp_scores, select_heads
+from kdfast.pruning.keep import read_heads
 from kdfast.recovery.data import Views
 
 
@@ -110,7 +112,18 @@ def choose_units(
     return _chosen(scores, config.mlp_keep, config.scope)
 
 
-def _chosen(scores: HeadScores, keep: float, scope: str) -> list[list[int]]:
+def given_heads(teacher: EVAViT, path: str) -> list[list[int]]:
+    """The kept heads that ``prune.heads`` names, as positions in the teacher's blocks.
+
+    Raises:
+        ValueError: The file is missing, or of another model.
+    """
+    sizes = [len(heads) for heads in teacher.heads]
+    return read_heads(Path(path).expanduser(), sizes, "prune.heads")
+
+
+def _chosen(scores: HeadScores, keep: int | float | Sequence[int], scope: str) -> list[list[int]]:
+    keep = list(keep) if isinstance(keep, Sequence) else keep
     chosen = [select_heads(scores, keep, scope)]
     broadcast_object_list(chosen)
     return chosen[0]

@@ -13,9 +13,9 @@ from kdfast.data.orion.frames import OrionFrames
 from kdfast.machine.needs import Need, disk_need
 from kdfast.memory.ledger import PARAMETERS
 from kdfast.memory.steps import before_need, device_of, memory_need
-from kdfast.models.checkpoint import load_orion_backbone
 from kdfast.models.eva import EVAViT
 from kdfast.recovery.planning import recovery_step
+from kdfast.resolve.backbone import load_eva
 
 
 def recovery_needs(config: Config) -> list[Need]:
@@ -43,7 +43,7 @@ def recovery_needs(config: Config) -> list[Need]:
 def _teacher(config: Config) -> tuple[EVAViT, Need]:
     path = config.teacher.checkpoint
     if path is not None:
-        model = load_orion_backbone(Path(path).expanduser())
+        model = load_eva(Path(path).expanduser(), "teacher.checkpoint")
         heads = max(len(h) for h in model.heads)
         return model, Need("checkpoint", f"{path}: {len(model.heads)} blocks of {heads} heads")
     if config.teacher.fit is None:

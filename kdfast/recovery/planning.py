@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from kdfast.memory.measure import Step
 from kdfast.memory.steps import PRECISION, Before, PlannedStep
 from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT, eva_vit_l_orion
+from kdfast.pruning.keep import read_heads
 from kdfast.pruning.select import kept_counts
 from kdfast.recovery.objective import Distiller
 from kdfast.recovery.optim import adamw, param_groups
@@ -49,12 +51,12 @@ def recovery_step(config: Config, teacher: Mapping[str, Any] | None = None) -> P
         frozen: list[nn.Module] = [original] if head is None else [original, head]
         return Step(distiller, loss, frozen, optimizer)
 
-    keep = f"{config.prune.keep:.0%}" if isinstance(config.prune.keep, float) else config.prune.keep
+    keep = _kept(config)
     frames = config.data.kind == "frames"
     # The heads' own share depends on what they match, and is small beside the backbone's.
     note = ", six images a stream, without the frozen heads" if frames else ""
     return PlannedStep(
-        f"{config.name}: distil into {keep} of the heads{note}",
+        f"{config.name}: distil into {keep}{note}",
         build,
         config.run.batch_size * (len(CAMERAS) if frames else 1),
         config.data.size,
@@ -64,6 +66,16 @@ def recovery_step(config: Config, teacher: Mapping[str, Any] | None = None) -> P
         epochs=config.run.epochs,
         images=_images(config),
     )
+
+
+def _kept(config: Config) -> str:
+    """What stays of the heads, in words."""
+    keep = config.prune.keep
+    if config.prune.heads is not None:
+        return f"the heads of {config.prune.heads}"
+    if isinstance(keep, float):
+        return f"{keep:.0%} of the heads"
+    return f"{keep} heads a block" if isinstance(keep, int) else "heads by block"
 
 
 def _images(config: Config) -> int | None:
@@ -109,13 +121,23 @@ def _teacher(config: Config, shape: Mapping[str, Any] | None) -> EVAViT:
 
 
 def _student(config: Config, teacher: EVAViT, recompute: bool) -> EVAViT:
-    counts = kept_counts("plan", config.prune.keep, [len(heads) for heads in teacher.heads])
+    sizes, prune = [len(heads) for heads in teacher.heads], config.prune
+    if prune.heads is not None and Path(prune.heads).expanduser().is_file():
+        kept = read_heads(Path(prune.heads).expanduser(), sizes, "prune.heads")
+        counts = [len(row) for row in kept]
+    else:
+        counts = kept_counts("prune.keep", _plain(prune.keep), sizes)
     # Which heads stay has no influence on memory.
     heads = [held[:count] for held, count in zip(teacher.heads, counts, strict=True)]
     changes: dict[str, Any] = {"heads": heads, "drop_path_rate": config.distill.drop_path}
-    if config.prune.mlp_keep is not None:
-        changes["mlp_hidden"] = kept_counts("plan", config.prune.mlp_keep, teacher.mlp_hidden)
+    if prune.mlp_keep is not None:
+        keep = _plain(prune.mlp_keep)
+        changes["mlp_hidden"] = kept_counts("prune.mlp_keep", keep, teacher.mlp_hidden)
     return EVAViT(**{**teacher.config, **changes, "with_cp": recompute})
+
+
+def _plain(keep: int | float | tuple[int, ...]) -> int | float | list[int]:
+    return list(keep) if isinstance(keep, tuple) else keep
 
 
 def _head(config: Config) -> DenseHead | None:

@@ -22,6 +22,8 @@ from kdfast.models.checkpoint import load_backbone, save_backbone
 from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT
 from kdfast.pruning import Calibration, head_scores, prune_heads
+from kdfast.pruning.heat_map import draw_head_scores
+from kdfast.pruning.keep import counted
 from kdfast.recovery.compensation import (
     CalibrationViews,
     calibrate_teacher,
@@ -31,7 +33,7 @@ from kdfast.recovery.data import Data, build_data, some_views
 from kdfast.recovery.evaluate import EvaluateEpochs, Evaluator
 from kdfast.recovery.fit_teacher import save_head
 from kdfast.recovery.free import FREE
-from kdfast.recovery.heads import Kept, choose_heads, choose_units, score_heads
+from kdfast.recovery.heads import Kept, choose_heads, choose_units, given_heads, score_heads
 from kdfast.recovery.objective import Distiller
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
 from kdfast.recovery.report import draw_predictions, measure, write_report
@@ -156,7 +158,7 @@ class Run:
                 # The checkpoint replaces its weights.
                 return kept, self.cut(kept)
         else:
-            if config.method == "reconstruction":
+            if config.method == "reconstruction" and config.heads is None:
                 calibration = self.calibration(views)
             heads = self.heads(calibration)
             if calibration is None and config.compensate:
@@ -184,8 +186,8 @@ class Run:
         main = self.accelerator.is_main_process
         units = choose_units(self.teacher, self.config.prune, calibration, progress=main)
         if units is not None:
-            counts = sorted({len(block) for block in units})
-            LOG.info("kept hidden units per block: %s", counts)
+            words = counted(units, self.teacher.mlp_hidden, "hidden units")
+            LOG.info("kept hidden units: %s", words)
         return units
 
     def recipe(self) -> dict[str, Any]:
@@ -195,6 +197,11 @@ class Run:
     def heads(self, calibration: Calibration | None) -> list[list[int]]:
         """The heads with the best scores; a calibration is for the method "reconstruction"."""
         config, main = self.config.prune, self.accelerator.is_main_process
+        sizes = [len(heads) for heads in self.teacher.heads]
+        if config.heads is not None:
+            given = given_heads(self.teacher, config.heads)
+            LOG.info("kept heads (%s): %s", config.heads, counted(given, sizes))
+            return given
         if calibration is None:
             seed, images = self.config.seed, self.data.scoring
             scores = score_heads(
@@ -205,8 +212,8 @@ class Run:
         kept = choose_heads(config, scores)
         if main:
             scores.save(self.folder / "head_scores.json")
-        counts = sorted({len(block) for block in kept})
-        LOG.info("kept heads per block (%s): %s", config.method, counts)
+            draw_head_scores(scores, kept, self.folder / "head_scores.png")
+        LOG.info("kept heads (%s): %s", config.method, counted(kept, sizes))
         return kept
 
     def trainable(self, student: EVAViT) -> EVAViT:

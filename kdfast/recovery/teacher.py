@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from kdfast.configs.recovery import Config
-from kdfast.models.checkpoint import load_orion_backbone
 from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT
 from kdfast.recovery.data import Data, view_feed
 from kdfast.recovery.evaluate import Evaluator
 from kdfast.recovery.fit_teacher import Parts, TeacherFit
+from kdfast.resolve.backbone import load_eva
 from kdfast.trainer.logs import LOG
 
 
@@ -59,7 +59,9 @@ def get_teacher(
     else:
         raise ValueError("teacher.checkpoint: must name a file where teacher.fit is null")
     LOG.info("teacher: %s", path)
-    teacher = load_orion_backbone(path, drop_path_rate=config.distill.drop_path, with_cp=False)
+    teacher = load_eva(
+        path, "teacher.checkpoint", drop_path_rate=config.distill.drop_path, with_cp=False
+    )
     for module in (teacher, head):
         if module is not None:
             module.to(accelerator.device).requires_grad_(False).eval()

@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a command line names: models (``--model``, ``--checkpoint``) and pictures."""
 
-from kdfast.sources.error import SourceError
-from kdfast.sources.models import (
+from kdfast.resolve import (
     MODEL_HELP,
+    SourceError,
+    check_model_name,
     is_random,
     load_model,
     load_saved,
-    require_timm_name,
 )
+from kdfast.sources.judged import JudgedPictures, judged_pictures
 from kdfast.sources.pictures import image_batches, load_images, noise, transform_of
+from kdfast.sources.size import picture_size
 
 __all__ = [
+    "JudgedPictures",
     "MODEL_HELP",
     "SourceError",
+    "check_model_name",
     "image_batches",
     "is_random",
+    "judged_pictures",
     "load_images",
     "load_model",
     "load_saved",
     "noise",
-    "require_timm_name",
+    "picture_size",
     "transform_of",
 ]

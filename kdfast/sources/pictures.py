@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kdfast.machine.limits import MAX_PIXELS
 from kdfast.models.eva import EVAViT
-from kdfast.sources.error import SourceError
+from kdfast.resolve.error import SourceError
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 Transform = Callable[[Image.Image], Tensor]
@@ -73,10 +73,11 @@ def load_images(paths: Sequence[str | Path], transform: Transform, flag: str = "
     Raises:
         SourceError: A file is missing or is no picture.
     """
-    return torch.stack(list(_read(paths, transform, flag)))
+    return torch.stack(list(read_pictures(paths, transform, flag)))
 
 
-def _read(paths: Iterable[str | Path], transform: Transform, flag: str) -> Iterator[Tensor]:
+def read_pictures(paths: Iterable[str | Path], transform: Transform, flag: str) -> Iterator[Tensor]:
+    """Pictures of files one by one, preprocessed; a SourceError names the option and the file."""
     for path in paths:
         try:
             with Image.open(path) as file:
@@ -121,13 +122,13 @@ def image_batches(
     if folder is None:
         images = _normalised(model, scenes(size, count))
     else:
-        images = _read(_spread(folder, count, flag), transform_of(model, size), flag)
+        images = read_pictures(spread(folder, count, flag), transform_of(model, size), flag)
     dtype = next(model.parameters()).dtype
     while some := list(islice(images, batch_size)):
         yield torch.stack(some).to(dtype)
 
 
-def _spread(folder: Path, count: int, flag: str) -> list[Path]:
+def spread(folder: Path, count: int, flag: str) -> list[Path]:
     """Up to ``count`` pictures at equal distances in the sorted list of all."""
     from kdfast.data.files import SUFFIXES, list_images
 

@@ -17,6 +17,7 @@ import kdfast.chain.compare
 import kdfast.chain.run
 import kdfast.chain.summary
 import kdfast.prune
+import kdfast.pruner.measure
 import kdfast.recovery.report
 import kdfast.train
 from kdfast.chain.teacher_cache import TeacherCache
@@ -156,7 +157,7 @@ def whole_or_none(folder: Path) -> None:
 
 
 def _prepare_prune() -> None:
-    module: Any = kdfast.prune
+    module: Any = kdfast.pruner.measure
     fixed = Latency(ms=1.0, iqr=0.0)
     names = ("before", "before, fused", "pruned, fused")
     module.latencies = lambda *_: dict.fromkeys(names, fixed)
