@@ -129,7 +129,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "gradient_accumulation_steps grad_accum_steps accumulation_steps accumulate",
-        "nothing: batch is cut into pieces where memory runs out",
+        "a chain cuts batches into pieces where memory runs out",
         "run.accumulate",
     ),
     ("drop_path_rate droppath", "model_args, as [{drop_path_rate: 0.1}]", "distill.drop_path"),
@@ -143,7 +143,11 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "deterministic=false",
         "run.deterministic=false",
     ),
-    ("resume_from resume_from_checkpoint", "the flag --resume", "the flag --resume"),
+    (
+        "resume_from resume_from_checkpoint",
+        "the flag --resume does it",
+        "the flag --resume does it",
+    ),
     ("val_batches eval_size", "eval_batch", "run.eval_images"),
 )
 _MEANT = {name: row[1:] for row in _ROWS for name in row[0].split()}
@@ -178,9 +182,8 @@ def unknown(key: str, kind: Kind, known: list[str]) -> str:
     answer = meant(key, kind, [name for name in known if name != "name"])
     if answer is None:
         return f"{key}: unknown key"
-    if is_key(answer, known):
-        return f"{key}: unknown key; did you mean {answer}?"
-    return f"{key}: unknown key; meant is {answer}" if " " in answer else f"{key}: unknown key"
+    named = is_key(answer.partition(",")[0], known)
+    return f"{key}: unknown key; " + (f"did you mean {answer}?" if named else answer)
 
 
 def is_key(answer: str, known: list[str]) -> bool:
