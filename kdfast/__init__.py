@@ -3,6 +3,7 @@
 
 import importlib
 import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 if importlib.util.find_spec("kdfast.kernels") is None:
@@ -12,23 +13,23 @@ if importlib.util.find_spec("kdfast.kernels") is None:
     )
 
 from kdfast._version import __version__
-from kdfast.ops._library import FallbackWarning, NotCompiledWarning
-from kdfast.ops.attention_distill import attention_distill
-from kdfast.ops.feature_loss import feature_loss
-from kdfast.ops.geometry import Rope, Window
-from kdfast.ops.head_gather import head_gather
-from kdfast.ops.head_gather_block import head_gather_block
-from kdfast.ops.kd_loss import kd_loss
-from kdfast.ops.linear import linear
-from kdfast.ops.linear_kd_loss import linear_kd_loss
-from kdfast.ops.multilabel_kd_loss import multilabel_kd_loss
-from kdfast.ops.pruned_attention import pruned_attention
-from kdfast.ops.sdpa import scaled_dot_product_attention
-from kdfast.ops.swiglu_norm import swiglu_norm
 
 if TYPE_CHECKING:
     from kdfast.models.orion.export import export_orion
     from kdfast.nn import AccelerateReport, accelerate, restore
+    from kdfast.ops._library import FallbackWarning, NotCompiledWarning
+    from kdfast.ops.attention_distill import attention_distill
+    from kdfast.ops.feature_loss import feature_loss
+    from kdfast.ops.geometry import Rope, Window
+    from kdfast.ops.head_gather import head_gather
+    from kdfast.ops.head_gather_block import head_gather_block
+    from kdfast.ops.kd_loss import kd_loss
+    from kdfast.ops.linear import linear
+    from kdfast.ops.linear_kd_loss import linear_kd_loss
+    from kdfast.ops.multilabel_kd_loss import multilabel_kd_loss
+    from kdfast.ops.pruned_attention import pruned_attention
+    from kdfast.ops.sdpa import scaled_dot_product_attention
+    from kdfast.ops.swiglu_norm import swiglu_norm
     from kdfast.pruning import (
         Calibration,
         HeadGates,
@@ -89,38 +90,61 @@ __all__ = [
     "swiglu_norm",
 ]
 
-_LAZY = (
-    dict.fromkeys(
-        (
-            "Calibration",
-            "HeadGates",
-            "HeadScores",
-            "LatencyTable",
-            "calibrate",
-            "drop_blocks",
-            "evaluate_selections",
-            "head_scores",
-            "latency_table",
-            "mlp_scores",
-            "prune_heads",
-            "pruning_report",
-            "select_heads",
-            "select_together",
-        ),
-        "kdfast.pruning",
-    )
+# The names that each module defines.
+_DEFINED = {
+    "kdfast.models.orion.export": ("export_orion",),
+    "kdfast.nn": ("AccelerateReport", "accelerate", "restore"),
+    "kdfast.ops._library": ("FallbackWarning", "NotCompiledWarning"),
+    "kdfast.ops.attention_distill": ("attention_distill",),
+    "kdfast.ops.feature_loss": ("feature_loss",),
+    "kdfast.ops.geometry": ("Rope", "Window"),
+    "kdfast.ops.head_gather": ("head_gather",),
+    "kdfast.ops.head_gather_block": ("head_gather_block",),
+    "kdfast.ops.kd_loss": ("kd_loss",),
+    "kdfast.ops.linear": ("linear",),
+    "kdfast.ops.linear_kd_loss": ("linear_kd_loss",),
+    "kdfast.ops.multilabel_kd_loss": ("multilabel_kd_loss",),
+    "kdfast.ops.pruned_attention": ("pruned_attention",),
+    "kdfast.ops.sdpa": ("scaled_dot_product_attention",),
+    "kdfast.ops.swiglu_norm": ("swiglu_norm",),
+    "kdfast.pruning": (
+        "Calibration",
+        "HeadGates",
+        "HeadScores",
+        "LatencyTable",
+        "calibrate",
+        "drop_blocks",
+        "evaluate_selections",
+        "head_scores",
+        "latency_table",
+        "mlp_scores",
+        "prune_heads",
+        "pruning_report",
+        "select_heads",
+        "select_together",
+    ),
     # Not of the package: it has a module of that name.
-    | dict.fromkeys(("LatencySelection", "select"), "kdfast.pruning.by_latency")
-    | dict.fromkeys(("AccelerateReport", "accelerate", "restore"), "kdfast.nn")
-    | {"export_orion": "kdfast.models.orion.export"}
-    | dict.fromkeys(("load_pretrained", "save_pretrained"), "kdfast.pruning.saving")
-)
+    "kdfast.pruning.by_latency": ("LatencySelection", "select"),
+    "kdfast.pruning.saving": ("load_pretrained", "save_pretrained"),
+}
+_MODULE = {name: module for module, names in _DEFINED.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use what needs the models, hence timm, which takes seconds to import."""
-    if name not in _LAZY:
+    """Imports on first use: torch and timm take seconds, and help needs neither."""
+    if name not in _MODULE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
+    value = getattr(importlib.import_module(_MODULE[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if "torch" in sys.modules:
+    # Who has torch pays little for the ops, and finds them under torch.ops.kdfast at once.
+    for _module in _DEFINED:
+        if _module.startswith("kdfast.ops."):
+            importlib.import_module(_module)

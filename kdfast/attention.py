@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kdfast.commandline.attention import parser
 from kdfast.machine.signals import run_command
 from kdfast.pictures.capture import Attentions, capture
 from kdfast.pictures.draw import (
@@ -19,9 +20,7 @@ from kdfast.pictures.draw import (
     draw_rollout_change,
     tokens_of,
 )
-from kdfast.pictures.rollout import FUSIONS
 from kdfast.sources import (
-    MODEL_HELP,
     SourceError,
     is_random,
     load_images,
@@ -29,43 +28,6 @@ from kdfast.sources import (
     load_saved,
     transform_of,
 )
-
-EXAMPLES = """examples:
-  python -m kdfast.attention --model vit_base_patch16_224 --pretrained --image cat.jpg
-  python -m kdfast.attention --checkpoint runs/orion50/student.safetensors --image front.jpg
-  python -m kdfast.attention --model vit_base_half --image cat.jpg
-  python -m kdfast.attention --checkpoint teacher.safetensors --after student.safetensors \\
-      --image front.jpg --layers 5,23 --heads 0,3
-"""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m kdfast.attention",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument("--model", help=MODEL_HELP)
-    made.add_argument("--checkpoint", metavar="PATH", help="weights; alone: it says its model")
-    made.add_argument("--pretrained", action="store_true", help="download the weights of --model")
-    made.add_argument("--after", metavar="PATH", help="the pruned model: a folder or a file")
-    made.add_argument("--image", nargs="+", required=True, metavar="FILE")
-    made.add_argument("--output", default="attention", metavar="FOLDER")
-    made.add_argument("--layers", type=_numbers, default=[-1], help="such as 0,5,11; default: last")
-    made.add_argument("--heads", type=_numbers, default=[], help="draw these heads alone, large")
-    made.add_argument("--patch", type=_numbers, help="row,column of the patch that looks")
-    made.add_argument("--fusion", choices=FUSIONS, default="mean", help="of heads, in rollout")
-    made.add_argument("--discard", type=float, default=0.0, help="smallest share left out")
-    return made
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be whole numbers, got {text!r}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

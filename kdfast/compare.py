@@ -21,6 +21,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from kdfast.commandline.compare import EXTRA, parser
 from kdfast.machine.facts import machine_facts
 from kdfast.machine.files import clear_partials, write_text
 from kdfast.machine.signals import handled, run_command
@@ -31,7 +32,6 @@ from kdfast.rivals.race import ROUNDS, Race
 from kdfast.rivals.report import lines, notes, table
 from kdfast.rivals.results import Row, answers, has_classes, row_of
 from kdfast.sources import (
-    MODEL_HELP,
     SourceError,
     image_batches,
     is_random,
@@ -41,66 +41,11 @@ from kdfast.sources import (
 )
 
 PACKAGES = ("matplotlib", "rich", "cv2")  # picture, table, pictures of folders and scenes
-# Asked for by name only: each compiles as long as the others take together.
-EXTRA = ("compile-bf16", "freezing-bf16")
 CALIBRATION = 16
-DESCRIPTION = """Runs one model in every way that people pick for inference on a CPU, and says how
-fast each is, what it takes and how far its answers are from the original's.
-
-Every candidate runs in a process of its own with the same number of threads. The candidates are
-timed in turns, so that a machine that slows down does so for all of them. Measured are
-
-  median, p95   of single calls with one batch of pictures, input conversion included
-  file          the weights as safetensors (torch, kdfast), else what the runtime reads
-  memory        the highest resident memory of the process while it answers, less what it took
-                with all libraries imported and no model; exporting and compiling are not in it
-  cosine        mean over pictures of the cosine between its output and that of the original
-  top-1         share of the pictures that get the class that they get from the original
-
-The pruned model is the original without a share of its heads, not trained afterwards: its agreement
-says what distillation has to win back. Give a trained one by --pruned."""
 
 
 class UsageError(Exception):
     """The request cannot be met; the message, one line, says what the user has to change."""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    known = "\n".join(f"  {name:<20}{rival.about}" for name, rival in RIVALS.items())
-    made = argparse.ArgumentParser(
-        prog="python -m kdfast.compare",
-        description=DESCRIPTION,
-        epilog=f"candidates (with --only and --skip):\n{known}\nWithout --only all but "
-        f"{' and '.join(EXTRA)} run. OpenVINO and ONNX Runtime: pip install 'kdfast[bench]'.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = made.add_argument
-    add("--model", required=True, metavar="NAME|DIR|FILE", help=MODEL_HELP)
-    add("--checkpoint", metavar="FILE", help="weights for the name in --model")
-    add("--pretrained", action="store_true", help="download the weights of --model")
-    add("--data", type=Path, metavar="DIR", help="your pictures; rendered scenes if left out")
-    add("--pictures", type=int, default=16, help="to agree on [16]")
-    add("--prune", type=float, default=0.5, metavar="SHARE", help="of heads removed; 0: none [0.5]")
-    add("--pruned", metavar="PATH", help="a pruned model, saved, in place of --prune")
-    add("--batch", type=int, default=1, help="pictures of a call [1]")
-    add("--threads", type=int, help="of every candidate [torch's]")
-    add("--only", type=names, metavar="A,B", help="candidates, see below")
-    add("--skip", type=names, metavar="A,B", default=[], help="candidates to leave out")
-    add("--seconds", type=float, default=1.0, help="of timing for each candidate [1]")
-    add("--out", type=Path, default=Path("compare"), metavar="DIR", help="to write [compare]")
-    add("--seed", type=int, default=0, help="of random weights")
-    return made
-
-
-def names(text: str) -> list[str]:
-    """Names of candidates, separated by commas."""
-    found = text.split(",")
-    if unknown := [name for name in found if name not in RIVALS]:
-        raise argparse.ArgumentTypeError(
-            f"must be of {', '.join(RIVALS)}, got {', '.join(map(repr, unknown))}"
-        )
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

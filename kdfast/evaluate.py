@@ -10,39 +10,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from accelerate import Accelerator
 
+from kdfast.commandline.evaluate import parser
 from kdfast.configs import CONFIGS, ChainConfig, Config, ConfigError, load
 from kdfast.configs.fields import as_config_error
 from kdfast.data.files import CorruptDataError
 from kdfast.machine.signals import run_command
 from kdfast.models.eva import EVAViT
-
-EXAMPLES = """examples:
-  python -m kdfast.evaluate --config orion50_mini --checkpoint runs/orion50_mini/student.safetensors
-  python -m kdfast.evaluate --config runs/orion50/config.yaml \\
-      --checkpoint runs/orion50/student.safetensors --frames 200
-"""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m kdfast.evaluate",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument("--config", required=True, help="name or YAML file of a run with frames")
-    made.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
-    made.add_argument(
-        "--checkpoint", type=Path, action="append", required=True, help="student.safetensors"
-    )
-    made.add_argument("--frames", type=int, help="held-out frames to use [all]")
-    made.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="[runs/evaluate]")
-    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from kdfast._version import __version__
+from kdfast.commandline.info import parser
 from kdfast.machine.facts import cpu_name
 from kdfast.machine.memory import resident_bytes
 from kdfast.machine.needs import Need, gib, package_need
@@ -216,11 +217,7 @@ def _print(title: str, rows: Rows) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report; 1 if a run of ``--config`` lacks something."""
-    parser = argparse.ArgumentParser(prog="python -m kdfast.info", description=__doc__)
-    parser.add_argument("--config", metavar="NAME", help="name or YAML file: check what it needs")
-    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--memory", action="store_true", help="only RAM and GPU memory")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     return run_command(lambda: report(args), "the report is not complete")
 
 

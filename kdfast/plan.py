@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,8 +12,9 @@ import torch
 from torch import nn
 
 from kdfast.chain.planning import chain_steps
+from kdfast.commandline.plan import parser
 from kdfast.configs import ChainConfig, Config, ConfigError, load
-from kdfast.machine.gpus import GPUS, Gpus, gpus_of
+from kdfast.machine.gpus import Gpus
 from kdfast.machine.signals import run_command
 from kdfast.memory.measure import GIB, MemoryPlan, Step, checkpointed, mib, supervised
 from kdfast.memory.search import DoesNotFit, largest
@@ -22,7 +22,6 @@ from kdfast.memory.steps import PRECISION, PlannedStep
 from kdfast.recovery.planning import recovery_step
 from kdfast.sources import check_model_name, load_model, picture_size
 
-UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 # Shares of a data sheet's rate between which trainings of transformers lie.
 REACHED = (0.25, 0.5)
 CANDIDATES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
@@ -35,55 +34,6 @@ OF_MODEL: dict[str, Any] = {
     "optimizer": "adamw",
     "checkpointing": False,
 }
-EXAMPLES = """examples:
-  python -m kdfast.plan --config vit_chain --vram 6GiB
-  python -m kdfast.plan --config orion50 --vram 24GiB --set run.batch_size=2
-  python -m kdfast.plan --config orion50_frames --gpu 4x4090
-  python -m kdfast.plan --model vit_base_patch16_224 --teacher vit_large_patch16_224 --batch 8
-"""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m kdfast.plan",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument("--config", metavar="NAME", help="name or YAML file; its files are not read")
-    made.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
-    made.add_argument("--classes", type=int, default=10, help="of the data of a chain or --model")
-    made.add_argument("--model", help="what is trained, without a config: a name or a saved model")
-    made.add_argument("--teacher", help="the same of its teacher")
-    made.add_argument("--size", type=int, help="side of the images of --model [its own]")
-    made.add_argument("--batch", type=int, help="of --model [8]")
-    made.add_argument("--precision", choices=PRECISION, help="of --model [bf16]")
-    made.add_argument("--optimizer", help="of --model, a name of timm [adamw]")
-    made.add_argument("--checkpointing", action="store_true", default=None, help="of --model")
-    made.add_argument("--vram", type=size_of, metavar="6GiB", help="memory that must be enough")
-    made.add_argument(
-        "--gpu", type=gpus, metavar="[Nx]NAME", help=f"memory and hours for it: {', '.join(GPUS)}"
-    )
-    made.add_argument("--images", type=int, help="training images of an epoch, for the hours")
-    made.add_argument("--modules", action="store_true", help="list the memory by module")
-    return made
-
-
-def size_of(text: str) -> int:
-    """Bytes of a size such as 6GiB, 6G, 6144MiB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
-    if found is None or float(found[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"must be a size such as 6GiB, got {text!r}")
-    return int(float(found[1]) * UNITS[found[2]])
-
-
-def gpus(text: str) -> Gpus:
-    """``gpus_of`` with the error that argparse shows."""
-    try:
-        return gpus_of(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -96,7 +96,6 @@ def test_roles_and_links() -> None:
         (["cache=true", "optim.mixup=0.2"], "cache: needs images that come again"),
         (["cache=true", "distill.attention=1"], "cache: holds the teacher's logits only"),
         (["optim.mixup=0.2", "batch=7"], "batch: must be even"),
-        (["epochs=2", "optim.warmup_epochs=2"], "optim.warmup_epochs: must be below epochs"),
         (["seeds=[1, 1]"], "seeds: must be different numbers"),
         (["model_args=[3]"], "model_args: must be keys and values such as {depth: 6}"),
         (["precision=fp16", "device=cpu"], "precision: fp16 needs a GPU"),

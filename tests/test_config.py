@@ -92,7 +92,7 @@ def test_overrides(here: Path) -> None:
         ("optim.betas=0.9", "optim.betas: must be a list such as [1, 2], got 0.9"),
         ("data.size=[32]", "data.size: must be a list of 2, got [32]"),
         ("distill.alpha=1.1", "distill.alpha: must be at most 1, got 1.1"),
-        ("run.precision=bf15", "run.precision: must be one of fp32, bf16, fp16, got 'bf15'"),
+        ("run.precision=bf15", "run.precision: must be one of auto, fp32, bf16, fp16, got 'bf15'"),
         ("run.checkpointing=1", "run.checkpointing: must be true or false, got 1"),
         ("run=5", "run: must be a section with keys, got 5"),
         ("data.augment=true", "data.cache: needs data.augment false, got true"),

@@ -47,7 +47,7 @@ def test_fallback_warns_once() -> None:
 
 
 def test_bad_environment_fails_at_import() -> None:
-    done = python("import kdfast", KDFAST_BACKEND="fast")
+    done = python("import torch, kdfast", KDFAST_BACKEND="fast")
     assert done.returncode != 0
     assert (
         "KDFAST_BACKEND: must be one of ('auto', 'fused', 'reference'), got 'fast'" in done.stderr
@@ -56,7 +56,7 @@ def test_bad_environment_fails_at_import() -> None:
 
 @pytest.mark.usefixtures("compiled")
 def test_isa_is_forced_or_fails() -> None:
-    code = "import kdfast; from kdfast.ops._library import EXTENSION as e; print(e.cpu_isa())"
+    code = "from kdfast.ops._library import EXTENSION as e; print(e.cpu_isa())"
     assert python(code, KDFAST_CPU_ISA="generic").stdout.strip() == "generic"
     done = python(code, KDFAST_CPU_ISA="sse9")
     assert done.returncode != 0

@@ -24,7 +24,7 @@ from kdfast.memory.measure import _optimizer, checkpointed, supervised
 from kdfast.models import EVAViT
 from kdfast.ops import OPS
 from kdfast.ops import kd_loss as kd_loss_file
-from kdfast.plan import main, size_of, steps_of
+from kdfast.plan import main, steps_of
 
 MIB, GIB = 2**20, 2**30
 
@@ -343,14 +343,6 @@ def test_eva_l_distils_in_24_gib() -> None:
     plan = step.plan(4, True)
     assert plan.peak_bytes < 7 * GIB
     assert plan.categories["parameters"] == pytest.approx(4 * 253e6, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("6GiB", 6 * GIB), ("6g", 6 * GIB), ("1.5 GB", 3 * GIB // 2), ("512MiB", GIB // 2), ("7", 7)],
-)
-def test_sizes(text: str, size: int) -> None:
-    assert size_of(text) == size
 
 
 def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ import torch
 from kdfast.configs import ConfigError, load
 from kdfast.machine import memory
 from kdfast.recovery import heads
-from kdfast.train import make_accelerator
 from kdfast.trainer import state
 from kdfast.trainer.loop import Loop
+from kdfast.trainer.processes import make_accelerator
 
 
 def test_no_context_on_a_gpu_that_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,12 @@ def _data(config: ChainConfig) -> Need:
     seed = config.seeds[0] if spec.seed is None else spec.seed
     try:
         found = describe_classification(
-            spec.kind, root, size=spec.size, seed=seed, val_fraction=spec.val_fraction
+            spec.kind,
+            root,
+            subset=spec.set,
+            size=spec.size,
+            seed=seed,
+            val_fraction=spec.val_fraction,
         )
     except (OSError, ValueError, ImportError) as error:
         fix = "--set data.root=FOLDER, or --set data.kind=digits (docs/use/classification_data.md)"

@@ -30,6 +30,13 @@ def timm_optimizer(module: nn.Module, config: ChainOptimConfig) -> torch.optim.O
     return optimizer
 
 
+def warmup_of(config: ChainOptimConfig, epochs: int) -> int:
+    """Epochs of warm-up in a training of so many: half of them where the config's do not fit."""
+    if config.sched == "none" or config.warmup_epochs < epochs:
+        return config.warmup_epochs
+    return epochs // 2
+
+
 def timm_lr_setter(
     optimizer: torch.optim.Optimizer, config: ChainOptimConfig, *, epochs: int, per_epoch: int
 ) -> Callable[[int], float]:
@@ -52,7 +59,7 @@ def timm_lr_setter(
             num_epochs=epochs,
             decay_epochs=max(1, epochs // 3),
             min_lr=config.lr * config.min_ratio,
-            warmup_epochs=config.warmup_epochs,
+            warmup_epochs=warmup_of(config, epochs),
             warmup_lr=config.lr * config.warmup_ratio,
             step_on_epochs=False,
             updates_per_epoch=per_epoch,

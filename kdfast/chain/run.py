@@ -83,9 +83,9 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
     root = run_folder(Path(config.output).expanduser().absolute(), accelerator, missing)
     if accelerator.is_main_process:
         _check_outputs(config)
-    folders = RunFolders(root, len(config.seeds) > 1)
+    folders, spec = RunFolders(root, len(config.seeds) > 1), config.data
     words = [" -> ".join(config.chain), f"stage {config.stage}", f"seeds {list(config.seeds)}"]
-    words += [f"data {config.data.kind} {config.data.root or ''}".strip()]
+    words += [" ".join(w for w in ("data", spec.kind, spec.set, spec.root) if w)]
     words += [
         f"{accelerator.num_processes} x {accelerator.device}",
         f"precision {config.precision}",
@@ -152,11 +152,11 @@ def links_to_train(
             config=config,
             link=link,
             seed=seed,
-            folder=folders.of(link, seed, data.name),
+            folder=folders.of(link, seed, data.folder),
             teacher=teacher,
             teacher_folder=None
             if teacher is None
-            else folders.of(teacher, teacher_seed, data.name),
+            else folders.of(teacher, teacher_seed, data.folder),
             data=data,
         )
         for link, teacher in pairs
@@ -181,6 +181,7 @@ def read_data(config: ChainConfig, seed: int) -> Classification:
         return build_classification(
             data.kind,
             root,
+            subset=data.set,
             size=data.size,
             seed=seed,
             val_fraction=data.val_fraction,

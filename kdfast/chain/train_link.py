@@ -17,7 +17,7 @@ from kdfast.chain.kept_logits import kept_logits
 from kdfast.chain.link_run import LinkRun, checkpoints_of
 from kdfast.chain.links import LinkModel, build_link, described_link, facts, load_teacher
 from kdfast.chain.objective import Objective
-from kdfast.chain.optim import timm_lr_setter, timm_optimizer
+from kdfast.chain.optim import timm_lr_setter, timm_optimizer, warmup_of
 from kdfast.chain.planning import batch_size
 from kdfast.chain.step import LinkStep, mixup_of
 from kdfast.chain.summary import finish_link, summary_of
@@ -93,6 +93,11 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
         *(link.role, run.seed, link.model, f"{student.count:,}", batch, link.epochs),
         *(loop.per_epoch * batch, run.folder),
     )
+    if (warmup := warmup_of(config.optim, link.epochs)) != config.optim.warmup_epochs:
+        LOG.info(
+            "%s: warm-up cut to %d of %d epochs (optim.warmup_epochs is %d)",
+            *(link.role, warmup, link.epochs, config.optim.warmup_epochs),
+        )
     if words := described(config.distill, weights, run.data.class_names):
         LOG.info("%s: loss of the task: %s", link.role, words)
     loop.fit(resume=resume)

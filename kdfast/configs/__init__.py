@@ -6,7 +6,7 @@
 
 from kdfast.configs.chain import ChainConfig
 from kdfast.configs.fields import ConfigError, plain
-from kdfast.configs.load import CONFIGS, load, save
+from kdfast.configs.load import CONFIGS, as_yaml, load, save
 from kdfast.configs.recovery import Config
 
-__all__ = ["CONFIGS", "ChainConfig", "Config", "ConfigError", "load", "plain", "save"]
+__all__ = ["CONFIGS", "ChainConfig", "Config", "ConfigError", "as_yaml", "load", "plain", "save"]

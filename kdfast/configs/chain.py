@@ -26,7 +26,8 @@ class ChainDataConfig:
     """The labelled images; kinds and folders are those of ``build_classification``.
 
     Attributes:
-        kind: ``digits`` needs no file.
+        kind: ``digits`` needs no file; ``imagefolder`` is a folder of classes.
+        set: Name of the set where ``kind`` is ``medmnist``, such as ``pathmnist``.
         root: Folder or file of the data; null: the default place of the kind.
         size: Side of the square images that the loader yields; every model resizes from there.
         val_fraction: Part of the training images that is held out where the data has no own split.
@@ -38,6 +39,7 @@ class ChainDataConfig:
     """
 
     kind: str = "digits"
+    set: str | None = None
     root: str | None = None
     size: Count = 224
     val_fraction: Half = 0.1
@@ -107,7 +109,7 @@ class ChainOptimConfig:
         momentum: Momentum, for the optimisers that have one.
         layer_decay: Factor of the learning rate from one block to the one before it; null: none.
         sched: Name of ``timm.scheduler.create_scheduler_v2``, or ``none``.
-        warmup_epochs: Epochs of linear warm-up.
+        warmup_epochs: Epochs of linear warm-up; of a shorter run it is half of the epochs.
         warmup_ratio: Part of ``lr`` at the first step of the warm-up.
         min_ratio: Part of ``lr`` that the schedule ends with.
         clip: Largest L2 norm of the gradient; null: no clipping.
@@ -155,13 +157,15 @@ class ChainConfig:
         vram_gib: Memory that ``auto`` may plan with; null: that of the device.
         epochs: Per link: passes over the training data.
         patience: Epochs without a better validation score after which a link ends; null: never.
-        precision: ``fp32``, or autocast in ``bf16`` or ``fp16`` (with loss scaling, on a GPU).
+        precision: ``fp32``, or autocast in ``bf16`` or ``fp16`` (with loss scaling, on a GPU);
+            ``auto``: bf16 on a GPU that has it, else fp32.
         checkpointing: Recompute the blocks in the backward.
         accelerate: Apply ``kdfast.accelerate`` to all models; results are the same within rounding.
         cache: Keep the teacher's outputs on disk instead of running it in every epoch.
         cache_dir: Folder of kept outputs, shared by runs; null: beside the link.
         cache_top_k: Classes of which the cache keeps the output.
         device: ``auto`` takes the GPU if there is one.
+        deterministic: cuDNN takes the same kernels in every run; false: the fastest it finds.
         save_every: Steps between checkpoints; one is also saved after each epoch.
         log_every: Steps between rows of the step log.
         eval_batch: Images per forward in evaluation.
@@ -190,13 +194,14 @@ class ChainConfig:
     vram_gib: Positive | None = None
     epochs: Count | tuple[Count, ...] = 100
     patience: Count | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     checkpointing: bool = False
     accelerate: bool = True
     cache: bool = False
     cache_dir: str | None = None
     cache_top_k: Count = 16
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = True
     save_every: Count = 500
     log_every: Count = 10
     eval_batch: Count = 64

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from kdfast.configs.chain import INITS, ChainConfig, roles, stages
 from kdfast.configs.recovery import Config
 
@@ -99,6 +97,12 @@ def _check_chain(config: ChainConfig) -> list[str]:
         found.append(f"seeds: must be different numbers, at least one, got {list(config.seeds)}")
     if config.twin and count < 2:
         found.append("twin: needs a chain of two or more links")
+    data = config.data
+    if (data.kind == "medmnist") != (data.set is not None):
+        found.append(
+            f"data.set: must name the set of data.kind medmnist, such as pathmnist, got {data.set} "
+            f"with data.kind {data.kind}"
+        )
     found += _check_training(config)
     return found + _check_device(config.device, config.precision)
 
@@ -116,13 +120,6 @@ def _check_training(config: ChainConfig) -> list[str]:
         found.append(
             "cache: holds the teacher's logits only; set distill.attention and distill.feature to 0"
         )
-    if config.epochs is not None and optim.sched != "none":
-        epochs = config.epochs if isinstance(config.epochs, tuple) else (config.epochs,)
-        if optim.warmup_epochs and any(optim.warmup_epochs >= e for e in epochs):
-            found.append(
-                f"optim.warmup_epochs: must be below epochs, got {optim.warmup_epochs} of "
-                f"{min(epochs)}"
-            )
     if distill.focal_alpha is not None and not distill.focal_gamma:
         found.append(f"distill.focal_alpha: needs a distill.focal_gamma, got {distill.focal_alpha}")
     for name in ("class_weights", "pos_weights"):
@@ -137,6 +134,9 @@ def _check_training(config: ChainConfig) -> list[str]:
 
 def _check_device(device: str, precision: str, prefix: str = "") -> list[str]:
     """Problems of a device and a precision on this machine."""
+    # Imported here: it takes seconds, and the help of a command needs configs without it.
+    import torch
+
     found: list[str] = []
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if precision == "fp16" and not cuda:

@@ -53,6 +53,16 @@ class Range:
     high: float = math.inf
     ends: str = "[]"
 
+    def __str__(self) -> str:
+        low = (
+            ""
+            if self.low == -math.inf
+            else f"{'above' if self.ends[0] == '(' else 'from'} {self.low:g}"
+        )
+        if self.high == math.inf:
+            return low
+        return f"{low} to {'below ' if self.ends[1] == ')' else ''}{self.high:g}".strip()
+
     def reason(self, value: float) -> str | None:
         """What must hold, or None if it does."""
         if not math.isfinite(value):

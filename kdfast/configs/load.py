@@ -12,7 +12,9 @@ import yaml
 from kdfast.configs.chain import ChainConfig
 from kdfast.configs.check import check
 from kdfast.configs.cnn_chain import cnn_chain, cnn_chain_digits
-from kdfast.configs.fields import ConfigError, build, keys, plain, unknown
+from kdfast.configs.fields import ConfigError, build, keys, plain
+from kdfast.configs.fitting import fit_chain, with_precision
+from kdfast.configs.flags import as_key, data_kind, is_flag
 from kdfast.configs.orion50 import (
     orion50,
     orion50_frames,
@@ -23,6 +25,7 @@ from kdfast.configs.orion50 import (
 from kdfast.configs.recovery import Config
 from kdfast.configs.smoke import smoke
 from kdfast.configs.stand_ins import stand_in
+from kdfast.configs.synonyms import Kind, unknown
 from kdfast.configs.vit_chain import cifar10, vit_chain, vit_chain_digits
 from kdfast.configs.yaml_file import YamlError, max_characters, read_yaml
 from kdfast.machine.files import write_text
@@ -42,8 +45,10 @@ def load(source: str, changes: Sequence[str] = (), *, files: bool = True) -> Con
     Args:
         source: Name of a config, or path of a YAML file: ``name:`` says what it starts from,
             every other key replaces a value. A saved config is such a file.
-        changes: ``a.b=value`` with a YAML value; later ones win.
-        files: False: the files that it names need not exist, and nothing stands in for them.
+        changes: ``a.b=value`` with a YAML value, or ``--flag=value`` with a flag of
+            ``configs/flags.py``; later ones win.
+        files: False: the files that it names need not exist, nothing stands in for them, and the
+            precision may stay open, as it depends on the machine.
 
     Raises:
         ConfigError: Lists everything that is wrong: unknown keys, bad values, missing files.
@@ -56,26 +61,35 @@ def load(source: str, changes: Sequence[str] = (), *, files: bool = True) -> Con
         raise ConfigError([*problems, f"{complaint} (a file ends in .yaml)"])
     kind = type(CONFIGS[name]())
     known = keys(kind)
-    user = _flatten(tree, problems, known) | _parse(changes, problems, known)
+    reader = _Reader(kind, known, problems)
+    user = reader.flat(tree) | reader.parsed(changes)
     user.pop("name", None)
     name, note = stand_in(CONFIGS[name](), user) if files else (name, "")
     values = plain(CONFIGS[name]()) | ({"note": note} if note else {})
+    if kind is ChainConfig:
+        fit_chain(values, user)
     for key, value in user.items():
         _put(values, key, value)
     config = build(kind, values, problems)
     if config is not None and files:
+        config = with_precision(config)
         problems += check(config)
     if problems or config is None:
         raise ConfigError(problems)
     return config
 
 
-def save(config: Config | ChainConfig, path: Path) -> None:
-    """Write a config as YAML that ``load`` reads."""
+def as_yaml(config: Config | ChainConfig) -> str:
+    """A config as YAML that ``load`` reads."""
     page = "docs/use/vit_chain.md" if isinstance(config, ChainConfig) else "docs/use/training.md"
     head = f"# Resolved config of a run; use it with --config. {page} explains the keys.\n"
     note = f"# {config.note}\n" if config.note else ""
-    write_text(path, head + note + yaml.safe_dump(plain(config), sort_keys=False))
+    return head + note + yaml.safe_dump(plain(config), sort_keys=False)
+
+
+def save(config: Config | ChainConfig, path: Path) -> None:
+    """Write a config as YAML that ``load`` reads."""
+    write_text(path, as_yaml(config))
 
 
 def _is_file(source: str) -> bool:
@@ -98,42 +112,52 @@ def _read(source: str, problems: list[str]) -> dict[str, Any]:
     return tree
 
 
-def _parse(changes: Sequence[str], problems: list[str], known: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for change in changes:
+class _Reader:
+    """Reads what the user sets, for one kind of config; what is wrong goes to ``problems``."""
+
+    def __init__(self, kind: Kind, known: list[str], problems: list[str]) -> None:
+        self.kind, self.known, self.problems = kind, known, problems
+
+    def parsed(self, changes: Sequence[str]) -> dict[str, Any]:
+        """Dotted keys and values of ``key=value`` and ``--flag=value``."""
+        found: dict[str, Any] = {}
+        for change in (*data_kind(changes, self.kind), *changes):
+            if is_flag(change):
+                try:
+                    change = as_key(change, self.kind)
+                except ValueError as error:
+                    self.problems.append(str(error))
+                    continue
+            found |= self._one(change)
+        return found
+
+    def _one(self, change: str) -> dict[str, Any]:
         key, equals, text = change.partition("=")
         if not equals:
-            problems.append(f"--set {change}: must be key=value")
-            continue
-        if key not in known or key == "name":
-            problems.append(unknown(key, known))
-            continue
+            self.problems.append(f"--set {change}: must be key=value")
+            return {}
+        if key not in self.known or key == "name":
+            self.problems.append(unknown(key, self.kind, self.known))
+            return {}
         try:
             value = read_yaml(text)
         except YamlError as error:
-            problems.append(f"{key}: not a YAML value: {text[:80]}: {error}")
-            continue
-        if isinstance(value, Mapping):
-            found |= _flatten(value, problems, known, f"{key}.")
-        else:
-            found[key] = value
-    return found
+            self.problems.append(f"{key}: not a YAML value: {text[:80]}: {error}")
+            return {}
+        return self.flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
 
-
-def _flatten(
-    tree: Mapping[Any, Any], problems: list[str], known: list[str], prefix: str = ""
-) -> dict[str, Any]:
-    """Dotted keys and values; unknown keys are reported and left out."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if key not in known:
-            problems.append(unknown(key, known))
-        elif isinstance(value, Mapping):
-            found |= _flatten(value, problems, known, f"{key}.")
-        else:
-            found[key] = value
-    return found
+    def flat(self, tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+        """Dotted keys and values; unknown keys are reported and left out."""
+        found: dict[str, Any] = {}
+        for name, value in tree.items():
+            key = f"{prefix}{name}"
+            if key not in self.known:
+                self.problems.append(unknown(key, self.kind, self.known))
+            elif isinstance(value, Mapping):
+                found |= self.flat(value, f"{key}.")
+            else:
+                found[key] = value
+        return found
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:

@@ -242,25 +242,28 @@ class RunConfig:
         epochs: Passes over the training data.
         batch_size: Images per process and forward; of ``frames`` streams, with six images each.
         accumulate: Forwards per optimiser step.
-        precision: ``fp32``, or autocast in ``bf16`` or ``fp16`` (with loss scaling, on a GPU).
+        precision: ``fp32``, or autocast in ``bf16`` or ``fp16`` (with loss scaling, on a GPU);
+            ``auto``: bf16 on a GPU that has it, else fp32.
         checkpointing: Recompute the student's blocks in the backward.
         max_steps: Stop and save after so many optimiser steps; the schedules keep their length.
         save_every: Optimiser steps between checkpoints; one is also saved after each epoch.
         log_every: Optimiser steps between log rows.
         eval_images: Held-out images that are evaluated; null: all.
         device: ``auto`` takes the GPU if there is one.
+        deterministic: cuDNN takes the same kernels in every run; false: the fastest it finds.
     """
 
     epochs: Count = 3
     batch_size: Count = 4
     accumulate: Count = 1
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     checkpointing: bool = False
     max_steps: Count | None = None
     save_every: Count = 500
     log_every: Count = 10
     eval_images: Count | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = True
 
 
 @dataclass(frozen=True)

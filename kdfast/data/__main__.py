@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from kdfast.commandline.data import parser
 from kdfast.data.files import CorruptDataError
 from kdfast.data.orion.check import Finding, check_root, find_split
 from kdfast.data.orion.prepare import (
@@ -19,50 +19,6 @@ from kdfast.data.orion.prepare import (
 )
 from kdfast.data.orion.sample import SampleOptions, write_sample
 from kdfast.machine.signals import run_command
-
-EXAMPLES = """examples:
-  python -m kdfast.data sample --out data/sample
-  python -m kdfast.data infos --root data/sample
-  python -m kdfast.data check --root data/bench2drive
-  python -m kdfast.data infos --root data/bench2drive --train data/infos/b2d_infos_train.pkl \\
-      --val data/infos/b2d_infos_val.pkl --maps data/infos/b2d_map_infos.pkl
-"""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m kdfast.data",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = made.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="what is there, what is missing, how to get it")
-    infos = commands.add_parser("infos", help="make infos and maps from a download or pickles")
-    for command in (check, infos):
-        command.add_argument("--root", type=Path, required=True, help="folder that holds v1")
-        command.add_argument("--split-file", type=Path, help="JSON list of validation clips")
-    check.add_argument("--chat", type=Path, help="folder of Chat-B2D [ROOT/chat-B2D]")
-    infos.add_argument("--train", type=Path, help="b2d_infos_train.pkl, instead of annotations")
-    infos.add_argument("--val", type=Path, help="b2d_infos_val.pkl, instead of annotations")
-    infos.add_argument(
-        "--maps", type=Path, help="b2d_map_infos.pkl or a folder of HD maps [ROOT/maps]"
-    )
-    infos.add_argument("--workers", type=int, default=2, help="processes [2]")
-    infos.add_argument(
-        "--no-depth", action="store_true", help="keep boxes that are behind something"
-    )
-    sample = commands.add_parser("sample", help="write a small synthetic dataset")
-    sample.add_argument("--out", type=Path, required=True, help="its root")
-    standard = SampleOptions()
-    for name in ("clips", "val-clips", "frames", "seed"):
-        value = getattr(standard, name.replace("-", "_"))
-        sample.add_argument(f"--{name}", type=int, default=value, help=f"[{value}]")
-    sample.add_argument(
-        "--size", type=int, nargs=2, default=standard.size, metavar=("H", "W"), help="of pictures"
-    )
-    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:

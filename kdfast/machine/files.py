@@ -16,9 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from kdfast.machine.archive import check_archive
 from kdfast.machine.disk import room_for
 
@@ -166,6 +163,9 @@ def load_torch(path: str | Path, *, mmap: bool = False) -> Any:
         NeedsCode: It holds something else; the message names it.
         ValueError: It is damaged, or of another kind.
     """
+    # Imported here: it takes seconds, and whoever writes text alone needs none of it.
+    import torch
+
     check_archive(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -189,6 +189,8 @@ def load_torch(path: str | Path, *, mmap: bool = False) -> Any:
 
 def _check_sizes(path: str | Path, found: Any) -> None:
     """Raises ValueError for a view of few numbers as so many that a copy would take all memory."""
+    from torch import Tensor
+
     size, left, known = Path(path).stat().st_size, [found], {id(found)}
     while left:
         value = left.pop()

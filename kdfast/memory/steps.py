@@ -13,7 +13,13 @@ from kdfast.machine.memory import free_bytes
 from kdfast.machine.needs import Need, gib
 from kdfast.memory.measure import MemoryPlan, Step, plan_step
 
-PRECISION = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# "auto" is what it will be on a GPU.
+PRECISION = {
+    "auto": torch.bfloat16,
+    "fp32": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 class Before(NamedTuple):

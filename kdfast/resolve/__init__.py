@@ -4,7 +4,6 @@
 from kdfast.resolve.architecture import class_count, with_classes
 from kdfast.resolve.error import SourceError
 from kdfast.resolve.models import (
-    MODEL_HELP,
     check_model_name,
     file_name,
     is_random,
@@ -16,7 +15,6 @@ from kdfast.resolve.near import HUGGING_FACE, TORCHVISION
 
 __all__ = [
     "HUGGING_FACE",
-    "MODEL_HELP",
     "TORCHVISION",
     "SourceError",
     "check_model_name",

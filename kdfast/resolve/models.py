@@ -34,7 +34,6 @@ from kdfast.resolve.link_file import model_of
 from kdfast.resolve.near import HUGGING_FACE, TORCHVISION
 from kdfast.resolve.state import Fitted, fitted, prefix_of, read_checkpoint, state_of
 
-MODEL_HELP = "timm name, torchvision:NAME, hf:NAME, a saved model's folder, or a checkpoint file"
 LOG = logging.getLogger("kdfast")
 # Weights beside a configuration belong to the model of their folder.
 IN_FOLDERS = (WEIGHTS, PICKLED)

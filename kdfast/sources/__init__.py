@@ -2,7 +2,6 @@
 """What a command line names: models (``--model``, ``--checkpoint``) and pictures."""
 
 from kdfast.resolve import (
-    MODEL_HELP,
     SourceError,
     check_model_name,
     is_random,
@@ -15,7 +14,6 @@ from kdfast.sources.size import picture_size
 
 __all__ = [
     "JudgedPictures",
-    "MODEL_HELP",
     "SourceError",
     "check_model_name",
     "image_batches",

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +42,11 @@ _READERS: dict[str, Callable[[Root, int, bool], Raw]] = {
     "cifar100": lambda root, size, verify: read_cifar(CIFAR100, root, verify),
     **medmnist.READERS,
 }
-KINDS = tuple(_READERS)
+# A family of kinds: which one it is says ``subset``.
+_FAMILIES = {"medmnist": tuple(medmnist.READERS)}
+KINDS = (*_READERS, *_FAMILIES)
+# Kinds of any pictures: what they are says the name of their folder.
+_ANY = ("imagefolder", "parquet")
 _SPLITS = ("train", "val", "test")
 
 
@@ -128,6 +134,7 @@ class Classification:
         val: Pictures to choose a model by.
         test: Pictures for the final result.
         facts: Everything that the items of ``train`` depend on, for the key of a teacher cache.
+        folder: Name for folders of results: that of the set, or of the place where pictures are.
     """
 
     name: str
@@ -137,6 +144,7 @@ class Classification:
     val: LabelledImages
     test: LabelledImages
     facts: dict[str, Any]
+    folder: str = "data"
 
     @property
     def key(self) -> str:
@@ -149,6 +157,7 @@ def build_classification(
     kind: str,
     root: str | Path | None = None,
     *,
+    subset: str | None = None,
     size: int,
     seed: int,
     val_fraction: float = 0.1,
@@ -163,6 +172,7 @@ def build_classification(
     Args:
         kind: One of ``KINDS``.
         root: Folder or file with the data; None for what a package ships.
+        subset: Name of the set where the kind is "medmnist".
         size: Side S of the square items, whatever the size of the pictures.
         seed: Seed of the augmentation, and of the split where the set has none.
         val_fraction: Part of train that becomes val where the set has none.
@@ -185,6 +195,7 @@ def build_classification(
         CorruptDataError: A picture cannot be read.
         ValueError: The kind is unknown, an option is out of range, or data is not of its format.
     """
+    kind = _member(kind, subset)
     _check(kind, size, val_fraction, test_fraction, variants, memory)
     raw = _READERS[kind](root, size, verify)
     spec = _spec(augment, raw)
@@ -196,7 +207,16 @@ def build_classification(
     varied = variants if spec is not None else 1
     train = LabelledImages(stores[0], targets[0], size, spec=spec, seed=seed, variants=varied)
     val, test = (LabelledImages(stores[n], targets[n], size) for n in (1, 2))
-    return Classification(raw.name, raw.task, raw.classes, train, val, test, _facts(raw, train))
+    folder = _folder(kind, root)
+    facts = _facts(raw, train)
+    return Classification(raw.name, raw.task, raw.classes, train, val, test, facts, folder)
+
+
+def _folder(kind: str, root: str | Path | None) -> str:
+    """The kind, or for pictures of any sort the name of the place where they are."""
+    place = "" if root is None or kind not in _ANY else Path(root).expanduser().resolve().name
+    name = re.sub(r"[^\w.-]+", "_", place.removesuffix(".tar").removesuffix(".parquet"))
+    return name.strip("._") or kind
 
 
 def _facts(raw: Raw, train: LabelledImages) -> dict[str, Any]:
@@ -214,13 +234,20 @@ def _facts(raw: Raw, train: LabelledImages) -> dict[str, Any]:
 
 
 def describe_classification(
-    kind: str, root: str | Path | None = None, *, size: int, seed: int, val_fraction: float = 0.1
+    kind: str,
+    root: str | Path | None = None,
+    *,
+    subset: str | None = None,
+    size: int,
+    seed: int,
+    val_fraction: float = 0.1,
 ) -> str:
     """One line about a set: its splits and classes; no picture of a folder is decoded.
 
     Args:
         kind: One of ``KINDS``.
         root: Folder or file with the data.
+        subset: Name of the set where the kind is "medmnist".
         size: Side of the items.
         seed: Seed of the split.
         val_fraction: Part of train that becomes val.
@@ -230,6 +257,7 @@ def describe_classification(
         ImportError: The package that ships the set is missing.
         ValueError: The kind is unknown, an option is out of range, or data is not of its format.
     """
+    kind = _member(kind, subset)
     _check(kind, size, val_fraction, None, 1, 0)
     raw = _READERS[kind](root, size, True)
     parts = split(raw, seed=seed, val=val_fraction, test=_test_fraction(raw, None, val_fraction))
@@ -243,6 +271,19 @@ def _test_fraction(raw: Raw, given: float | None, val_fraction: float) -> float:
     return val_fraction if raw.test_fraction is None else raw.test_fraction
 
 
+def _member(kind: str, subset: str | None) -> str:
+    """The kind that a family and the name of one of its sets mean."""
+    if kind not in _FAMILIES:
+        if subset is not None:
+            names = ", ".join(_FAMILIES)
+            raise ValueError(f"set: only kind {names} has sets, got {subset!r} of {kind!r}")
+        return kind
+    if subset not in _FAMILIES[kind]:
+        names = ", ".join(_FAMILIES[kind])
+        raise ValueError(f"set: must be one of {names}, got {subset!r}")
+    return subset
+
+
 def _check(
     kind: str,
     size: int,
@@ -252,7 +293,9 @@ def _check(
     memory: float,
 ) -> None:
     if kind not in _READERS:
-        raise ValueError(f"kind: must be one of {KINDS}, got {kind!r}")
+        close = difflib.get_close_matches(kind.lower(), KINDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"kind: must be one of {', '.join(KINDS)}, got {kind!r}{hint}")
     if size < 8:
         raise ValueError(f"size: must be 8 or more, got {size}")
     for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
