@@ -27,6 +27,7 @@ from kdfast.ops.sdpa import scaled_dot_product_attention
 from kdfast.ops.swiglu_norm import swiglu_norm
 
 if TYPE_CHECKING:
+    from kdfast.distillation.start import distil
     from kdfast.models.orion.export import export_orion
     from kdfast.nn import AccelerateReport, accelerate, restore
     from kdfast.pruning import (
@@ -63,6 +64,7 @@ __all__ = [
     "accelerate",
     "attention_distill",
     "calibrate",
+    "distil",
     "drop_blocks",
     "evaluate_selections",
     "export_orion",
@@ -113,6 +115,7 @@ _LAZY = (
     | dict.fromkeys(("LatencySelection", "select"), "kdfast.pruning.by_latency")
     | dict.fromkeys(("AccelerateReport", "accelerate", "restore"), "kdfast.nn")
     | {"export_orion": "kdfast.models.orion.export"}
+    | {"distil": "kdfast.distillation.start"}
     | dict.fromkeys(("load_pretrained", "save_pretrained"), "kdfast.pruning.saving")
 )
 

@@ -11,7 +11,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from datetime import timedelta
 
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     # OpenMP reads this when torch is loaded, and its default, spinning, makes a step ten times
@@ -19,23 +18,16 @@ if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
-import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import InitProcessGroupKwargs
 
 from kdfast.configs import CONFIGS, ChainConfig, Config, ConfigError, load
-from kdfast.configs.fields import as_config_error
 from kdfast.data.files import CorruptDataError
 from kdfast.machine.signals import run_command
 from kdfast.recovery.run import run_recovery
 from kdfast.trainer.logs import close_log
 from kdfast.trainer.loop import NonFiniteLoss
+from kdfast.trainer.processes import make_accelerator
 from kdfast.trainer.runs import release_folder
-
-# The main process may fill a teacher cache while the others wait; NCCL gives up after 10 minutes.
-PATIENCE = timedelta(days=2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,35 +83,6 @@ def run(config: Config | ChainConfig, *, resume: bool = False) -> int:
 
         return run_frames(config, accelerator, resume=resume)
     return run_recovery(config, accelerator, resume=resume)
-
-
-def make_accelerator(precision: str, device: str) -> Accelerator:
-    """Device and precision of a run, also where this process had others before.
-
-    Raises:
-        ConfigError: The device lacks the precision, or processes that were started together do not
-            find each other.
-    """
-    if not dist.is_initialized():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-    # Accelerate joins the processes of torchrun without a GPU only where it is told so.
-    cpu = device == "cpu" or not torch.accelerator.is_available()
-    with as_config_error():
-        accelerator = Accelerator(
-            mixed_precision="no" if precision == "fp32" else precision,
-            cpu=cpu,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
-        raise ConfigError(
-            [
-                f"device: {started} processes were started together (WORLD_SIZE), "
-                f"but {accelerator.num_processes} found each other on {accelerator.device}"
-            ]
-        )
-    return accelerator
 
 
 if __name__ == "__main__":

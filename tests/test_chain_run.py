@@ -19,9 +19,10 @@ from kdfast.chain.checkpoint import weights_of
 from kdfast.chain.links import LinkModel
 from kdfast.chain.objective import Objective
 from kdfast.data.labelled import Classification, build_classification
-from kdfast.train import main, make_accelerator
+from kdfast.train import main
 from kdfast.trainer.commits import load_checkpoint
 from kdfast.trainer.loop import Loop
+from kdfast.trainer.processes import make_accelerator
 
 DOCUMENTED = (
     "epoch,train_loss,train_accuracy,train_precision,train_recall,train_f1_score,val_loss,"

@@ -19,13 +19,13 @@ from kdfast.configs import ConfigError
 from kdfast.configs.chain import ChainOptimConfig
 from kdfast.data.sampler import EpochSampler
 from kdfast.nn.frozen import Frozen
-from kdfast.train import make_accelerator
 from kdfast.trainer import loop as loop_file
 from kdfast.trainer.commits import load_checkpoint
 from kdfast.trainer.feed import Batch, Feed
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import read_rows
 from kdfast.trainer.loop import Loop
+from kdfast.trainer.processes import make_accelerator
 from kdfast.trainer.state import differences, identity
 from kdfast.trainer.step import Prepared, StepResult, mean_of_batches
 from kdfast.trainer.watch import Row, Watch

@@ -17,8 +17,9 @@ from kdfast.pruning import HeadScores
 from kdfast.recovery import run
 from kdfast.recovery.data import build_data
 from kdfast.recovery.evaluate import Evaluator
-from kdfast.train import main, make_accelerator
+from kdfast.train import main
 from kdfast.trainer.commits import load_checkpoint
+from kdfast.trainer.processes import make_accelerator
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -11,9 +11,9 @@ import torch
 from kdfast.configs import ConfigError, load
 from kdfast.machine import memory
 from kdfast.recovery import heads
-from kdfast.train import make_accelerator
 from kdfast.trainer import state
 from kdfast.trainer.loop import Loop
+from kdfast.trainer.processes import make_accelerator
 
 
 def test_no_context_on_a_gpu_that_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def test_precision_that_the_device_lacks(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuses(**_: Any) -> None:
         raise ValueError("bf16 mixed precision requires a supported device")
 
-    monkeypatch.setattr("kdfast.train.Accelerator", refuses)
+    monkeypatch.setattr("kdfast.trainer.processes.Accelerator", refuses)
     with pytest.raises(ConfigError, match="bf16 mixed precision requires"):
         make_accelerator("bf16", "auto")
 

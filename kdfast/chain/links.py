@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-import torch.nn.functional as F
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from kdfast.chain.checkpoint import weights_of
@@ -19,6 +16,7 @@ from kdfast.configs.fields import ConfigError
 from kdfast.data.labelled import Classification
 from kdfast.machine.files import load_torch
 from kdfast.machine.weights import weight_problems
+from kdfast.models.prepared import PreparedModel
 from kdfast.pruning.folder import read_safetensors
 from kdfast.trainer.commits import check_file, load_checkpoint
 from kdfast.trainer.logs import LOG
@@ -72,30 +70,8 @@ def links_of(config: ChainConfig) -> list[Link]:
     ]
 
 
-class LinkModel(nn.Module):
-    """A timm model behind its own resize and normalisation.
-
-    Attributes:
-        net: The timm model.
-        size: Side that the images are resized to; None: they stay as they are.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        data = resolve_model_data_config(net)
-        # Facts of the model, not weights: they are no part of its state.
-        for name in ("mean", "std"):
-            value = torch.tensor(data[name]).view(-1, 1, 1)
-            self.register_buffer(name, value, persistent=False)
-        embed = getattr(net, "patch_embed", None)
-        fixed = (
-            getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", True) else None
-        )
-        self.size = None if fixed is None else (int(fixed[0]), int(fixed[1]))
+class LinkModel(PreparedModel):
+    """A timm model behind its own resize and normalisation."""
 
     @property
     def count(self) -> int:
@@ -104,14 +80,8 @@ class LinkModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of images (B, 3, H, W) in [0, 1], not normalised."""
-        logits: Tensor = self.net(self.prepared(images))
+        logits: Tensor = super().forward(images)
         return logits
-
-    def prepared(self, images: Tensor) -> Tensor:
-        """Images as ``net`` takes them: of its size, normalised."""
-        if self.size is not None and tuple(images.shape[-2:]) != self.size:
-            images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
-        return (images - self.mean) / self.std
 
 
 def build_link(link: Link, classes: int, *, checkpointing: bool = False) -> LinkModel:

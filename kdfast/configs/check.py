@@ -37,7 +37,7 @@ def _check_recovery(config: Config) -> list[str]:
         found.append("data.cache: needs data.augment false, got true")
     if config.distill.feature + config.distill.attention + config.distill.output == 0:
         found.append("distill: feature, attention and output must not all be 0")
-    return found + _check_device(run.device, run.precision, "run.")
+    return found + check_device(run.device, run.precision, "run.")
 
 
 def _check_frames(config: Config) -> list[str]:
@@ -88,7 +88,7 @@ def _check_chain(config: ChainConfig) -> list[str]:
     if config.twin and count < 2:
         found.append("twin: needs a chain of two or more links")
     found += _check_training(config)
-    return found + _check_device(config.device, config.precision)
+    return found + check_device(config.device, config.precision)
 
 
 def _check_training(config: ChainConfig) -> list[str]:
@@ -123,7 +123,7 @@ def _check_training(config: ChainConfig) -> list[str]:
     return found
 
 
-def _check_device(device: str, precision: str, prefix: str = "") -> list[str]:
+def check_device(device: str, precision: str, prefix: str = "") -> list[str]:
     """Problems of a device and a precision on this machine."""
     found: list[str] = []
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())

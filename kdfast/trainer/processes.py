@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device, precision and processes of a run."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import InitProcessGroupKwargs
+
+from kdfast.configs.fields import ConfigError, as_config_error
+
+# The main process may fill a teacher cache while the others wait; NCCL gives up after 10 minutes.
+PATIENCE = timedelta(days=2)
+
+
+def make_accelerator(precision: str, device: str) -> Accelerator:
+    """Device and precision of a run, also where this process had others before.
+
+    Raises:
+        ConfigError: The device lacks the precision, or processes that were started together do not
+            find each other.
+    """
+    if not dist.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    # Accelerate joins the processes of torchrun without a GPU only where it is told so.
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    with as_config_error():
+        accelerator = Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision,
+            cpu=cpu,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ConfigError(
+            [
+                f"device: {started} processes were started together (WORLD_SIZE), "
+                f"but {accelerator.num_processes} found each other on {accelerator.device}"
+            ]
+        )
+    return accelerator
