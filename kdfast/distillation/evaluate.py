@@ -21,7 +21,7 @@ from kdfast.trainer.watch import Row, Watch
 Quality = dict[str, float]
 # What each number of a quality is, for tables and pictures.
 MEANING = {
-    "cosine": "cosine of the output to the teacher's",
+    "cosine": "cosine of the output to the teacher's, of logits without their mean",
     "agreement": "share of pictures with the teacher's first class",
     "accuracy": "share of pictures with the right first class",
 }
@@ -57,6 +57,7 @@ class Evaluator:
         self.accelerator, self.feed, self.teacher = accelerator, feed, teacher
         wanted = {"cosine": comparable, "agreement": logits, "accuracy": labels}
         self.names = [name for name, holds in wanted.items() if holds]
+        self.logits = logits
         self._goals: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -68,19 +69,23 @@ class Evaluator:
             if self.accelerator.num_processes == 1:
                 check()
             with self.accelerator.autocast():
-                made = main_output(model(batch.images)).float()
+                made = self._centred(main_output(model(batch.images)).float())
             goal = made if model is self.teacher else self._goal(number, batch.images)
             found = [_sum(name, made, goal, batch.labels) for name in self.names]
             sums += torch.stack([*found, sums.new_tensor(len(made))])
         sums = self.accelerator.reduce(sums, "sum")
         return {name: float(sums[i] / sums[-1]) for i, name in enumerate(self.names)}
 
+    def _centred(self, output: Tensor) -> Tensor:
+        """Logits without their mean over the classes, which means nothing; embeddings as is."""
+        return output - output.mean(1, keepdim=True) if self.logits else output
+
     def _goal(self, number: int, images: Tensor) -> Tensor:
         """The teacher's output for a batch, computed once where it is small."""
         if number in self._goals:
             return self._goals[number].to(images.device)
         with self.accelerator.autocast():
-            goal = main_output(self.teacher(images)).float()
+            goal = self._centred(main_output(self.teacher(images)).float())
         if goal.dim() == 2:
             self._goals[number] = goal.cpu()
         return goal

@@ -66,7 +66,7 @@ class Pictures:
     digest: str
 
 
-def list_pictures(data: str | Path, config: DistilConfig) -> Listed:
+def list_pictures(data: Path, config: DistilConfig) -> Listed:
     """The picture files of a folder or an uncompressed .tar, at any depth.
 
     Folders named train, val and test at its top are its splits: what is measured on is val, or
@@ -80,7 +80,7 @@ def list_pictures(data: str | Path, config: DistilConfig) -> Listed:
         FileNotFoundError: There is no such folder, or no picture in it.
         ValueError: It is no such archive, has no class folders, or too few pictures.
     """
-    path = Path(data).expanduser()
+    path = data.expanduser()
     if not path.exists():
         raise FileNotFoundError(f"data: there is no folder or .tar {path}")
     if config.labels:

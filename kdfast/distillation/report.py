@@ -108,7 +108,7 @@ def write_report(folder: Path, lines: Sequence[Line], facts: Mapping[str, Any]) 
         console.print(table(lines))
     rows = [row.rstrip() for row in captured.get().strip("\n").splitlines()]
     rows += ["", *(f"{name}: {MEANING[name]}" for name in lines[0].quality)]
-    rows += [f"of the {name} that was lost {part:.0%} is back" for name, part in back.items()]
+    rows += ["", *(_in_words(name, part) for name, part in back.items())] if back else []
     text = "\n".join(rows)
     write_text(folder / "report.txt", text + "\n")
     return text
@@ -121,6 +121,12 @@ def won_back(lines: Sequence[Line], name: str) -> float | None:
     if teacher is None or before is None or after is None or teacher <= before:
         return None
     return (after - before) / (teacher - before)
+
+
+def _in_words(name: str, part: float) -> str:
+    if part <= 0:
+        return f"nothing of the {name} that was lost is back"
+    return f"of the {name} that was lost {part:.0%} is back"
 
 
 def table(lines: Sequence[Line]) -> Table:

@@ -122,7 +122,7 @@ class Run:
             for name, model in zip(
                 ("student", "teacher"), (self.student, self.teacher), strict=True
             ):
-                LOG.info("%s: %s", name, accelerate(model.net))
+                LOG.info("%s: %s", name, str(accelerate(model.net)).splitlines()[0])
         some = self.some(pictures.held)
         seen = self.looks({TEACHER: self.teacher, BEFORE: self.student}, some)
         evaluate = self.evaluator(pictures.held)

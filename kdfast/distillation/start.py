@@ -74,7 +74,7 @@ def distil(
     try:
         seed_everything(config.seed)
         with as_config_error():
-            listed = list_pictures(data, config)
+            listed = list_pictures(Path(data), config)
         models = (PreparedModel(student), PreparedModel(teacher))
         run = started(models, listed, config, accelerator, names, resume=resume)
         return run.train()
