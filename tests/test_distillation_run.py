@@ -315,6 +315,7 @@ def test_class_folders_get_the_models_numbers() -> None:
     net.config = type("Config", (), {"label2id": {"emu": 0, "cat": 1, "dog": 2}})()
     assert class_numbers(net, CLASSES, 3) == [1, 2, 0]
     assert class_numbers(net, ["n01440764", "n01484850"], 1000) == [0, 2]
+    del net.config
     with pytest.raises(ValueError, match="must be the 1000 classes .* got 3: cat, dog, emu"):
         class_numbers(net, CLASSES, 1000)
 
@@ -420,7 +421,7 @@ def test_two_processes_train_one_student(tmp_path: Path, pictures: Path) -> None
     script = tmp_path / "worker.py"
     tests = str(Path(__file__).parent)
     script.write_text(WORKER.format(tests=tests, pictures=str(pictures), output=str(output)))
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *command, str(script)], capture_output=True, text=True, env=env
