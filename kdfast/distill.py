@@ -19,12 +19,12 @@ if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 EXAMPLES = """examples:
-  python -m kdfast.prune --model vit_small_patch16_224 --pretrained \\
+  kdfast prune --model vit_small_patch16_224 --pretrained \\
       --data pictures --out vit_small_half
-  python -m kdfast.distill --teacher vit_small_patch16_224 --pretrained \\
+  kdfast distill --teacher vit_small_patch16_224 --pretrained \\
       --student vit_small_half --data pictures
 
-  python -m kdfast.distill --teacher my_vit --student my_vit_half \\
+  kdfast distill --teacher my_vit --student my_vit_half \\
       --data pictures --labels --epochs 20 --lr 5e-5
 """
 # Flags whose values are options of kdfast.distil, and what they mean.
@@ -49,10 +49,13 @@ NUMBERS = {
     "log_every": (int, "steps between rows of the log; 10"),
 }
 WORDS = {
-    "attention_kind": ("kl", "reverse_kl", "jsd", "mse", "cosine", "logit_mse"),
-    "layers": ("all", "last"),
-    "precision": ("fp32", "bf16", "fp16"),
-    "device": ("auto", "cuda", "cpu"),
+    "attention_kind": (
+        ("kl", "reverse_kl", "jsd", "mse", "cosine", "logit_mse"),
+        "distance of attention maps; kl",
+    ),
+    "layers": (("all", "last"), "of related models: the blocks that are compared; all"),
+    "precision": (("fp32", "bf16", "fp16"), "of products; fp32"),
+    "device": (("auto", "cuda", "cpu"), "auto"),
 }
 TERMS = {
     "logits": "their divergence; 1",
@@ -66,7 +69,7 @@ MODELS = "timm name, torchvision:NAME, hf:FOLDER or a saved model's folder"
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
-        prog="python -m kdfast.distill",
+        prog="kdfast distill",
         description="Trains a student, mostly a pruned model, to do what its teacher does.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -80,20 +83,22 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--data", required=True, help="folder or .tar of pictures at any depth")
     made.add_argument("--labels", action="store_true", help="its folders are classes: learn them")
-    made.add_argument("--out", default=None, help="folder of the run; runs/distil if left out")
+    made.add_argument(
+        "--out", "--output", metavar="FOLDER", help="folder of the run; runs/distil if left out"
+    )
     made.add_argument("--resume", action="store_true", help="go on with the newest run of --out")
     terms = made.add_argument_group(
         "weights of the terms",
-        "0 leaves one out. What cannot be compared is left out with a word about it, but what is "
-        "named here is an error then.",
+        "0 leaves one out. What cannot be compared is left out with a word about it,\n"
+        "but what is named here is an error then.",
     )
     for name, text in TERMS.items():
         terms.add_argument(f"--{name}", type=float, metavar="W", help=text)
     more = made.add_argument_group("training")
     for name, (kind, text) in NUMBERS.items():
         more.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
-    for name, choices in WORDS.items():
-        more.add_argument(f"--{name.replace('_', '-')}", choices=choices)
+    for name, (choices, text) in WORDS.items():
+        more.add_argument(f"--{name.replace('_', '-')}", choices=choices, help=text)
     more.add_argument("--no-augment", action="store_true", help="no random crops and colours")
     more.add_argument("--no-accelerate", action="store_true", help="leave the models as they are")
     return made

@@ -59,7 +59,7 @@ class PreparedModel(nn.Module):
         for name in ("mean", "std"):
             value = torch.tensor(config[name]).view(-1, 1, 1)
             self.register_buffer(name, value, persistent=False)
-        self.size = _fixed_size(net)
+        self.size = fixed_size(net)
 
     def forward(self, images: Tensor) -> Any:
         """The model's output for images (B, 3, H, W) in [0, 1], not normalised."""
@@ -72,7 +72,7 @@ class PreparedModel(nn.Module):
         return (images - self.mean) / self.std
 
 
-def _fixed_size(net: nn.Module) -> tuple[int, int] | None:
+def fixed_size(net: nn.Module) -> tuple[int, int] | None:
     """The one size that a model takes; None where it takes others as well."""
     embed: Any = getattr(net, "patch_embed", None)
     size: Any = getattr(embed, "img_size", None)
