@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from kdfast.chain.capture import Capture, attention_layers, readers
-from kdfast.chain.features import timm_features
-from kdfast.chain.map_distance import map_distance
+from kdfast.matching.capture import Capture, attention_layers, readers
+from kdfast.matching.features import timm_features
+from kdfast.matching.map_distance import map_distance
 from kdfast.nn.attention import FusedAttention
 from kdfast.nn.frozen import Frozen
 from kdfast.nn.heads import AttentionCall

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from examples.pictures import Pictures
 from kdfast.machine.signals import run_command
-from kdfast.train import make_accelerator
 from kdfast.trainer.feed import Feed
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import open_log
 from kdfast.trainer.loop import Loop
+from kdfast.trainer.processes import make_accelerator
 from kdfast.trainer.watch import Row, Watch
 
 

@@ -15,6 +15,7 @@ if importlib.util.find_spec("kdfast.kernels") is None:
 from kdfast._version import __version__
 
 if TYPE_CHECKING:
+    from kdfast.distillation.start import distil
     from kdfast.models.orion.export import export_orion
     from kdfast.nn import AccelerateReport, accelerate, restore
     from kdfast.ops._library import FallbackWarning, NotCompiledWarning
@@ -64,6 +65,7 @@ __all__ = [
     "accelerate",
     "attention_distill",
     "calibrate",
+    "distil",
     "drop_blocks",
     "evaluate_selections",
     "export_orion",
@@ -92,6 +94,7 @@ __all__ = [
 
 # The names that each module defines.
 _DEFINED = {
+    "kdfast.distillation.start": ("distil",),
     "kdfast.models.orion.export": ("export_orion",),
     "kdfast.nn": ("AccelerateReport", "accelerate", "restore"),
     "kdfast.ops._library": ("FallbackWarning", "NotCompiledWarning"),

@@ -17,17 +17,18 @@ from sklearn import metrics as sk
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor
 
-from kdfast.chain.capture import Capture, attention_layers
 from kdfast.chain.compare import compare, gain
-from kdfast.chain.feed import class_feed, even_part
 from kdfast.chain.links import Link, LinkModel, build_link, facts, links_of, load_teacher
 from kdfast.chain.metrics import Meter
 from kdfast.chain.objective import Objective, distill_loss, scheduled_alpha, task_loss
-from kdfast.chain.pairing import head_groups, paired_layers, relation_heads
 from kdfast.configs import ConfigError, load
 from kdfast.configs.chain import ChainConfig, ChainDistillConfig, roles
 from kdfast.machine.memory import is_out_of_memory, peak_mib, reset_peak
+from kdfast.matching.capture import Capture, attention_layers
+from kdfast.matching.layers import paired_layers
+from kdfast.matching.map_distance import head_groups, relation_heads
 from kdfast.sources import load_model
+from kdfast.trainer.class_feed import class_feed, even_part
 from kdfast.trainer.commits import save_checkpoint
 from kdfast.trainer.feed import Feed
 

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import kdfast
-from kdfast.chain.capture import Capture, attention_layers
-from kdfast.chain.features import timm_features
 from kdfast.chain.links import LinkModel
-from kdfast.chain.map_distance import map_distance, turned
 from kdfast.chain.objective import Objective
-from kdfast.chain.pairing import attention_pairs, feature_pairs, relation_heads
+from kdfast.chain.pairing import attention_pairs, feature_pairs
 from kdfast.chain.planning import check_links
 from kdfast.configs import ConfigError, load
 from kdfast.configs.chain import ChainDistillConfig
+from kdfast.matching.capture import Capture, attention_layers
+from kdfast.matching.features import timm_features
+from kdfast.matching.map_distance import map_distance, relation_heads, turned
 from kdfast.nn.heads import AttentionCall
 from kdfast.ops.geometry import Rope
 

@@ -84,7 +84,9 @@ def test_a_file_at_the_root_is_a_command() -> None:
         "__main__",
         "_version",
     }
-    assert names == {"attention", "compare", "evaluate", "info", "plan", "prune", "train"}
+    assert names == {
+        *("attention", "compare", "distill", "evaluate", "info", "plan", "prune", "train"),
+    }
     for name in names:
         tree = ast.parse((ROOT / "kdfast" / f"{name}.py").read_text(encoding="utf-8"))
         assert f"python -m kdfast.{name}" in (ast.get_docstring(tree) or ""), name

@@ -48,7 +48,7 @@ def test_precision_that_the_device_lacks(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuses(**_: Any) -> None:
         raise ValueError("bf16 mixed precision requires a supported device")
 
-    monkeypatch.setattr("kdfast.train.Accelerator", refuses)
+    monkeypatch.setattr("kdfast.trainer.processes.Accelerator", refuses)
     with pytest.raises(ConfigError, match="bf16 mixed precision requires"):
         make_accelerator("bf16", "auto")
 

@@ -7,12 +7,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from kdfast.chain.feed import class_feed
 from kdfast.chain.link_run import LinkRun
 from kdfast.chain.metrics import Meter
 from kdfast.chain.objective import task_loss
 from kdfast.data.labelled import LabelledImages
 from kdfast.machine.signals import check
+from kdfast.trainer.class_feed import class_feed
 from kdfast.trainer.feed import Feed
 
 

@@ -8,15 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from kdfast.configs.chain import INITS, ChainConfig, per_link, roles
 from kdfast.configs.fields import ConfigError
 from kdfast.data.labelled import Classification
 from kdfast.machine.weights import weight_problems
+from kdfast.models.prepared import PreparedModel
 from kdfast.pruning.architecture import described
 from kdfast.resolve import TORCHVISION, SourceError, is_saved, load_model
 from kdfast.resolve.link_file import is_link, weights_of
@@ -74,26 +72,8 @@ def links_of(config: ChainConfig) -> list[Link]:
     ]
 
 
-class LinkModel(nn.Module):
-    """A model behind its own resize and normalisation.
-
-    Attributes:
-        net: The model.
-        size: Side that the images are resized to; None: they stay as they are.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        data = resolve_model_data_config(net)
-        # Facts of the model, not weights: they are no part of its state.
-        for name in ("mean", "std"):
-            value = torch.tensor(data[name]).view(-1, 1, 1)
-            self.register_buffer(name, value, persistent=False)
-        self.size = fixed_size(net)
+class LinkModel(PreparedModel):
+    """A model behind its own resize and normalisation."""
 
     @property
     def count(self) -> int:
@@ -102,27 +82,10 @@ class LinkModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of images (B, 3, H, W) in [0, 1], not normalised."""
-        output = self.net(self.prepared(images))
+        output = super().forward(images)
         # Models of Hugging Face return more than the logits.
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits
-
-    def prepared(self, images: Tensor) -> Tensor:
-        """Images as ``net`` takes them: of its size, normalised."""
-        if self.size is not None and tuple(images.shape[-2:]) != self.size:
-            images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
-        return (images - self.mean) / self.std
-
-
-def fixed_size(net: nn.Module) -> tuple[int, int] | None:
-    """(height, width) of the only images that a model takes; None: it takes others, too."""
-    embed: Any = getattr(net, "patch_embed", None)
-    side: Any = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", 1) else None
-    if embed is None:  # models of torchvision and Hugging Face
-        side = getattr(net, "image_size", getattr(getattr(net, "config", None), "image_size", None))
-    if isinstance(side, int):
-        return (side, side)
-    return None if side is None else (int(side[0]), int(side[1]))
 
 
 def build_link(link: Link, classes: int, *, checkpointing: bool = False) -> LinkModel:

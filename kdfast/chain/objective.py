@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast.chain.capture import Capture
 from kdfast.chain.links import LinkModel
-from kdfast.chain.map_distance import as_relation, map_distance
 from kdfast.chain.pairing import attention_pairs, feature_pairs
 from kdfast.chain.weights import TaskWeights
 from kdfast.configs.chain import ChainDistillConfig
+from kdfast.matching.capture import Capture
+from kdfast.matching.map_distance import as_relation, map_distance
 from kdfast.nn.frozen import Frozen
 from kdfast.ops.feature_loss import feature_loss
 from kdfast.ops.kd_loss import kd_loss

@@ -12,7 +12,6 @@ from typing import Any
 from accelerate import Accelerator
 
 from kdfast.chain.evaluate import ClassEvaluator, held_out_feed
-from kdfast.chain.feed import class_feed, even_part
 from kdfast.chain.kept_logits import kept_logits
 from kdfast.chain.link_run import LinkRun, checkpoints_of
 from kdfast.chain.links import LinkModel, build_link, described_link, facts, load_teacher
@@ -27,6 +26,7 @@ from kdfast.configs.fields import as_config_error
 from kdfast.data.labelled import Classification
 from kdfast.machine.memory import release
 from kdfast.nn import accelerate
+from kdfast.trainer.class_feed import class_feed, even_part
 from kdfast.trainer.commits import BEST, settle
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG

@@ -41,7 +41,7 @@ def _check_recovery(config: Config) -> list[str]:
         found.append("data.cache: needs data.augment false, got true")
     if config.distill.feature + config.distill.attention + config.distill.output == 0:
         found.append("distill: feature, attention and output must not all be 0")
-    return found + _check_device(run.device, run.precision, "run.")
+    return found + check_device(run.device, run.precision, "run.")
 
 
 def _is_model(checkpoint: str, kind: str) -> bool:
@@ -104,7 +104,7 @@ def _check_chain(config: ChainConfig) -> list[str]:
             f"with data.kind {data.kind}"
         )
     found += _check_training(config)
-    return found + _check_device(config.device, config.precision)
+    return found + check_device(config.device, config.precision)
 
 
 def _check_training(config: ChainConfig) -> list[str]:
@@ -132,7 +132,7 @@ def _check_training(config: ChainConfig) -> list[str]:
     return found
 
 
-def _check_device(device: str, precision: str, prefix: str = "") -> list[str]:
+def check_device(device: str, precision: str, prefix: str = "") -> list[str]:
     """Problems of a device and a precision on this machine."""
     # Imported here: it takes seconds, and the help of a command needs configs without it.
     import torch

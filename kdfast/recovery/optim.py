@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from kdfast.configs.recovery import OptimConfig
 from kdfast.trainer.logs import LOG
+from kdfast.trainer.schedule import cosine_with_warmup
 
 # Longest warm-up as a part of the run: the recipe's 500 steps belong to a run of 5,500.
 WARMUP_SHARE = 0.1
@@ -77,16 +77,12 @@ def schedule(config: OptimConfig, total: int) -> Callable[[int], float]:
         config: Shape of the schedule.
         total: Optimiser steps of the whole run.
     """
-    warmup = min(config.warmup, int(total * WARMUP_SHARE))
-
-    def factor(step: int) -> float:
-        wave = 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
-        value = config.min_ratio + (1 - config.min_ratio) * wave
-        if step < warmup:
-            value *= 1 - (1 - step / warmup) * (1 - config.warmup_ratio)
-        return value
-
-    return factor
+    return cosine_with_warmup(
+        total,
+        warmup=min(config.warmup, int(total * WARMUP_SHARE)),
+        warmup_ratio=config.warmup_ratio,
+        min_ratio=config.min_ratio,
+    )
 
 
 def lr_setter(

@@ -15,15 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
 from kdfast.machine.limits import MAX_PIXELS
 from kdfast.models.eva import EVAViT
+from kdfast.models.prepared import input_config
 from kdfast.resolve.error import SourceError
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -37,16 +36,7 @@ def transform_of(model: nn.Module, size: tuple[int, int] | None = None) -> Trans
     if isinstance(model, EVAViT):
         side = int(model.config["img_size"])
         return _orion((side, side) if size is None else size)
-    if hasattr(model, "default_cfg") or hasattr(model, "pretrained_cfg"):
-        config = resolve_model_data_config(model)
-        embed: Any = getattr(model, "patch_embed", None)
-        if getattr(embed, "img_size", None) is not None:
-            # The size that the model was built for, perhaps not that of its pretrained weights.
-            config = {**config, "input_size": (3, *embed.img_size), "crop_pct": 1.0}
-    else:
-        side = getattr(getattr(model, "config", model), "image_size", 224)
-        sides = (side, side) if isinstance(side, int) else tuple(side)
-        config = {"input_size": (3, *sides), **IMAGENET}
+    config = input_config(model)
     if size is not None:
         config = {**config, "input_size": (3, *size)}
     transform: Transform = create_transform(**config, is_training=False)
@@ -154,10 +144,8 @@ def scenes(size: tuple[int, int], count: int) -> Iterator[Tensor]:
 
 def _normalised(model: nn.Module, images: Iterable[Tensor]) -> Iterator[Tensor]:
     """Pictures in [0, 1] with the mean and deviation that the model was trained with."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    mean, std = (
-        torch.tensor(config.get(name, default)).view(3, 1, 1) for name, default in IMAGENET.items()
-    )
+    config = input_config(model)
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
     for image in images:
         yield (image - mean) / std
 

@@ -142,9 +142,19 @@ class Store:
         digest: Hash of the pictures and targets; of names, sizes and dates where not held.
     """
 
-    def __init__(self, part: Part, short: int, budget: int) -> None:
-        """Read and resize all pictures, unless that takes more than ``budget`` bytes."""
+    def __init__(
+        self, part: Part, short: int, budget: int, interpolation: str = "bilinear"
+    ) -> None:
+        """Read and resize all pictures, unless that takes more than ``budget`` bytes.
+
+        Args:
+            part: The pictures.
+            short: Side in pixels that the shorter side of a picture gets.
+            budget: Bytes that they may take in memory.
+            interpolation: "nearest", "bilinear" or "bicubic", antialiased.
+        """
         self.short = short
+        self._interpolation = F.InterpolationMode(interpolation)
         self.length = len(part)
         self._shapes = np.zeros((len(part), 3), np.int64)
         self._offsets = np.zeros(len(part) + 1, np.int64)
@@ -169,7 +179,7 @@ class Store:
     def _resized(self, part: Part, index: int) -> Tensor:
         image = part.source.read(int(part.rows[index]))
         if min(image.shape[-2:]) != self.short:
-            image = F.resize(image, [self.short], antialias=True)
+            image = F.resize(image, [self.short], self._interpolation, antialias=True)
         return image
 
     def _fill(self, part: Part, budget: int) -> Tensor | None:

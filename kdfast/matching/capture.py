@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention inputs and features of a timm model's forward, read by hooks while it runs as it is.
+"""Attention inputs and features of a model's forward, read by hooks while it runs as it is.
 
 B batch, H heads, N tokens, D head dim, C channels.
 """
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kdfast.chain.features import feature_rows, tokens_of
+from kdfast.matching.features import FeatureRow, feature_rows, tokens_of
+from kdfast.matching.hf_reader import HfReader, hf_reader
 from kdfast.nn.attention import FusedAttention, qualified_name
 from kdfast.nn.heads import AttentionCall
 from kdfast.nn.pool import TimmClassAttention
@@ -26,16 +27,24 @@ from kdfast.nn.table import FUSED, UNKNOWN, unfused_reason
 from kdfast.ops._torch_private import storage_key
 
 # Submodules that run after the softmax, so that no queries and keys come out of them.
-_AFTER = ("attn_drop", "proj", "out_proj", "attn_out_proj", "mlp", "drop_path", "ls", "sub_norm")
+_AFTER = (
+    *("attn_drop", "proj", "out_proj", "o_proj", "attn_out_proj", "mlp", "drop_path", "ls"),
+    "sub_norm",
+)
+# What tells queries and keys of an attention's calls, and which original heads they are of.
+Reader = FusedAttention | HfReader
 
 
-def reader_of(module: nn.Module) -> FusedAttention | str | None:
+def reader_of(module: nn.Module) -> Reader | str | None:
     """What tells queries and keys of an attention's calls: its fused stand-in, which never runs.
 
     Returns:
-        The stand-in, on the module's own tensors; the reason why its maps cannot be read; or None
-        for a module that is no attention.
+        The stand-in, on the module's own tensors, or what stands for it with transformers; the
+        reason why its maps cannot be read; or None for a module that is no attention.
     """
+    found = hf_reader(module)
+    if found is not None:
+        return found
     few = "a pool of few queries has no map from tokens to tokens"
     if isinstance(module, FusedAttention):
         if isinstance(module, TimmClassAttention):
@@ -53,14 +62,14 @@ def reader_of(module: nn.Module) -> FusedAttention | str | None:
     return kind.why_not(twin) or kind.adopt(twin)
 
 
-def readers(net: nn.Module) -> dict[str, FusedAttention | str]:
+def readers(net: nn.Module) -> dict[str, Reader | str]:
     """``reader_of`` of every attention of a model, by name."""
-    found: dict[str, FusedAttention | str] = {}
+    found: dict[str, Reader | str] = {}
     inside: set[nn.Module] = set()
     for name, module in net.named_modules():
         if module not in inside and (reader := reader_of(module)) is not None:
             found[name] = reader
-            if isinstance(reader, FusedAttention):
+            if not isinstance(reader, str):
                 inside.update(module.modules())
     # Blocks that are only named after the attention that they hold are none.
     return {
@@ -76,14 +85,14 @@ def attention_layers(net: nn.Module, name: str) -> list[str]:
     Attentions of another kind, such as pools or those over channels, are left out.
 
     Args:
-        net: A model of timm, accelerated or not.
+        net: A model of timm, torchvision or Hugging Face, accelerated or not.
         name: Its name, for the message.
 
     Raises:
         ValueError: There is none; the message says why, by class.
     """
     every = readers(net)
-    found = [path for path, reader in every.items() if isinstance(reader, FusedAttention)]
+    found = [path for path, reader in every.items() if not isinstance(reader, str)]
     if not found:
         raise ValueError(
             f"distill.attention: {name} must have self-attention whose maps can be read, "
@@ -92,7 +101,7 @@ def attention_layers(net: nn.Module, name: str) -> list[str]:
     return found
 
 
-def reasons(net: nn.Module, every: Mapping[str, FusedAttention | str]) -> str:
+def reasons(net: nn.Module, every: Mapping[str, Reader | str]) -> str:
     """Why attentions of a model are not read, one reason by class."""
     found = {
         f"{qualified_name(net.get_submodule(path))}: {reader}"
@@ -113,20 +122,27 @@ class Capture:
     """
 
     def __init__(
-        self, net: nn.Module, attention: list[str], features: list[str], *, strict: bool = True
+        self,
+        net: nn.Module,
+        attention: list[str],
+        features: list[str],
+        *,
+        strict: bool = True,
+        rows: Mapping[str, FeatureRow] | None = None,
     ) -> None:
         """Name the modules to watch.
 
         Args:
             net: The model.
             attention: Of ``attention_layers``.
-            features: Of ``kdfast.chain.features.timm_features``.
+            features: Names of ``rows``.
             strict: Whether a forward must pass all of them.
+            rows: The layers of ``features``; those that timm lists if None.
         """
         self.net, self.attention, self.names, self.strict = net, attention, features, strict
         self.features: dict[str, Tensor] = {}
         self._modules = {name: net.get_submodule(name) for name in (*attention, *features)}
-        self._rows = feature_rows(net)
+        self._rows = feature_rows(net) if rows is None else rows
         self._inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self._calls: dict[str, AttentionCall] = {}
@@ -239,10 +255,11 @@ def attention_call(
         ValueError: The map of the call cannot be read; the message is the reason.
     """
     reader = reader_of(module)
-    if not isinstance(reader, FusedAttention):
+    if reader is None or isinstance(reader, str):
         raise ValueError(reader or "it is no attention")
     bound = inspect.signature(reader.forward).bind(*args, **kwargs).arguments
-    if any(bound.get(name) is not None for name in ("attn_mask", "key_padding_mask")):
+    masks = ("attn_mask", "key_padding_mask", "attention_mask")
+    if any(bound.get(name) is not None for name in masks):
         raise ValueError("its calls have a mask")
     if bound.get("is_causal"):
         raise ValueError("its calls are causal")

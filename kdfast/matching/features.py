@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The features that timm lists for a model, as tokens. B batch, N positions, C channels."""
+"""The features of a model as tokens: its blocks, and what timm lists.
+
+B batch, N positions, C channels.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from kdfast.nn.attention import qualified_name
+from kdfast.nn.attention import height_of, qualified_name
+from kdfast.pruning.constant import constant_blocks
+from kdfast.pruning.families import anatomy_of
 
 # Models whose maps are (B, h, w, C) although timm does not state it.
 _CHANNELS_LAST = (
@@ -95,3 +100,21 @@ def _channels_last(net: nn.Module) -> bool:
     if stated is None:
         return qualified_name(net) in _CHANNELS_LAST
     return str(getattr(stated, "value", stated)) != "NCHW"
+
+
+def block_rows(net: nn.Module) -> dict[str, FeatureRow]:
+    """The blocks of a model that kdfast can prune, by name; of others what timm lists.
+
+    Blocks that ``kdfast.drop_blocks`` replaced are among them.
+    """
+    names = {module: name for name, module in net.named_modules()}
+    constant = constant_blocks(net)
+    try:
+        anatomy = anatomy_of("distil", net)
+    except TypeError:
+        return feature_rows(net)
+    widths = {name: FeatureRow(name, width) for name, width in constant.items()}
+    for block, site in zip(anatomy.blocks, anatomy.attentions, strict=True):
+        name = names[block]
+        widths[name] = FeatureRow(name, height_of(site.projection))
+    return {name: widths[name] for name in names.values() if name in widths}

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m kdfast.distill``: trains a pruned model to do what its original does.
+
+See docs/use/distil.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from kdfast.commandline.distill import NUMBERS, TERMS, WORDS, parser
+
+if __name__ == "__main__":
+    # OpenMP reads this when torch is loaded, and its default, spinning, makes a step ten times
+    # slower as soon as another process wants one of the cores (docs/use/training.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Distil.
+
+    Args:
+        argv: Command line without the program; that of the process if None.
+
+    Returns:
+        0; 1 if the training broke or a file could not be written; 2 if a model, the data, an
+        option or a checkpoint cannot be used; 128 plus the signal if one came: what was saved
+        stays.
+    """
+    args = parser().parse_args(argv)
+    from kdfast.machine.signals import run_command
+
+    return run_command(lambda: guarded(args), "what was done is saved, go on with --resume")
+
+
+def guarded(args: argparse.Namespace) -> int:
+    """The command after its command line: errors that a user can mend are one line."""
+    import torch.distributed as dist
+
+    from kdfast.configs.fields import ConfigError
+    from kdfast.data.files import CorruptDataError
+    from kdfast.sources import SourceError
+    from kdfast.trainer.loop import NonFiniteLoss
+
+    try:
+        run(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except ConfigError as error:
+        lines = [f"--{flagged(line)}" for line in error.problems]
+        print("\n".join(f"error: {line}" for line in lines), file=sys.stderr)
+        return 2
+    except SourceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (CorruptDataError, NonFiniteLoss, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def flagged(problem: str) -> str:
+    """A problem of an option by its flag."""
+    name, colon, rest = problem.partition(":")
+    return f"{name.replace('_', '-')}{colon}{rest}".removeprefix("--")
+
+
+def run(args: argparse.Namespace) -> Any:
+    """Everything that ``main`` does after the command line; raises instead of printing."""
+    from kdfast.configs.distil import distil_config
+    from kdfast.distillation.start import distil
+
+    options = options_of(args)
+    distil_config(options)  # before models are built
+    teacher = model_of(args, "teacher")
+    student = model_of(args, "student")
+    fit_classes(student, teacher, args.student)
+    return distil(
+        student,
+        teacher,
+        args.data,
+        resume=args.resume,
+        names=(args.student, args.teacher),
+        **options,
+    )
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of ``kdfast.distil`` that the command line names."""
+    names = (*NUMBERS, *WORDS, *TERMS)
+    found = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.out is not None:
+        found["output"] = args.out
+    return {
+        **found,
+        "labels": args.labels,
+        "augment": not args.no_augment,
+        "accelerate": not args.no_accelerate,
+    }
+
+
+def model_of(args: argparse.Namespace, which: str) -> Any:
+    """The model that an option names.
+
+    Raises:
+        SourceError: There is none, or its weights do not fit.
+    """
+    from pathlib import Path
+
+    from kdfast.sources import SourceError, is_random, load_model
+
+    name, checkpoint = getattr(args, which), getattr(args, f"{which}_checkpoint")
+    pretrained = args.pretrained and checkpoint is None and is_random(name)
+    try:
+        model = load_model(name, checkpoint, pretrained=pretrained)
+    except SourceError as error:
+        text = str(error).replace("--model", f"--{which}")
+        raise SourceError(text.replace("--checkpoint", f"--{which}-checkpoint")) from error
+    if is_random(name, checkpoint, pretrained=pretrained) and not Path(name).is_dir():
+        print(f"note: the {which} has random weights; --pretrained or a checkpoint brings others")
+    return model
+
+
+def fit_classes(student: Any, teacher: Any, name: str) -> None:
+    """Gives a student that timm built by its name the teacher's number of classes."""
+    from pathlib import Path
+
+    mine, theirs = (getattr(model, "num_classes", None) for model in (student, teacher))
+    named = not Path(name).is_dir() and hasattr(student, "reset_classifier")
+    if named and theirs and mine != theirs:
+        student.reset_classifier(theirs)
+        print(f"note: the student's classifier starts anew, with the teacher's {theirs} classes")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

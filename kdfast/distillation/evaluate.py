@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well a model does what its teacher does, on held-out pictures. B batch, C channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from kdfast.data.labelled import LabelledImages
+from kdfast.machine.signals import check
+from kdfast.models.prepared import PreparedModel
+from kdfast.pruning.observe import main_output
+from kdfast.trainer.feed import Feed
+from kdfast.trainer.logs import LOG
+from kdfast.trainer.watch import Row, Watch
+
+Quality = dict[str, float]
+# What each number of a quality is, for tables and pictures.
+MEANING = {
+    "cosine": "cosine of the output to the teacher's, of logits without their mean",
+    "agreement": "share of pictures with the teacher's first class",
+    "accuracy": "share of pictures with the right first class",
+}
+
+
+class Evaluator:
+    """Measures models against one teacher on the same pictures.
+
+    Attributes:
+        names: Of the numbers that it gives, those of ``MEANING`` that make sense here.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        feed: Feed[LabelledImages],
+        teacher: PreparedModel,
+        *,
+        comparable: bool,
+        logits: bool,
+        labels: bool,
+    ) -> None:
+        """Choose the numbers.
+
+        Args:
+            accelerator: Sums over processes, and autocast.
+            feed: Held-out pictures, this process's share.
+            teacher: In eval mode.
+            comparable: Whether outputs are of the teacher's shape.
+            logits: Whether both are logits of the same classes.
+            labels: Whether targets are classes of the models.
+        """
+        self.accelerator, self.feed, self.teacher = accelerator, feed, teacher
+        wanted = {"cosine": comparable, "agreement": logits, "accuracy": labels}
+        self.names = [name for name, holds in wanted.items() if holds]
+        self.logits = logits
+        self._goals: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, model: PreparedModel) -> Quality:
+        """The numbers of a model, which is left in eval mode."""
+        model.eval()
+        sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self.accelerator.device)
+        for number, batch in enumerate(self.feed.batches(0)):
+            if self.accelerator.num_processes == 1:
+                check()
+            with self.accelerator.autocast():
+                made = self._centred(main_output(model(batch.images)).float())
+            goal = made if model is self.teacher else self._goal(number, batch.images)
+            found = [_sum(name, made, goal, batch.labels) for name in self.names]
+            sums += torch.stack([*found, sums.new_tensor(len(made))])
+        sums = self.accelerator.reduce(sums, "sum")
+        return {name: float(sums[i] / sums[-1]) for i, name in enumerate(self.names)}
+
+    def _centred(self, output: Tensor) -> Tensor:
+        """Logits without their mean over the classes, which means nothing; embeddings as is."""
+        return output - output.mean(1, keepdim=True) if self.logits else output
+
+    def _goal(self, number: int, images: Tensor) -> Tensor:
+        """The teacher's output for a batch, computed once where it is small."""
+        if number in self._goals:
+            return self._goals[number].to(images.device)
+        with self.accelerator.autocast():
+            goal = self._centred(main_output(self.teacher(images)).float())
+        if goal.dim() == 2:
+            self._goals[number] = goal.cpu()
+        return goal
+
+
+def _sum(name: str, made: Tensor, goal: Tensor, labels: Tensor) -> Tensor:
+    """Sum of a number over the pictures of a batch, in fp64."""
+    if name == "accuracy":
+        return (made.argmax(1) == labels).double().sum()
+    if name == "agreement":
+        return (made.argmax(1) == goal.argmax(1)).double().sum()
+    cosine = F.cosine_similarity(made.double(), goal.double(), dim=1)
+    return cosine.flatten(1).mean(1).sum() if cosine.dim() > 1 else cosine.sum()
+
+
+class DistilWatch(Watch):
+    """Measures the student after every epoch.
+
+    Attributes:
+        before: Quality of the models before the training: "teacher" and "student".
+        rows: Quality of the student after each epoch.
+    """
+
+    def __init__(self, title: str, evaluate: Evaluator, student: PreparedModel) -> None:
+        self.title, self.evaluate, self.student = title, evaluate, student
+        self.before: dict[str, Quality] = {}
+        self.rows: list[Row] = []
+
+    def on_epoch(self, epoch: int, step: int, lr: float) -> Row:
+        """See ``Watch``; the row holds the numbers."""
+        found = self.evaluate(self.student)
+        LOG.info("%s epoch %d  %s", self.title, epoch + 1, in_words(found))
+        row: Row = {"step": step, "epoch": epoch + 1, **found}
+        self.rows.append(row)
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``Watch``."""
+        return {"distil": {"before": self.before, "rows": self.rows}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See ``Watch``."""
+        self.before, self.rows = state["distil"]["before"], state["distil"]["rows"]
+
+
+def in_words(quality: Quality) -> str:
+    """Numbers and their names, in one line."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in quality.items())
