@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from kdfast.chain.plots import draw_comparison
 from kdfast.machine.facts import machine_facts
 from kdfast.machine.files import replacing, write_text
+from kdfast.trainer.tables import plain_text
 
 VALUES = ("test_accuracy", "test_f1_score", "test_auc", "val_accuracy", "seconds", "peak_mib")
 
@@ -114,31 +114,39 @@ def write_comparison(
 
 
 def _text(rows: Sequence[Mapping[str, Any]], name: str, better: dict[str, Any] | None) -> str:
-    table = Table(box=box.SIMPLE_HEAD, title=f"{name}, test images, mean +- spread over seeds")
-    heads = ("link", "model", "params", "seeds", "accuracy %", "macro F1 %", "AUC %", "val %", "s")
-    for head in heads:
-        table.add_column(head, justify="left" if head in ("link", "model") else "right")
-    for row in rows:
-        cells = [_spread(row, value) for value in ("test_accuracy", "test_f1_score", "test_auc")]
-        table.add_row(
-            *(row["role"], row["model"], f"{row['params']:,}", str(len(row["seeds"]))),
-            *(*cells, _spread(row, "val_accuracy"), f"{row['mean']['seconds']:.0f}"),
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for head in ("link", "model", "params", "accuracy %", "macro F1 %", "AUC %"):
+        left = head in ("link", "model")
+        # A name of a model may be long; a number is never broken.
+        table.add_column(
+            head, justify="left" if left else "right", no_wrap=head != "model", overflow="fold"
         )
-    console = Console(width=130, file=None, record=False)
-    with console.capture() as capture:
-        console.print(table)
-    text = "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines())
+    for row in rows:
+        cells = [_spread(row, value) for value in ("test_accuracy", "test_f1_score")]
+        cells.append(_number(row["mean"]["test_auc"]))
+        table.add_row(row["role"], row["model"], f"{row['params'] / 1e6:.2f}M", *cells)
+    text = f"{name}, test images, {_over(rows)}\n\n{plain_text(table)}"
     if better is not None:
         spread = "" if better["spread"] is None else f", larger spread {better['spread']:.2f}"
         text += (
             f"\n\nstudent with distillation minus its twin without: {better['margin']:+.2f} points "
-            f"of test accuracy{spread}"
+            f"of\ntest accuracy{spread}"
         )
     return text
 
 
+def _over(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What stands behind the numbers, in words."""
+    counts = sorted({len(row["seeds"]) for row in rows})
+    if counts == [1]:
+        return "one seed"
+    return f"mean ± spread over {' or '.join(map(str, counts))} seeds"
+
+
 def _spread(row: Mapping[str, Any], name: str) -> str:
     mean, spread = row["mean"][name], row["spread"][name]
-    if mean != mean:
-        return "-"
-    return f"{mean:.2f}" if spread is None else f"{mean:.2f} +- {spread:.2f}"
+    return _number(mean) if spread is None else f"{_number(mean)} ± {_number(spread)}"
+
+
+def _number(value: float) -> str:
+    return "-" if value != value else f"{value:.2f}"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -84,7 +85,7 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
     if accelerator.is_main_process:
         _check_outputs(config)
     folders = RunFolders(root, len(config.seeds) > 1)
-    words = [" -> ".join(config.chain), f"stage {config.stage}", f"seeds {list(config.seeds)}"]
+    words = [f"stage {config.stage}", f"seeds {list(config.seeds)}"]
     words += [f"data {config.data.kind} {config.data.root or ''}".strip()]
     words += [
         f"{accelerator.num_processes} x {accelerator.device}",
@@ -95,7 +96,7 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
         accelerator,
         name=config.name,
         note=config.note,
-        what=", ".join(words),
+        what="\n".join([*_arrows(config.chain), ", ".join(words)]),
         save=partial(save, config),
         resume=resume,
     )
@@ -123,6 +124,11 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
         _finish(config, root, results, sets[data_seed].name)
     accelerator.wait_for_everyone()
     return 0
+
+
+def _arrows(chain: Sequence[str]) -> list[str]:
+    """The models of a chain, one a line, each below the one that teaches it."""
+    return [f"-> {name}" if i else name for i, name in enumerate(chain)]
 
 
 def _check_outputs(config: ChainConfig) -> None:

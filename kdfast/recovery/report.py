@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from kdfast.machine.memory import peak_bytes
 from kdfast.machine.timing import interleave, summarize
 from kdfast.ops._packed import packed_bytes
 from kdfast.pruning import pruning_report
+from kdfast.trainer.tables import plain_text
 
 # Samples per model in the final table: many for small models, few where a forward takes seconds.
 ROUNDS, FEW_ROUNDS, PATIENCE_SECONDS = 9, 3, 20.0
@@ -143,16 +143,13 @@ def write_report(folder: Path, lines: Sequence[Line], metric: str, facts: dict[s
     parts = recovery(lines)
     content = {"metric": metric, "recovered": parts, **facts, "models": [asdict(x) for x in lines]}
     write_text(folder / "report.json", json.dumps(content, indent=1) + "\n")
-    console = Console(width=110, file=None, record=False)
-    with console.capture() as capture:
-        console.print(table(lines, metric))
     lost = lines[0].quality - lines[1].quality
     if parts:
         shares = ", ".join(f"{name} has back {part:.0%}" for name, part in parts.items())
         note = f"pruning lost {lost:.4f} {metric}; of it {shares}"
     else:
         note = f"pruning lost no {metric}"
-    text = "\n".join(row.rstrip() for row in capture.get().strip("\n").splitlines()) + f"\n\n{note}"
+    text = f"{plain_text(table(lines, metric))}\n\n{note}"
     write_text(folder / "report.txt", text + "\n")
     return text
 

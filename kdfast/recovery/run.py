@@ -251,7 +251,7 @@ class Run:
             content = {"eval_images": self.config.run.eval_images, **quality}
             write_text(self.folder / BASELINE, json.dumps(content) + "\n")
         text = ", ".join(f"{name} {value:.4f}" for name, value in quality.items())
-        LOG.info("held-out %s before training: %s", evaluate.name, text)
+        LOG.info("held-out %s: %s", evaluate.name, text)
         return quality
 
     def known_baseline(self) -> dict[str, float] | None:
