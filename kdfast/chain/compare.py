@@ -107,7 +107,7 @@ def write_comparison(
             for i, seed in enumerate(row["seeds"]):
                 numbers = [f"{row['values'][value][i]:.6g}" for value in VALUES]
                 writer.writerow([row["role"], row["model"], row["params"], seed, *numbers])
-    draw_comparison(rows, paths["png"], f"{name}: links of the chain on the test images")
+    draw_comparison(rows, paths["png"], f"{name}, test images")
     text = _text(rows, name, better)
     write_text(paths["txt"], text + "\n")
     return text, paths

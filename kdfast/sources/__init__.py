@@ -9,11 +9,12 @@ from kdfast.sources.models import (
     load_saved,
     require_timm_name,
 )
-from kdfast.sources.pictures import image_batches, load_images, noise, transform_of
+from kdfast.sources.pictures import crops_of, image_batches, load_images, noise, transform_of
 
 __all__ = [
     "MODEL_HELP",
     "SourceError",
+    "crops_of",
     "image_batches",
     "is_random",
     "load_images",
