@@ -78,6 +78,12 @@ def test_whole_run(tmp_path: Path, teachers: Path, capsys: pytest.CaptureFixture
     assert list((folder / "tensorboard").iterdir())
     for text in ("ms / image", "peak MiB", "predictions.png", "student.safetensors", "eta"):
         assert text in out
+    assert out.splitlines()[-1].endswith(f"page         {folder / 'report.html'}")
+    assert out.count("tensorboard --logdir") == 1
+    # Scores of heads, predictions, curves of both trainings, the four models.
+    page = (folder / "report.html").read_text()
+    assert page.count("<img ") == 4 and "distilled" in page
+    assert "\x1b" not in (folder / "report.txt").read_text() + (folder / "train.log").read_text()
     assert "training a teacher" in (folder / "train.log").read_text()
 
     saved = load(str(folder / "config.yaml"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,12 +44,17 @@ def compare(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": [result["seed"] for result in mine],
                 "values": values,
                 "mean": {name: statistics.fmean(x) for name, x in values.items()},
-                "spread": {
-                    name: statistics.stdev(x) if len(x) > 1 else None for name, x in values.items()
-                },
+                "spread": {name: _deviation(x) for name, x in values.items()},
             }
         )
     return rows
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    """Sample standard deviation; None of one value, NaN where one is not defined."""
+    if len(values) < 2:
+        return None
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def gain(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -122,7 +128,7 @@ def _text(rows: Sequence[Mapping[str, Any]], name: str, better: dict[str, Any] |
             head, justify="left" if left else "right", no_wrap=head != "model", overflow="fold"
         )
     for row in rows:
-        cells = [_spread(row, value) for value in ("test_accuracy", "test_f1_score")]
+        cells = [spread_of(row, value) for value in ("test_accuracy", "test_f1_score")]
         cells.append(_number(row["mean"]["test_auc"]))
         table.add_row(row["role"], row["model"], f"{row['params'] / 1e6:.2f}M", *cells)
     text = f"{name}, test images, {_over(rows)}\n\n{plain_text(table)}"
@@ -143,10 +149,13 @@ def _over(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"mean ± spread over {' or '.join(map(str, counts))} seeds"
 
 
-def _spread(row: Mapping[str, Any], name: str) -> str:
+def spread_of(row: Mapping[str, Any], name: str) -> str:
+    """A value of a row as text, with its spread where there are several seeds."""
     mean, spread = row["mean"][name], row["spread"][name]
-    return _number(mean) if spread is None else f"{_number(mean)} ± {_number(spread)}"
+    if spread is None or math.isnan(mean):
+        return _number(mean)
+    return f"{_number(mean)} ± {_number(spread)}"
 
 
 def _number(value: float) -> str:
-    return "-" if value != value else f"{value:.2f}"
+    return "-" if math.isnan(value) else f"{value:.2f}"

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from kdfast.chain.compare import write_comparison
 from kdfast.chain.link_run import LinkRun, checkpoints_of
 from kdfast.chain.links import Link, links_of
+from kdfast.chain.page import write_chain_page
 from kdfast.chain.planning import check_terms
 from kdfast.chain.summary import SUMMARY, read_summary
 from kdfast.chain.train_link import train_link
@@ -214,6 +215,7 @@ def _finish(config: ChainConfig, root: Path, results: list[dict[str, Any]], name
         copy.parent.mkdir(parents=True, exist_ok=True)
         write_text(copy, paths["json"].read_text(encoding="utf-8"))
         paths["report"] = copy
+    paths["page"] = write_chain_page(root, results, name, config)
     LOG.info("\n\n%s\n", text)
     for result in results:
         LOG.info("%-12s %s", result["role"], result["folder"])
