@@ -36,6 +36,7 @@ from kdfast.pruning import (
 from kdfast.pruning.adapter import Anatomy
 from kdfast.pruning.block_times import latency_table
 from kdfast.pruning.by_latency import Losses, check_goal, losses_of, selected
+from kdfast.pruning.card import CARD, is_foreign
 from kdfast.pruning.compensate import SiteError
 from kdfast.pruning.constant import DropReport, drop_blocks
 from kdfast.pruning.families import anatomy_of
@@ -185,7 +186,10 @@ def run(options: argparse.Namespace) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         clear_partials(options.out)
         with replacing_files(options.out, last=CONFIG) as folder:
-            save_pretrained(pruned, folder)
+            times = {f"ms, {name}": value.ms for name, value in latency.items()}
+            save_pretrained(pruned, folder, metrics=times)
+            if is_foreign(options.out / CARD):
+                (folder / CARD).unlink()
             chosen.scores.save(folder / "scores.json")
             draw_head_scores(chosen.scores, chosen.heads, folder / "heads.png")
             write_report(folder, options, report, chosen, latency, errors, dropped)
