@@ -84,8 +84,6 @@ def test_a_pipe_gets_lines(
     lines = Display("distil", 30, 0, enabled=True)
     for step in range(1, 31):
         lines.update(step, VALUES if step % 10 == 0 or step == 1 else None)
-    monkeypatch.setattr(display, "QUIET_SECONDS", 0.0)
-    lines.update(30, None)
     LOG.info("for the file", extra=FILE_ONLY)
     lines.close()
     close_log()

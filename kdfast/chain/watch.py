@@ -40,6 +40,8 @@ class LinkWatch(Watch):
         records: The best value of each of ``RECORDS`` and its epoch.
     """
 
+    headline: str
+
     def __init__(
         self,
         run: LinkRun,

@@ -36,7 +36,7 @@ def class_names(model: nn.Module) -> list[str] | None:
         return [str(known[i]) for i in sorted(known)]
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     if config.get("num_classes") == IMAGENET == getattr(model, "num_classes", None):
-        from timm.data import ImageNetInfo
+        from timm.data.imagenet_info import ImageNetInfo
 
         info = ImageNetInfo()
         return [info.index_to_description(i).split(",")[0] for i in range(IMAGENET)]

@@ -124,7 +124,7 @@ def _lines(
 ) -> None:
     for a, b in pairs:
         ends = [(int(points[at, 0]), int(points[at, 1])) for at in (a, b)]
-        cv2.line(picture, ends[0], ends[1], colour, 1, cv2.LINE_AA)
+        cv2.line(picture, ends[0], ends[1], colour, 2, cv2.LINE_AA)
 
 
 def _from_above(
