@@ -20,8 +20,10 @@ from kdfast.pictures.draw import (
     draw_rollout_change,
     tokens_of,
 )
+from kdfast.pictures.names import class_names, model_name, prediction
 from kdfast.sources import (
     SourceError,
+    crops_of,
     is_random,
     load_images,
     load_model,
@@ -55,18 +57,24 @@ def draw(args: argparse.Namespace) -> list[Path]:
         if not Path(image).is_file():
             raise SourceError(f"--image: there is no file {image}")
     model = load_model(args.model, args.checkpoint, pretrained=args.pretrained)
-    if is_random(args.model, args.checkpoint, pretrained=args.pretrained):
+    random = is_random(args.model, args.checkpoint, pretrained=args.pretrained)
+    if random:
         print("note: random weights; see --pretrained and --checkpoint", file=sys.stderr)
     images = load_images(args.image, transform_of(model))
-    seen = capture(model, images)
-    after = None if args.after is None else capture(load_saved(args.after, "--after"), images)
-    title = args.model or Path(args.checkpoint).stem
+    crop = crops_of(model, images)
+    seen = capture(model, images, crop)
+    after = None if args.after is None else capture(load_saved(args.after, "--after"), images, crop)
+    title = Path(args.model).name if args.model else model_name(model)
+    classes = class_names(model)
     paths: list[Path] = []
     for index, image in enumerate(args.image):
         # Two pictures of one name must not overwrite each other.
         stem = f"{index}-{Path(image).stem}" if len(args.image) > 1 else Path(image).stem
         base = Path(args.output) / stem
-        paths += _draw_image(args, seen, after, index, base, f"{title}, {Path(image).name}")
+        words = [title, Path(image).name]
+        if seen.output is not None and not random:
+            words.append(f"predicted {prediction(seen.output[index], classes)}")
+        paths += _draw_image(args, seen, after, index, base, ", ".join(words))
     return paths
 
 

@@ -115,6 +115,8 @@ def test_files_of_a_chain(tmp_path: Path) -> None:
     assert report["gain"]["beats"] is None and report["config"]["seeds"] == [3]
     assert "student with distillation minus its twin" in (folder / "comparison.txt").read_text()
     assert (folder / "comparison.png").stat().st_size > 5000
+    # The comparison, and of every link curves, confusion and two looks at two images.
+    assert (folder / "report.html").read_text().count("<img ") == 1 + 4 * (1 + 1 + 4)
     # The student and its twin start from the same weights.
     states = [
         json.loads((folder / f"from_scratch/digits/{r}/summary.json").read_text()) for r in roles

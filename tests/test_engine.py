@@ -180,6 +180,43 @@ def test_order_of_events(tmp_path: Path) -> None:
     assert float(rows[0]["lr"]) == pytest.approx(0.1 / 3)
 
 
+def test_time_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds per step, a part of them for data; neither evaluation nor checkpoints count."""
+    now = [0.0]
+
+    class Slow(Diary):
+        """Takes 100 seconds for an epoch's evaluation and for a checkpoint, 3 for a step."""
+
+        def on_step(self, step: int, result: StepResult) -> None:
+            now[0] += 3.0
+
+        def on_epoch(self, epoch: int, step: int, lr: float) -> Row:
+            now[0] += 100.0
+            return super().on_epoch(epoch, step, lr)
+
+        def is_best(self) -> bool:
+            now[0] += 100.0
+            return False
+
+    feed, _ = numbers()
+    to_batch = feed._to_batch
+
+    def slow(*item: Any) -> Batch:
+        now[0] += 0.5
+        return to_batch(*item)
+
+    feed._to_batch = slow
+    monkeypatch.setattr(loop_file.time, "monotonic", lambda: now[0])
+    job = job_of(tmp_path, Slow(), feed, epochs=2, save_every=1, log_every=2)
+    Loop(job, make_accelerator("fp32", "cpu")).fit()
+    rows = read_rows(tmp_path / "logs/steps.csv")
+    assert [row["step"] for row in rows] == ["1", "3", "5", "6"]
+    for row in rows:
+        # Two batches of two images in a step.
+        assert (float(row["time"]), float(row["data_time"])) == (4.0, 1.0)
+        assert float(row["images_per_s"]) == 1.0
+
+
 def test_watch_ends_the_training(tmp_path: Path) -> None:
     accelerator = make_accelerator("fp32", "cpu")
     loop = Loop(job_of(tmp_path, Diary(last=2)), accelerator)

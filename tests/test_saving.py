@@ -86,6 +86,7 @@ def test_comes_back_bit_by_bit(tmp_path: Path, name: str, pruned: bool) -> None:
     with torch.no_grad():
         assert torch.equal(first(again(x)), first(model.eval()(x)))
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
     ]
@@ -169,7 +170,7 @@ def test_a_failed_write_leaves_the_old_model(
     with pytest.raises(OSError, match="no space left"):
         save_pretrained(timm_vit(num_classes=3), tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
     load_pretrained(tmp_path)
 
 

@@ -52,10 +52,10 @@ def test_whole_run(tmp_path: Path, teachers: Path, capsys: pytest.CaptureFixture
     assert [int(row["step"]) for row in steps] == [1, 5, 9, 12, 16, 20, 24]
     assert list(steps[0]) == (
         "step epoch total task kd feature attention output alpha lr grad_norm images_per_s "
-        "data_share memory_mib".split()
+        "time data_time memory_mib".split()
     )
     assert [float(row["alpha"]) for row in steps] == pytest.approx([0.8] * 4 + [0.6] * 3)
-    assert all(0 < float(row["data_share"]) < 1 for row in steps)
+    assert all(0 < float(row["data_time"]) < float(row["time"]) for row in steps)
     for row in steps[:4]:
         value = {name: float(text) for name, text in row.items()}
         kd = 0.5 * value["feature"] + 0.3 * value["attention"] + 0.2 * value["output"]
@@ -78,6 +78,12 @@ def test_whole_run(tmp_path: Path, teachers: Path, capsys: pytest.CaptureFixture
     assert list((folder / "tensorboard").iterdir())
     for text in ("ms / image", "peak MiB", "predictions.png", "student.safetensors", "eta"):
         assert text in out
+    assert out.splitlines()[-1].endswith(f"page         {folder / 'report.html'}")
+    assert out.count("tensorboard --logdir") == 1
+    # Scores of heads, predictions, curves of both trainings, the four models.
+    page = (folder / "report.html").read_text()
+    assert page.count("<img ") == 4 and "distilled" in page
+    assert "\x1b" not in (folder / "report.txt").read_text() + (folder / "train.log").read_text()
     assert "training a teacher" in (folder / "train.log").read_text()
 
     saved = load(str(folder / "config.yaml"))

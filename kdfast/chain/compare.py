@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from kdfast.chain.plots import draw_comparison
 from kdfast.machine.facts import machine_facts
 from kdfast.machine.files import replacing, write_text
+from kdfast.trainer.tables import plain_text
 
 VALUES = ("test_accuracy", "test_f1_score", "test_auc", "val_accuracy", "seconds", "peak_mib")
 
@@ -43,12 +44,17 @@ def compare(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": [result["seed"] for result in mine],
                 "values": values,
                 "mean": {name: statistics.fmean(x) for name, x in values.items()},
-                "spread": {
-                    name: statistics.stdev(x) if len(x) > 1 else None for name, x in values.items()
-                },
+                "spread": {name: _deviation(x) for name, x in values.items()},
             }
         )
     return rows
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    """Sample standard deviation; None of one value, NaN where one is not defined."""
+    if len(values) < 2:
+        return None
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def gain(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -107,38 +113,49 @@ def write_comparison(
             for i, seed in enumerate(row["seeds"]):
                 numbers = [f"{row['values'][value][i]:.6g}" for value in VALUES]
                 writer.writerow([row["role"], row["model"], row["params"], seed, *numbers])
-    draw_comparison(rows, paths["png"], f"{name}: links of the chain on the test images")
+    draw_comparison(rows, paths["png"], f"{name}, test images")
     text = _text(rows, name, better)
     write_text(paths["txt"], text + "\n")
     return text, paths
 
 
 def _text(rows: Sequence[Mapping[str, Any]], name: str, better: dict[str, Any] | None) -> str:
-    table = Table(box=box.SIMPLE_HEAD, title=f"{name}, test images, mean +- spread over seeds")
-    heads = ("link", "model", "params", "seeds", "accuracy %", "macro F1 %", "AUC %", "val %", "s")
-    for head in heads:
-        table.add_column(head, justify="left" if head in ("link", "model") else "right")
-    for row in rows:
-        cells = [_spread(row, value) for value in ("test_accuracy", "test_f1_score", "test_auc")]
-        table.add_row(
-            *(row["role"], row["model"], f"{row['params']:,}", str(len(row["seeds"]))),
-            *(*cells, _spread(row, "val_accuracy"), f"{row['mean']['seconds']:.0f}"),
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for head in ("link", "model", "params", "accuracy %", "macro F1 %", "AUC %"):
+        left = head in ("link", "model")
+        # A name of a model may be long; a number is never broken.
+        table.add_column(
+            head, justify="left" if left else "right", no_wrap=head != "model", overflow="fold"
         )
-    console = Console(width=130, file=None, record=False)
-    with console.capture() as capture:
-        console.print(table)
-    text = "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines())
+    for row in rows:
+        cells = [spread_of(row, value) for value in ("test_accuracy", "test_f1_score")]
+        cells.append(_number(row["mean"]["test_auc"]))
+        table.add_row(row["role"], row["model"], f"{row['params'] / 1e6:.2f}M", *cells)
+    text = f"{name}, test images, {_over(rows)}\n\n{plain_text(table)}"
     if better is not None:
         spread = "" if better["spread"] is None else f", larger spread {better['spread']:.2f}"
         text += (
             f"\n\nstudent with distillation minus its twin without: {better['margin']:+.2f} points "
-            f"of test accuracy{spread}"
+            f"of\ntest accuracy{spread}"
         )
     return text
 
 
-def _spread(row: Mapping[str, Any], name: str) -> str:
+def _over(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What stands behind the numbers, in words."""
+    counts = sorted({len(row["seeds"]) for row in rows})
+    if counts == [1]:
+        return "one seed"
+    return f"mean ± spread over {' or '.join(map(str, counts))} seeds"
+
+
+def spread_of(row: Mapping[str, Any], name: str) -> str:
+    """A value of a row as text, with its spread where there are several seeds."""
     mean, spread = row["mean"][name], row["spread"][name]
-    if mean != mean:
-        return "-"
-    return f"{mean:.2f}" if spread is None else f"{mean:.2f} +- {spread:.2f}"
+    if spread is None or math.isnan(mean):
+        return _number(mean)
+    return f"{_number(mean)} ± {_number(spread)}"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"

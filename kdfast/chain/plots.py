@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from kdfast.chain.links import LinkModel
 from kdfast.data.labelled import Classification
 from kdfast.machine.files import replacing
-from kdfast.pictures import capture, draw_heads, draw_rollout
+from kdfast.pictures import capture, draw_heads, draw_rollout, prediction
 from kdfast.trainer.logs import LOG, read_rows
 
 DPI = 110
@@ -61,6 +63,7 @@ def draw_curves(log: Path, path: Path, title: str, note: str) -> Path | None:
         axes.set_title(f"{label} ({note})" if names == ["loss"] else label, fontsize=10)
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.ticklabel_format(axis="y", useOffset=False)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.suptitle(title)
@@ -105,42 +108,78 @@ def draw_confusion(counts: Tensor, names: Sequence[str], path: Path, title: str)
 
 
 def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path:
-    """Test accuracy and macro F1 of every link: mean as a bar, seeds as dots, spread as a line.
+    """Test accuracy and macro F1 of every link as bars from zero, and the gaps between them.
+
+    Several seeds are dots, and their spread is a line; one seed has neither.
 
     Args:
         rows: Rows as ``compare`` makes them, with ``values`` of each seed.
         path: PNG file.
         title: Above the picture.
     """
-    figure = _figure(9, 3.8)
-    left, right = figure.subplots(1, 2)
-    labels = [f"{row['role']}\n{row['params'] / 1e6:.2f}M" for row in rows]
-    colours = ["tab:gray", "tab:purple", "tab:blue", "tab:orange", "tab:green", "tab:brown"]
-    panels = (
-        (left, "test_accuracy", "test accuracy, %"),
-        (right, "test_f1_score", "test F1 (macro), %"),
-    )
-    for axes, name, text in panels:
-        seeds = [row["values"][name] for row in rows]
-        means = [float(np.mean(values)) for values in seeds]
-        spread = [float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for v in seeds]
-        fill = [colours[i % len(colours)] for i in range(len(rows))]
-        axes.bar(labels, means, yerr=spread, color=fill, alpha=0.6, capsize=5)
-        for i, values in enumerate(seeds):
-            axes.plot([i] * len(values), values, "k.", ms=5)
-            axes.text(i + 0.06, means[i], f" {means[i]:.2f}", fontsize=8, va="bottom")
-        low = min(min(values) for values in seeds)
-        high = max(max(values) for values in seeds)
-        # The bars start where the differences can be seen; the axis says where that is.
-        margin = max(0.5, high - low)
-        axes.set_ylim(max(0.0, low - margin), min(101.0, high + margin))
-        axes.set_title(text, fontsize=10)
-        axes.tick_params(axis="x", labelsize=8)
-        axes.grid(axis="y", alpha=0.3)
-    figure.suptitle(title)
+    figure = _figure(max(9.0, 2.6 * len(rows)), 4.6)
+    panels = (("test_accuracy", "test accuracy, %"), ("test_f1_score", "test F1 (macro), %"))
+    for axes, (name, text) in zip(figure.subplots(1, 2), panels, strict=True):
+        _draw_bars(axes, rows, name)
+        axes.set_title(f"{text}\n{_gaps(rows, name)}".strip(), fontsize=9)
+    figure.suptitle(f"{title}, {_seeds(rows)}")
     with replacing(path) as partial:
         figure.savefig(partial, dpi=DPI)
     return path
+
+
+def _draw_bars(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    colours = ["tab:gray", "tab:purple", "tab:blue", "tab:orange", "tab:green", "tab:brown"]
+    tops = []
+    for i, row in enumerate(rows):
+        values, mean, spread = row["values"][name], row["mean"][name], row["spread"][name]
+        axes.bar(i, mean, yerr=spread, color=colours[i % len(colours)], alpha=0.6, capsize=5)
+        text = f"{mean:.2f}"
+        if spread is not None:
+            axes.plot([i] * len(values), values, "k.", ms=5)
+            text += f" ± {spread:.2f}"
+        tops.append(max([mean + (spread or 0.0), *values]))
+        axes.text(i, tops[-1], text, fontsize=8, ha="center", va="bottom")
+    axes.set_xticks(range(len(rows)), [_named(row) for row in rows], fontsize=7.5)
+    # Room for the numbers; percentages end at 100.
+    axes.set_ylim(0, min(108.0, 1.12 * max(tops)))
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    """Role, model, in lines as narrow as a bar, and size."""
+    model = textwrap.fill(row["model"].replace("_", " "), 14).replace(" ", "_")
+    return f"{row['role']}\n{model}\n{row['params'] / 1e6:.2f}M"
+
+
+def _gaps(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    """How far the student is from its teachers and from its twin, in points."""
+    means = {row["role"]: row["mean"][name] for row in rows}
+    if "student" not in means:
+        return ""
+    gaps = {role: means["student"] - mean for role, mean in means.items() if role != "student"}
+    words = ", ".join(f"{role} {gap:+.2f}" for role, gap in gaps.items())
+    return f"student against {words}" if words else ""
+
+
+def _seeds(rows: Sequence[Mapping[str, Any]]) -> str:
+    counts = sorted({len(row["seeds"]) for row in rows})
+    if counts == [1]:
+        return "one seed"
+    return f"mean and spread of {' or '.join(map(str, counts))} seeds"
+
+
+def _seen_as(target: Tensor, logits: Tensor, data: Classification) -> str:
+    """Label and prediction of an image, in words."""
+    names = data.class_names
+    if data.task != "multilabel":
+        return f"label {names[int(target)]}, predicted {prediction(logits, names)}"
+    pairs = (("labels", target > 0.5), ("predicted", logits > 0))
+    return ", ".join(
+        f"{what} {' + '.join(names[i] for i in found.nonzero().flatten()) or 'none'}"
+        for what, found in pairs
+    )
 
 
 def draw_attention(
@@ -159,15 +198,17 @@ def draw_attention(
         The pictures; none for a model whose attention cannot be read, which the log says.
     """
     items = [data.test[i] for i in range(min(LOOKED_AT, len(data.test)))]
-    images = torch.stack([item["image"] for item in items]).to(device)
+    images = student.prepared(torch.stack([item["image"] for item in items]).to(device))
     try:
-        seen = capture(student.net, student.prepared(images))
+        seen = capture(student.net, images, images * student.std + student.mean)
     except (NotImplementedError, TypeError, ValueError) as error:
         LOG.info("no pictures of attention: %s", error)
         return []
     paths = []
-    for i in range(len(items)):
-        name = f"{title}, test image {i}"
+    for i, item in enumerate(items):
+        name = f"{title}\ntest image {i}"
+        if seen.output is not None:
+            name += f": {_seen_as(item['target'], seen.output[i].cpu(), data)}"
         paths.append(draw_rollout(seen, folder / f"attention{i}_rollout.png", image=i, title=name))
         paths.append(draw_heads(seen, folder / f"attention{i}_heads.png", image=i, title=name))
     return paths

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from kdfast.chain.compare import write_comparison
 from kdfast.chain.link_run import LinkRun, checkpoints_of
 from kdfast.chain.links import Link, links_of
+from kdfast.chain.page import write_chain_page
 from kdfast.chain.planning import check_links
 from kdfast.chain.summary import SUMMARY, read_summary
 from kdfast.chain.train_link import train_link
@@ -84,7 +86,7 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
     if accelerator.is_main_process:
         _check_outputs(config)
     folders, spec = RunFolders(root, len(config.seeds) > 1), config.data
-    words = [" -> ".join(config.chain), f"stage {config.stage}", f"seeds {list(config.seeds)}"]
+    words = [f"stage {config.stage}", f"seeds {list(config.seeds)}"]
     words += [" ".join(w for w in ("data", spec.kind, spec.set, spec.root) if w)]
     words += [
         f"{accelerator.num_processes} x {accelerator.device}",
@@ -95,7 +97,7 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
         accelerator,
         name=config.name,
         note=config.note,
-        what=", ".join(words),
+        what="\n".join([*_arrows(config.chain), ", ".join(words)]),
         save=partial(save, config),
         resume=resume,
     )
@@ -123,6 +125,11 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
         _finish(config, root, results, sets[data_seed].name)
     accelerator.wait_for_everyone()
     return 0
+
+
+def _arrows(chain: Sequence[str]) -> list[str]:
+    """The models of a chain, one a line, each below the one that teaches it."""
+    return [f"-> {name}" if i else name for i, name in enumerate(chain)]
 
 
 def _check_outputs(config: ChainConfig) -> None:
@@ -209,6 +216,7 @@ def _finish(config: ChainConfig, root: Path, results: list[dict[str, Any]], name
         copy.parent.mkdir(parents=True, exist_ok=True)
         write_text(copy, paths["json"].read_text(encoding="utf-8"))
         paths["report"] = copy
+    paths["page"] = write_chain_page(root, results, name, config)
     LOG.info("\n\n%s\n", text)
     for result in results:
         LOG.info("%-12s %s", result["role"], result["folder"])

@@ -75,9 +75,9 @@ def finish_link(run: LinkRun, watch: LinkWatch, *, batch: int, seconds: float) -
         # Last, because its presence says that all files are there.
         _json(run.folder / SUMMARY, {**summary, "recipe": run.recipe})
         LOG.info(
-            "%s: best epoch %d, val %.2f, test %.2f, peak memory: GPU %.0f MiB, host %.0f MiB",
+            "%s: best epoch %d, val %.2f, test %.2f, peak memory %.0f MiB",
             *(link.role, summary["best_epoch"], summary["val_accuracy"], test["accuracy"]),
-            *(peaks["gpu"], peaks["host"]),
+            summary["peak_mib"],
         )
     return summary
 

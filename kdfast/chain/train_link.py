@@ -29,7 +29,7 @@ from kdfast.nn import accelerate
 from kdfast.trainer.class_feed import class_feed, even_part
 from kdfast.trainer.commits import BEST, settle
 from kdfast.trainer.job import Job, Length
-from kdfast.trainer.logs import LOG
+from kdfast.trainer.logs import FILE_ONLY, LOG
 from kdfast.trainer.loop import Loop
 from kdfast.trainer.state import seed_everything
 
@@ -89,15 +89,15 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
         meta = {**facts(link, run.data, description), "recipe": run.recipe}
         loop = Loop(_job(run, objective, batch, step, watch, meta), accelerator)
     LOG.info(
-        "%s (seed %d): %s, %s parameters, batch %d, %d epochs, %d training images, in %s",
-        *(link.role, run.seed, link.model, f"{student.count:,}", batch, link.epochs),
-        *(loop.per_epoch * batch, run.folder),
+        "%s, seed %d: %s, %s", link.role, run.seed, link.model, f"{student.count:,} parameters"
     )
     if (warmup := warmup_of(config.optim, link.epochs)) != config.optim.warmup_epochs:
         LOG.info(
             "%s: warm-up cut to %d of %d epochs (optim.warmup_epochs is %d)",
             *(link.role, warmup, link.epochs, config.optim.warmup_epochs),
         )
+    LOG.info("  %d epochs of %d images, batch %d", link.epochs, loop.per_epoch * batch, batch)
+    LOG.info("  in %s", run.folder)
     if words := described(config.distill, weights, run.data.class_names):
         LOG.info("%s: loss of the task: %s", link.role, words)
     loop.fit(resume=resume)
@@ -135,11 +135,20 @@ def _models(
     if config.accelerate:
         for model in (student, teacher):
             if model is not None:
-                LOG.info("%s: %s", link.role, accelerate(model.net))
+                _make_fast(link.role if model is student else f"teacher of {link.role}", model)
     if accelerator.process_index:
         # The weights are those of the first process; drop path and Mixup differ on the others.
         seed_everything(run.seed + accelerator.process_index)
     return student, teacher, description
+
+
+def _make_fast(name: str, model: LinkModel) -> None:
+    """Make a model fast; the file of the log gets the report, the terminal what it leaves."""
+    report = accelerate(model.net)
+    LOG.info("%s: %s", name, report, extra=FILE_ONLY)
+    if report.left:
+        done, all_of = len(report.replaced), len(report.replaced) + len(report.left)
+        LOG.info("%s: %d of %d attentions run fused, see train.log", name, done, all_of)
 
 
 def _job(

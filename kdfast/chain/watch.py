@@ -35,9 +35,12 @@ class LinkWatch(Watch):
     """Follows the training of a link and says when it ends.
 
     Attributes:
+        headline: See ``Watch``; the epoch with the highest one is the best.
         best: Row of the best epoch so far, as in the CSV.
         records: The best value of each of ``RECORDS`` and its epoch.
     """
+
+    headline: str
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class LinkWatch(Watch):
             batch: Images per step, saved with the watch.
         """
         self.run, self.student, self.step, self.val = run, student, step, val
+        self.headline = "val_auc" if run.data.task == "multilabel" else "val_accuracy"
         self.batch = batch
         self.evaluate = evaluate
         self.accelerator: Accelerator = evaluate.accelerator
@@ -91,12 +95,10 @@ class LinkWatch(Watch):
         row = self._row(epoch, step, lr)
         self._judge(row)
         LOG.info(
-            "%s epoch %d/%d  train loss %.4f acc %.2f  val loss %.4f acc %.2f%s  %.0f images/s  "
-            "peak %.0f MiB",
+            "%s epoch %d/%d  loss %.3f val %.3f  acc %.2f val %.2f%s",
             *(self.run.link.role, epoch + 1, self.run.link.epochs),
-            *(row["train_loss"], row["train_accuracy"], row["val_loss"], row["val_accuracy"]),
-            *(" *" if self.new_best else "", row["images_per_s"]),
-            row["gpu_memory_mb"] or row["host_memory_mb"],
+            *(row["train_loss"], row["val_loss"], row["train_accuracy"], row["val_accuracy"]),
+            " *" if self.new_best else "",
         )
         self.meter.reset()
         self.elapsed, self.began = 0.0, time.monotonic()
@@ -145,8 +147,7 @@ class LinkWatch(Watch):
 
     def _score(self, row: Row) -> tuple[float, float]:
         """Accuracy (AUC for several labels per image), then the loss; higher is better."""
-        name = "val_auc" if self.run.data.task == "multilabel" else "val_accuracy"
-        return row[name], -row["val_loss"]
+        return row[self.headline], -row["val_loss"]
 
     def finished(self) -> bool:
         """See ``Watch``: whether ``patience`` is over."""

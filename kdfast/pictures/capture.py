@@ -34,6 +34,9 @@ class Attentions:
         prefix: Number of tokens before the patches: CLS, registers.
         grid: (h, w) of the patches, row-major after the prefix; prefix + h * w = N.
         cls: Whether the first token is a CLS token.
+        crop: (B, 3, Y, X) in [0, 1], what the model saw before its normalisation, with the same
+            pads; None: it is not known.
+        output: (B, C), what the model gave, where that is one row of numbers an image; else None.
     """
 
     images: Tensor
@@ -41,6 +44,8 @@ class Attentions:
     prefix: int
     grid: tuple[int, int]
     cls: bool
+    crop: Tensor | None = None
+    output: Tensor | None = None
 
     @property
     def start(self) -> int | None:
@@ -52,7 +57,7 @@ class Attentions:
         return row[..., self.prefix :].unflatten(-1, self.grid)
 
 
-def capture(model: nn.Module, images: Tensor) -> Attentions:
+def capture(model: nn.Module, images: Tensor, crop: Tensor | None = None) -> Attentions:
     """Runs a model once, in eval mode, and keeps the queries and keys of its self-attentions.
 
     Whatever calls ``torch.nn.functional.scaled_dot_product_attention`` is seen: timm, Hugging Face
@@ -63,13 +68,16 @@ def capture(model: nn.Module, images: Tensor) -> Attentions:
     Args:
         model: A vision transformer with square patches; not compiled.
         images: (B, 3, H, W), preprocessed for the model, on its device.
+        crop: The same (B, 3, H, W) in [0, 1], before normalisation, for pictures of what was seen;
+            without it they show each channel stretched to its own range.
 
     Returns:
         O(N) memory: two tensors (B, H, N, D) a layer, and no probabilities.
 
     Raises:
         TypeError: ``images`` is no floating tensor, or the patch size cannot be found.
-        ValueError: ``images`` has another shape, or tokens do not match the grid of patches.
+        ValueError: ``images`` or ``crop`` has another shape, or tokens do not match the grid of
+            patches.
         NotImplementedError: No self-attention over all tokens was seen, one is causal, or one
             attends within windows that only the model knows.
     """
@@ -78,13 +86,19 @@ def capture(model: nn.Module, images: Tensor) -> Attentions:
         raise TypeError(f"capture: images must be a floating tensor, got {got}")
     if images.dim() != 4 or 0 in images.shape:
         raise ValueError(f"capture: images must be (B, 3, H, W), got {tuple(images.shape)}")
+    if crop is not None and crop.shape != images.shape:
+        raise ValueError(
+            f"capture: crop must be like images {tuple(images.shape)}, got {tuple(crop.shape)}"
+        )
     side = patch_size(model)
     watcher = _Watcher(model, len(images))
     with torch.no_grad(), _eval_and_fused(model), watcher.attached():
-        model(images)
+        output = model(images)
     # That of the model: a hybrid's patches are pixels of its features, others pad the image.
     grid = watcher.grid or (images.shape[2] // side, images.shape[3] // side)
+    count = len(images)
     images = _padded(model, images, grid, side)
+    crop = None if crop is None else _padded(model, crop, grid, side)
     layers = [layer for layer in watcher.layers if layer.tokens >= grid[0] * grid[1] > 0]
     if not layers:
         raise NotImplementedError(
@@ -96,9 +110,16 @@ def capture(model: nn.Module, images: Tensor) -> Attentions:
         raise ValueError(f"capture: every layer must have the same tokens, got {counts}")
     prefix = counts[0] - grid[0] * grid[1]
     names = (name.rsplit(".", 1)[-1] for name, _ in model.named_parameters())
-    return Attentions(
-        images, layers, prefix, grid, prefix > 0 and any(name in CLS_NAMES for name in names)
-    )
+    cls = prefix > 0 and any(name in CLS_NAMES for name in names)
+    return Attentions(images, layers, prefix, grid, cls, crop, _rows(output, count))
+
+
+def _rows(output: Any, count: int) -> Tensor | None:
+    """The output as (B, C): logits of timm and torchvision, or those of Hugging Face."""
+    found = getattr(output, "logits", output)
+    if isinstance(found, Tensor) and found.dim() == 2 and len(found) == count:
+        return found.detach()
+    return None
 
 
 def patch_size(model: nn.Module) -> int:

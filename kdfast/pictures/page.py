@@ -14,14 +14,18 @@ from kdfast.machine.files import replacing
 from kdfast.pictures.capture import Attentions
 
 COLORS, CHANGE = "inferno", "RdBu_r"
-OPACITY = 0.55
+# Opacity of an overlay where attention is highest; elsewhere it follows the value.
+OPACITY = 0.8
 DPI = 130
 SIDE = 2.5  # inches of a large panel
 GAP, HEAD, LINE, BAR, BAR_WIDTH = 0.08, 0.42, 0.22, 0.75, 0.12  # inches
+TITLE_LINE = 0.15  # inches that every further line of a title takes
 
 
 def picture(seen: Attentions, image: int) -> np.ndarray:
-    """The image (Y, X, 3) in [0, 1], each channel stretched: the normalisation is not known."""
+    """The image (Y, X, 3) in [0, 1]; without its crop each channel stretched to its own range."""
+    if seen.crop is not None:
+        return seen.crop[image].detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
     pixels = seen.images[image].detach().float().cpu()
     if pixels.shape[0] != 3:
         pixels = pixels.mean(0, keepdim=True).expand(3, -1, -1)
@@ -61,13 +65,14 @@ class Page:
             for at in range(columns)
         ]
         self.width = lefts[-1] + side + GAP + BAR
-        self.tall = HEAD + lines * (self.height + LINE) + GAP
+        self.head = HEAD + TITLE_LINE * title.count("\n")
+        self.tall = self.head + lines * (self.height + LINE) + GAP
         self.figure = Figure(figsize=(self.width, self.tall))
         FigureCanvasAgg(self.figure)
         self.panels = []
         for at in range(lines * columns):
             line, column = divmod(at, columns)
-            bottom = self.tall - HEAD - (line + 1) * (self.height + LINE)
+            bottom = self.tall - self.head - (line + 1) * (self.height + LINE)
             self.panels.append(self._axes(lefts[column], bottom, side, self.height))
             self.panels[-1].set_axis_off()
         self.rights = [lefts[column] + side + GAP for column in self.bars]
@@ -110,7 +115,7 @@ class Page:
         overlay: tuple[Attentions, int] | None = None,
         signed: bool = False,
     ) -> Any:
-        """A map (h, w), alone as patches, or smooth over its image in grey."""
+        """A map (h, w), alone as patches, or smooth over its image and as opaque as it is high."""
         panel = self.panels[at]
         panel.set_title(title, fontsize=7.5)
         colors: dict[str, Any] = {
@@ -122,8 +127,9 @@ class Page:
             return panel.imshow(values, interpolation="nearest", **colors)
         pixels = picture(*overlay)
         extent = (-0.5, pixels.shape[1] - 0.5, pixels.shape[0] - 0.5, -0.5)
-        panel.imshow(pixels.mean(2), cmap="gray", vmin=0, vmax=1, extent=extent)
-        return panel.imshow(values, interpolation="bicubic", alpha=OPACITY, extent=extent, **colors)
+        panel.imshow(pixels, extent=extent)
+        alpha = OPACITY * np.clip(np.abs(values) / top, 0, 1)
+        return panel.imshow(values, interpolation="bicubic", alpha=alpha, extent=extent, **colors)
 
     def empty(self, at: int, text: str) -> None:
         """A panel that says why nothing is there."""
@@ -142,12 +148,15 @@ class Page:
 
     def bar(self, drawn: Any, label: str, *, which: int = -1, ends: str = "max") -> None:
         """The colour bar of ``drawn`` in one of the places for bars."""
-        height = min(self.tall - HEAD - LINE - GAP, 2 * SIDE)
-        axes = self._axes(self.rights[which], self.tall - HEAD - LINE - height, BAR_WIDTH, height)
+        height = min(self.tall - self.head - LINE - GAP, 2 * SIDE)
+        axes = self._axes(
+            self.rights[which], self.tall - self.head - LINE - height, BAR_WIDTH, height
+        )
         bar = self.figure.colorbar(drawn, cax=axes, extend=ends, extendfrac=0.03)
         bar.set_label(label, fontsize=7.5)
         bar.ax.tick_params(labelsize=7)
         if bar.solids is not None:
+            # One number: that of an overlay is one for each of its patches.
             bar.solids.set_alpha(1.0)
 
     def save(self, path: str | Path) -> Path:

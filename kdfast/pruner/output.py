@@ -22,6 +22,7 @@ from kdfast.pruner.checks import asked
 from kdfast.pruner.choose import Chosen
 from kdfast.pruner.measure import Measured, file_bytes
 from kdfast.pruner.work import Work
+from kdfast.pruning.card import CARD, is_foreign
 from kdfast.pruning.compensate import SiteError
 from kdfast.pruning.constant import DropReport
 from kdfast.pruning.folder import CONFIG
@@ -51,7 +52,10 @@ def save(
         out.mkdir(parents=True, exist_ok=True)
         clear_partials(out)
         with replacing_files(out, last=CONFIG) as folder:
-            save_pretrained(pruned, folder)
+            times = {f"ms, {name}": value.ms for name, value in found.latency.items()}
+            save_pretrained(pruned, folder, metrics=times)
+            if is_foreign(out / CARD):
+                (folder / CARD).unlink()
             chosen.scores.save(folder / "scores.json")
             draw_head_scores(chosen.scores, chosen.heads, folder / "heads.png")
             content = facts(work.options) | {

@@ -4,7 +4,8 @@
 See docs/use/pruning.md.
 
 A folder with ``model.safetensors`` and ``config.json``. The latter is what timm or Hugging Face
-writes itself, plus a section "kdfast" with the kept heads and MLP widths.
+writes itself, plus a section "kdfast" with the kept heads and MLP widths. ``README.md`` is a model
+card, for people.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ from kdfast.pruning.architecture import (
     differences,
     set_tables,
 )
+from kdfast.pruning.card import CARD, is_foreign, model_card
 from kdfast.pruning.folder import (
     CONFIG,
     WEIGHTS,
@@ -47,6 +49,7 @@ def save_pretrained(
     path: str | os.PathLike[str],
     *,
     model_args: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float | str] | None = None,
 ) -> Path:
     """Writes a model, pruned or not, into a folder that ``load_pretrained`` reads.
 
@@ -55,8 +58,10 @@ def save_pretrained(
 
     Args:
         model: EVAViT, or a model of timm, torchvision or Hugging Face that kdfast can prune.
-        path: Folder; it is made if missing, files of the same names are replaced.
+        path: Folder; it is made if missing, files of the same names are replaced, but no README.md
+            that another hand wrote or changed.
         model_args: JSON values for the architecture's constructor, where timm did not record them.
+        metrics: What is known about the model, such as ``{"top-1, %": 81.2}``, for its card.
 
     Returns:
         The folder.
@@ -80,9 +85,12 @@ def save_pretrained(
     metadata[DIGEST] = tensors_digest(tensors, metadata)
     require_room(folder / WEIGHTS, sum(tensor.nbytes for tensor in tensors.values()))
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    card = model_card(model, config, tensors.values(), metrics or {})
     with replacing_files(folder, last=CONFIG) as staged:
         save_file(tensors, staged / WEIGHTS, metadata)
         (staged / CONFIG).write_text(text, encoding="utf-8")
+        if not is_foreign(folder / CARD):
+            (staged / CARD).write_text(card, encoding="utf-8")
     return folder
 
 

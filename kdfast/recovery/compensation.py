@@ -91,8 +91,7 @@ def compensated_student(
         )
     if errors:
         LOG.info(
-            "error of the pruned layers' outputs, as a share of their variance, mean of %d: "
-            "cut %.4f, compensated %.4f",
+            "error of %d layers' outputs / variance: cut %.4f, compensated %.4f",
             *(len(errors), mean(e.cut for e in errors), mean(e.compensated for e in errors)),
         )
     return student

@@ -125,7 +125,7 @@ class TeacherFit(Generic[H]):
         parts = self.parts(backbone, head)
         parts.module.to(self.accelerator.device)
         count = sum(p.numel() for p in backbone.parameters())
-        LOG.info("training a teacher of %s parameters, kept in %s", f"{count:,}", self.path)
+        LOG.info("training a teacher of %s parameters", f"{count:,}")
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
         Loop(self._job(parts, backbone), self.accelerator).fit(resume=resume)

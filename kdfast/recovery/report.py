@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -26,13 +25,21 @@ from kdfast.machine.memory import peak_bytes
 from kdfast.machine.timing import interleave, summarize
 from kdfast.ops._packed import packed_bytes
 from kdfast.pruning import pruning_report
+from kdfast.recovery.evaluate import confusion, mean_iou, similarity
+from kdfast.trainer.tables import plain_text
 
 # Samples per model in the final table: many for small models, few where a forward takes seconds.
 ROUNDS, FEW_ROUNDS, PATIENCE_SECONDS = 9, 3, 20.0
 # Pixels that a picture is at least wide in the sheet of predictions.
-MIN_TILE = 160
-# Pixels for the name of a class below it.
-LEGEND = 110
+MIN_TILE = 320
+# Pixels for the name of a class below it, and of a line of text.
+LEGEND, LINE = 150, 24
+FONT = 16
+# What the colours of features mean.
+EXPLAINED = (
+    "colours: the three main directions (PCA) of the teacher's features as red, green and blue; ",
+    "like colours are like features. Numbers: correlation with the teacher's features.",
+)
 
 
 @dataclass(frozen=True)
@@ -143,16 +150,13 @@ def write_report(folder: Path, lines: Sequence[Line], metric: str, facts: dict[s
     parts = recovery(lines)
     content = {"metric": metric, "recovered": parts, **facts, "models": [asdict(x) for x in lines]}
     write_text(folder / "report.json", json.dumps(content, indent=1) + "\n")
-    console = Console(width=110, file=None, record=False)
-    with console.capture() as capture:
-        console.print(table(lines, metric))
     lost = lines[0].quality - lines[1].quality
     if parts:
         shares = ", ".join(f"{name} has back {part:.0%}" for name, part in parts.items())
         note = f"pruning lost {lost:.4f} {metric}; of it {shares}"
     else:
         note = f"pruning lost no {metric}"
-    text = "\n".join(row.rstrip() for row in capture.get().strip("\n").splitlines()) + f"\n\n{note}"
+    text = f"{plain_text(table(lines, metric))}\n\n{note}"
     write_text(folder / "report.txt", text + "\n")
     return text
 
@@ -168,7 +172,9 @@ def draw_predictions(
 ) -> Path:
     """Picture with a row per view: the image, its label, and what every model makes of it.
 
-    Below are the names of the classes in their colours.
+    Each tile of a model has its score on that view: mean IoU, or without labels the correlation
+    with the teacher's features. Below are the names of the classes in their colours, or what the
+    colours of features mean.
 
     Args:
         path: PNG file.
@@ -184,13 +190,33 @@ def draw_predictions(
     if labels is not None:
         columns["label"] = _painted(labels, colours)
     features = {name: model.eval()(images) for name, model in models.items()}
+    scores: dict[str, list[float | None]] = {}
     if head is not None:
         for name, value in features.items():
-            columns[name] = _painted(head(value).argmax(1), colours)
+            logits = head(value)
+            columns[name] = _painted(logits.argmax(1), colours)
+            if labels is not None:
+                scores[name] = _ious(logits, labels)
     else:
         columns |= _components(features)
-    _grid(path, columns, palette if head is not None else {})
+        first = next(iter(features.values()))
+        scores = {name: _likeness(value, first) for name, value in features.items()}
+    _grid(path, columns, scores, palette if head is not None else {})
     return path
+
+
+def _ious(logits: Tensor, labels: Tensor) -> list[float | None]:
+    """Mean IoU of every view; None for one without a label."""
+    classes = logits.shape[1]
+    counts = [confusion(a[None], b[None], classes) for a, b in zip(logits, labels, strict=True)]
+    return [mean_iou(count) if count.any() else None for count in counts]
+
+
+def _likeness(features: Tensor, teacher: Tensor) -> list[float | None]:
+    """Mean correlation of every view's features with the teacher's."""
+    positions = features[0, 0].numel()
+    pairs = zip(features, teacher, strict=True)
+    return [float(similarity(a[None], b[None])) / positions for a, b in pairs]
 
 
 def _pictures(images: Tensor) -> list[NDArray[np.uint8]]:
@@ -225,6 +251,7 @@ def _components(features: Mapping[str, Tensor]) -> dict[str, list[NDArray[np.uin
 def _grid(
     path: Path,
     columns: Mapping[str, list[NDArray[np.uint8]]],
+    scores: Mapping[str, list[float | None]],
     legend: Mapping[str, tuple[int, int, int]],
 ) -> None:
     """Tile pictures of one size, or of sizes that divide the first column's, with titles."""
@@ -232,20 +259,25 @@ def _grid(
     zoom = max(1, -(-MIN_TILE // width))
     tile = (width * zoom, height * zoom)
     count = len(next(iter(columns.values())))
-    title, width = 16, len(columns) * tile[0]
+    width, bottom = len(columns) * tile[0], LINE + count * tile[1]
     per_line = max(1, width // LEGEND)
-    lines = -(-len(legend) // per_line)
-    bottom = title + count * tile[1]
-    sheet = Image.new("RGB", (width, bottom + lines * title), "white")
+    lines = -(-len(legend) // per_line) if legend else len(EXPLAINED)
+    sheet = Image.new("RGB", (width, bottom + lines * LINE), "white")
     draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(FONT)
     for i, (name, colour) in enumerate(legend.items()):
-        x, y = i % per_line * LEGEND, bottom + i // per_line * title
-        draw.rectangle((x + 4, y + 3, x + 14, y + 13), fill=colour, outline="black")
-        draw.text((x + 18, y + 2), name, fill="black")
+        x, y = i % per_line * LEGEND, bottom + i // per_line * LINE
+        draw.rectangle((x + 4, y + 5, x + 18, y + 19), fill=colour, outline="black")
+        draw.text((x + 24, y + 3), name, fill="black", font=font)
+    for i, text in enumerate(() if legend else EXPLAINED):
+        draw.text((4, bottom + i * LINE + 3), text, fill="black", font=font)
     for column, (name, pictures) in enumerate(columns.items()):
-        draw.text((column * tile[0] + 4, 2), name, fill="black")
+        draw.text((column * tile[0] + 4, 3), name, fill="black", font=font)
         for row, picture in enumerate(pictures):
-            scaled = Image.fromarray(picture).resize(tile, Image.Resampling.NEAREST)
-            sheet.paste(scaled, (column * tile[0], title + row * tile[1]))
+            x, y = column * tile[0], LINE + row * tile[1]
+            sheet.paste(Image.fromarray(picture).resize(tile, Image.Resampling.NEAREST), (x, y))
+            if name in scores and (score := scores[name][row]) is not None:
+                draw.rectangle((x + 4, y + tile[1] - 24, x + 54, y + tile[1] - 4), fill="white")
+                draw.text((x + 8, y + tile[1] - 23), f"{score:.3f}", fill="black", font=font)
     with replacing(path) as partial:
         sheet.save(partial)

@@ -36,6 +36,7 @@ from kdfast.recovery.free import FREE
 from kdfast.recovery.heads import Kept, choose_heads, choose_units, given_heads, score_heads
 from kdfast.recovery.objective import Distiller
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
+from kdfast.recovery.page import write_run_page
 from kdfast.recovery.report import draw_predictions, measure, write_report
 from kdfast.recovery.teacher import get_teacher
 from kdfast.trainer.commits import changed, load_checkpoint, newest, settle
@@ -143,6 +144,8 @@ class Run:
         if self.accelerator.is_main_process:
             models = {"teacher": self.teacher, **self.untrained(kept), "distilled": student}
             self.finish(models, quality)
+            page = write_run_page(self.folder, self.config, student)
+            LOG.info("%-12s %s", "page", page)
 
     def start(self) -> tuple[Kept, EVAViT]:
         """What is kept, and the student to train: those of the run that is resumed, else new."""
@@ -258,7 +261,7 @@ class Run:
             content = {"eval_images": self.config.run.eval_images, **quality}
             write_text(self.folder / BASELINE, json.dumps(content) + "\n")
         text = ", ".join(f"{name} {value:.4f}" for name, value in quality.items())
-        LOG.info("held-out %s before training: %s", evaluate.name, text)
+        LOG.info("held-out %s: %s", evaluate.name, text)
         return quality
 
     def known_baseline(self) -> dict[str, float] | None:
@@ -336,7 +339,6 @@ class Run:
             "curves": folder / "curves.png",
             "report": folder / "report.json",
             "steps": folder / "steps.csv",
-            "tensorboard": folder / "tensorboard",
             "config": folder / "config.yaml",
             "checkpoint": newest(folder) or folder,
         }

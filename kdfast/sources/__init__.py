@@ -9,13 +9,14 @@ from kdfast.resolve import (
     load_saved,
 )
 from kdfast.sources.judged import JudgedPictures, judged_pictures
-from kdfast.sources.pictures import image_batches, load_images, noise, transform_of
+from kdfast.sources.pictures import crops_of, image_batches, load_images, noise, transform_of
 from kdfast.sources.size import picture_size
 
 __all__ = [
     "JudgedPictures",
     "SourceError",
     "check_model_name",
+    "crops_of",
     "image_batches",
     "is_random",
     "judged_pictures",

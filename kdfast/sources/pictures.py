@@ -142,6 +142,19 @@ def scenes(size: tuple[int, int], count: int) -> Iterator[Tensor]:
         yield ((item["image"] * std + mean) / 255)[:, : size[0], : size[1]]
 
 
+def crops_of(model: nn.Module, images: Tensor) -> Tensor:
+    """What ``load_images`` cut out of its files, (B, 3, H, W) in [0, 1], before normalisation."""
+    if isinstance(model, EVAViT):
+        from kdfast.data import MEAN, STD
+
+        mean, std, top = MEAN, STD, 255.0
+    else:
+        config = input_config(model)
+        mean, std, top = config["mean"], config["std"], 1.0
+    shape = (1, 3, 1, 1)
+    return (images * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)) / top
+
+
 def _normalised(model: nn.Module, images: Iterable[Tensor]) -> Iterator[Tensor]:
     """Pictures in [0, 1] with the mean and deviation that the model was trained with."""
     config = input_config(model)

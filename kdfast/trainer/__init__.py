@@ -7,7 +7,7 @@ and ``logs`` look after folders, checkpoints, random state and records.
 
 import importlib.util
 
-_NEEDED = ("accelerate", "matplotlib", "psutil", "rich", "tensorboard", "yaml")
+_NEEDED = ("accelerate", "jinja2", "matplotlib", "psutil", "rich", "tensorboard", "yaml")
 _missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
 if _missing:
     raise ImportError(

@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records of a run: CSV, TensorBoard, curves, and progress on the terminal."""
+"""Records of a run: its log, CSV files and TensorBoard."""
 
 from __future__ import annotations
 
 import csv
 import io
 import logging
-import os
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from typing import Any, TextIO
 
 from kdfast.machine.disk import DiskFull, room_for
 from kdfast.machine.files import replacing
@@ -23,8 +19,8 @@ from kdfast.trainer.events import EventFile
 LOG = logging.getLogger("kdfast")
 # The CSV with a row for every few steps.
 STEPS = "steps.csv"
-# Without a terminal a line appears at most this often, so that logs of CI stay readable.
-QUIET_SECONDS = 10.0
+# Mark of a record that is for train.log alone, as ``extra`` of a call.
+FILE_ONLY = {"file_only": True}
 
 
 def open_log(folder: Path | None) -> None:
@@ -35,12 +31,22 @@ def open_log(folder: Path | None) -> None:
     if folder is None:
         LOG.addHandler(logging.NullHandler())
         return
-    for handler in (
-        logging.StreamHandler(sys.stdout),
-        _LogFile(folder / "train.log", encoding="utf-8"),
-    ):
+    for handler in (_Terminal(), _LogFile(folder / "train.log", encoding="utf-8")):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         LOG.addHandler(handler)
+
+
+class _Terminal(logging.StreamHandler[TextIO]):
+    """Writes to the standard output of the moment, which a progress bar takes while it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Leave out what is for the file."""
+        if not getattr(record, "file_only", False):
+            self.stream = sys.stdout
+            super().emit(record)
 
 
 class _LogFile(logging.FileHandler):
@@ -174,84 +180,3 @@ class Records:
         """Close the file for TensorBoard."""
         if self.enabled:
             self.board.close()
-
-
-def draw_curves(folder: Path, skip: Sequence[str] = ("epoch",)) -> Path | None:
-    """Plot every column of ``steps.csv`` over the step as ``curves.png``; None without rows."""
-    path = folder / STEPS
-    rows = read_rows(path) if path.is_file() else []
-    if not rows:
-        return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    names = [name for name in rows[0] if name not in ("step", *skip)]
-    columns = 3
-    lines = -(-len(names) // columns)
-    figure = Figure(figsize=(4 * columns, 2.4 * lines))
-    FigureCanvasAgg(figure)
-    # Fixed margins: a layout engine takes longer than the drawing.
-    figure.subplots_adjust(0.06, 0.06, 0.98, 0.95, wspace=0.25, hspace=0.4)
-    steps = [int(row["step"]) for row in rows]
-    for position, name in enumerate(names, 1):
-        axes = figure.add_subplot(lines, columns, position)
-        axes.plot(steps, [float(row[name]) for row in rows], linewidth=1)
-        axes.set_title(name, fontsize=9)
-        axes.tick_params(labelsize=7)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if position > len(names) - columns:
-            axes.set_xlabel("step", fontsize=8)
-        axes.grid(alpha=0.3)
-    target = folder / "curves.png"
-    with replacing(target) as partial:
-        figure.savefig(partial, dpi=110)
-    return target
-
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-class Display:
-    """A progress bar on a terminal; elsewhere a plain line now and then."""
-
-    def __init__(self, title: str, total: int, start: int, *, enabled: bool) -> None:
-        self.title, self.total, self.first, self.enabled = title, total, start, enabled
-        self.began = self.printed = time.monotonic()
-        self.text = ""
-        self.bar: Progress | None = None
-        if enabled and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total}"),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[text]}"),
-            )
-            self.bar.start()
-            self.task = self.bar.add_task(title, total=total, completed=start, text="")
-
-    def update(self, step: int, values: Mapping[str, float] | None) -> None:
-        """Show that a step is done, with its values where it ended a row of the log."""
-        if not self.enabled:
-            return
-        now = time.monotonic()
-        rate = (step - self.first) / max(now - self.began, 1e-9)
-        eta = duration((self.total - step) / rate) if rate else "?"
-        if values is not None:
-            self.text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step, text=f"eta {eta}  {self.text}")
-            return
-        due = now - self.printed >= QUIET_SECONDS or step in (1, self.total)
-        if values is not None and due:
-            self.printed = now
-            LOG.info("%s %d/%d  eta %s  %s", self.title, step, self.total, eta, self.text)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self.bar is not None:
-            self.bar.stop()

@@ -8,6 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from kdfast.machine.files import write_text
 from kdfast.machine.memory import memory_mib
 from kdfast.machine.signals import Interrupted, Signals, noting
 from kdfast.trainer.commits import changed, load_checkpoint, newest, save_checkpoint, settle
+from kdfast.trainer.curves import draw_curves
+from kdfast.trainer.display import Display
 from kdfast.trainer.feed import Batch
 from kdfast.trainer.job import Job
-from kdfast.trainer.logs import LOG, STEPS, Display, Records, draw_curves
+from kdfast.trainer.logs import LOG, STEPS, Records
 from kdfast.trainer.state import differences, rng_state, set_rng_state
 from kdfast.trainer.step import Prepared, StepResult
 
@@ -85,7 +88,7 @@ class Loop:
             job.logs, self.step if resumed else None, enabled=self.main, epochs_file=job.epochs_file
         )
         self.display = Display(job.title, self.stop, self.step, enabled=self.main)
-        self.clock, self.images, self.data_seconds = time.monotonic(), 0, 0.0
+        self._restart_clock()
         job.module.train()
         try:
             with noting() as self.signals:
@@ -97,7 +100,7 @@ class Loop:
             self.display.close()
             self.records.close()
             if self.main:
-                draw_curves(job.logs)
+                draw_curves(job)
             if scaler is not None:
                 # Another loop of this process starts as it would in a process of its own.
                 scaler.load_state_dict(scale)
@@ -142,7 +145,8 @@ class Loop:
         """Evaluate and save; a signal saves the steps, and a resume begins with the evaluation."""
         snapshot, self.open_epoch = self._snapshot(), lr
         try:
-            row = self.job.watch.on_epoch(epoch, self.step, lr)
+            with self._untimed():
+                row = self.job.watch.on_epoch(epoch, self.step, lr)
         except Interrupted:
             self.save(snapshot)
             raise
@@ -150,6 +154,8 @@ class Loop:
         self.job.module.train()
         if row is not None:
             self.records.epoch(row)
+            if name := self.job.watch.headline_of(row):
+                self.display.held_out(name, row[name])
         self.save(self._snapshot())
 
     def _train_step(self, batches: Iterator[Batch], epoch: int) -> float:
@@ -210,6 +216,7 @@ class Loop:
         for name, value in {**values, **extra}.items():
             self.window[name] = self.window.get(name, 0.0) + value
         self.window_steps += 1
+        self.timed_steps += 1
         self.images += sum(len(b.index) for b in result.batches) * self.world
         ends = self.step in (1, self.stop) or self.step % self.per_epoch == 0
         if ends or self.window_steps >= self.job.length.log_every:
@@ -220,16 +227,37 @@ class Loop:
                 dist.all_reduce(mean)
                 values |= dict(zip(names, (mean / self.world).tolist(), strict=True))
             values["lr"] = extra["lr"]
-            now = time.monotonic()
-            values["images_per_s"] = self.images / max(now - self.clock, 1e-9)
-            values["data_share"] = self.data_seconds / max(now - self.clock, 1e-9)
+            values |= self._speed()
             values["memory_mib"] = memory_mib(self.device)
-            self.clock, self.images, self.data_seconds = now, 0, 0.0
+            self._restart_clock()
             self.records.step({"step": self.step, "epoch": epoch + 1, **values})
             self.window, self.window_steps = {}, 0
             self.display.update(self.step, values)
         else:
             self.display.update(self.step, None)
+
+    def _restart_clock(self) -> None:
+        """Begin to measure the steps of a row of the log."""
+        self.clock, self.timed_steps = time.monotonic(), 0
+        self.images, self.data_seconds = 0, 0.0
+
+    @contextmanager
+    def _untimed(self) -> Iterator[None]:
+        """Context for what is no step: its time is not that of the steps around it."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.clock += time.monotonic() - began
+
+    def _speed(self) -> dict[str, float]:
+        """Images per second, seconds per step, and how many of those waited for data."""
+        seconds = max(time.monotonic() - self.clock, 1e-9)
+        return {
+            "images_per_s": self.images / seconds,
+            "time": seconds / self.timed_steps,
+            "data_time": self.data_seconds / self.timed_steps,
+        }
 
     def _snapshot(self) -> dict[str, Any]:
         """What changes during a step besides weights and optimiser, of this process."""
@@ -242,6 +270,10 @@ class Loop:
 
     def save(self, snapshot: dict[str, Any]) -> None:
         """Write the checkpoint of all processes at the current step."""
+        with self._untimed():
+            self._save(snapshot)
+
+    def _save(self, snapshot: dict[str, Any]) -> None:
         snapshots = [snapshot]
         if self.world > 1:
             snapshots = [{}] * self.world

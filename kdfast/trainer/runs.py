@@ -128,7 +128,7 @@ def show_start(
         accelerator: The main process writes, the others are silent.
         name: Name of the run's config.
         note: Stands out in the log; may be empty.
-        what: One line about data and machine.
+        what: Lines about models, data and machine.
         save: Writes the config to a file; not called where the run goes on, because its config
             may still be refused.
         resume: Whether the run goes on.
@@ -145,4 +145,6 @@ def show_start(
         width = max(map(len, note.split(": ")))
         LOG.warning("\n%s\n%s\n%s", "=" * width, note.replace(": ", "\n"), "=" * width)
     LOG.info("%s %s in %s", "resuming" if resume else "starting", name, folder)
-    LOG.info("%s", what)
+    for line in what.splitlines():
+        LOG.info("%s", line)
+    LOG.info("to watch it: tensorboard --logdir %s", folder)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from kdfast.trainer.step import StepResult
@@ -14,7 +15,20 @@ class Watch:
     """Is told by a loop how the training goes; this one does nothing.
 
     Every method is called on all processes unless it says otherwise.
+
+    Attributes:
+        headline: Column of ``on_epoch``'s row that is shown beside the steps, on the bar and in
+            the curves; None: the first one but step and epoch.
     """
+
+    headline: str | None = None
+
+    def headline_of(self, columns: Iterable[str]) -> str | None:
+        """The column of a row of epochs that is shown beside the steps; None: it has none."""
+        names = [name for name in columns if name not in ("step", "epoch")]
+        if self.headline is not None:
+            return self.headline if self.headline in names else None
+        return names[0] if names else None
 
     def on_start(self) -> None:
         """Called before the first step, and before a checkpoint is loaded."""

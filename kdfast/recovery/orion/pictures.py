@@ -10,7 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from kdfast.data.orion.geometry import box_corners, project
@@ -19,8 +19,10 @@ from kdfast.models.orion.config import LANE_CLASSES
 
 Pixels = NDArray[np.uint8]
 # Metres to each side of the view from above, and its pixels.
-REACH, SIDE = 51.2, 384
-TILE = (256, 192)
+REACH, SIDE = 51.2, 768
+TILE = (512, 384)
+# Pixels of a title, and its letters.
+TITLE, FONT = 24, 18
 # The order in which people look at cameras, by their number.
 ROWS = ((1, 0, 2), (4, 3, 5))
 SURE = 0.2
@@ -60,11 +62,11 @@ def draw_frame(
         columns: By name ``boxes`` (n, 9) on the ground, ``labels`` (n,), ``lanes`` (m, 11, 3),
             ``lane_labels`` (m,), and for predictions ``scores`` (n,) and ``lane_scores`` (m,).
     """
-    title = 16
     width = 3 * TILE[0] + SIDE
-    height = max(2 * TILE[1], SIDE) + title
+    height = max(2 * TILE[1], SIDE) + TITLE
     sheet = Image.new("RGB", (width, height * len(columns)), "white")
     draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(FONT)
     pictures = _pictures(images)
     matrices = lidar2img.double().cpu().numpy()
     for row, (name, content) in enumerate(columns.items()):
@@ -72,14 +74,17 @@ def draw_frame(
         boxes, labels = _sure(found, "boxes", "labels", "scores")
         lanes, lane_labels = _sure(found, "lanes", "lane_labels", "lane_scores")
         top = row * height
-        draw.text((4, top + 2), f"{name}: {len(boxes)} boxes, {len(lanes)} lines", fill="black")
+        text = f"{name}: {len(boxes)} boxes, {len(lanes)} lines"
+        if "scores" in found:
+            text += f" surer than {SURE:.0%}"
+        draw.text((4, top + 2), text, fill="black", font=font)
         for line, views in enumerate(ROWS):
             for column, view in enumerate(views):
                 tile = _with_boxes(pictures[view], matrices[view], boxes, labels)
                 scaled = Image.fromarray(tile).resize(TILE, Image.Resampling.BILINEAR)
-                sheet.paste(scaled, (column * TILE[0], top + title + line * TILE[1]))
+                sheet.paste(scaled, (column * TILE[0], top + TITLE + line * TILE[1]))
         above = Image.fromarray(_from_above(boxes, labels, lanes, lane_labels))
-        sheet.paste(above, (3 * TILE[0], top + title))
+        sheet.paste(above, (3 * TILE[0], top + TITLE))
     sheet.save(path)
     return path
 
@@ -119,7 +124,7 @@ def _lines(
 ) -> None:
     for a, b in pairs:
         ends = [(int(points[at, 0]), int(points[at, 1])) for at in (a, b)]
-        cv2.line(picture, ends[0], ends[1], colour, 1, cv2.LINE_AA)
+        cv2.line(picture, ends[0], ends[1], colour, 2, cv2.LINE_AA)
 
 
 def _from_above(
@@ -140,5 +145,5 @@ def _from_above(
     car = pixel(np.array([[-0.9, -2.2], [-0.9, 2.2], [0.9, 2.2], [0.9, -2.2]]))
     cv2.fillConvexPoly(out, car.astype(np.int32), (40, 90, 200))
     for at, name in enumerate(LANE_CLASSES):
-        cv2.putText(out, name, (4, 12 + 11 * at), 0, 0.35, LINE_COLOURS[at], 1, cv2.LINE_AA)
+        cv2.putText(out, name, (8, 24 + 20 * at), 0, 0.6, LINE_COLOURS[at], 1, cv2.LINE_AA)
     return out

@@ -11,7 +11,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from kdfast.recovery.orion.teacher import get_frame_teacher
 from kdfast.recovery.run import Run, started
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.state import seed_everything
+from kdfast.trainer.tables import plain_text
 
 
 def run_frames(config: Config, accelerator: Accelerator, *, resume: bool) -> int:
@@ -173,9 +173,5 @@ def report_frames(
     path = folder / "frames.json"
     held = {"frames": frames, "models": content}
     path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
-    console = Console(width=110)
-    with console.capture() as capture:
-        console.print(table)
-    rows = [row.rstrip() for row in capture.get().strip("\n").splitlines()]
     note = f"boxes and lanes of {frames} held-out frames (docs/use/orion.md); features: last block"
-    return "\n".join([*rows, "", note])
+    return f"{plain_text(table)}\n\n{note}"

@@ -24,7 +24,8 @@ MEASURED = {
         "elapsed",
         "epoch_time_sec",
         "images_per_s",
-        "data_share",
+        "time",
+        "data_time",
         "ms",
         "latency_ms",
         "date",
@@ -33,7 +34,7 @@ MEASURED = {
     *("memory_mib", "peak_mib", "gpu_memory_mb", "gpu_reserved_mb", "host_memory_mb"),
 }
 # Text for people, drawings, and files named after the clock.
-UNCOMPARED = {".log", ".txt", ".png"}
+UNCOMPARED = {".log", ".txt", ".png", ".html", ".md"}
 
 
 def state_of(folder: Path) -> dict[str, Any]:

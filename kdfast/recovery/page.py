@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page about a pruning run, made of the files that the run wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kdfast.configs import plain
+from kdfast.configs.recovery import Config
+from kdfast.models.eva import EVAViT
+from kdfast.pruning.heat_map import draw_head_scores
+from kdfast.pruning.scores import HeadScores
+from kdfast.trainer.report_page import PAGE, Grid, Picture, Section, write_page
+
+# Columns of the table of boxes and lanes, as ``frames.json`` names them.
+FRAMES = ("mAP", "map mAP", "translation", "scale", "orientation", "velocity")
+
+
+def write_run_page(folder: Path, config: Config, student: EVAViT) -> Path:
+    """Write ``report.html`` of a finished run, and the picture of the head scores for it.
+
+    Args:
+        folder: Folder of the run.
+        config: The run.
+        student: What came out; its heads are those that were kept.
+    """
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    metric, models = report["metric"], report["models"]
+    sections = [Section("Models", grids=[_models(metric, models)])]
+    frames = folder / "frames.json"
+    if frames.is_file():
+        sections.append(_frames(json.loads(frames.read_text(encoding="utf-8"))))
+    sections += [
+        Section(
+            "What the models see",
+            pictures=[
+                Picture(folder / "predictions.png", "Held-out images and every model's view")
+            ],
+        ),
+        Section(
+            "Training",
+            pictures=[
+                Picture(folder / "curves.png", f"Losses, {metric} on held-out images, and speed")
+            ],
+        ),
+    ]
+    if heads := _heads(folder, student):
+        sections.append(Section("Heads", pictures=[heads]))
+    teacher = folder / "teacher" / "curves.png"
+    if teacher.is_file():
+        shown = [Picture(teacher, "Training of the teacher")]
+        sections.append(Section("The teacher's training", pictures=shown, folded=True))
+    return write_page(
+        folder / PAGE,
+        title=f"kdfast: {config.name}",
+        lead=_lead(metric, models, report["recovered"]),
+        note=config.note,
+        sections=sections,
+        config=plain(config),
+    )
+
+
+def _models(metric: str, models: list[dict[str, Any]]) -> Grid:
+    head = ("model", metric, "heads", "parameters", "GFLOP", "ms / image", "peak MiB")
+    rows = [
+        (
+            *(model["model"], f"{model['quality']:.4f}", str(model["heads"])),
+            *(f"{model['params']:,}", f"{model['gflop']:.3f}"),
+            *(f"{model['ms']:.2f}", f"{model['peak_mib']:.1f}"),
+        )
+        for model in models
+    ]
+    note = "Backbones alone; GFLOP and milliseconds are of one image, on the machine named below."
+    return Grid(head, rows, note)
+
+
+def _lead(metric: str, models: list[dict[str, Any]], recovered: dict[str, float]) -> str:
+    """The result in words."""
+    teacher, last = models[0], models[-1]
+    text = (
+        f"{last['heads']} of {teacher['heads']} heads are left: {metric} {last['quality']:.4f} "
+        f"after distillation, {teacher['quality']:.4f} of the teacher."
+    )
+    if recovered:
+        shares = ", ".join(f"{name} {part:.0%}" for name, part in recovered.items())
+        text += f" Of what pruning lost is back: {shares}."
+    return text
+
+
+def _frames(content: dict[str, Any]) -> Section:
+    rows = [
+        (name, *(f"{model[column]:.3f}" for column in FRAMES))
+        for name, model in content["models"].items()
+    ]
+    text = f"On {content['frames']} held-out frames; errors of true positives, lower is better."
+    return Section("Boxes and lanes", text, [Grid(("model", *FRAMES), rows)])
+
+
+def _heads(folder: Path, student: EVAViT) -> Picture | None:
+    """The picture of the head scores; None where the run has none."""
+    path = folder / "head_scores.json"
+    if not path.is_file():
+        return None
+    scores = HeadScores.load(path)
+    draw_head_scores(scores, student.heads, folder / "head_scores.png")
+    caption = f"Scores of the teacher's heads by {scores.method}; removed ones are crossed out"
+    return Picture(folder / "head_scores.png", caption)
