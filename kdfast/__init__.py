@@ -29,6 +29,7 @@ from kdfast.ops.swiglu_norm import swiglu_norm
 if TYPE_CHECKING:
     from kdfast.models.orion.export import export_orion
     from kdfast.nn import AccelerateReport, accelerate, restore
+    from kdfast.pictures.maps import attention_maps
     from kdfast.pruning import (
         Calibration,
         HeadGates,
@@ -62,6 +63,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "attention_distill",
+    "attention_maps",
     "calibrate",
     "drop_blocks",
     "evaluate_selections",
@@ -112,7 +114,7 @@ _LAZY = (
     # Not of the package: it has a module of that name.
     | dict.fromkeys(("LatencySelection", "select"), "kdfast.pruning.by_latency")
     | dict.fromkeys(("AccelerateReport", "accelerate", "restore"), "kdfast.nn")
-    | {"export_orion": "kdfast.models.orion.export"}
+    | {"attention_maps": "kdfast.pictures.maps", "export_orion": "kdfast.models.orion.export"}
     | dict.fromkeys(("load_pretrained", "save_pretrained"), "kdfast.pruning.saving")
 )
 
@@ -124,3 +126,8 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """The public names, whether they were used already or not, and what every module has."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
