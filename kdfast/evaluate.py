@@ -75,7 +75,6 @@ def run(args: argparse.Namespace) -> int:
     from kdfast.recovery.orion.teacher import get_frame_teacher
 
     accelerator = Accelerator(cpu=config.run.device == "cpu")
-    args.out.mkdir(parents=True, exist_ok=True)
     with as_config_error():
         data = build_frames(config, accelerator)
         teacher, heads = get_frame_teacher(
@@ -85,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     for path in args.checkpoint:
         name = path.parent.name if path.stem == "student" else path.stem
         models[name or path.stem] = load_backbone(path).to(accelerator.device).eval()
+    args.out.mkdir(parents=True, exist_ok=True)
     limit = None if args.frames is None else args.frames * data.held_out.dataset.views
     evaluate = FrameEvaluator(accelerator, data.held_out, heads, limit)
     print(report_frames(args.out, models, evaluate, teacher))

@@ -32,7 +32,7 @@ from kdfast.machine.signals import run_command
 from kdfast.recovery.run import run_recovery
 from kdfast.trainer.logs import close_log
 from kdfast.trainer.loop import NonFiniteLoss
-from kdfast.trainer.runs import release_folder
+from kdfast.trainer.runs import discard_folder, release_folder
 
 # The main process may fill a teacher cache while the others wait; NCCL gives up after 10 minutes.
 PATIENCE = timedelta(days=2)
@@ -69,6 +69,7 @@ def guarded(args: argparse.Namespace) -> int:
             dist.destroy_process_group()
         return status
     except (ConfigError, CorruptDataError, NonFiniteLoss, OSError) as error:
+        discard_folder()
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     finally:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from kdfast.configs.recovery import PruneConfig
 from kdfast.data.views.base import Item
 from kdfast.models.eva import EVAViT
 from kdfast.pruning import Calibration, HeadScores, head_scores, mlp_scores, select_heads
+from kdfast.pruning.selection_file import read_selection
 from kdfast.recovery.data import Views
 
 
@@ -85,6 +87,21 @@ def score_heads(
             seed=seed,
             progress=accelerator.is_main_process,
         )
+
+
+def heads_of_file(config: PruneConfig, teacher: EVAViT) -> list[list[int]] | None:
+    """Kept heads of every block as ``prune.heads`` names them; None where it names no file.
+
+    Raises:
+        ValueError: There is no such file, or it does not fit the teacher.
+    """
+    if config.heads is None:
+        return None
+    try:
+        path = Path(config.heads).expanduser()
+        return read_selection(path, [len(held) for held in teacher.heads])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"prune.heads: {error}") from error
 
 
 def choose_heads(config: PruneConfig, scores: HeadScores) -> list[list[int]]:

@@ -17,6 +17,7 @@ from kdfast.memory.steps import PRECISION, Before, PlannedStep
 from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT, eva_vit_l_orion
 from kdfast.pruning.select import kept_counts
+from kdfast.recovery.heads import heads_of_file
 from kdfast.recovery.objective import Distiller
 from kdfast.recovery.optim import adamw, param_groups
 
@@ -49,7 +50,8 @@ def recovery_step(config: Config, teacher: Mapping[str, Any] | None = None) -> P
         frozen: list[nn.Module] = [original] if head is None else [original, head]
         return Step(distiller, loss, frozen, optimizer)
 
-    keep = f"{config.prune.keep:.0%}" if isinstance(config.prune.keep, float) else config.prune.keep
+    keep: object = config.prune.heads or config.prune.keep
+    keep = f"{keep:.0%}" if isinstance(keep, float) else keep
     frames = config.data.kind == "frames"
     # The heads' own share depends on what they match, and is small beside the backbone's.
     note = ", six images a stream, without the frozen heads" if frames else ""
@@ -109,9 +111,12 @@ def _teacher(config: Config, shape: Mapping[str, Any] | None) -> EVAViT:
 
 
 def _student(config: Config, teacher: EVAViT, recompute: bool) -> EVAViT:
-    counts = kept_counts("plan", config.prune.keep, [len(heads) for heads in teacher.heads])
-    # Which heads stay has no influence on memory.
-    heads = [held[:count] for held, count in zip(teacher.heads, counts, strict=True)]
+    kept = heads_of_file(config.prune, teacher)
+    if kept is None:
+        # Which heads stay has no influence on memory.
+        counts = kept_counts("plan", config.prune.keep, [len(heads) for heads in teacher.heads])
+        kept = [list(range(count)) for count in counts]
+    heads = [[held[at] for at in row] for held, row in zip(teacher.heads, kept, strict=True)]
     changes: dict[str, Any] = {"heads": heads, "drop_path_rate": config.distill.drop_path}
     if config.prune.mlp_keep is not None:
         changes["mlp_hidden"] = kept_counts("plan", config.prune.mlp_keep, teacher.mlp_hidden)

@@ -22,6 +22,7 @@ from kdfast.models.checkpoint import load_backbone, save_backbone
 from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT
 from kdfast.pruning import Calibration, head_scores, prune_heads
+from kdfast.pruning.heat_map import draw_head_scores
 from kdfast.recovery.compensation import (
     CalibrationViews,
     calibrate_teacher,
@@ -31,7 +32,7 @@ from kdfast.recovery.data import Data, build_data, some_views
 from kdfast.recovery.evaluate import EvaluateEpochs, Evaluator
 from kdfast.recovery.fit_teacher import save_head
 from kdfast.recovery.free import FREE
-from kdfast.recovery.heads import Kept, choose_heads, choose_units, score_heads
+from kdfast.recovery.heads import Kept, choose_heads, choose_units, heads_of_file, score_heads
 from kdfast.recovery.objective import Distiller
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
 from kdfast.recovery.report import draw_predictions, measure, write_report
@@ -48,6 +49,7 @@ VIEWS = 4
 # The student as it was before training, where it was compensated.
 COMPENSATED = "compensated.safetensors"
 BASELINE = "baseline.json"
+SCORES = "head_scores.png"
 
 
 def run_recovery(config: Config, accelerator: Accelerator, *, resume: bool) -> int:
@@ -156,7 +158,7 @@ class Run:
                 # The checkpoint replaces its weights.
                 return kept, self.cut(kept)
         else:
-            if config.method == "reconstruction":
+            if config.method == "reconstruction" and config.heads is None:
                 calibration = self.calibration(views)
             heads = self.heads(calibration)
             if calibration is None and config.compensate:
@@ -184,8 +186,7 @@ class Run:
         main = self.accelerator.is_main_process
         units = choose_units(self.teacher, self.config.prune, calibration, progress=main)
         if units is not None:
-            counts = sorted({len(block) for block in units})
-            LOG.info("kept hidden units per block: %s", counts)
+            LOG.info("kept hidden units per block: %s", _counts(units))
         return units
 
     def recipe(self) -> dict[str, Any]:
@@ -193,8 +194,15 @@ class Run:
         return identity(plain(self.config), FREE)
 
     def heads(self, calibration: Calibration | None) -> list[list[int]]:
-        """The heads with the best scores; a calibration is for the method "reconstruction"."""
+        """The heads that ``prune.heads`` names, or else those with the best scores.
+
+        Args:
+            calibration: For the method "reconstruction"; None for the others.
+        """
         config, main = self.config.prune, self.accelerator.is_main_process
+        if (named := heads_of_file(config, self.teacher)) is not None:
+            LOG.info("kept heads per block (%s): %s", config.heads, _counts(named))
+            return named
         if calibration is None:
             seed, images = self.config.seed, self.data.scoring
             scores = score_heads(
@@ -205,8 +213,8 @@ class Run:
         kept = choose_heads(config, scores)
         if main:
             scores.save(self.folder / "head_scores.json")
-        counts = sorted({len(block) for block in kept})
-        LOG.info("kept heads per block (%s): %s", config.method, counts)
+            draw_head_scores(scores, kept, self.folder / SCORES)
+        LOG.info("kept heads per block (%s): %s", config.method, _counts(kept))
         return kept
 
     def trainable(self, student: EVAViT) -> EVAViT:
@@ -310,13 +318,15 @@ class Run:
         """
         folder, head, autocast = self.folder, self.head, self.accelerator.autocast
         paths = {"student": folder / "student.safetensors"}
-        save_backbone(models["distilled"], paths["student"])
+        save_backbone(models["distilled"], paths["student"], orion_keys=self.config.run.orion_keys)
         if "compensated" in models:
             paths["compensated"] = folder / COMPENSATED
         if head is not None:
             paths["head"] = folder / "head.safetensors"
             with replacing(paths["head"]) as partial:
                 save_head(head, partial)
+        if (folder / SCORES).is_file():
+            paths["head scores"] = folder / SCORES
         for model in models.values():
             model.eval()
         lines = measure(models, quality, self.shown()[0][:1], autocast)
@@ -346,3 +356,8 @@ class Run:
         images, labels = self.shown()
         named = dict(zip(CLASSES, PALETTE, strict=True))
         return draw_predictions(path, models, self.head, images, labels, named)
+
+
+def _counts(kept: list[list[int]]) -> list[int]:
+    """The different numbers of what blocks keep."""
+    return sorted({len(block) for block in kept})

@@ -59,7 +59,9 @@ def get_teacher(
     else:
         raise ValueError("teacher.checkpoint: must name a file where teacher.fit is null")
     LOG.info("teacher: %s", path)
-    teacher = load_orion_backbone(path, drop_path_rate=config.distill.drop_path, with_cp=False)
+    teacher = load_orion_backbone(
+        path, drop_path_rate=config.distill.drop_path, with_cp=False, **config.teacher.shape()
+    )
     for module in (teacher, head):
         if module is not None:
             module.to(accelerator.device).requires_grad_(False).eval()
