@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 import kdfast
@@ -29,7 +30,7 @@ def milliseconds(model: nn.Module, images: Tensor, calls: int) -> float:
 def main(name: str = MODEL, calls: int = CALLS, **sizes: Any) -> float:
     """Accelerates a model in place; the largest difference of its outputs."""
     model = timm.create_model(name, **sizes).eval()
-    images = torch.randn(1, *timm.data.resolve_model_data_config(model)["input_size"])
+    images = torch.randn(1, *resolve_model_data_config(model)["input_size"])
     before, slow = model(images), milliseconds(model, images, calls)
 
     print(kdfast.accelerate(model))  # what runs fused now, what was left, and why

@@ -11,6 +11,8 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -22,7 +24,7 @@ KEEP, EPOCHS, LR, BATCH = 0.5, 3, 1e-5, 16
 
 def pictures(folder: Path, model: Any) -> Tensor:
     """All pictures of a folder and its folders, as the model takes them."""
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    transform = create_transform(**resolve_model_data_config(model))
     files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".jpg", ".jpeg", ".png")]
     return torch.stack([transform(Image.open(path).convert("RGB")) for path in files])
 
@@ -36,7 +38,7 @@ def likeness(student: Any, teacher: Any, images: Tensor) -> float:
 def main(folder: Path, out: Path, epochs: int = EPOCHS, **model: Any) -> tuple[float, float]:
     """Likeness to the original before and after the distillation, on pictures held out."""
     settings = {"model_name": MODEL, "pretrained": PRETRAINED, **model}
-    teacher = timm.create_model(**settings).eval().requires_grad_(False)
+    teacher: Any = timm.create_model(**settings).eval().requires_grad_(False)
     images = pictures(folder, teacher)
     learn = torch.arange(len(images)) % 8 > 0  # every eighth picture is held out
     held, train = images[~learn], images[learn]
@@ -44,7 +46,8 @@ def main(folder: Path, out: Path, epochs: int = EPOCHS, **model: Any) -> tuple[f
     scores = kdfast.head_scores(teacher, "taylor", train.split(BATCH))
     kept = kdfast.select_heads(scores, keep=KEEP)
     calibration = kdfast.calibrate(teacher, train.split(BATCH))  # folds what is cut into the rest
-    student = kdfast.prune_heads(teacher, kept, compensate=calibration).requires_grad_(True)
+    student: Any = kdfast.prune_heads(teacher, kept, compensate=calibration)
+    student.requires_grad_(True)
     before = likeness(student, teacher, held)
 
     optimizer = torch.optim.AdamW(student.parameters(), lr=LR)
