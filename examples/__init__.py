@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Complete runs on trained models, with results: see docs/use/example_*.md. Not installed."""
+"""Short scripts to start from, and complete runs on trained models: docs/use/start.md.
+
+Not installed.
+"""

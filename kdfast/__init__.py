@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kdfast.ops.pruned_attention import pruned_attention
     from kdfast.ops.sdpa import scaled_dot_product_attention
     from kdfast.ops.swiglu_norm import swiglu_norm
+    from kdfast.pictures.maps import attention_maps
     from kdfast.pruning import (
         Calibration,
         HeadGates,
@@ -64,6 +65,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "attention_distill",
+    "attention_maps",
     "calibrate",
     "distil",
     "drop_blocks",
@@ -110,6 +112,7 @@ _DEFINED = {
     "kdfast.ops.pruned_attention": ("pruned_attention",),
     "kdfast.ops.sdpa": ("scaled_dot_product_attention",),
     "kdfast.ops.swiglu_norm": ("swiglu_norm",),
+    "kdfast.pictures.maps": ("attention_maps",),
     "kdfast.pruning": (
         "Calibration",
         "HeadGates",
@@ -143,7 +146,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """The public names, whether they were used already or not, and what every module has."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 if "torch" in sys.modules:

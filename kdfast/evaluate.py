@@ -52,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
     from kdfast.sources import load_saved
 
     accelerator = Accelerator(cpu=config.run.device == "cpu")
-    args.out.mkdir(parents=True, exist_ok=True)
     with as_config_error():
         data = build_frames(config, accelerator)
         teacher, heads = get_frame_teacher(
@@ -66,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
             got = type(model).__name__
             raise ValueError(f"--checkpoint: {path} must be a backbone of ORION, got a {got}")
         models[name or path.stem] = model.to(accelerator.device)
+    args.out.mkdir(parents=True, exist_ok=True)
     limit = None if args.frames is None else args.frames * data.held_out.dataset.views
     evaluate = FrameEvaluator(accelerator, data.held_out, heads, limit)
     print(report_frames(args.out, models, evaluate, teacher))

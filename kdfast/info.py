@@ -15,7 +15,7 @@ from kdfast._version import __version__
 from kdfast.commandline.info import parser
 from kdfast.machine.facts import cpu_name
 from kdfast.machine.memory import resident_bytes
-from kdfast.machine.needs import Need, gib, package_need
+from kdfast.machine.needs import MISSING, WRONG, Need, gib, package_need
 from kdfast.machine.peak import library_rates, peak_flops
 from kdfast.machine.signals import run_command
 from kdfast.machine.timing import timed_sample
@@ -42,6 +42,8 @@ FIXES = {
     "data.root": "Bench2Drive's base set (docs/use/data.md); or --set data.kind=images "
     "--set data.root=FOLDER for any pictures",
 }
+# Columns before what is said of a need, and its further lines that are shown.
+INDENT, SHOWN = 36, 5
 Rows = list[tuple[str, str]]
 
 
@@ -176,10 +178,19 @@ def print_needs(source: str, changes: Sequence[str] = ()) -> int:
     print(f"\nA run of {source}")
     needs = _needs(source, changes)
     for need in needs:
-        print(f"  {'MISSING' if need.fix else 'ok     '} {need.name:<20}{need.found}")
+        state = need.problem if need.fix else "ok"
+        print(f"  {state:<14}{need.name:<20}{_shortened(need.found)}")
         if need.fix:
-            print(f"{'':30}to do: {need.fix}")
+            print(f"{'':{INDENT}}to do: {need.fix}")
     return int(any(need.fix for need in needs))
+
+
+def _shortened(text: str) -> str:
+    """A text whose further lines stand below its first, the first few of them."""
+    first, *more = text.splitlines() or [""]
+    rest = [f"... and {len(more) - SHOWN:,} more"] if len(more) > SHOWN else []
+    lines = [first, *(line.strip() for line in more[:SHOWN]), *rest]
+    return f"\n{'':{INDENT}}".join(lines)
 
 
 def _needs(source: str, changes: Sequence[str]) -> list[Need]:
@@ -193,7 +204,10 @@ def _needs(source: str, changes: Sequence[str]) -> list[Need]:
     except ConfigError as error:
         pairs = (problem.partition(": ")[::2] for problem in error.problems)
         other = "the keys are explained in docs/use/training.md, those of chains in vit_chain.md"
-        return [Need(key, text, FIXES.get(key, other)) for key, text in pairs]
+        return [
+            Need(key, text, FIXES.get(key, other), MISSING if "no such" in text else WRONG)
+            for key, text in pairs
+        ]
     if config.note:
         print(f"  note    {config.note}")
     if isinstance(config, ChainConfig):

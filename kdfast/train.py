@@ -32,7 +32,7 @@ from kdfast.recovery.run import run_recovery
 from kdfast.trainer.logs import close_log
 from kdfast.trainer.loop import NonFiniteLoss
 from kdfast.trainer.processes import make_accelerator
-from kdfast.trainer.runs import release_folder
+from kdfast.trainer.runs import discard_folder, release_folder
 
 if TYPE_CHECKING:
     from kdfast.configs import Config
@@ -60,6 +60,7 @@ def guarded(args: argparse.Namespace) -> int:
             dist.destroy_process_group()
         return status
     except (ConfigError, CorruptDataError, NonFiniteLoss, OSError) as error:
+        discard_folder()
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     finally:

@@ -272,10 +272,17 @@ def test_paired_heads_of_a_pruned_teacher() -> None:
     assert paired_heads(student, teacher) == [[0, 2]] * 4
 
 
-def test_rejects(models: tuple[EVAViT, EVAViT, DenseHead], batch: tuple[Tensor, Tensor]) -> None:
+def test_labels_without_a_head_have_no_use(
+    models: tuple[EVAViT, EVAViT, DenseHead], batch: tuple[Tensor, Tensor]
+) -> None:
+    student, teacher, _ = models
+    distiller = Distiller(student, teacher, None, DistillConfig())
+    with_labels, without = distiller(*batch, 0), distiller(batch[0], None, 0)
+    assert "task" not in with_labels and torch.equal(with_labels["total"], without["total"])
+
+
+def test_rejects(models: tuple[EVAViT, EVAViT, DenseHead]) -> None:
     student, teacher, head = models
-    with pytest.raises(ValueError, match="labels need a head"):
-        Distiller(student, teacher, None, DistillConfig())(*batch, 0)
     other = prune_heads(tiny().double(), [[1]] * 4)
     with pytest.raises(ValueError, match=r"must be among the teacher's, got \[1\] in block 0"):
         Distiller(other, prune_heads(teacher, [[0]] * 4), None, DistillConfig())

@@ -66,7 +66,7 @@ def test_without_the_train_extra_info_says_what_to_install(
     )
     assert info.main(["--config", "smoke"]) == 1
     out = capsys.readouterr().out
-    assert "MISSING packages            missing: yaml" in out and '".[train]"' in out
+    assert "MISSING       packages            missing: yaml" in out and '".[train]"' in out
 
 
 def test_missing_inputs_say_what_to_do(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_missing_inputs_say_what_to_do(capsys: pytest.CaptureFixture[str], tmp_p
     assert info.main([*argv, "--set", f"data.root={tmp_path / 'gone'}"]) == 1
     lines = capsys.readouterr().out.splitlines()
     for key, fix in (("teacher.checkpoint", "Orion.pth"), ("data.root", "data.kind=images")):
-        at = next(i for i, line in enumerate(lines) if f"MISSING {key}" in line)
+        at = next(i for i, line in enumerate(lines) if f"MISSING       {key}" in line)
         assert "gone" in lines[at] and "to do:" in lines[at + 1] and fix in lines[at + 1]
 
 
@@ -88,7 +88,8 @@ def test_unusable_inputs_are_reported_together(
     argv += ["--set", "data.kind=images", "--set", f"data.root={tmp_path / 'pictures'}"]
     assert info.main(argv) == 1
     out = capsys.readouterr().out
-    assert "MISSING checkpoint" in out and "MISSING data" in out
+    assert "DOES NOT FIT  checkpoint" in out and "MISSING       data" in out
+    assert "... and " in out and " more\n" in out
 
 
 def test_the_list_of_ops_is_that_of_the_files() -> None:
@@ -142,4 +143,4 @@ def test_chain_names_its_images_and_what_is_missing(
     argv = ["--config", "vit_chain_digits", "--set", "data.kind=octmnist"]
     assert info.main([*argv, "--set", f"data.root={tmp_path}"]) == 1
     out = capsys.readouterr().out
-    assert "MISSING data" in out and "download https://zenodo.org/" in out
+    assert "MISSING       data" in out and "download https://zenodo.org/" in out

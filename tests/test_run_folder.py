@@ -61,6 +61,34 @@ def test_resume_leaves_a_refused_start_out(tmp_path: Path) -> None:
     assert runs.run_folder(output, MAIN, "--resume: ") == output
 
 
+def test_a_refused_run_leaves_no_folder_of_its_own(tmp_path: Path) -> None:
+    def refused(output: Path, *names: str) -> None:
+        folder = runs.run_folder(output, MAIN, None)
+        hold(folder, "config.yaml", *names)
+        runs.discard_folder()
+        runs.release_folder()
+
+    refused(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    refused(tmp_path / "begun", "steps.csv")
+    assert (tmp_path / "begun" / "steps.csv").is_file()
+    (tmp_path / "mine").mkdir()
+    refused(tmp_path / "mine")
+    assert (tmp_path / "mine" / "config.yaml").is_file()
+    runs.discard_folder()  # no run has one now
+
+
+def test_train_leaves_no_folder_where_a_checkpoint_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"state_dict": {"img_backbone.odd": torch.zeros(1)}}, tmp_path / "orion.pth")
+    output = tmp_path / "runs" / "refused"
+    argv = ["--config", "smoke", "--set", f"output={output}", "--set", "run.device=cpu"]
+    assert main([*argv, "--set", f"teacher.checkpoint={tmp_path / 'orion.pth'}"]) == 2
+    assert "must fit the model" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_nothing_to_resume(tmp_path: Path) -> None:
     hold(tmp_path / "run", "steps.csv")
     with pytest.raises(ConfigError, match="--resume: there is no run in .*run$"):

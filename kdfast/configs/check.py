@@ -27,6 +27,11 @@ def _check_recovery(config: Config) -> list[str]:
         found.append(f"distill.vl: needs the heads of data.kind frames, got {data.kind}")
     if teacher.checkpoint is not None and not _is_model(teacher.checkpoint, data.kind):
         found.append(f"teacher.checkpoint: no such file: {teacher.checkpoint}")
+    if teacher.checkpoint is None and (shape := teacher.shape()):
+        names = ", ".join(f"teacher.{name}" for name in shape)
+        found.append(f"{names}: describe a teacher.checkpoint, got none")
+    if config.prune.heads is not None and not Path(config.prune.heads).expanduser().is_file():
+        found.append(f"prune.heads: no such file: {config.prune.heads}")
     if data.kind != "scenes" and data.root is None:
         found.append(f"data.root: {data.kind} needs a folder")
     elif data.kind not in ("scenes", "frames") and not Path(str(data.root)).expanduser().is_dir():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from kdfast.configs.recovery import (
     Config,
@@ -19,9 +20,17 @@ from kdfast.configs.recovery import (
 )
 
 CHECKPOINT = "ckpts/orion/orion.pth"
+# Where else ORION's checkpoint lies in its own code, under the name that it is published by.
+FOLDERS, FILES = ("ckpts/orion", "ckpts", "ckpt/orion", "ckpt", "."), ("orion.pth", "Orion.pth")
 DATA = "data/bench2drive"
 # Where `orion50_mini` has its synthetic set; it is written there if nothing is.
 SAMPLE = "runs/orion_sample"
+
+
+def checkpoint_here() -> str:
+    """ORION's checkpoint where people keep it; ``CHECKPOINT`` where there is none."""
+    places = [Path(folder, name) for folder in FOLDERS for name in FILES]
+    return str(next((path for path in places if path.is_file()), CHECKPOINT))
 
 
 def orion50() -> Config:
@@ -29,7 +38,7 @@ def orion50() -> Config:
     return Config(
         name="orion50",
         output="runs/orion50",
-        teacher=TeacherConfig(checkpoint=CHECKPOINT),
+        teacher=TeacherConfig(checkpoint=checkpoint_here()),
         data=DataConfig(
             kind="bench2drive",
             root=DATA,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from kdfast.configs.fields import (
     Count,
@@ -110,11 +110,26 @@ class TeacherConfig:
             null: train it, see ``fit``.
         fit: Training of the teacher; null where there is a checkpoint.
         cache: Folder that keeps trained teachers for the next run.
+        img_size: Side of the image that a checkpoint without rotary buffers was trained for, 640 in
+            ORION; null: the checkpoint shows it.
+        window_size: Side of its windows in patches, 16 in ORION; null likewise.
+        window_block_indexes: Its blocks with windows, in ORION all but every third; null likewise.
+        head_dim: Channels of a head where that is not 64; null likewise.
     """
 
     checkpoint: str | None = None
     fit: FitTeacherConfig | None = None
     cache: str = "runs/teachers"
+    img_size: Count | None = None
+    window_size: Count | None = None
+    window_block_indexes: tuple[Natural, ...] | None = None
+    head_dim: Count | None = None
+
+    def shape(self) -> dict[str, Any]:
+        """What the config says of the checkpoint, as ``load_orion_backbone`` takes it."""
+        names = ("img_size", "window_size", "window_block_indexes", "head_dim")
+        given = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -166,8 +181,8 @@ class PruneConfig:
         method: Criterion of ``kdfast.pruning.head_scores``.
         keep: Heads that stay: a number in each block (4), a part (0.5), or a number for each block
             ([4, 4, 2]).
-        heads: JSON file of the heads that stay, in place of ``method`` and ``keep``: a list of
-            positions for each block, or ``report.json`` of ``kdfast prune``; null: none.
+        heads: JSON file of the heads that stay, in place of ``method``, ``keep`` and ``scope``, see
+            ``kdfast.pruning.selection_file``; null: those with the best scores.
         scope: ``block``: the same number in each block; ``global``: the best of the whole model.
         batches: Batches of training images for criteria that read data; ``reconstruction`` reads
             ``calibration_views``.
@@ -249,6 +264,7 @@ class RunConfig:
         save_every: Optimiser steps between checkpoints; one is also saved after each epoch.
         log_every: Optimiser steps between log rows.
         eval_images: Held-out images that are evaluated; null: all.
+        orion_keys: Give the tensors of ``student.safetensors`` their names in ORION's whole model.
         device: ``auto`` takes the GPU if there is one.
         deterministic: cuDNN takes the same kernels in every run; false: the fastest it finds.
     """
@@ -262,6 +278,7 @@ class RunConfig:
     save_every: Count = 500
     log_every: Count = 10
     eval_images: Count | None = None
+    orion_keys: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = True
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+MISSING, NO_FIT, WRONG = "MISSING", "DOES NOT FIT", "WRONG"
+
 
 @dataclass(frozen=True)
 class Need:
@@ -16,11 +18,13 @@ class Need:
         name: What it is.
         found: What is there.
         fix: What to do about it; empty if all is well.
+        problem: In a word, where there is something to do.
     """
 
     name: str
     found: str
     fix: str = ""
+    problem: str = MISSING
 
 
 def package_need(modules: Sequence[str]) -> Need | None:
@@ -48,7 +52,7 @@ def disk_need(output: str, checkpoint: int, more: int = 0) -> Need:
         folder = folder.parent
     need, free = 3 * checkpoint + more, shutil.disk_usage(folder).free
     fix = "" if need < free else "free some space, or --set output=FOLDER on another disk"
-    return Need("disk", f"about {gib(need)} needed in {output}, {gib(free)} free", fix)
+    return Need("disk", f"about {gib(need)} needed in {output}, {gib(free)} free", fix, NO_FIT)
 
 
 def gib(count: float) -> str:

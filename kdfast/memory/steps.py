@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from kdfast.machine.memory import free_bytes
-from kdfast.machine.needs import Need, gib
+from kdfast.machine.needs import NO_FIT, Need, gib
 from kdfast.memory.measure import MemoryPlan, Step, plan_step
 
 # "auto" is what it will be on a GPU.
@@ -97,7 +97,7 @@ def memory_need(plans: Sequence[MemoryPlan], fix: str) -> Need:
         f"a step of {largest.batch} is predicted to need {gib(need)}{what}, "
         f"{gib(free)} {where} free"
     )
-    return Need("memory", found, "" if need < free else fix)
+    return Need("memory", found, "" if need < free else fix, NO_FIT)
 
 
 def before_need(before: Before, device: str) -> Need:
@@ -109,4 +109,4 @@ def before_need(before: Before, device: str) -> Need:
     """
     free = free_bytes(torch.device(device))
     found = f"{before.title} keeps {gib(before.bytes)}, {gib(free)} free"
-    return Need("start", found, "" if before.bytes < free else before.fix)
+    return Need("start", found, "" if before.bytes < free else before.fix, NO_FIT)

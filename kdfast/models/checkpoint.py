@@ -69,7 +69,10 @@ def load_orion_backbone(
     problems = []
     unknown = [name for name in WINDOWS if name not in config]
     if unknown:
-        problems.append(f"no rotary buffers that show the windows: pass {', '.join(unknown)}")
+        problems.append(
+            f"no rotary buffers that show the windows: pass {', '.join(unknown)} (in a run "
+            f"teacher.{unknown[0]} and so on; docs/use/eva.md has those of ORION)"
+        )
     if config.get("heads") is None and _pruned(shapes, config["embed_dim"]):
         problems.append(
             "fewer heads than embed_dim / head_dim: pass heads, the kept ones per block"

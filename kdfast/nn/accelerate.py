@@ -72,9 +72,11 @@ class AccelerateReport:
         counts = [
             f"{len(found)} of {len(found) + len(left)} {what}"
             for what, found, left in kinds
-            if found or left or what.startswith("attention")
+            if found or left
         ]
-        title = f"kdfast.accelerate: {', '.join(counts)} run fused"
+        title = f"kdfast.accelerate: {', '.join(counts) or 'nothing'} run{'s' * (not counts)} fused"
+        if not (self.replaced or self.left):
+            title += "; the model has no attention that kdfast knows (docs/use/support.md)"
         rows = [("", "modules", "class", "now, or why not", "first")]
         marked = [("fused", found) for _, found, _ in kinds]
         for mark, found in [*marked, *(("left", left) for _, _, left in kinds)]:

@@ -91,8 +91,8 @@ def capture(model: nn.Module, images: Tensor, crop: Tensor | None = None) -> Att
             f"capture: crop must be like images {tuple(images.shape)}, got {tuple(crop.shape)}"
         )
     side = patch_size(model)
-    watcher = _Watcher(model, len(images))
-    with torch.no_grad(), _eval_and_fused(model), watcher.attached():
+    watcher = Watcher(model, "capture", len(images))
+    with torch.no_grad(), eval_and_fused(model), watcher.attached():
         output = model(images)
     # That of the model: a hybrid's patches are pixels of its features, others pad the image.
     grid = watcher.grid or (images.shape[2] // side, images.shape[3] // side)
@@ -152,7 +152,7 @@ def _padded(model: nn.Module, images: Tensor, grid: tuple[int, int], side: int) 
     return F.pad(images, (0, right, 0, down))
 
 
-class _Watcher(TorchFunctionMode):
+class Watcher(TorchFunctionMode):
     """Turns the attention calls of one forward pass into layers, named after their modules.
 
     Attributes:
@@ -160,9 +160,16 @@ class _Watcher(TorchFunctionMode):
         grid: (h, w) of what the last projection to patches before them gave; None without one.
     """
 
-    def __init__(self, model: nn.Module, batch: int) -> None:
+    def __init__(self, model: nn.Module, function: str, batch: int | None = None) -> None:
+        """Watch a model.
+
+        Args:
+            model: The model.
+            function: Name of the caller, for messages.
+            batch: Number of images that every attention must have; None: windows are sequences too.
+        """
         super().__init__()
-        self.model, self.batch = model, batch
+        self.model, self.function, self.batch = model, function, batch
         self.layers: list[LayerAttention] = []
         self.grid: tuple[int, int] | None = None
         self._path: list[tuple[str, nn.Module, int | None]] = []
@@ -251,7 +258,7 @@ class _Watcher(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> None:
         if is_causal:
-            raise NotImplementedError(f"capture: {name} must not be causal")
+            raise NotImplementedError(f"{self.function}: {name} must not be causal")
         if enable_gqa:
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -278,10 +285,11 @@ class _Watcher(TorchFunctionMode):
             return
         if weight is None or args[0] is not None or args[2]:
             raise NotImplementedError(
-                f"capture: {name} must have one projection for q, k and v, and no extra keys"
+                f"{self.function}: {name} must have one projection for q, k and v, and no extra "
+                "keys"
             )
         if kwargs.get("attn_mask") is not None or kwargs.get("key_padding_mask") is not None:
-            raise NotImplementedError(f"capture: {name} must have no mask")
+            raise NotImplementedError(f"{self.function}: {name} must have no mask")
         rows = slice(0, 2 * embed_dim)
         both = F.linear(query, weight[rows], None if bias is None else bias[rows])
         q, k = both.unflatten(-1, (2, num_heads, -1)).permute(2, 1, 3, 0, 4)
@@ -313,10 +321,15 @@ class _Watcher(TorchFunctionMode):
         window: Window | None = None,
         bias: Tensor | None = None,
     ) -> None:
-        if q.dim() != 4 or q.shape[0] != self.batch:
+        if self.batch is None and q.dim() != 4:
             raise NotImplementedError(
-                f"capture: {name} must attend over all tokens of each of the {self.batch} images, "
-                f"got queries {tuple(q.shape)}: windows that only the model knows"
+                f"{self.function}: {name} must have queries (B, H, N, D), got {tuple(q.shape)}; "
+                "kdfast.accelerate(model) gives the attentions that it knows this shape"
+            )
+        if q.dim() != 4 or self.batch not in (None, q.shape[0]):
+            raise NotImplementedError(
+                f"{self.function}: {name} must attend over all tokens of each of the images, got "
+                f"queries {tuple(q.shape)}: windows that only the model knows"
             )
         # Original indices: of EVAViT and the stand-ins; of other attentions that were pruned.
         owner = self._owner(name)
@@ -331,7 +344,7 @@ class _Watcher(TorchFunctionMode):
 
 
 @contextmanager
-def _eval_and_fused(model: nn.Module) -> Iterator[None]:
+def eval_and_fused(model: nn.Module) -> Iterator[None]:
     """Eval mode, and fused attention in timm's modules; every flag as before afterwards."""
     with ExitStack() as undo:
         for module in model.modules():

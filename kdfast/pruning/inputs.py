@@ -30,6 +30,11 @@ class Inputs:
         return count(self.values.values())
 
 
+def batches_of(data: Any) -> Iterable[Any]:
+    """The batches of what a caller gave as data: a tensor or a dict alone is one batch."""
+    return [data] if isinstance(data, (Tensor, Mapping)) else data
+
+
 def count(values: Iterable[Any]) -> int:
     """B, the length of the first tensor among arguments of a call; 1 if there is none."""
     for value in values:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from kdfast.pruning.adapter import Anatomy, Site
 from kdfast.pruning.entropy import call_entropy
-from kdfast.pruning.inputs import Inputs, model_inputs, outputs
+from kdfast.pruning.inputs import Inputs, batches_of, model_inputs, outputs
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -54,6 +54,7 @@ def observe(
         ValueError: There is no batch, one holds no image, or a score is not finite.
     """
     device = next(anatomy.model.parameters()).device
+    data = batches_of(data)
     total = batches
     if isinstance(data, Sized):
         total = len(data) if batches is None else min(len(data), batches)

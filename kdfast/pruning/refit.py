@@ -26,7 +26,7 @@ from kdfast.pruning.compensate import (
     output_variance,
     problem_of,
 )
-from kdfast.pruning.inputs import Inputs, model_inputs, outputs
+from kdfast.pruning.inputs import Inputs, batches_of, model_inputs, outputs
 from kdfast.pruning.moments import Moments, exact_products, wide
 from kdfast.pruning.observe import frozen_eval, moved, observe, tokens_of
 from kdfast.pruning.runner import Runner, Watch
@@ -94,7 +94,7 @@ class Compensation:
         device = next(self.anatomy.model.parameters()).device
         images = [
             model_inputs("prune_heads", self.anatomy.model, moved(batch, device))
-            for batch in islice(self.data or (), self.batches)
+            for batch in islice(self._batches, self.batches)
         ]
         if not images:
             raise ValueError("prune_heads: data must give at least one batch, got none")
@@ -119,6 +119,10 @@ class Compensation:
                     for runner in runners:
                         runner.finish(batch, runner.run(block, batch))
         return errors
+
+    @property
+    def _batches(self) -> Iterable[Any]:
+        return () if self.data is None else batches_of(self.data)
 
     @property
     def _sites(self) -> list[tuple[Site, Site]]:

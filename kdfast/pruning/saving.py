@@ -42,6 +42,7 @@ from kdfast.pruning.folder import (
     read_weights,
 )
 from kdfast.pruning.hf_folder import check_transformers, of_transformers
+from kdfast.pruning.not_a_folder import not_a_folder
 
 
 def save_pretrained(
@@ -115,6 +116,8 @@ def load_pretrained(path: str | os.PathLike[str], *, verify: bool = True) -> Any
             tensors do not fit it; one message lists all that is wrong.
     """
     folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(not_a_folder(str(path)))
     config, weights = read_config(folder), read_weights(folder)
     if verify:
         _check_pair(folder, config, weights)

@@ -4,13 +4,14 @@
 B batch, H heads, N tokens, D head dim, C channels.
 """
 
+import difflib
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from kdfast.pruning.adapter import Adapter, HeadWeights, Site
 from kdfast.pruning.calibration import Calibration
 from kdfast.pruning.evaluate import Metric, SelectionObserver, leave_one_out
 from kdfast.pruning.families import anatomy_of
+from kdfast.pruning.heat_map import draw_head_scores, head_score_figure
 from kdfast.pruning.observe import (
     ContextObserver,
     EntropyObserver,
@@ -28,15 +30,22 @@ from kdfast.pruning.observe import (
     observe,
 )
 from kdfast.pruning.reconstruction import calibrated, reconstruction_scores
+from kdfast.pruning.score_text import score_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 METHODS = ("magnitude", "gradient", "taylor", "entropy", "leave_one_out", "reconstruction")
 MLP_METHODS = ("magnitude", "gradient", "taylor", "reconstruction")
 FORMAT = "kdfast.head_scores/1"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadScores:
     """Importance of every head, or hidden unit, of a model; higher is more important.
+
+    Prints as a table. ``scores[block]`` is the row of a block, ``len(scores)`` the number of
+    blocks.
 
     Attributes:
         scores: (H,) fp64 per block, by the head's position in the scored model; a block without
@@ -64,6 +73,46 @@ class HeadScores:
                     f"HeadScores: {self.method} scores of block {block} must be finite, "
                     f"got {row.tolist()}"
                 )
+
+    @property
+    def part(self) -> str:
+        """What has the scores: "head" or "unit"."""
+        return "unit" if self.metadata.get("part") == "mlp" else "head"
+
+    def __repr__(self) -> str:
+        seen = self.metadata.get("images")
+        images = "" if seen is None else f", {seen} image{'s' * (seen != 1)}"
+        title = f"{self.part} scores: {self.method}{images}; higher is more important"
+        return score_text(title, self.part, self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, block: int) -> Tensor:
+        return self.scores[block]
+
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        kept: Sequence[Sequence[int]] | None = None,
+    ) -> "Figure":
+        """A heat map, blocks by heads; a notebook shows it.
+
+        Args:
+            path: Write it to this file too; None: only return it.
+            kept: Positions per block, as from ``select_heads``: the others are crossed out.
+
+        Returns:
+            The figure of matplotlib.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            ValueError: ``kept`` has another number of blocks.
+        """
+        if path is not None:
+            draw_head_scores(self, kept, Path(path))
+        return head_score_figure(self, kept)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON; ``load`` restores every bit of the scores."""
@@ -109,7 +158,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 def head_scores(
     model: nn.Module,
-    method: str,
+    method: str = "magnitude",
     data: Iterable[Any] | Calibration | None = None,
     *,
     loss: Callable[[Any, Any], Tensor] | None = None,
@@ -135,10 +184,11 @@ def head_scores(
     Args:
         model: A model of a family in docs/use/pruning.md, already pruned or not.
         method: "magnitude", "gradient", "taylor", "entropy", "leave_one_out" or "reconstruction".
-        data: Batches: the images (B, 3, H, W), a dict with them under "image" or with arguments of
-            the model by name, or a tuple or list that starts with one of these; see docs. Tensors
-            are moved to the model's device. None for "magnitude"; a ``Calibration`` in place of
-            batches for "reconstruction".
+        data: One batch, or an iterable of them. A batch is a tensor of images (B, 3, H, W) or a
+            dict with them under "image" or with arguments of the model by name; in an iterable
+            also a tuple or list that starts with one of these; see docs. Tensors are moved to the
+            model's device. None for "magnitude"; a ``Calibration`` in place of batches for
+            "reconstruction".
         loss: ``loss(model output, batch)``, a scalar that is the mean over the batch's images. For
             "gradient" and "taylor" only. None: a random projection of the output, see docs.
         metric: ``metric(model output, batch)``, the mean over the batch's images, higher is
@@ -164,6 +214,7 @@ def head_scores(
     an error is raised.
     """
     anatomy = anatomy_of("head_scores", model)
+    _check_method("head_scores", method, METHODS)
     _check_options(method, loss, metric, batches, important, unit)
     adapter, sites = anatomy.adapter, anatomy.attentions
     metadata: dict[str, Any] = {"model": adapter.family, "heads": [site.held for site in sites]}
@@ -194,7 +245,7 @@ def head_scores(
 
 def mlp_scores(
     model: nn.Module,
-    method: str,
+    method: str = "magnitude",
     data: Iterable[Any] | Calibration | None = None,
     *,
     loss: Callable[[Any, Any], Tensor] | None = None,
@@ -225,8 +276,7 @@ def mlp_scores(
         ValueError: As ``head_scores``, or the model has no MLP that can be pruned.
     """
     anatomy = anatomy_of("mlp_scores", model)
-    if method not in MLP_METHODS:
-        raise ValueError(f"mlp_scores: method must be one of {MLP_METHODS}, got {method!r}")
+    _check_method("mlp_scores", method, MLP_METHODS)
     if loss is not None and method not in ("gradient", "taylor"):
         raise ValueError(f"mlp_scores: loss must be None for {method!r}, which has no gradient")
     adapter, sites = anatomy.adapter, anatomy.mlps
@@ -248,9 +298,30 @@ def mlp_scores(
     return HeadScores(scores, method, {**metadata, **seen})
 
 
+def _check_method(function: str, method: object, known: Sequence[str]) -> None:
+    """Raises unless it is the name of a method.
+
+    Raises:
+        TypeError: It is no text, such as the data in its place.
+        ValueError: There is no such method.
+    """
+    if not isinstance(method, str):
+        raise TypeError(
+            f"{function}: method must be one of {tuple(known)}, got {type(method).__name__}; data "
+            f"come after it: {function}(model, 'taylor', data)"
+        )
+    if method not in known:
+        near = difflib.get_close_matches(method, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{function}: method must be one of {tuple(known)}, got {method!r}{hint}")
+
+
 def _needed(function: str, method: str, data: Iterable[Any] | Calibration | None) -> Any:
     if method == "magnitude" and data is not None:
-        raise ValueError(f"{function}: data must be None for 'magnitude', which reads no images")
+        raise ValueError(
+            f"{function}: data must be None for 'magnitude', which reads no images; to use them "
+            "name another method, such as 'taylor'"
+        )
     if method != "magnitude" and data is None:
         raise ValueError(f"{function}: data must be given for {method!r}, got None")
     if isinstance(data, Calibration) and method != "reconstruction":
@@ -262,7 +333,6 @@ def _check_options(
     method: str, loss: object, metric: object, batches: int | None, important: str, unit: str
 ) -> None:
     for name, value, known in (
-        ("method", method, METHODS),
         ("important", important, ("low", "high")),
         ("unit", unit, ("share", "nats")),
     ):

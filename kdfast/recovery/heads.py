@@ -89,6 +89,18 @@ def score_heads(
         )
 
 
+def heads_of_file(config: PruneConfig, teacher: EVAViT) -> list[list[int]] | None:
+    """Kept heads of every block as ``prune.heads`` names them; None where it names no file.
+
+    Raises:
+        ValueError: There is no such file, or it does not fit the teacher.
+    """
+    if config.heads is None:
+        return None
+    sizes = [len(held) for held in teacher.heads]
+    return read_heads(Path(config.heads).expanduser(), sizes, "prune.heads")
+
+
 def choose_heads(config: PruneConfig, scores: HeadScores) -> list[list[int]]:
     """Kept heads of every block, the same on all processes."""
     return _chosen(scores, config.keep, config.scope)
@@ -110,16 +122,6 @@ def choose_units(
     method = "magnitude" if calibration is None else "reconstruction"
     scores = mlp_scores(teacher, method, calibration, progress=progress)
     return _chosen(scores, config.mlp_keep, config.scope)
-
-
-def given_heads(teacher: EVAViT, path: str) -> list[list[int]]:
-    """The kept heads that ``prune.heads`` names, as positions in the teacher's blocks.
-
-    Raises:
-        ValueError: The file is missing, or of another model.
-    """
-    sizes = [len(heads) for heads in teacher.heads]
-    return read_heads(Path(path).expanduser(), sizes, "prune.heads")
 
 
 def _chosen(scores: HeadScores, keep: int | float | Sequence[int], scope: str) -> list[list[int]]:

@@ -10,7 +10,7 @@ import torch
 from kdfast import data
 from kdfast.configs import Config, plain
 from kdfast.data.orion.frames import OrionFrames
-from kdfast.machine.needs import Need, disk_need
+from kdfast.machine.needs import NO_FIT, Need, disk_need
 from kdfast.memory.ledger import PARAMETERS
 from kdfast.memory.steps import before_need, device_of, memory_need
 from kdfast.models.eva import EVAViT
@@ -23,8 +23,8 @@ def recovery_needs(config: Config) -> list[Need]:
     try:
         model, checkpoint = _teacher(config)
     except (OSError, ValueError) as error:
-        found = f"{config.teacher.checkpoint}: {error}"
-        return [Need("checkpoint", found, "--set teacher.checkpoint=FILE"), _data(config)]
+        fix = "--set teacher.checkpoint=FILE; docs/use/eva.md says what fits"
+        return [Need("checkpoint", str(error), fix, NO_FIT), _data(config)]
     device = device_of(config.run.device)
     step = recovery_step(config, model.config)
     plan = step.configured_plan(device)
@@ -43,7 +43,7 @@ def recovery_needs(config: Config) -> list[Need]:
 def _teacher(config: Config) -> tuple[EVAViT, Need]:
     path = config.teacher.checkpoint
     if path is not None:
-        model = load_eva(Path(path).expanduser(), "teacher.checkpoint")
+        model = load_eva(Path(path).expanduser(), "teacher.checkpoint", **config.teacher.shape())
         heads = max(len(h) for h in model.heads)
         return model, Need("checkpoint", f"{path}: {len(model.heads)} blocks of {heads} heads")
     if config.teacher.fit is None:

@@ -115,17 +115,17 @@ class Distiller(nn.Module):
 
         Args:
             images: (B, 3, H, W) normalised, masked and augmented already.
-            labels: (B, H, W) int64, -100 where there is none; None: there is no task term.
+            labels: (B, H, W) int64, -100 where there is none. None, or no head: there is no task
+                term.
             epoch: Epoch, counted from 0.
 
         Returns:
             Scalars: ``total``, the only one with a gradient; and detached ``task`` (where there
             are labels), ``kd``, ``feature``, ``attention``, ``output`` and ``alpha``.
-
-        Raises:
-            ValueError: There are labels but no head.
         """
         config, alpha = self.config, alpha_at(epoch, self.config)
+        if self.head is None:
+            labels = None
         with torch.no_grad():
             teacher = self.teacher.trace(images, features=self.layers, qk=config.attention > 0)
         target = self._target(teacher) if config.attention else None
@@ -180,10 +180,8 @@ class Distiller(nn.Module):
             with torch.no_grad():
                 goal = _rows(self.head(teacher))
             rows = _rows(self.head(student))
-        elif labels is None:
-            rows, goal = _normalised(student), _normalised(teacher)
         else:
-            raise ValueError("Distiller: labels need a head, got none")
+            rows, goal = _normalised(student), _normalised(teacher)
         scale = sum(weights)
         loss, kd, ce = kd_loss(
             rows,

@@ -17,8 +17,8 @@ from kdfast.memory.measure import Step
 from kdfast.memory.steps import PRECISION, Before, PlannedStep
 from kdfast.models.dense_head import DenseHead
 from kdfast.models.eva import EVAViT, eva_vit_l_orion
-from kdfast.pruning.keep import read_heads
 from kdfast.pruning.select import kept_counts
+from kdfast.recovery.heads import heads_of_file
 from kdfast.recovery.objective import Distiller
 from kdfast.recovery.optim import adamw, param_groups
 
@@ -122,11 +122,13 @@ def _teacher(config: Config, shape: Mapping[str, Any] | None) -> EVAViT:
 
 def _student(config: Config, teacher: EVAViT, recompute: bool) -> EVAViT:
     sizes, prune = [len(heads) for heads in teacher.heads], config.prune
-    if prune.heads is not None and Path(prune.heads).expanduser().is_file():
-        kept = read_heads(Path(prune.heads).expanduser(), sizes, "prune.heads")
-        counts = [len(row) for row in kept]
-    else:
+    # A plan may be made before the file is there.
+    absent = prune.heads is not None and not Path(prune.heads).expanduser().is_file()
+    kept = None if absent else heads_of_file(prune, teacher)
+    if kept is None:
         counts = kept_counts("prune.keep", _plain(prune.keep), sizes)
+    else:
+        counts = [len(row) for row in kept]
     # Which heads stay has no influence on memory.
     heads = [held[:count] for held, count in zip(teacher.heads, counts, strict=True)]
     changes: dict[str, Any] = {"heads": heads, "drop_path_rate": config.distill.drop_path}

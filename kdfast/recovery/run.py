@@ -33,7 +33,7 @@ from kdfast.recovery.data import Data, build_data, some_views
 from kdfast.recovery.evaluate import EvaluateEpochs, Evaluator
 from kdfast.recovery.fit_teacher import save_head
 from kdfast.recovery.free import FREE
-from kdfast.recovery.heads import Kept, choose_heads, choose_units, given_heads, score_heads
+from kdfast.recovery.heads import Kept, choose_heads, choose_units, heads_of_file, score_heads
 from kdfast.recovery.objective import Distiller
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
 from kdfast.recovery.page import write_run_page
@@ -51,6 +51,7 @@ VIEWS = 4
 # The student as it was before training, where it was compensated.
 COMPENSATED = "compensated.safetensors"
 BASELINE = "baseline.json"
+SCORES = "head_scores.png"
 
 
 def run_recovery(config: Config, accelerator: Accelerator, *, resume: bool) -> int:
@@ -198,13 +199,16 @@ class Run:
         return identity(plain(self.config), FREE)
 
     def heads(self, calibration: Calibration | None) -> list[list[int]]:
-        """The heads with the best scores; a calibration is for the method "reconstruction"."""
+        """The heads that ``prune.heads`` names, or else those with the best scores.
+
+        Args:
+            calibration: For the method "reconstruction"; None for the others.
+        """
         config, main = self.config.prune, self.accelerator.is_main_process
         sizes = [len(heads) for heads in self.teacher.heads]
-        if config.heads is not None:
-            given = given_heads(self.teacher, config.heads)
-            LOG.info("kept heads (%s): %s", config.heads, counted(given, sizes))
-            return given
+        if (named := heads_of_file(config, self.teacher)) is not None:
+            LOG.info("kept heads (%s): %s", config.heads, counted(named, sizes))
+            return named
         if calibration is None:
             seed, images = self.config.seed, self.data.scoring
             scores = score_heads(
@@ -215,7 +219,7 @@ class Run:
         kept = choose_heads(config, scores)
         if main:
             scores.save(self.folder / "head_scores.json")
-            draw_head_scores(scores, kept, self.folder / "head_scores.png")
+            draw_head_scores(scores, kept, self.folder / SCORES)
         LOG.info("kept heads (%s): %s", config.method, counted(kept, sizes))
         return kept
 
@@ -320,13 +324,15 @@ class Run:
         """
         folder, head, autocast = self.folder, self.head, self.accelerator.autocast
         paths = {"student": folder / "student.safetensors"}
-        save_backbone(models["distilled"], paths["student"])
+        save_backbone(models["distilled"], paths["student"], orion_keys=self.config.run.orion_keys)
         if "compensated" in models:
             paths["compensated"] = folder / COMPENSATED
         if head is not None:
             paths["head"] = folder / "head.safetensors"
             with replacing(paths["head"]) as partial:
                 save_head(head, partial)
+        if (folder / SCORES).is_file():
+            paths["head scores"] = folder / SCORES
         for model in models.values():
             model.eval()
         lines = measure(models, quality, self.shown()[0][:1], autocast)
@@ -355,3 +361,8 @@ class Run:
         images, labels = self.shown()
         named = dict(zip(CLASSES, PALETTE, strict=True))
         return draw_predictions(path, models, self.head, images, labels, named)
+
+
+def _counts(kept: list[list[int]]) -> list[int]:
+    """The different numbers of what blocks keep."""
+    return sorted({len(block) for block in kept})

@@ -60,7 +60,11 @@ def get_teacher(
         raise ValueError("teacher.checkpoint: must name a file where teacher.fit is null")
     LOG.info("teacher: %s", path)
     teacher = load_eva(
-        path, "teacher.checkpoint", drop_path_rate=config.distill.drop_path, with_cp=False
+        path,
+        "teacher.checkpoint",
+        drop_path_rate=config.distill.drop_path,
+        with_cp=False,
+        **config.teacher.shape(),
     )
     for module in (teacher, head):
         if module is not None:

@@ -22,6 +22,7 @@ from kdfast.trainer.logs import LOG, open_log
 BEGUN = {"config.yaml", "train.log"}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _held: TextIO | None = None
+_made: Path | None = None
 
 
 def run_folder(output: Path, accelerator: Accelerator, missing: str | None) -> Path:
@@ -55,10 +56,21 @@ def run_folder(output: Path, accelerator: Accelerator, missing: str | None) -> P
 
 def release_folder() -> None:
     """Let other processes use the folder of the last run of this one."""
-    global _held
+    global _held, _made
     if _held is not None:
         _held.close()
-        _held = None
+        _held = _made = None
+
+
+def discard_folder() -> None:
+    """Removes the folder that this process made for a run which was refused before it began."""
+    if _made is None or not _made.is_dir():
+        return
+    files = list(_made.iterdir())
+    if all(file.name in BEGUN for file in files):
+        for file in files:
+            file.unlink()
+        _made.rmdir()
 
 
 def _new(output: Path) -> Path:
@@ -90,7 +102,8 @@ def _began(path: Path) -> bool:
 
 def _take(path: Path) -> bool:
     """Make a folder and lock its log, or say that another process has it."""
-    global _held
+    global _held, _made
+    new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         log = (path / "train.log").open("a", encoding="utf-8")
@@ -107,7 +120,7 @@ def _take(path: Path) -> bool:
             raise
         text = f"{path}: this file system has no locks; let no other run write here"
         warnings.warn(text, stacklevel=2)
-    _held = log
+    _held, _made = log, path if new else None
     return True
 
 

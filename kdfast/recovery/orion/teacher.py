@@ -120,7 +120,9 @@ def get_frame_teacher(
     else:
         raise ValueError("teacher.checkpoint: must name a file where teacher.fit has no heads")
     LOG.info("teacher: %s", path)
-    teacher = load_orion_backbone(path, drop_path_rate=config.distill.drop_path, with_cp=False)
+    teacher = load_orion_backbone(
+        path, drop_path_rate=config.distill.drop_path, with_cp=False, **config.teacher.shape()
+    )
     for module in (teacher, heads):
         module.to(accelerator.device).requires_grad_(False).eval()
     return teacher, heads
