@@ -59,7 +59,7 @@ def guarded(args: argparse.Namespace) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
         return status
-    except (ConfigError, CorruptDataError, NonFiniteLoss, OSError) as error:
+    except (ConfigError, CorruptDataError, NonFiniteLoss, FloatingPointError, OSError) as error:
         discard_folder()
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -74,7 +74,43 @@ def asked(args: argparse.Namespace) -> int:
     if args.print_config:
         print(as_yaml(config), end="")
         return 0
+    if args.dry_run:
+        return dry_run(config)
     return run(config, resume=args.resume)
+
+
+def dry_run(config: Config | ChainConfig) -> int:
+    """Build everything, take a step of each training on noise, and say so; leaves no files.
+
+    Raises:
+        ConfigError: The data or a link cannot be used.
+        FloatingPointError: The loss of a step is not finite.
+    """
+    # Imported here: a run needs none of it.
+    from kdfast.memory.steps import device_of
+    from kdfast.memory.trial import try_step
+
+    if config.note:
+        print(f"note: {config.note}")
+    if isinstance(config, ChainConfig):
+        from kdfast.chain.planning import chain_steps, check_links
+        from kdfast.chain.run import read_data
+
+        data = read_data(config, config.seeds[0])
+        print(
+            f"data: {data.name}, {len(data.class_names)} classes; {len(data.train):,} images to "
+            f"train on, {len(data.val):,} to choose by, {len(data.test):,} to test on"
+        )
+        check_links(config, len(data.class_names))
+        steps, device = chain_steps(config, len(data.class_names)), config.device
+    else:
+        from kdfast.recovery.planning import recovery_step
+
+        steps, device = [recovery_step(config)], config.run.device
+    for step in steps:
+        print(try_step(step, torch.device(device_of(device))), flush=True)
+    print(f"a run writes to {config.output}; nothing was written, and the images were noise")
+    return 0
 
 
 def run(config: Config | ChainConfig, *, resume: bool = False) -> int:
