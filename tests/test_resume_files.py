@@ -111,6 +111,7 @@ FREE_RECOVERY = {
     "run.save_every": "1",
     "run.log_every": "1",
     "run.eval_images": "2",
+    "run.orion_keys": "true",
     "run.device": "auto",
 }
 FREE_CHAIN = {
