@@ -134,6 +134,8 @@ def run(config: Config | ChainConfig, *, resume: bool = False) -> int:
 
 def _choose_kernels(deterministic: bool) -> None:
     """Let cuDNN take the same kernels in every run, or time them and take the fastest."""
+    if not torch.cuda.is_available():
+        return
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
 

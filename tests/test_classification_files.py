@@ -336,7 +336,7 @@ def test_missing_packages_and_files_say_how_to_get_them(tmp_path, monkeypatch):
 
 def test_options_are_checked(tmp_path):
     for text, options in (
-        (r"kind: must be one of .*'cifar10'.*got 'imagenet'", {"kind": "imagenet"}),
+        (r"kind: must be one of .*cifar10.*got 'imagenet'", {"kind": "imagenet"}),
         (r"kind 'digits' is part of a package", {"root": tmp_path}),
         ("size: must be 8 or more, got 7", {"size": 7}),
         (r"val_fraction: must be in \(0, 0.5\], got 0", {"val_fraction": 0}),

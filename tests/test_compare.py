@@ -218,7 +218,10 @@ def test_sentences_and_the_picture(tmp_path: Path) -> None:
         ({"seconds": 0}, "--seconds: must be above 0, got 0"),
         ({"prune": 1}, r"--prune: must be a share in \[0, 1\), got 1"),
         ({"skip": "eager,kdfast"}, "--skip: leaves no candidate"),
-        ({"pruned": "nowhere"}, "--pruned: there is no file nowhere"),
+        (
+            {"pruned": "nowhere"},
+            "--pruned: timm has no model 'nowhere', and there is no folder",
+        ),
     ],
 )
 def test_bad_requests_are_one_line(

@@ -82,7 +82,7 @@ def test_info_tells_absent_from_unfit(bare: Path, capsys: pytest.CaptureFixture[
     assert "DOES NOT FIT  checkpoint" in out and "MISSING" not in out
     assert info.main([*argv[:3], "teacher.checkpoint=gone.pth"]) == 1
     assert "MISSING       teacher.checkpoint" in capsys.readouterr().out
-    assert info.main(["--config", "smoke", "--set", "prune.keep=2"]) == 1
+    assert info.main(["--config", "smoke", "--set", "prune.keep=1.5"]) == 1
     assert "WRONG         prune.keep" in capsys.readouterr().out
 
 

@@ -70,13 +70,13 @@ def test_heads_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("[[0]]", "must have 2 blocks, got 1"),
-        ("[[0], [3]]", r"heads of block 1 must be in \[0, 3\), got \[3\]"),
-        ("[[0], [true]]", r"heads of block 1 must be in"),
-        ("[[0, 0], [1]]", "block 0 must name a head once"),
-        ("[0, 1]", "must hold a list of heads for each block"),
-        ('{"other": 1}', "by itself or under kept or heads"),
-        ("no", "must be a JSON file"),
+        ("[[0]]", "must have one list per block .2., got 1"),
+        ("[[0], [3]]", r"block 1 must be a list of different heads of 0 to 2, got \[3\]"),
+        ("[[0], [true]]", "block 1 must be a list of different heads"),
+        ("[[0, 0], [1]]", "block 0 must be a list of different heads"),
+        ("[0, 1]", "block 0 must be a list of different heads of 0 to 2, got 0"),
+        ('{"other": 1}', "must name blocks 0 to 1, got other"),
+        ("no", "must be JSON"),
     ],
 )
 def test_bad_files_of_heads(content: str, text: str, tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ def test_processes_that_do_not_find_each_other_are_refused(
         num_processes, device = 1, torch.device("cpu")
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("kdfast.train.Accelerator", lambda **_: Alone())
+    monkeypatch.setattr("kdfast.trainer.processes.Accelerator", lambda **_: Alone())
     assert main(recovery(tmp_path / "run", tmp_path)) == 2
     error = capsys.readouterr().err
     assert "2 processes were started together (WORLD_SIZE), but 1 found each other" in error

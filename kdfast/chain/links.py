@@ -84,7 +84,7 @@ class LinkModel(PreparedModel):
         """Logits (B, C) of images (B, 3, H, W) in [0, 1], not normalised."""
         output = super().forward(images)
         # Models of Hugging Face return more than the logits.
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        logits: Tensor = getattr(output, "logits", output)
         return logits
 
 
