@@ -92,6 +92,7 @@ def test_a_run_and_everything_that_it_leaves(tmp_path: Path, pictures: Path) -> 
     names = {path.name for path in result.folder.iterdir()}
     assert names >= {
         *("attention.png", "config.yaml", "epochs.csv", "last.pt", "quality.png", "report.json"),
+        "report.html",
         *("report.txt", "steps.csv", "student", "tensorboard", "train.log"),
     }
     again = kdfast.load_pretrained(result.saved)

@@ -15,7 +15,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -28,10 +27,11 @@ from kdfast.pictures.draw import rollout_map
 from kdfast.pictures.page import picture
 from kdfast.pruning import pruning_report
 from kdfast.trainer.logs import LOG
+from kdfast.trainer.report_page import PAGE, Grid, Picture, Section, write_page
+from kdfast.trainer.tables import plain_text
 from kdfast.trainer.watch import Row
 
 ROUNDS = 9
-COLUMNS = 80
 DPI = 110
 # Of the rows of the table.
 TEACHER, BEFORE, AFTER = "teacher", "student before", "distilled"
@@ -103,15 +103,54 @@ def write_report(folder: Path, lines: Sequence[Line], facts: Mapping[str, Any]) 
     back = {name: part for name in MEANING if (part := won_back(lines, name)) is not None}
     content = {**facts, "won_back": back, "models": [asdict(line) for line in lines]}
     write_text(folder / "report.json", json.dumps(content, indent=1) + "\n")
-    console = Console(width=COLUMNS, color_system=None, force_terminal=False)
-    with console.capture() as captured:
-        console.print(table(lines))
-    rows = [row.rstrip() for row in captured.get().strip("\n").splitlines()]
-    rows += ["", *(f"{name}: {MEANING[name]}" for name in lines[0].quality)]
+    rows = [plain_text(table(lines)), "", *meanings(lines)]
     rows += ["", *(_in_words(name, part) for name, part in back.items())] if back else []
     text = "\n".join(rows)
     write_text(folder / "report.txt", text + "\n")
     return text
+
+
+def write_distil_page(
+    folder: Path, lines: Sequence[Line], left_out: Mapping[str, str], config: Mapping[str, Any]
+) -> Path:
+    """Write ``report.html``: the table and the pictures of a finished distillation on one page.
+
+    Args:
+        folder: Of the run, with its pictures.
+        lines: Of the table.
+        left_out: Terms that could not be formed, and why.
+        config: Plain values of the options.
+    """
+    back = [
+        _in_words(name, part) for name in MEANING if (part := won_back(lines, name)) is not None
+    ]
+    grid = Grid(head(lines), [cells(line) for line in lines], "; ".join(meanings(lines)))
+    missing = " ".join(f"Left out: {name}, since {why}." for name, why in left_out.items())
+    captions = {
+        "quality.png": "Held-out numbers over the epochs",
+        "attention.png": "Where teacher and student look",
+        "curves.png": "The losses",
+    }
+    pictures = [
+        Picture(folder / name, caption)
+        for name, caption in captions.items()
+        if (folder / name).is_file()
+    ]
+    return write_page(
+        folder / PAGE,
+        title="kdfast: distillation",
+        lead="; ".join(back).capitalize() or "The student had lost nothing that was measured",
+        sections=[
+            Section("Models", missing, grids=[grid]),
+            Section("Pictures", pictures=pictures),
+        ],
+        config=config,
+    )
+
+
+def meanings(lines: Sequence[Line]) -> list[str]:
+    """What the numbers of the table are."""
+    return [f"{name}: {MEANING[name]}" for name in lines[0].quality]
 
 
 def won_back(lines: Sequence[Line], name: str) -> float | None:
@@ -132,19 +171,28 @@ def _in_words(name: str, part: float) -> str:
 def table(lines: Sequence[Line]) -> Table:
     """The lines for the terminal."""
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    names = list(lines[0].quality)
-    for head in ("model", *names, "heads", "parameters", "GFLOP", "ms"):
-        result.add_column(head, justify="left" if head == "model" else "right", no_wrap=True)
+    for name in head(lines):
+        result.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for line in lines:
-        result.add_row(
-            line.model,
-            *(f"{line.quality[name]:.4f}" for name in names),
-            "" if line.heads is None else str(line.heads),
-            f"{line.params:,}",
-            "" if line.gflop is None else f"{line.gflop:.3f}",
-            f"{line.ms:.2f}",
-        )
+        result.add_row(*cells(line))
     return result
+
+
+def head(lines: Sequence[Line]) -> list[str]:
+    """Names of the table's columns."""
+    return ["model", *lines[0].quality, "heads", "parameters", "GFLOP", "ms"]
+
+
+def cells(line: Line) -> list[str]:
+    """A line as it is shown."""
+    return [
+        line.model,
+        *(f"{value:.4f}" for value in line.quality.values()),
+        "" if line.heads is None else str(line.heads),
+        f"{line.params:,}",
+        "" if line.gflop is None else f"{line.gflop:.3f}",
+        f"{line.ms:.2f}",
+    ]
 
 
 def draw_quality(

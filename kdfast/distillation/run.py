@@ -28,6 +28,7 @@ from kdfast.distillation.report import (
     draw_quality,
     looked_at,
     measured,
+    write_distil_page,
     write_report,
 )
 from kdfast.distillation.terms import Terms
@@ -302,6 +303,8 @@ class Run:
             after = self.looks({AFTER: self.student}, images) if seen else {}
             if after:
                 paths["attention"] = draw_looks(folder / "attention.png", {**seen, **after}, title)
+            left_out, options = self.terms.left_out, plain(self.config)
+            paths["page"] = write_distil_page(folder, lines, left_out, options)
             paths |= {"curves": folder / "curves.png", "steps": folder / "steps.csv"}
             paths |= {"tensorboard": folder / "tensorboard", "config": folder / "config.yaml"}
             LOG.info("\n\n%s\n", text)
