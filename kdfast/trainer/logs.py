@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from kdfast.machine.disk import DiskFull, room_for
 from kdfast.machine.files import replacing
@@ -36,7 +36,7 @@ def open_log(folder: Path | None) -> None:
         LOG.addHandler(handler)
 
 
-class _Terminal(logging.StreamHandler[TextIO]):
+class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]  # no generic in Python 3.10
     """Writes to the standard output of the moment, which a progress bar takes while it is shown."""
 
     def __init__(self) -> None:
