@@ -133,6 +133,7 @@ def _report(step: PlannedStep, args: argparse.Namespace) -> bool:
     print(f"\n{step.title}")
     plan = None
     if step.batch is not None:
+        _say(f"measuring a step with batch {step.batch} ...")
         plan = step.plan(step.batch, step.checkpointing)
         print(_text(plan, args.modules))
     if step.before is not None:
@@ -149,6 +150,7 @@ def _report(step: PlannedStep, args: argparse.Namespace) -> bool:
             f"  {'fits' if fits else 'DOES NOT FIT'} into {vram / GIB:.1f} GiB: "
             f"{mib(abs(rest))} {'to spare' if fits else 'too much'}"
         )
+    _say("searching the largest batch ...")
     try:
         best = largest(step.plan, vram, CANDIDATES, checkpointing=step.checkpointing)
     except DoesNotFit as error:
@@ -164,6 +166,11 @@ def _report(step: PlannedStep, args: argparse.Namespace) -> bool:
         planned = plan if fits and plan is not None else step.plan(best.batch, best.checkpointing)
         print(_hours(step, planned, args.gpu, args.images))
     return small and (fits or step.batch is None)
+
+
+def _say(text: str) -> None:
+    """What takes its time now; not on the standard output, which holds the result."""
+    print(f"  {text}", file=sys.stderr, flush=True)
 
 
 def _hours(step: PlannedStep, plan: MemoryPlan, gpus: Gpus, images: int | None) -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +19,9 @@ from kdfast.memory.measure import Step, optimizer_of
 from kdfast.memory.search import BatchPlan, largest
 from kdfast.memory.steps import PRECISION, PlannedStep
 from kdfast.nn import accelerate
-from kdfast.resolve import is_saved
+from kdfast.resolve import SourceError, is_saved
+from kdfast.resolve.architecture import is_library_name
+from kdfast.resolve.trained import find_trained
 from kdfast.trainer.commits import load_checkpoint, newest
 from kdfast.trainer.logs import LOG
 
@@ -128,12 +129,14 @@ def check_links(config: ChainConfig, classes: int) -> None:
 
 
 def _without_memory(link: Link, classes: int) -> LinkModel:
-    """A link as it will be built; weights that are to be downloaded are only known to exist."""
+    """A link as it will be built; weights that are to be downloaded are only asked for."""
     if link.init == "pretrained" and not is_saved(link.model):
         link = replace(link, init="scratch")
-        if timm.is_model(link.model) and not timm.is_model_pretrained(link.model):
-            name = link.model
-            raise ConfigError([f"init: {link.role}: timm has no pretrained weights of {name}"])
+        try:
+            if is_library_name(link.model):
+                find_trained(link.model, f"init: {link.role}")
+        except SourceError as error:
+            raise ConfigError([str(error)]) from error
     with torch.device("meta"):
         return build_link(link, classes)
 

@@ -13,6 +13,7 @@ from torch import nn
 from kdfast.models.timm_args import check_timm
 from kdfast.resolve.error import SourceError
 from kdfast.resolve.near import TORCHVISION, did_you_mean, looks_like_path, torchvision_names
+from kdfast.resolve.trained import find_trained
 
 
 def check_name(name: str, flag: str) -> None:
@@ -29,6 +30,13 @@ def check_name(name: str, flag: str) -> None:
         )
 
 
+def is_library_name(name: str) -> bool:
+    """Whether timm or torchvision has a model of this name."""
+    if name.startswith(TORCHVISION):
+        return name.removeprefix(TORCHVISION) in torchvision_names()
+    return bool(timm.is_model(name))
+
+
 def of_library(name: str, flag: str, *, pretrained: bool = False, **arguments: Any) -> nn.Module:
     """A model of timm or torchvision.
 
@@ -42,13 +50,18 @@ def of_library(name: str, flag: str, *, pretrained: bool = False, **arguments: A
         SourceError: There is no such model, or the library cannot build it.
     """
     check_name(name, flag)
+    cached = find_trained(name, flag) if pretrained else None
+    if cached is not None:
+        # The file itself, since the hub's client asks the network about files that it has.
+        arguments = {"pretrained_cfg_overlay": {"file": str(cached)}, **arguments}
     try:
         if name.startswith(TORCHVISION):
             return _of_torchvision(name.removeprefix(TORCHVISION), pretrained, arguments)
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
         return model
     except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
-        words = f" with {arguments}" if arguments else ""
+        given = {k: v for k, v in arguments.items() if k != "pretrained_cfg_overlay"}
+        words = f" with {given}" if given else ""
         hint = "; without a network, name a local file of weights instead" if pretrained else ""
         raise SourceError(f"{flag}: {name}{words} cannot be built: {error}{hint}") from error
 
