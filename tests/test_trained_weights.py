@@ -29,6 +29,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     monkeypatch.setattr(trained, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     return hosts
 
 
@@ -60,6 +61,7 @@ def test_offline_is_not_asked(monkeypatch: pytest.MonkeyPatch, asked: list[str])
 
 
 def test_a_host_that_refuses_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     def refuse(request: Any, timeout: float) -> None:
         raise urllib.error.HTTPError(request.full_url, 405, "no HEAD", None, None)  # type: ignore
 
