@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m examples.gallery", description=__doc__)
     made.add_argument("--wheel", type=Path, required=True, help=f"to get it: {WHEEL}")
     made.add_argument("--pictures", type=Path, required=True, help="folder or .tar of pictures")
-    made.add_argument("--show", type=int, nargs=2, default=[0, 1], help="which of them to draw")
+    made.add_argument("--show", type=int, nargs=2, default=[0, 23], help="which of them to draw")
     made.add_argument("--out", type=Path, default=Path("docs/images"))
     return made
 
@@ -83,14 +83,19 @@ def draw(model: Any, images: Tensor, show: list[int], out: Path) -> list[Path]:
 
 
 def shrink(path: Path) -> None:
-    """Writes a PNG again with 256 colours, and smaller until it has at most ``LIMIT`` bytes."""
+    """Writes a PNG again with 256 colours, and smaller until it has at most ``LIMIT`` bytes.
+
+    The colours are spread over all that occur, or small patches would leave their colour bar.
+    """
     picture = Image.open(path).convert("RGB")
     side = min(SIDE, max(picture.size))
     while True:
         small = picture.copy()
         small.thumbnail((side, side), Image.Resampling.LANCZOS)
         data = io.BytesIO()
-        small.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(data, "PNG", optimize=True)
+        colours = small.quantize(256, Image.Quantize.MAXCOVERAGE)
+        few = small.quantize(palette=colours, dither=Image.Dither.FLOYDSTEINBERG)
+        few.save(data, "PNG", optimize=True)
         if data.tell() <= LIMIT or side < 200:
             break
         side = int(0.9 * side)
