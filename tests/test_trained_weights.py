@@ -62,6 +62,7 @@ def test_offline_is_not_asked(monkeypatch: pytest.MonkeyPatch, asked: list[str])
 
 def test_a_host_that_refuses_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
     def refuse(request: Any, timeout: float) -> None:
         raise urllib.error.HTTPError(request.full_url, 405, "no HEAD", None, None)  # type: ignore
 
