@@ -297,6 +297,14 @@ def test_terms_that_were_asked_for_are_errors() -> None:
     assert "blocks.0.attn of the student attends among 17 tokens" in line
 
 
+def test_classes_of_models_that_do_not_state_their_number() -> None:
+    resnet = torchvision.models.resnet18(num_classes=5).eval()
+    terms = terms_of(resnet, vit(), labels=True)
+    assert terms.classes == 5 and "logits" in terms.weights
+    resnet.fc = nn.Identity()  # type: ignore[assignment]
+    assert terms_of(resnet, resnet).classes is None
+
+
 def test_terms_that_nobody_asked_for_are_left_out_with_their_reason() -> None:
     assert terms_of(vit(num_classes=7), vit()).left_out == {
         "logits": "the student has 7 classes, the teacher 5 classes"

@@ -29,6 +29,7 @@ from kdfast.matching.layers import (
 from kdfast.models.prepared import PreparedModel
 from kdfast.nn.attention import qualified_name
 from kdfast.pruning.observe import frozen_eval, main_output
+from kdfast.resolve import class_count
 
 
 class Unfit(ValueError):
@@ -214,7 +215,7 @@ def _are_logits(net: Any, given: Any, made: Tensor) -> bool:
         return False
     if isinstance(given, Mapping):
         return "logits" in given
-    return getattr(net, "num_classes", 0) == made.shape[1]
+    return class_count(net) == made.shape[1]
 
 
 def _logits(terms: Terms, mine: _Output, theirs: _Output) -> None:

@@ -110,9 +110,10 @@ def classifiers(model: nn.Module) -> list[str]:
         names = (found,) if isinstance(found, str) else tuple(found)
         known = dict(model.named_modules())
         return [name for name in names if name in known]
-    linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     whole = hasattr(model, "config") and not _classifies(model)
-    return [] if whole or not linear else linear[-1:]
+    leaves = [name for name, layer in model.named_modules() if not layer._modules]
+    ends = isinstance(model.get_submodule(leaves[-1]), nn.Linear)
+    return leaves[-1:] if ends and not whole else []
 
 
 def _classifies(model: nn.Module) -> bool:
@@ -122,7 +123,8 @@ def _classifies(model: nn.Module) -> bool:
 def class_count(model: nn.Module) -> int:
     """Number of a model's classes; 0 where it has no classifier."""
     layers = [model.get_submodule(name) for name in classifiers(model)]
-    return next((x.out_features for x in layers if isinstance(x, nn.Linear)), 0)
+    stated: Any = getattr(model, "num_classes", None)  # of classifiers that are convolutions
+    return next((x.out_features for x in layers if isinstance(x, nn.Linear)), stated or 0)
 
 
 def with_classes(model: nn.Module, classes: int, name: str) -> nn.Module:
