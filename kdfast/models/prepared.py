@@ -14,6 +14,8 @@ from timm.data.config import resolve_model_data_config
 from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from kdfast.models.eva import EVAViT
+
 
 def input_config(model: nn.Module) -> dict[str, Any]:
     """``input_size`` (3, H, W), ``mean``, ``std``, ``crop_pct`` and ``interpolation`` of a model.
@@ -21,7 +23,7 @@ def input_config(model: nn.Module) -> dict[str, Any]:
     The size is the one that the model was built for, perhaps not that of its pretrained weights.
 
     Args:
-        model: Of timm, torchvision or Hugging Face.
+        model: Of timm, torchvision or Hugging Face, or ``EVAViT``.
     """
     if hasattr(model, "default_cfg") or hasattr(model, "pretrained_cfg"):
         config: dict[str, Any] = resolve_model_data_config(model)
@@ -29,7 +31,10 @@ def input_config(model: nn.Module) -> dict[str, Any]:
         if getattr(embed, "img_size", None) is not None:
             config = {**config, "input_size": (3, *embed.img_size), "crop_pct": 1.0}
         return config
-    side = getattr(getattr(model, "config", model), "image_size", 224)
+    if isinstance(model, EVAViT):
+        side: Any = int(model.config["img_size"]) // model.patch_size * model.patch_size
+    else:
+        side = getattr(getattr(model, "config", model), "image_size", 224)
     sides = (side, side) if isinstance(side, int) else tuple(side)
     return {
         "input_size": (3, *sides),

@@ -9,8 +9,14 @@ from kdfast.resolve import (
     load_saved,
 )
 from kdfast.sources.judged import JudgedPictures, judged_pictures
-from kdfast.sources.pictures import crops_of, image_batches, load_images, noise, transform_of
-from kdfast.sources.size import picture_size
+from kdfast.sources.pictures import (
+    crops_of,
+    image_batches,
+    load_images,
+    noise,
+    picture_size,
+    transform_of,
+)
 
 __all__ = [
     "JudgedPictures",

@@ -34,8 +34,7 @@ def transform_of(model: nn.Module, size: tuple[int, int] | None = None) -> Trans
         size: (height, width) of the result; None: what the model was built for.
     """
     if isinstance(model, EVAViT):
-        side = int(model.config["img_size"])
-        return _orion((side, side) if size is None else size)
+        return _orion(size or picture_size(model))
     config = input_config(model)
     if size is not None:
         config = {**config, "input_size": (3, *size)}
@@ -109,8 +108,10 @@ def image_batches(
     Raises:
         SourceError: The folder holds no pictures, or one that cannot be read.
     """
+    images: Iterator[Tensor]
     if folder is None:
-        images = _normalised(model, scenes(size, count))
+        mean, std = _normalisation(model)
+        images = ((scene - mean) / std for scene in scenes(size, count))
     else:
         images = read_pictures(spread(folder, count, flag), transform_of(model, size), flag)
     dtype = next(model.parameters()).dtype
@@ -144,23 +145,21 @@ def scenes(size: tuple[int, int], count: int) -> Iterator[Tensor]:
 
 def crops_of(model: nn.Module, images: Tensor) -> Tensor:
     """What ``load_images`` cut out of its files, (B, 3, H, W) in [0, 1], before normalisation."""
-    if isinstance(model, EVAViT):
-        from kdfast.data import MEAN, STD
-
-        mean, std, top = MEAN, STD, 255.0
-    else:
-        config = input_config(model)
-        mean, std, top = config["mean"], config["std"], 1.0
-    shape = (1, 3, 1, 1)
-    return (images * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)) / top
+    mean, std = _normalisation(model)
+    return images * std + mean
 
 
-def _normalised(model: nn.Module, images: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Pictures in [0, 1] with the mean and deviation that the model was trained with."""
+def _normalisation(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, (3, 1, 1), of the pictures in [0, 1] that a model was trained with."""
     config = input_config(model)
     mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
-    for image in images:
-        yield (image - mean) / std
+    return mean, std
+
+
+def picture_size(model: nn.Module) -> tuple[int, int]:
+    """(height, width) of the pictures that a model was built for."""
+    height, width = input_config(model)["input_size"][1:]
+    return height, width
 
 
 def noise(model: nn.Module, size: tuple[int, int]) -> Tensor:
