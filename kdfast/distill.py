@@ -109,31 +109,27 @@ def model_of(args: argparse.Namespace, which: str) -> Any:
     Raises:
         SourceError: There is none, or its weights do not fit.
     """
-    from pathlib import Path
-
-    from kdfast.sources import SourceError, is_random, load_model
+    from kdfast.sources import is_random, load_model
 
     name, checkpoint = getattr(args, which), getattr(args, f"{which}_checkpoint")
-    pretrained = args.pretrained and checkpoint is None and is_random(name)
-    try:
-        model = load_model(name, checkpoint, pretrained=pretrained)
-    except SourceError as error:
-        text = str(error).replace("--model", f"--{which}")
-        raise SourceError(text.replace("--checkpoint", f"--{which}-checkpoint")) from error
-    if is_random(name, checkpoint, pretrained=pretrained) and not Path(name).is_dir():
+    # It is for the models that are named; a saved one has its weights.
+    pretrained = args.pretrained and is_random(name, checkpoint)
+    model = load_model(
+        *(name, checkpoint, pretrained), flag=f"--{which}", weights_flag=f"--{which}-checkpoint"
+    )
+    if is_random(name, checkpoint, pretrained=pretrained):
         print(f"note: the {which} has random weights; --pretrained or a checkpoint brings others")
     return model
 
 
 def fit_classes(student: Any, teacher: Any, name: str) -> None:
-    """Gives a student that timm built by its name the teacher's number of classes."""
-    from pathlib import Path
+    """Gives a student that is named, not saved, the teacher's number of classes."""
+    from kdfast.resolve import class_count, is_saved, with_classes
 
-    mine, theirs = (getattr(model, "num_classes", None) for model in (student, teacher))
-    named = not Path(name).is_dir() and hasattr(student, "reset_classifier")
-    if named and theirs and mine != theirs:
-        student.reset_classifier(theirs)
-        print(f"note: the student's classifier starts anew, with the teacher's {theirs} classes")
+    wanted = class_count(teacher)
+    if wanted and wanted != class_count(student) and not is_saved(name):
+        with_classes(student, wanted, f"--student: {name}")
+        print(f"note: the student's classifier starts anew, with the teacher's {wanted} classes")
 
 
 if __name__ == "__main__":

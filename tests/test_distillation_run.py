@@ -21,10 +21,11 @@ from torch import nn
 import kdfast
 from kdfast.configs import ConfigError
 from kdfast.configs.distil import DistilConfig
-from kdfast.distill import main, parser
+from kdfast.distill import fit_classes, main, parser
 from kdfast.distillation.pictures import build_pictures, class_numbers, list_pictures
 from kdfast.machine.signals import Interrupted
 from kdfast.nn.attention import FusedAttention
+from kdfast.resolve import class_count, load_model
 from kdfast.trainer.logs import read_rows
 
 SIZES: dict[str, Any] = {
@@ -358,6 +359,10 @@ ERRORS = [
     (["--embedding", "1"], "error: --embedding: cannot be formed: both models return logits"),
     (["--teacher", "vit_tony"], "error: --teacher: timm has no model 'vit_tony'"),
     (["--student", "nowhere/x"], "error: --student: "),
+    (
+        ["--student", "test_vit", "--student-checkpoint", "README.md"],
+        "error: --student-checkpoint: ",
+    ),
     (["--teacher-checkpoint", "none.pt"], "error: --teacher-checkpoint: there is no file none.pt"),
     (["--data", "none"], "error: --data: there is no folder or .tar none"),
     (["--resume"], "error: --resume: there is no run in"),
@@ -388,6 +393,17 @@ def test_a_student_by_name_gets_the_teachers_classes(
     assert "note: the student has random weights" in shown
     assert "starts anew, with the teacher's 3 classes" in shown
     assert "the student was not cut from the teacher: " in shown
+
+
+def test_a_student_of_any_library_gets_the_classes_of_any_teacher() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=3)
+    teacher = transformers.ViTForImageClassification(config)
+    for name in ("test_vit", "torchvision:resnet18"):
+        student = load_model(name)
+        fit_classes(student, teacher, name)
+        assert class_count(student) == 3
 
 
 def test_the_command_line_names_every_option_and_needs_no_torch() -> None:

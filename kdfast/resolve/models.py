@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -39,12 +39,20 @@ LOG = logging.getLogger("kdfast")
 IN_FOLDERS = (WEIGHTS, PICKLED)
 
 
+class Flags(NamedTuple):
+    """The options that name a model and the file of its weights, for messages."""
+
+    model: str = "--model"
+    weights: str = "--checkpoint"
+
+
 def load_model(
     name: str | None,
     checkpoint: str | None = None,
     pretrained: bool = False,
     *,
     flag: str = "--model",
+    weights_flag: str = "--checkpoint",
     classes: int | None = None,
     **arguments: Any,
 ) -> nn.Module:
@@ -59,6 +67,7 @@ def load_model(
             its names; position embeddings of other sizes are resized as the library does.
         pretrained: Download the weights of a name of timm or torchvision.
         flag: The option that names the model, for messages.
+        weights_flag: Likewise the one that names ``checkpoint``.
         classes: Width of the classifier, which starts anew where the weights have another; None: as
             the weights have it, 0 (no classifier) where they have none.
         **arguments: For the constructor of a model of timm or torchvision, such as ``img_size``.
@@ -69,10 +78,11 @@ def load_model(
     Raises:
         SourceError: There is no such model or file, or they do not fit each other.
     """
+    flags = Flags(flag, weights_flag)
     if name is None:
         if checkpoint is None:
-            raise SourceError(f"give {flag}, --checkpoint or both")
-        name, checkpoint, flag = checkpoint, None, "--checkpoint"
+            raise SourceError(f"give {flag}, {weights_flag} or both")
+        name, checkpoint, flag = checkpoint, None, weights_flag
     saved = is_saved(name)
     if saved and pretrained and not name.startswith(HUGGING_FACE):
         raise SourceError(
@@ -81,9 +91,9 @@ def load_model(
     if saved and arguments:
         raise SourceError(f"{flag}: {name} is a saved model, which takes no {', '.join(arguments)}")
     if checkpoint is not None:
-        model = _with_weights(name, checkpoint, flag, classes, arguments)
+        model = _with_weights(name, checkpoint, flags, classes, arguments)
     elif saved:
-        model = _saved(name, flag)
+        model = _saved(name, flag, flags)
     else:
         more = arguments if classes is None else {**arguments, "num_classes": classes}
         return of_library(name, flag, pretrained=pretrained, **more).eval()
@@ -153,14 +163,14 @@ def file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", short).strip("._")[:80] or "model"
 
 
-def _saved(name: str, flag: str) -> nn.Module:
-    """A saved model; without memory where the caller builds models so."""
+def _saved(name: str, flag: str, flags: Flags) -> nn.Module:
+    """A saved model, named by ``flag``; without memory where the caller builds models so."""
     with torch.device("cpu"):
-        model = _read(name, flag)
+        model = _read(name, flag, flags)
     return model.to("meta") if torch.get_default_device().type == "meta" else model
 
 
-def _read(name: str, flag: str) -> nn.Module:
+def _read(name: str, flag: str, flags: Flags) -> nn.Module:
     if name.startswith(HUGGING_FACE):
         rest = name.removeprefix(HUGGING_FACE)
         folder = Path(rest).expanduser()
@@ -171,7 +181,9 @@ def _read(name: str, flag: str) -> nn.Module:
     if path.name in IN_FOLDERS and (path.parent / CONFIG).is_file():
         return _of_folder(path.parent, flag)
     try:
-        return _of_file(path)
+        return _of_file(path, flag, flags)
+    except SourceError:
+        raise
     except (KeyError, ValueError, OSError) as error:
         raise SourceError(f"{flag}: {error}") from error
 
@@ -187,7 +199,7 @@ def _of_folder(folder: Path, flag: str) -> nn.Module:
         raise SourceError(f"{flag}: {str(error).removeprefix('load_pretrained: ')}") from error
 
 
-def _of_file(path: Path) -> nn.Module:
+def _of_file(path: Path, flag: str, flags: Flags) -> nn.Module:
     """The model of a file that says its architecture."""
     if (link := model_of(path)) is not None:
         return link
@@ -195,37 +207,37 @@ def _of_file(path: Path) -> nn.Module:
     state = state_of(content)
     if (known := described_in(content)) is not None:
         name, arguments = known
-        return _filled(name, str(path), content, "--checkpoint", None, arguments)
+        return _filled(name, str(path), content, Flags(flag, flag), None, arguments)
     if any(key.endswith("blocks.0.attn.q_proj.weight") for key in state):
         return load_orion_backbone(path, with_cp=False)
     likely = [name for name in timm.list_models() if path.stem.startswith(name)]
     hint = max(likely, key=len, default="NAME")
     raise ValueError(
         f"{path} holds weights without their architecture, it is no file of kdfast.train, ORION, a "
-        f"chain's link or timm's trainer; say what they are for: --model {hint} "
-        f"--checkpoint {path}"
+        f"chain's link or timm's trainer; say what they are for: {flags.model} {hint} "
+        f"{flags.weights} {path}"
     )
 
 
 def _with_weights(
-    name: str, checkpoint: str, flag: str, classes: int | None, arguments: dict[str, Any]
+    name: str, checkpoint: str, flags: Flags, classes: int | None, arguments: dict[str, Any]
 ) -> nn.Module:
     """The architecture of a name with the weights of a file."""
     path = Path(checkpoint).expanduser()
     if not path.is_file():
-        raise SourceError(f"--checkpoint: there is no file {checkpoint}")
+        raise SourceError(f"{flags.weights}: there is no file {checkpoint}")
     try:
         content = read_checkpoint(path)
     except (OSError, ValueError) as error:
-        raise SourceError(f"--checkpoint: {path} cannot be read: {error}") from error
-    return _filled(name, checkpoint, content, flag, classes, arguments)
+        raise SourceError(f"{flags.weights}: {path} cannot be read: {error}") from error
+    return _filled(name, checkpoint, content, flags, classes, arguments)
 
 
 def _filled(
     name: str,
     checkpoint: str,
     content: Any,
-    flag: str,
+    flags: Flags,
     classes: int | None,
     arguments: dict[str, Any],
 ) -> nn.Module:
@@ -233,16 +245,16 @@ def _filled(
     try:
         state = state_of(content)
         if is_saved(name):
-            model = _saved(name, flag)
+            model = _saved(name, flags.model, flags)
         else:
-            count = _classes(name, state, flag, arguments)
+            count = _classes(name, state, flags.model, arguments)
             more = arguments if count is None else {**arguments, "num_classes": count}
-            model = of_library(name, flag, **more)
+            model = of_library(name, flags.model, **more)
         _fill(model, fitted(state, model), checkpoint)
     except SourceError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise SourceError(f"--checkpoint: {checkpoint} must fit {name}: {error}") from error
+        raise SourceError(f"{flags.weights}: {checkpoint} must fit {name}: {error}") from error
     return model
 
 
