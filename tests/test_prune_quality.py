@@ -135,6 +135,9 @@ def test_labels_are_the_folders_where_their_number_fits(model_folder: Path, clas
     assert found.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert "none of which" in found.origin
     assert judged(classes, 4).labels is None
+    model.config = type("Config", (), {"label2id": {"b": 0, "c": 1, "a": 2}})()
+    assert judged(classes).labels.tolist() == [2] * 4 + [0] * 4 + [1] * 4
+    del model.config
     used = sorted(classes.rglob("*.png"))
     half = judged(classes, used=used[::2])
     assert sum(map(len, half.batches)) == 6

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
 from kdfast.configs.distil import DistilConfig
@@ -31,6 +30,7 @@ from kdfast.data.labelled.classfolder import (
 )
 from kdfast.data.labelled.pictures import Part, Store
 from kdfast.data.labelled.raw import Raw, split
+from kdfast.models.class_folders import folder_classes
 from kdfast.trainer.class_feed import even_part
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
@@ -129,40 +129,18 @@ def _unlabelled(path: Path) -> Raw:
 
 
 def class_numbers(net: nn.Module, names: Sequence[str], classes: int) -> list[int]:
-    """The model's number of each class folder.
-
-    Folders are the model's classes in order where there are as many; or they have the names that
-    its configuration, or ImageNet's list, gives to classes.
-
-    Args:
-        net: The student.
-        names: Of the folders, sorted.
-        classes: C, that it tells apart.
+    """``folder_classes`` of a student.
 
     Raises:
-        ValueError: Neither.
+        ValueError: The folders are not its classes.
     """
-    for known in _known_names(net, classes):
-        if all(name in known for name in names):
-            return [known[name] for name in names]
-    if len(names) == classes:
-        return list(range(classes))
+    found = folder_classes(net, names, classes)
+    if found is not None:
+        return found
     raise ValueError(
         f"labels: folders must be the {classes} classes of the student, or have the names that it "
         f"gives them, got {len(names)}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
     )
-
-
-def _known_names(net: nn.Module, classes: int) -> list[dict[str, int]]:
-    config: Any = getattr(net, "config", None)
-    found: list[dict[str, int]] = []
-    given: Any = getattr(config, "label2id", None)
-    if isinstance(given, dict):
-        found.append({str(name): int(number) for name, number in given.items()})
-    if classes == 1000:
-        listed = ImageNetInfo().label_names()
-        found.append({name: number for number, name in enumerate(listed)})
-    return found
 
 
 def build_pictures(

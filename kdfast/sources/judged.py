@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kdfast.models.class_folders import folder_classes
 from kdfast.sources.pictures import read_pictures, spread, transform_of
 
 # Folders of a data set's held-out pictures.
@@ -52,8 +53,8 @@ def judged_pictures(
             the latter.
         count: The largest number of pictures.
         batch_size: B; the last batch may be smaller.
-        classes: Number of the model's classes; 0 without a classifier. Where the folder has as many
-            folders, these are the classes, in the order of their names.
+        classes: Number of the model's classes; 0 without a classifier. Its folders may be these,
+            see ``folder_classes``.
         used: Pictures that something was chosen or fitted on.
         flag: The option that names the folder, for messages.
 
@@ -77,14 +78,17 @@ def judged_pictures(
     batches = []
     while batch := list(islice(images, batch_size)):
         batches.append(torch.stack(batch).to(dtype))
-    return JudgedPictures(batches, _labels(held_out, everything, paths, classes), origin)
+    return JudgedPictures(batches, _labels(model, held_out, everything, paths, classes), origin)
 
 
-def _labels(folder: Path, everything: list[Path], paths: list[Path], classes: int) -> Tensor | None:
-    """Classes of pictures by their folders; None unless there are as many as the model has."""
+def _labels(
+    model: nn.Module, folder: Path, everything: list[Path], paths: list[Path], classes: int
+) -> Tensor | None:
+    """Classes of pictures by their folders; None unless these are the model's classes."""
     names = sorted({path.relative_to(folder).parts[0] for path in everything})
     inside = all(len(path.relative_to(folder).parts) > 1 for path in everything)
-    if not inside or len(names) != classes:
+    numbers = folder_classes(model, names, classes) if inside and classes else None
+    if numbers is None:
         return None
-    number = {name: index for index, name in enumerate(names)}
+    number = dict(zip(names, numbers, strict=True))
     return torch.tensor([number[path.relative_to(folder).parts[0]] for path in paths])
