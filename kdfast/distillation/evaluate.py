@@ -122,6 +122,10 @@ class DistilWatch(Watch):
         self.rows.append(row)
         return row
 
+    def newest(self) -> Quality:
+        """Quality of the student after the last epoch."""
+        return {name: float(self.rows[-1][name]) for name in self.evaluate.names}
+
     def state_dict(self) -> dict[str, Any]:
         """See ``Watch``."""
         return {"distil": {"before": self.before, "rows": self.rows}}

@@ -280,10 +280,11 @@ class Run:
     ) -> Distilled:
         """Save the student, print the table, draw the pictures, and say where everything is."""
         folder, accelerator = self.folder, self.accelerator
+        self.student.eval()
         quality = {
             TEACHER: watch.before["teacher"],
             BEFORE: watch.before["student"],
-            AFTER: watch.evaluate(self.student),
+            AFTER: watch.newest(),
         }
         models = {TEACHER: self.teacher, AFTER: self.student}
         saved = folder / (WEIGHTS if unsavable else STUDENT)
@@ -311,7 +312,7 @@ class Run:
             for name, path in paths.items():
                 LOG.info("%-12s %s", name, path)
         accelerator.wait_for_everyone()
-        return Distilled(self.student.net.eval(), folder, saved, lines)
+        return Distilled(self.student.net, folder, saved, lines)
 
     def facts(self) -> dict[str, Any]:
         """What the report says beside the table."""
