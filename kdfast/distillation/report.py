@@ -10,17 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdfast.distillation.evaluate import MEANING, Quality
 from kdfast.machine.files import replacing, write_text
-from kdfast.machine.timing import interleave, summarize
+from kdfast.machine.timing import inference_calls, interleave, summarize
 from kdfast.models.prepared import PreparedModel
 from kdfast.pictures import Attentions, capture
 from kdfast.pictures.draw import rollout_map
@@ -74,15 +73,7 @@ def measured(
         image: (1, 3, H, W) in [0, 1].
         autocast: Gives the context that the run's precision asks for.
     """
-
-    def call(model: nn.Module) -> Callable[[], object]:
-        def forward() -> object:
-            with torch.inference_mode(), autocast():
-                return model(image)
-
-        return forward
-
-    samples = interleave({name: call(model) for name, model in models.items()}, rounds=ROUNDS)
+    samples = interleave(inference_calls(models, image, autocast), rounds=ROUNDS)
     lines = []
     for name, numbers in quality.items():
         of = name if name in models else AFTER

@@ -5,10 +5,12 @@ import bisect
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from kdfast.ops._library import EXTENSION
 
@@ -108,6 +110,29 @@ class Calibration:
         found = min(self._loop(), self._loop())
         bisect.insort(self._found, found)
         return found
+
+
+def inference_calls(
+    models: Mapping[str, nn.Module],
+    image: Tensor,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> dict[str, Candidate]:
+    """Calls of models without gradients, by name, such as ``interleave`` takes.
+
+    Args:
+        models: In eval mode, on the image's device.
+        image: What every call gets.
+        autocast: Gives the context that the precision asks for.
+    """
+
+    def call(model: nn.Module) -> Candidate:
+        def forward() -> object:
+            with torch.inference_mode(), autocast():
+                return model(image)
+
+        return forward
+
+    return {name: call(model) for name, model in models.items()}
 
 
 def interleave(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kdfast.data.views.preprocess import MEAN, STD
 from kdfast.machine.files import replacing, write_text
 from kdfast.machine.memory import peak_bytes
-from kdfast.machine.timing import interleave, summarize
+from kdfast.machine.timing import inference_calls, interleave, summarize
 from kdfast.ops._packed import packed_bytes
 from kdfast.pruning import pruning_report
 from kdfast.recovery.evaluate import confusion, mean_iou, similarity
@@ -79,15 +79,7 @@ def measure(
         image: (1, 3, H, W).
         autocast: Gives the context that the run's precision asks for.
     """
-
-    def call(model: nn.Module) -> Callable[[], object]:
-        def forward() -> object:
-            with torch.inference_mode(), autocast():
-                return model(image)
-
-        return forward
-
-    calls = {name: call(model) for name, model in models.items()}
+    calls = inference_calls(models, image, autocast)
     # The measurement of memory is also the second warm-up; the first one packs weights.
     began = time.monotonic()
     for forward in calls.values():
