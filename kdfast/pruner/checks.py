@@ -96,6 +96,14 @@ def _check_sweep(options: argparse.Namespace) -> None:
         raise UsageError("--sweep: takes the place of --keep, --speedup and --latency-ms")
     for keep in options.sweep:
         _check_keep("sweep", keep)
+    held = [str(path) for path in sweep_folders(options).values() if (path / CONFIG).exists()]
+    if held and not options.overwrite:
+        raise UsageError(f"--out: {', '.join(held)} holds a model already; --overwrite replaces it")
+
+
+def sweep_folders(options: argparse.Namespace) -> dict[int | float, Path]:
+    """Where every pruned model of --sweep goes, by its share."""
+    return {keep: options.out / f"keep_{keep:g}" for keep in sorted(options.sweep)}
 
 
 def _check_latency(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdfast.machine.files import replacing, write_text
-from kdfast.pruner.checks import UsageError, asked
+from kdfast.pruner.checks import asked, sweep_folders
 from kdfast.pruner.choose import Chosen, by_scores, cut, scored
 from kdfast.pruner.measure import Measured, file_bytes, measured
 from kdfast.pruner.output import (
@@ -24,7 +24,6 @@ from kdfast.pruner.output import (
 )
 from kdfast.pruner.work import Work
 from kdfast.pruning.constant import DropReport
-from kdfast.pruning.folder import CONFIG
 from kdfast.pruning.keep import counted
 from kdfast.pruning.latency import Latency, together
 from kdfast.pruning.quality import Quality
@@ -64,14 +63,10 @@ def sweep(work: Work) -> None:
     """Prunes to every share of --sweep, and shows what each is worth and costs.
 
     Raises:
-        UsageError: A share cannot be met, or its folder holds a model already.
+        UsageError: A share cannot be met.
     """
     options = work.options
-    folders = {keep: options.out / f"keep_{keep:g}" for keep in sorted(options.sweep)}
-    held = [str(path) for path in folders.values() if (path / CONFIG).exists()]
-    if held and not options.overwrite:
-        raise UsageError(f"--out: {', '.join(held)} holds a model already; --overwrite replaces it")
-    points = _points(work, folders)
+    points = _points(work, sweep_folders(options))
     with asked(OSError):
         content = facts(options) | {
             "points": [
