@@ -134,7 +134,7 @@ class Capture:
 
         Args:
             net: The model.
-            attention: Of ``attention_layers``.
+            attention: Names of attentions that have a reader.
             features: Names of ``rows``.
             strict: Whether a forward must pass all of them.
             rows: The layers of ``features``; those that timm lists if None.

@@ -24,7 +24,7 @@ _STEMS = ("act1", "relu", "bn1")
 
 
 class FeatureRow(NamedTuple):
-    """A layer that timm lists as a feature.
+    """A layer whose output can be compared: a block, or what timm lists as a feature.
 
     Attributes:
         module: Its name.
@@ -64,9 +64,10 @@ def timm_features(net: nn.Module, name: str) -> list[FeatureRow]:
 
 
 def tokens_of(net: Any, row: FeatureRow, out: Any) -> Tensor:
-    """(B, N, C) of a listed layer's output, positions row by row.
+    """(B, N, C) of a layer's output, positions row by row.
 
-    The channels are where timm states them (``output_fmt``), checked by their number.
+    The channels are where timm states them (``output_fmt``), else last in three dimensions and
+    second in four, checked by their number.
 
     Args:
         net: The model.
@@ -74,8 +75,7 @@ def tokens_of(net: Any, row: FeatureRow, out: Any) -> Tensor:
         out: What its forward returned.
 
     Raises:
-        ValueError: It is no tensor (B, N, C), (B, C, h, w) or (B, h, w, C) of as many channels as
-            timm states.
+        ValueError: It is no tensor (B, N, C), (B, C, h, w) or (B, h, w, C) of so many channels.
     """
     if not isinstance(out, Tensor) or out.dim() not in (3, 4):
         got = f"{tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
@@ -84,9 +84,7 @@ def tokens_of(net: Any, row: FeatureRow, out: Any) -> Tensor:
     axes = [-1] if out.dim() == 3 else [-1, 1] if last else [1, -1]
     axis = next((axis for axis in axes if out.shape[axis] == row.width), None)
     if axis is None:
-        raise ValueError(
-            f"{row.module} must give {row.width} channels, as timm states, gives {tuple(out.shape)}"
-        )
+        raise ValueError(f"{row.module} must give {row.width} channels, gives {tuple(out.shape)}")
     if out.dim() == 3:
         if hasattr(net, "reroll"):
             # Hiera orders tokens by mask units; this puts them back into rows.

@@ -15,7 +15,7 @@ from torch import nn
 
 from kdfast.matching.capture import Capture, Reader, readers
 from kdfast.matching.features import FeatureRow
-from kdfast.models.prepared import PreparedModel
+from kdfast.models.prepared import PreparedModel, input_config
 from kdfast.nn.heads import AttentionCall
 from kdfast.pruning.observe import frozen_eval
 
@@ -123,9 +123,8 @@ def probed(
 
 def own_size(student: PreparedModel, teacher: PreparedModel) -> Size:
     """(height, width) that both models can take: the student's own, or the teacher's."""
-    config: Any = getattr(student.net, "pretrained_cfg", None) or {}
-    height, width = config.get("input_size", (3, 224, 224))[1:]
-    return student.size or teacher.size or (int(height), int(width))
+    height, width = input_config(student.net)["input_size"][1:]
+    return student.size or teacher.size or (height, width)
 
 
 def name_of(net: nn.Module) -> str:
