@@ -9,22 +9,20 @@ from typing import Any
 
 from kdfast.configs import plain
 from kdfast.configs.recovery import Config
-from kdfast.models.eva import EVAViT
-from kdfast.pruning.heat_map import draw_head_scores
-from kdfast.pruning.scores import HeadScores
 from kdfast.trainer.report_page import PAGE, Grid, Picture, Section, write_page
 
+# Picture of the head scores, which a run draws when it has chosen by them.
+SCORES = "head_scores.png"
 # Columns of the table of boxes and lanes, as ``frames.json`` names them.
 FRAMES = ("mAP", "map mAP", "translation", "scale", "orientation", "velocity")
 
 
-def write_run_page(folder: Path, config: Config, student: EVAViT) -> Path:
-    """Write ``report.html`` of a finished run, and the picture of the head scores for it.
+def write_run_page(folder: Path, config: Config) -> Path:
+    """Write ``report.html`` of a finished run.
 
     Args:
         folder: Folder of the run.
         config: The run.
-        student: What came out; its heads are those that were kept.
     """
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     metric, models = report["metric"], report["models"]
@@ -46,8 +44,10 @@ def write_run_page(folder: Path, config: Config, student: EVAViT) -> Path:
             ],
         ),
     ]
-    if heads := _heads(folder, student):
-        sections.append(Section("Heads", pictures=[heads]))
+    scores = folder / SCORES
+    if scores.is_file():
+        caption = "Scores of the teacher's heads; removed ones are crossed out"
+        sections.append(Section("Heads", pictures=[Picture(scores, caption)]))
     teacher = folder / "teacher" / "curves.png"
     if teacher.is_file():
         shown = [Picture(teacher, "Training of the teacher")]
@@ -96,14 +96,3 @@ def _frames(content: dict[str, Any]) -> Section:
     ]
     text = f"On {content['frames']} held-out frames; errors of true positives, lower is better."
     return Section("Boxes and lanes", text, [Grid(("model", *FRAMES), rows)])
-
-
-def _heads(folder: Path, student: EVAViT) -> Picture | None:
-    """The picture of the head scores; None where the run has none."""
-    path = folder / "head_scores.json"
-    if not path.is_file():
-        return None
-    scores = HeadScores.load(path)
-    draw_head_scores(scores, student.heads, folder / "head_scores.png")
-    caption = f"Scores of the teacher's heads by {scores.method}; removed ones are crossed out"
-    return Picture(folder / "head_scores.png", caption)

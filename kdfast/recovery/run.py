@@ -36,7 +36,7 @@ from kdfast.recovery.free import FREE
 from kdfast.recovery.heads import Kept, choose_heads, choose_units, heads_of_file, score_heads
 from kdfast.recovery.objective import Distiller
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
-from kdfast.recovery.page import write_run_page
+from kdfast.recovery.page import SCORES, write_run_page
 from kdfast.recovery.report import draw_predictions, measure, write_report
 from kdfast.recovery.teacher import get_teacher
 from kdfast.trainer.commits import changed, load_checkpoint, newest, settle
@@ -51,7 +51,6 @@ VIEWS = 4
 # The student as it was before training, where it was compensated.
 COMPENSATED = "compensated.safetensors"
 BASELINE = "baseline.json"
-SCORES = "head_scores.png"
 
 
 def run_recovery(config: Config, accelerator: Accelerator, *, resume: bool) -> int:
@@ -145,7 +144,7 @@ class Run:
         if self.accelerator.is_main_process:
             models = {"teacher": self.teacher, **self.untrained(kept), "distilled": student}
             self.finish(models, quality)
-            page = write_run_page(self.folder, self.config, student)
+            page = write_run_page(self.folder, self.config)
             LOG.info("%-12s %s", "page", page)
 
     def start(self) -> tuple[Kept, EVAViT]:
