@@ -21,6 +21,7 @@ from torch import nn
 import kdfast
 from kdfast.configs import ConfigError
 from kdfast.configs.distil import DistilConfig
+from kdfast.data.files import CorruptDataError
 from kdfast.distill import fit_classes, main, parser
 from kdfast.distillation.pictures import build_pictures, class_numbers, list_pictures
 from kdfast.machine.signals import Interrupted
@@ -322,6 +323,25 @@ def test_class_folders_get_the_models_numbers() -> None:
         class_numbers(net, CLASSES, 1000)
 
 
+def test_a_student_of_any_library_gets_the_classes_of_any_teacher() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=3)
+    teacher = transformers.ViTForImageClassification(config)
+    for name in ("test_vit", "torchvision:resnet18"):
+        student = load_model(name)
+        fit_classes(student, teacher, name)
+        assert class_count(student) == 3
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path, pictures: Path) -> None:
+    next(pictures.rglob("*.png")).write_bytes(b"no picture")
+    student, teacher = pair()
+    with pytest.raises(CorruptDataError):
+        kdfast.distil(student, teacher, pictures, output=str(tmp_path / "run"), batch_size=4)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture
 def folders(tmp_path: Path) -> list[str]:
     """--teacher and --student of saved models."""
@@ -393,17 +413,6 @@ def test_a_student_by_name_gets_the_teachers_classes(
     assert "note: the student has random weights" in shown
     assert "starts anew, with the teacher's 3 classes" in shown
     assert "the student was not cut from the teacher: " in shown
-
-
-def test_a_student_of_any_library_gets_the_classes_of_any_teacher() -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
-    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=3)
-    teacher = transformers.ViTForImageClassification(config)
-    for name in ("test_vit", "torchvision:resnet18"):
-        student = load_model(name)
-        fit_classes(student, teacher, name)
-        assert class_count(student) == 3
 
 
 def test_the_command_line_names_every_option_and_needs_no_torch() -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from kdfast.configs.distil import DistilConfig, distil_config
 from kdfast.configs.fields import ConfigError, as_config_error, plain
+from kdfast.data.files import CorruptDataError
 from kdfast.distillation.pictures import Listed, class_numbers, list_pictures
 from kdfast.distillation.run import Distilled, Run
 from kdfast.distillation.terms import find_terms
@@ -24,7 +25,7 @@ from kdfast.models.eva import EVAViT
 from kdfast.models.prepared import PreparedModel, input_config
 from kdfast.trainer.logs import close_log
 from kdfast.trainer.processes import make_accelerator
-from kdfast.trainer.runs import release_folder, run_folder, show_start
+from kdfast.trainer.runs import discard_folder, release_folder, run_folder, show_start
 from kdfast.trainer.state import seed_everything
 
 
@@ -78,6 +79,9 @@ def distil(
         models = (PreparedModel(student), PreparedModel(teacher))
         run = started(models, listed, config, accelerator, names, resume=resume)
         return run.train()
+    except (ConfigError, CorruptDataError):
+        discard_folder()
+        raise
     finally:
         for model, mode in before:
             model.training = mode
