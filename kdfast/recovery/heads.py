@@ -125,7 +125,6 @@ def choose_units(
 
 
 def _chosen(scores: HeadScores, keep: int | float | Sequence[int], scope: str) -> list[list[int]]:
-    keep = list(keep) if isinstance(keep, Sequence) else keep
     chosen = [select_heads(scores, keep, scope)]
     broadcast_object_list(chosen)
     return chosen[0]

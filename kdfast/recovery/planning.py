@@ -126,20 +126,15 @@ def _student(config: Config, teacher: EVAViT, recompute: bool) -> EVAViT:
     absent = prune.heads is not None and not Path(prune.heads).expanduser().is_file()
     kept = None if absent else heads_of_file(prune, teacher)
     if kept is None:
-        counts = kept_counts("prune.keep", _plain(prune.keep), sizes)
+        counts = kept_counts("prune.keep", prune.keep, sizes)
     else:
         counts = [len(row) for row in kept]
     # Which heads stay has no influence on memory.
     heads = [held[:count] for held, count in zip(teacher.heads, counts, strict=True)]
     changes: dict[str, Any] = {"heads": heads, "drop_path_rate": config.distill.drop_path}
     if prune.mlp_keep is not None:
-        keep = _plain(prune.mlp_keep)
-        changes["mlp_hidden"] = kept_counts("prune.mlp_keep", keep, teacher.mlp_hidden)
+        changes["mlp_hidden"] = kept_counts("prune.mlp_keep", prune.mlp_keep, teacher.mlp_hidden)
     return EVAViT(**{**teacher.config, **changes, "with_cp": recompute})
-
-
-def _plain(keep: int | float | tuple[int, ...]) -> int | float | list[int]:
-    return list(keep) if isinstance(keep, tuple) else keep
 
 
 def _head(config: Config) -> DenseHead | None:
