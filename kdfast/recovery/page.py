@@ -9,6 +9,7 @@ from typing import Any
 
 from kdfast.configs import plain
 from kdfast.configs.recovery import Config
+from kdfast.recovery.report import Line, cells, head
 from kdfast.trainer.report_page import PAGE, Grid, Picture, Section, write_page
 
 # Picture of the head scores, which a run draws when it has chosen by them.
@@ -25,8 +26,10 @@ def write_run_page(folder: Path, config: Config) -> Path:
         config: The run.
     """
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    metric, models = report["metric"], report["models"]
-    sections = [Section("Models", grids=[_models(metric, models)])]
+    metric, lines = report["metric"], [Line(**model) for model in report["models"]]
+    note = "Backbones alone; GFLOP and milliseconds are of one image, on the machine named below."
+    grid = Grid(head(metric), [cells(line) for line in lines], note)
+    sections = [Section("Models", grids=[grid])]
     frames = folder / "frames.json"
     if frames.is_file():
         sections.append(_frames(json.loads(frames.read_text(encoding="utf-8"))))
@@ -55,33 +58,19 @@ def write_run_page(folder: Path, config: Config) -> Path:
     return write_page(
         folder / PAGE,
         title=f"kdfast: {config.name}",
-        lead=_lead(metric, models, report["recovered"]),
+        lead=_lead(metric, lines, report["recovered"]),
         note=config.note,
         sections=sections,
         config=plain(config),
     )
 
 
-def _models(metric: str, models: list[dict[str, Any]]) -> Grid:
-    head = ("model", metric, "heads", "parameters", "GFLOP", "ms / image", "peak MiB")
-    rows = [
-        (
-            *(model["model"], f"{model['quality']:.4f}", str(model["heads"])),
-            *(f"{model['params']:,}", f"{model['gflop']:.3f}"),
-            *(f"{model['ms']:.2f}", f"{model['peak_mib']:.1f}"),
-        )
-        for model in models
-    ]
-    note = "Backbones alone; GFLOP and milliseconds are of one image, on the machine named below."
-    return Grid(head, rows, note)
-
-
-def _lead(metric: str, models: list[dict[str, Any]], recovered: dict[str, float]) -> str:
+def _lead(metric: str, lines: list[Line], recovered: dict[str, float]) -> str:
     """The result in words."""
-    teacher, last = models[0], models[-1]
+    teacher, last = lines[0], lines[-1]
     text = (
-        f"{last['heads']} of {teacher['heads']} heads are left: {metric} {last['quality']:.4f} "
-        f"after distillation, {teacher['quality']:.4f} of the teacher."
+        f"{last.heads} of {teacher.heads} heads are left: {metric} {last.quality:.4f} "
+        f"after distillation, {teacher.quality:.4f} of the teacher."
     )
     if recovered:
         shares = ", ".join(f"{name} {part:.0%}" for name, part in recovered.items())

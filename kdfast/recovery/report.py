@@ -121,20 +121,29 @@ def recovery(lines: Sequence[Line]) -> dict[str, float]:
 def table(lines: Sequence[Line], metric: str) -> Table:
     """The lines for the terminal."""
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    heads = ("model", metric, "heads", "parameters", "GFLOP", "ms / image", "peak MiB")
-    for head in heads:
-        result.add_column(head, justify="left" if head == "model" else "right")
+    for name in head(metric):
+        result.add_column(name, justify="left" if name == "model" else "right")
     for line in lines:
-        result.add_row(
-            line.model,
-            f"{line.quality:.4f}",
-            str(line.heads),
-            f"{line.params:,}",
-            f"{line.gflop:.3f}",
-            f"{line.ms:.2f}",
-            f"{line.peak_mib:.1f}",
-        )
+        result.add_row(*cells(line))
     return result
+
+
+def head(metric: str) -> list[str]:
+    """Names of the table's columns."""
+    return ["model", metric, "heads", "parameters", "GFLOP", "ms / image", "peak MiB"]
+
+
+def cells(line: Line) -> list[str]:
+    """A line as it is shown."""
+    return [
+        line.model,
+        f"{line.quality:.4f}",
+        str(line.heads),
+        f"{line.params:,}",
+        f"{line.gflop:.3f}",
+        f"{line.ms:.2f}",
+        f"{line.peak_mib:.1f}",
+    ]
 
 
 def write_report(folder: Path, lines: Sequence[Line], metric: str, facts: dict[str, object]) -> str:
