@@ -204,6 +204,10 @@ def test_folders_of_hugging_face_keep_a_classifier(tmp_path: Path) -> None:
     assert type(masked).__name__ == "ViTModel" and class_count(masked) == 0
 
 
+class NotCached(FileNotFoundError, ValueError):
+    """As huggingface_hub raises it before its version 1."""
+
+
 def test_models_of_the_hub_come_from_its_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,9 +217,11 @@ def test_models_of_the_hub_come_from_its_cache(
     def snapshot(name: str, *, local_files_only: bool, revision: str | None, **_: Any) -> str:
         asked.append((f"{name}@{revision}", local_files_only))
         if local_files_only:
-            raise FileNotFoundError("not cached")
+            raise NotCached("not cached")
         if name == "owner/none":
             raise ConnectionError("no network\nand more")
+        if name == "owner/late":
+            raise TimeoutError
         return str(tmp_path / "cached")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
@@ -223,6 +229,8 @@ def test_models_of_the_hub_come_from_its_cache(
     assert asked == [("owner/model@v1", True), ("owner/model@v1", False)]
     with pytest.raises(SourceError, match=r"cannot be downloaded \(no network\); .* copy config"):
         load_model("hf:owner/none")
+    with pytest.raises(SourceError, match=r"cannot be downloaded \(TimeoutError\)"):
+        load_model("hf:owner/late")
     (tmp_path / "cached/model.safetensors").unlink()
     with pytest.raises(SourceError, match="must hold config.json and model.safetensors"):
         load_model("hf:owner/model")

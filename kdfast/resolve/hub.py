@@ -24,6 +24,7 @@ def hub_folder(name: str, flag: str) -> Path:
         SourceError: It is neither in the cache nor can it be downloaded.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name) is None or name.startswith("."):
         raise SourceError(f"{flag}: there is no folder {name}")
@@ -42,8 +43,9 @@ def hub_folder(name: str, flag: str) -> Path:
                 if _whole(folder):
                     return folder
         except Exception as error:  # of whichever HTTP library the hub's client stands on
-            if not local or isinstance(error, ValueError):
-                reason = str(error).strip().splitlines()[0]
+            # No ValueError: what is not in the cache is one for older clients.
+            if not local or isinstance(error, HFValidationError):
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise SourceError(
                     f"{flag}: hf:{name} is no folder, not in the cache of Hugging Face, and cannot "
                     f"be downloaded ({reason}); without a network, copy {CONFIG} and {WEIGHTS} "
