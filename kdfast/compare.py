@@ -26,11 +26,12 @@ from kdfast.machine.facts import machine_facts
 from kdfast.machine.files import clear_partials, write_text
 from kdfast.machine.signals import handled, run_command
 from kdfast.pruning import head_scores, prune_heads, select_heads
+from kdfast.resolve import class_count
 from kdfast.rivals import RIVALS
 from kdfast.rivals.picture import draw
 from kdfast.rivals.race import ROUNDS, Race
 from kdfast.rivals.report import lines, notes, table
-from kdfast.rivals.results import Row, answers, has_classes, row_of
+from kdfast.rivals.results import Row, answers, row_of
 from kdfast.sources import (
     SourceError,
     image_batches,
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     with Race(subjects, rivals, batches, calibration, torch.get_num_threads()) as race:
         stopped = measure(race, options.seconds)
         rows = [
-            row_of(contender, reference, options.batch, count, has_classes(model))
+            row_of(contender, reference, options.batch, count, class_count(model) > 1)
             for contender in race.contenders
         ]
     show(rows, facts, options)

@@ -17,11 +17,12 @@ from torch import nn
 from kdfast import compare
 from kdfast.compare import batched, main, parser, pictures
 from kdfast.pruning.saving import load_pretrained, save_pretrained
+from kdfast.resolve import class_count
 from kdfast.rivals import RIVALS
 from kdfast.rivals.picture import draw
 from kdfast.rivals.race import Contender, Race
 from kdfast.rivals.report import lines, notes, table
-from kdfast.rivals.results import Row, has_classes, row_of
+from kdfast.rivals.results import Row, row_of
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_missing_libraries_are_rows_with_the_reason(
     eager.samples, eager.outputs = [(0.002, True)] * 6, {0: numpy.ones((1, 7), numpy.float32)}
     with Race({}, [], images, images, 1):
         rows = [row_of(c, torch.ones(1, 7), 1, 1, True) for c in (eager, lost)]
-    assert has_classes(model) and rows[0].ms == pytest.approx(2) and rows[0].top1 == 1
+    assert class_count(model) == 7 and rows[0].ms == pytest.approx(2) and rows[0].top1 == 1
     assert rows[1].ms is None and notes(rows) == [f"openvino: {lost.reason}"]
     assert lines(rows) == [
         "whole, fastest: eager, 2.0 ms, 1.00x as fast as eager of the whole model"

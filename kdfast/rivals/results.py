@@ -57,12 +57,6 @@ class Row:
     reason: str = ""
 
 
-def has_classes(model: nn.Module) -> bool:
-    """Whether a model's output is a score for each of several classes."""
-    count = getattr(model, "num_classes", None) or getattr(model, "num_labels", None)
-    return isinstance(count, int) and count > 1
-
-
 @torch.no_grad()
 def answers(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
     """The model's outputs for all pictures of the batches, (pictures, ...), fp32."""
