@@ -236,7 +236,7 @@ def test_a_sweep_is_one_table_and_one_picture(
 
 def test_the_next_command_of_other_models(tmp_path: Path) -> None:
     options = SimpleNamespace(
-        model="vit_s", checkpoint="w 1.pth", pretrained=True, data=None, mlp_keep=0.5
+        model="vit_s", checkpoint="w 1.pth", pretrained=True, data=None, mlp_keep=0.5, seed=1
     )
     work: Any = SimpleNamespace(options=options, model=nn.Linear(1, 1), judged=None)
     assert next_command(work, Path("out")) == (

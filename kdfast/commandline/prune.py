@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sequential", action="store_true", help="a slower and better --compensate")
     p.add_argument("--mean-context", action="store_true", help="fold removed means into biases")
     p.add_argument("--pretrained", action="store_true", help="download the weights of --model")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of random weights and noise; 0")
     p.add_argument("--rounds", type=int, default=11, help="timing samples of each model")
     p.add_argument("--overwrite", action="store_true", help="replace a model in --out")
     return p
