@@ -144,7 +144,7 @@ class _Reader:
         except YamlError as error:
             self.problems.append(f"{key}: not a YAML value: {text[:80]}: {error}")
             return {}
-        return self.flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+        return self.flat({key: value})
 
     def flat(self, tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
         """Dotted keys and values; unknown keys are reported and left out."""
@@ -153,7 +153,7 @@ class _Reader:
             key = f"{prefix}{name}"
             if key not in self.known:
                 self.problems.append(unknown(key, self.kind, self.known))
-            elif isinstance(value, Mapping):
+            elif isinstance(value, Mapping) and any(k.startswith(f"{key}.") for k in self.known):
                 found |= self.flat(value, f"{key}.")
             else:
                 found[key] = value
