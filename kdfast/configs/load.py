@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def load(source: str, changes: Sequence[str] = (), *, files: bool = True) -> Con
     name = tree.get("name")
     if not isinstance(name, str) or name not in CONFIGS:
         complaint = f"name: must be one of {', '.join(CONFIGS)}, got {name!r}"
-        raise ConfigError([*problems, f"{complaint} (a file ends in .yaml)"])
+        close = difflib.get_close_matches(str(name), CONFIGS, n=1)
+        meant = f"; did you mean {close[0]}?" if close else " (a file ends in .yaml)"
+        raise ConfigError([*problems, f"{complaint}{meant}"])
     kind = type(CONFIGS[name]())
     known = keys(kind)
     reader = _Reader(kind, known, problems)
