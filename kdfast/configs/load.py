@@ -15,7 +15,7 @@ from kdfast.configs.check import check
 from kdfast.configs.cnn_chain import cnn_chain, cnn_chain_digits
 from kdfast.configs.fields import ConfigError, build, keys, plain
 from kdfast.configs.fitting import fit_chain, with_precision
-from kdfast.configs.flags import as_key, data_kind, is_flag
+from kdfast.configs.flags import absent_data, as_key, data_kind, is_flag
 from kdfast.configs.orion50 import (
     orion50,
     orion50_frames,
@@ -74,6 +74,8 @@ def load(source: str, changes: Sequence[str] = (), *, files: bool = True) -> Con
     for key, value in user.items():
         _put(values, key, value)
     config = build(kind, values, problems)
+    if files and "data.kind" not in user:
+        problems += absent_data(changes, kind)
     if config is not None and files:
         config = with_precision(config)
         problems += check(config)
