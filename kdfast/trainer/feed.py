@@ -126,7 +126,7 @@ class Feed(Generic[D]):
             collate_fn=collate,
             worker_init_fn=worker_init,
         )
-        self._loader = self._make()
+        self._loader: DataLoader[Any] = self._make()
 
     def __len__(self) -> int:
         """Whole batches of this process in an epoch."""
