@@ -69,35 +69,20 @@ def _wrapped(line: str, width: int) -> list[str]:
     return textwrap.wrap(line, width, subsequent_indent=deep, break_on_hyphens=False)
 
 
-class Parser(argparse.ArgumentParser):
+class _Answering(argparse.ArgumentParser):
     """Says for a flag that it does not know which one is meant."""
-
-    def __init__(self, name: str, description: str, examples: Sequence[str] = ()) -> None:
-        """Set up.
-
-        Args:
-            name: The command, as it is typed after ``kdfast``.
-            description: What it does.
-            examples: Whole command lines, printed at the end of the help.
-        """
-        # The terminal says where a line ends.
-        lines = [" ".join(example.replace("\\\n", " ").split()) for example in examples]
-        text = "\n".join(["examples:", *(f"  {line}" for line in lines)])
-        super().__init__(
-            prog=f"kdfast {name}".strip(),
-            description=description,
-            epilog=text if examples else None,
-            formatter_class=_Help,
-            allow_abbrev=False,
-        )
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse, with another error for flags that are not known."""
         found, left = self.parse_known_args(args, namespace)
+        self.refuse(left)
+        return found
+
+    def refuse(self, left: Sequence[str]) -> None:
+        """Ends the program if words are left that belong to no option."""
         if left:
             flags = [word for word in left if word.startswith("--")]
             self.error("; ".join(map(self.unknown, flags or left[:1])))
-        return found
 
     def unknown(self, word: str) -> str:
         """The complaint about a word that is no option, with what is meant."""
@@ -120,6 +105,39 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, and where to find more."""
         self.exit(2, f"error: {message}\n(all options: {self.prog} --help)\n")
+
+
+class SubParser(_Answering):
+    """The parser of a command of a command, for ``add_subparsers(parser_class=...)``."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in argparse, but its own errors for what it does not know."""
+        found, left = super().parse_known_args(args, namespace)
+        self.refuse(left)
+        return found, []
+
+
+class Parser(_Answering):
+    """The parser of a command."""
+
+    def __init__(self, name: str, description: str, examples: Sequence[str] = ()) -> None:
+        """Set up.
+
+        Args:
+            name: The command, as it is typed after ``kdfast``.
+            description: What it does.
+            examples: Whole command lines, printed at the end of the help.
+        """
+        # The terminal says where a line ends.
+        lines = [" ".join(example.replace("\\\n", " ").split()) for example in examples]
+        text = "\n".join(["examples:", *(f"  {line}" for line in lines)])
+        super().__init__(
+            prog=f"kdfast {name}".strip(),
+            description=description,
+            epilog=text if examples else None,
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
 
 
 def add_config(parser: argparse.ArgumentParser, about: str, *, required: bool = False) -> None:
