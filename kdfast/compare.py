@@ -151,10 +151,9 @@ def pictures(
     size = picture_size(model)
     found = torch.cat(list(image_batches(model, size, options.data, count=count, batch_size=32)))
     # Of a small folder, a third calibrates.
-    share = min(CALIBRATION, max(1, len(found) // 3))
-    step = max(1, len(found) // share)
+    share = CALIBRATION if len(found) == count else min(CALIBRATION, max(1, len(found) // 3))
     chosen = torch.zeros(len(found), dtype=torch.bool)
-    chosen[: share * step : step] = True
+    chosen[torch.arange(share) * len(found) // share] = True
     for_agreement = found[~chosen] if len(found) > 1 else found
     return (
         batched(for_agreement, options.batch),

@@ -8,8 +8,9 @@ import csv
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from rich import box
@@ -31,10 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     try:
-        rows = [row for folder in args.runs for row in read_run(folder)]
+        runs = {folder: read_run(folder) for folder in args.runs}
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    names = Counter(found[0].run for found in runs.values() if found)
+    rows = [
+        # Runs of one name are told apart by what was typed.
+        replace(row, run=str(folder)) if names[row.run] > 1 else row
+        for folder, found in runs.items()
+        for row in found
+    ]
     print(plain_text(table(rows)))
     try:
         save(rows, args)
@@ -50,6 +58,10 @@ def table(rows: Sequence[RunModel]) -> Table:
     for head in HEADS:
         words = head in ("run", "data", "model", "metric")
         made.add_column(head, justify="left" if words else "right", overflow="fold")
+    # In a narrow terminal a model's name goes below its role, in one piece.
+    made.columns[HEADS.index("model")].min_width = max(
+        (len(row.model or row.role) for row in rows), default=0
+    )
     before = ""
     for row in rows:
         quality = f"{row.quality:.4f}" + ("" if row.spread is None else f" ± {row.spread:.4f}")

@@ -71,11 +71,15 @@ def flagged(problem: str) -> str:
 
 def run(args: argparse.Namespace) -> Any:
     """Everything that ``main`` does after the command line; raises instead of printing."""
+    import torch
+
     from kdfast.configs.distil import distil_config
     from kdfast.distillation.start import distil
 
     options = options_of(args)
-    distil_config(options)  # before models are built
+    config = distil_config(options)  # before models are built
+    # Random weights are those of ``kdfast prune`` with this seed, and of the run to resume.
+    torch.manual_seed(config.seed)
     teacher = model_of(args, "teacher")
     student = model_of(args, "student")
     fit_classes(student, teacher, args.student)

@@ -23,6 +23,7 @@ from kdfast.chain.metrics import Meter
 from kdfast.chain.objective import Objective, distill_loss, scheduled_alpha, task_loss
 from kdfast.configs import ConfigError, load
 from kdfast.configs.chain import ChainConfig, ChainDistillConfig, roles
+from kdfast.configs.load import save
 from kdfast.machine.memory import is_out_of_memory, peak_mib, reset_peak
 from kdfast.matching.capture import Capture, attention_layers
 from kdfast.matching.layers import paired_layers
@@ -86,6 +87,18 @@ def test_roles_and_links() -> None:
     links = links_of(chain("init=[pretrained, scratch, scratch]", "epochs=[3, 2, 2]"))
     assert [x.folder for x in links] == ["imagenet_pretrained", "from_scratch", "from_scratch"]
     assert [(x.epochs, x.distilled) for x in links] == [(3, False), (2, True), (2, True)]
+
+
+def test_one_value_for_all_links(tmp_path: Path) -> None:
+    one = chain("model_args={depth: 2}", "batch=8")
+    assert [link.args for link in links_of(one)] == [{"depth": 2}] * 3
+    save(one, tmp_path / "config.yaml")
+    assert load(str(tmp_path / "config.yaml")) == one
+    (tmp_path / "mine.yaml").write_text(
+        "name: vit_chain_digits\nmodel_args: {depth: 2}\nbatch: 8\n"
+    )
+    mine = load(str(tmp_path / "mine.yaml"))
+    assert isinstance(mine, ChainConfig) and links_of(mine) == links_of(one)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,24 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
         assert examples.count("  kdfast ") >= 2
 
 
+@pytest.mark.parametrize("name", WORDED)
+def test_words_and_examples_fit_into_a_terminal(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    _, *paragraphs = capsys.readouterr().out.split("\n\n")  # without the usage
+    assert all(len(line) < 80 for text in paragraphs for line in text.splitlines())
+    commands = paragraphs[-1].replace(" \\\n      ", " ").splitlines()[1:]
+    assert all(line.startswith("  kdfast ") for line in commands)
+    with monkeypatch.context() as wide:
+        wide.setenv("COLUMNS", "300")
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+    assert capsys.readouterr().out.strip().splitlines()[-len(commands) :] == commands
+
+
 def test_module_of_train_answers_without_torch() -> None:
     code = "import sys, runpy; sys.argv = ['train', '--help']\n"
     code += "try: runpy.run_module('kdfast.train', run_name='__main__')\n"
@@ -97,6 +115,9 @@ def test_commands_are_modules_with_main(name: str) -> None:
         (["train", "--help-keys", "nonsense"], "no key begins with 'nonsense'"),
         (["plan", "--vrm", "6"], "--vrm: unknown option; did you mean --vram?"),
         (["plan", "--vram", "six"], "must be a size such as 6GiB, got 'six'"),
+        (["data", "sample", "--out", "x", "--clps", "3"], "did you mean --clips?"),
+        (["data", "sample", "--out", "x", "--size", "9"], "argument --size: expected 2 arguments"),
+        (["data", "smple"], "invalid choice: 'smple'"),
         (["compare", "--only", "eagre"], "must be of eager, "),
         (["attention", "--weights", "x", "--image", "y"], "did you mean --checkpoint?"),
     ],

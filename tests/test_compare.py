@@ -181,6 +181,9 @@ def test_no_picture_calibrates_and_is_agreed_on(picture_folder: Path, model_fold
     seen, other = torch.cat(agree)[:count], torch.cat(calibrate)
     assert not any(torch.equal(a, b) for a in seen for b in other)
     assert torch.equal(torch.cat(agree)[4:], seen[:2])
+    few = parser().parse_args(["--model", "x", "--pictures", "5"])
+    agree, calibrate, count = pictures(model, few)
+    assert count == len(agree) == 5 and len(calibrate) == 16
     (one,) = batched(torch.arange(1.0), 2)
     assert one.tolist() == [0, 0]
 

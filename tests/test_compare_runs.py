@@ -48,6 +48,18 @@ def test_runs_of_every_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert [row["run"] for row in csv.DictReader(file)] == ["vit", "cnn", "orion", "distil"]
 
 
+def test_names_stay_in_one_piece_and_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        chain(Path(name, "run"), "vit_tiny_patch16_224", 50.0, None)
+    assert main(["a/run", "b/run"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("vit_tiny_patch16_224") == 2 and "a/run" in said and "b/run" in said
+
+
 @pytest.mark.parametrize(
     ("name", "content", "text"),
     [

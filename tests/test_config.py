@@ -118,6 +118,8 @@ def test_all_problems_at_once(here: Path) -> None:
 
 def test_unknown_config(here: Path) -> None:
     assert problems("orion51")[0].startswith("name: must be one of orion50, ")
+    assert problems("vit_chian")[0].endswith("got 'vit_chian'; did you mean vit_chain?")
+    assert problems("mine.yml.txt")[0].endswith("got 'mine.yml.txt' (a file ends in .yaml)")
     assert problems("absent.yaml") == ["--config: no such file: absent.yaml"]
 
 

@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -26,6 +27,7 @@ from kdfast.distill import fit_classes, main, parser
 from kdfast.distillation.pictures import build_pictures, class_numbers, list_pictures
 from kdfast.machine.signals import Interrupted
 from kdfast.nn.attention import FusedAttention
+from kdfast.prune import main as prune
 from kdfast.resolve import class_count, load_model
 from kdfast.trainer.logs import read_rows
 
@@ -413,6 +415,20 @@ def test_a_student_by_name_gets_the_teachers_classes(
     assert "note: the student has random weights" in shown
     assert "starts anew, with the teacher's 3 classes" in shown
     assert "the student was not cut from the teacher: " in shown
+
+
+def test_random_weights_are_those_that_were_pruned(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = ["--model", "test_vit", "--out", str(tmp_path / "half"), "--seed", "3", "--keep", "1.0"]
+    less = ["--method", "magnitude", "--rounds", "2", "--pictures", "0", "--no-compensate"]
+    assert prune([*half, *less, "--data", str(pictures)]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[:2] == ["kdfast", "distill"] and "--seed 3" in " ".join(command)
+    call = [*command[2:], "--out", str(tmp_path / "run"), "--batch-size", "4"]
+    assert main([*call, "--max-steps", "1"]) == 0
+    assert "student before training: cosine 1.0000" in capsys.readouterr().out
+    assert main([*call, "--max-steps", "2", "--resume"]) == 0
 
 
 def test_the_command_line_names_every_option_and_needs_no_torch() -> None:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine alone, on a job of a few numbers: steps, watches, feeds, what a resume compares."""
 
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,9 @@ class Count:
         self.seen = state["seen"]
 
 
-def numbers(count: int = 12, batch_size: int = 2, **options: Any) -> tuple[Feed[Numbers], Count]:
+def numbers(
+    count: int = 12, batch_size: int = 2, workers: int = 0, **options: Any
+) -> tuple[Feed[Numbers], Count]:
     """A feed whose images are the indices, one pixel each."""
     counter = Count()
 
@@ -83,6 +87,7 @@ def numbers(count: int = 12, batch_size: int = 2, **options: Any) -> tuple[Feed[
         batch_size=batch_size,
         train=True,
         device=torch.device("cpu"),
+        workers=workers,
         counter=counter,
     )
     return feed, counter
@@ -363,6 +368,21 @@ def test_feed() -> None:
     assert counter.seen == saved["seen"] > 0
     with pytest.raises(ValueError, match=r"batch: 2 training images on 1 process\(es\) must give"):
         numbers(count=2, batch_size=3)
+
+
+def test_a_finished_loop_waits_for_no_loader_process(tmp_path: Path) -> None:
+    """Two that the collector of cycles ends take ten seconds."""
+    feed, _ = numbers(workers=2)
+    before = set(multiprocessing.active_children())
+    loop = Loop(job_of(tmp_path, Diary(), feed, max_steps=2), make_accelerator("fp32", "cpu"))
+    began = time.monotonic()
+    loop.fit()
+    assert set(multiprocessing.active_children()) <= before
+    assert time.monotonic() - began < 4
+    # Another epoch has new ones, and the same order.
+    assert [b.index for b in feed.batches(1)] == [b.index for b in numbers()[0].batches(1)]
+    feed.close()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_identity() -> None:

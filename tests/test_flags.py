@@ -150,6 +150,9 @@ def test_data_sets_its_kind_unless_the_user_does(tmp_path: Path) -> None:
     assert (config.data.root, config.data.kind, config.note) == ("mine", "imagefolder", "")
     for flag in ("--dataset=parquet", "data.kind=parquet"):
         assert load("vit_chain", [flag, "--data=mine"]).data.kind == "parquet"
+    with pytest.raises(ConfigError, match="--data: there is no folder or file mien$"):
+        load("vit_chain", ["--data=mien"])
+    load("vit_chain", ["--data=mien"], files=False)
 
 
 def test_another_kind_leaves_the_default_folder() -> None:

@@ -56,6 +56,18 @@ def test_an_overlay_is_as_opaque_as_the_value_is_high() -> None:
     assert signed.get_alpha()[0, 1] == OPACITY / 2
 
 
+def test_titles_fit_beside_the_colour_bar() -> None:
+    name = "vit_small_patch16_224.augreg_in21k_ft_in1k, 21.7M parameters, on imagefolder, seed 42"
+    page = Page(1, 2, 1.7, (4, 4), f"{name}\ntest image 0")
+    page.subtitle("layer 1")
+    drawn = page.figure.get_suptitle().splitlines()
+    assert len(drawn) > 3 and " ".join(drawn) == f"{name} test image 0 layer 1"
+    page.figure.canvas.draw()
+    box = page.figure._suptitle.get_window_extent()  # type: ignore[attr-defined]
+    assert box.x0 >= 0 and box.x1 <= page.figure.bbox.x1
+    assert box.y0 > page.panels[0].get_window_extent().y1
+
+
 def test_titles_name_models_and_classes() -> None:
     model = timm_vit()
     assert model_name(model) == "vit_tiny_patch16_224"

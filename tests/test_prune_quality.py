@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdfast.models import EVAViT
 from kdfast.prune import main
+from kdfast.pruner import sweep
 from kdfast.pruner.output import next_command
 from kdfast.pruning.keep import counted, parse_keep, read_heads
 from kdfast.pruning.quality import answers, quality_of
@@ -217,8 +218,15 @@ def test_bad_sweeps(value: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_sweep_is_one_table_and_one_picture(
-    tmp_path: Path, model_folder: Path, classes: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    model_folder: Path,
+    classes: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    drawn: list[Any] = []
+    frame = sweep._frame
+    monkeypatch.setattr(sweep, "_frame", lambda axes, *a: (frame(axes, *a), drawn.append(axes)))
     out = tmp_path / "out"
     more = ("--sweep", "1,0.67,3", "--data", classes, "--calibrate", 4)
     assert main(words(model_folder, out, *more)) == 0
@@ -231,6 +239,10 @@ def test_a_sweep_is_one_table_and_one_picture(
         assert [len(b.attn.heads) for b in load_pretrained(folder).blocks] == [heads] * 2
         assert point["quality"]["images"] == 8 and point["latency_ms"]["pruned, fused"]["ms"] > 0
     assert content["points"][2]["quality"]["cosine"] == pytest.approx(1)
+    (axes,) = drawn
+    bars = axes.containers[0].lines[2][0].get_segments()
+    left, right = axes.get_xlim()
+    assert all(left < x < right for bar in bars for x, _ in bar)
     with Image.open(out / "sweep.png") as image:
         assert image.width > 500 and len(np.unique(np.asarray(image))) > 20
     assert main(words(model_folder, out, *more)) == 2
@@ -239,7 +251,7 @@ def test_a_sweep_is_one_table_and_one_picture(
 
 def test_the_next_command_of_other_models(tmp_path: Path) -> None:
     options = SimpleNamespace(
-        model="vit_s", checkpoint="w 1.pth", pretrained=True, data=None, mlp_keep=0.5
+        model="vit_s", checkpoint="w 1.pth", pretrained=True, data=None, mlp_keep=0.5, seed=1
     )
     work: Any = SimpleNamespace(options=options, model=nn.Linear(1, 1), judged=None)
     assert next_command(work, Path("out")) == (

@@ -100,7 +100,10 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
     LOG.info("  in %s", run.folder)
     if words := described(config.distill, weights, run.data.class_names):
         LOG.info("%s: loss of the task: %s", link.role, words)
-    loop.fit(resume=resume)
+    try:
+        loop.fit(resume=resume)
+    finally:
+        val.close()
     if not loop.done:
         return None
     seconds = time.monotonic() - began

@@ -15,12 +15,12 @@ fast each is, what it takes and how far its answers are from the original's.
 Every candidate runs in a process of its own with the same number of threads. The candidates are
 timed in turns, so that a machine that slows down does so for all of them. Measured are
 
-  median, p95   of single calls with one batch of pictures, input conversion included
-  file          the weights as safetensors (torch, kdfast), else what the runtime reads
-  memory        the highest resident memory of the process while it answers, less what it took
-                with all libraries imported and no model; exporting and compiling are not in it
-  cosine        mean over pictures of the cosine between its output and that of the original
-  top-1         share of the pictures that get the class that they get from the original
+  median, p95   of single calls with one batch of pictures, with input conversion
+  file          the weights as safetensors (torch, kdfast), or the runtime's files
+  memory        the highest resident memory of the process while it answers,
+                less what it took with all libraries and no model
+  cosine        mean over pictures of that of its output and the original's
+  top-1         share of the pictures that get the original's class
 
 The pruned model is the original without a share of its heads, not trained afterwards: its agreement
 says what distillation has to win back. Give a trained one by --pruned."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kdfast.commandline.parser import Parser
+from kdfast.commandline.parser import Parser, SubParser
 
 DESCRIPTION = "Checks a data root of ORION, makes its infos, or writes a small synthetic one."
 EXAMPLES = (
@@ -24,9 +24,7 @@ SIZE = (450, 800)
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = Parser("data", DESCRIPTION, EXAMPLES)
-    commands = made.add_subparsers(
-        dest="command", required=True, parser_class=argparse.ArgumentParser
-    )
+    commands = made.add_subparsers(dest="command", required=True, parser_class=SubParser)
     check = commands.add_parser("check", help="what is there, what is missing, how to get it")
     infos = commands.add_parser("infos", help="make infos and maps from a download or pickles")
     for command in (check, infos):
@@ -48,6 +46,11 @@ def parser() -> argparse.ArgumentParser:
         flag = f"--{name.replace('_', '-')}"
         sample.add_argument(flag, type=int, default=value, help=f"[{value}]")
     sample.add_argument(
-        "--size", type=int, nargs=2, default=SIZE, metavar=("H", "W"), help="of pictures"
+        "--size",
+        type=int,
+        nargs=2,
+        default=SIZE,
+        metavar=("H", "W"),
+        help=f"of pictures [{SIZE[0]} {SIZE[1]}]",
     )
     return made

@@ -30,7 +30,7 @@ NUMBERS = {
     "limit": (int, "train on so many pictures at most"),
     "memory": (float, "GiB that the resized pictures may take; 1.5"),
     "workers": (int, "processes that load pictures; 0"),
-    "seed": (int, "of the order, the crops and the split; 0"),
+    "seed": (int, "of the order, crops, split and random weights; 0"),
     "max_steps": (int, "stop and save after so many steps"),
     "save_every": (int, "steps between checkpoints; 500"),
     "log_every": (int, "steps between rows of the log; 10"),

@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import textwrap
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NoReturn
 
 UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -35,33 +37,52 @@ SYNONYMS = {
 _EITHER = {"--output": "--out", "--out": "--output", "--batch": "--batch-size"}
 
 
-class Parser(argparse.ArgumentParser):
-    """Says for a flag that it does not know which one is meant."""
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Descriptions that fit into the terminal; indented lines stay lines."""
 
-    def __init__(self, name: str, description: str, examples: Sequence[str] = ()) -> None:
-        """Set up.
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        found: list[str] = []
+        for indented, lines in groupby(text.splitlines(), lambda line: line[:1] in ("", " ")):
+            if indented:
+                found += [piece for line in lines for piece in _wrapped(line, width)]
+            else:
+                found += textwrap.wrap(" ".join(lines), width, break_on_hyphens=False)
+        return "\n".join(indent + line for line in found)
 
-        Args:
-            name: The command, as it is typed after ``kdfast``.
-            description: What it does.
-            examples: Whole command lines, printed at the end of the help.
-        """
-        text = "\n".join(["examples:", *(f"  {example}" for example in examples)])
-        super().__init__(
-            prog=f"kdfast {name}".strip(),
-            description=description,
-            epilog=text if examples else None,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """An indented line; of a table the second column stays one, commands go on after ``\\``."""
+    if len(line) <= width:
+        return [line]
+    if line.startswith("  kdfast "):
+        # A flag and its value stay together.
+        pieces = textwrap.wrap(
+            re.sub(r"( --\S+) (?=[^- ])", "\\1\0", line),
+            width - 2,
+            subsequent_indent="      ",
+            break_long_words=False,
+            break_on_hyphens=False,
         )
+        return " \\\n".join(pieces).replace("\0", " ").split("\n")
+    column = re.match(r" +(\S+(?: \S+)*  +)?", line)
+    deep = " " * (column.end() if column else 0)
+    return textwrap.wrap(line, width, subsequent_indent=deep, break_on_hyphens=False)
+
+
+class _Answering(argparse.ArgumentParser):
+    """Says for a flag that it does not know which one is meant."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse, with another error for flags that are not known."""
         found, left = self.parse_known_args(args, namespace)
+        self.refuse(left)
+        return found
+
+    def refuse(self, left: Sequence[str]) -> None:
+        """Ends the program if words are left that belong to no option."""
         if left:
             flags = [word for word in left if word.startswith("--")]
             self.error("; ".join(map(self.unknown, flags or left[:1])))
-        return found
 
     def unknown(self, word: str) -> str:
         """The complaint about a word that is no option, with what is meant."""
@@ -84,6 +105,39 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, and where to find more."""
         self.exit(2, f"error: {message}\n(all options: {self.prog} --help)\n")
+
+
+class SubParser(_Answering):
+    """The parser of a command of a command, for ``add_subparsers(parser_class=...)``."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in argparse, but its own errors for what it does not know."""
+        found, left = super().parse_known_args(args, namespace)
+        self.refuse(left)
+        return found, []
+
+
+class Parser(_Answering):
+    """The parser of a command."""
+
+    def __init__(self, name: str, description: str, examples: Sequence[str] = ()) -> None:
+        """Set up.
+
+        Args:
+            name: The command, as it is typed after ``kdfast``.
+            description: What it does.
+            examples: Whole command lines, printed at the end of the help.
+        """
+        # The terminal says where a line ends.
+        lines = [" ".join(example.replace("\\\n", " ").split()) for example in examples]
+        text = "\n".join(["examples:", *(f"  {line}" for line in lines)])
+        super().__init__(
+            prog=f"kdfast {name}".strip(),
+            description=description,
+            epilog=text if examples else None,
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
 
 
 def add_config(parser: argparse.ArgumentParser, about: str, *, required: bool = False) -> None:

@@ -42,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--mlp-keep", type=keep, help="the same for hidden units; all if left out")
     p.add_argument("--sweep", type=shares, metavar="A,B,C", help="try these for --keep, compare")
-    p.add_argument("--method", choices=METHODS, help="score of a head; taylor if left out")
+    about = f"score of a head: {', '.join(METHODS)}; taylor if left out"
+    p.add_argument("--method", choices=METHODS, metavar="NAME", help=about)
     p.add_argument("--scope", choices=("block", "global"), help="block if left out")
     p.add_argument("--speedup", type=float, help="choose what makes it so many times faster here")
     p.add_argument("--latency-ms", type=float, help="or what makes it take so many milliseconds")
@@ -64,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sequential", action="store_true", help="a slower and better --compensate")
     p.add_argument("--mean-context", action="store_true", help="fold removed means into biases")
     p.add_argument("--pretrained", action="store_true", help="download the weights of --model")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of random weights and noise; 0")
     p.add_argument("--rounds", type=int, default=11, help="timing samples of each model")
     p.add_argument("--overwrite", action="store_true", help="replace a model in --out")
     return p

@@ -206,6 +206,8 @@ def _union(value: Any, options: tuple[Any, ...]) -> Any:
 
 
 def _tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if isinstance(value, Mapping) and get_origin(args[0]) is dict:
+        value = [value]  # one for all
     if not isinstance(value, (list, tuple)):
         raise _BadValue("must be a list such as [1, 2]")
     if len(args) == 2 and args[1] is Ellipsis:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from kdfast.configs.chain import ChainConfig
 from kdfast.configs.folder_kind import chain_kind, view_kind
@@ -101,9 +102,22 @@ def as_key(change: str, kind: Kind) -> str:
     return f"{key}={value}"
 
 
+def absent_data(changes: Sequence[str], kind: Kind) -> list[str]:
+    """The complaint about labelled data of ``--data`` that are not there."""
+    named = _named(changes)
+    if kind is not ChainConfig or not named or Path(named[-1]).expanduser().exists():
+        return []
+    return [f"--data: there is no folder or file {named[-1]}"]
+
+
+def _named(changes: Sequence[str]) -> list[str]:
+    """What ``--data`` names; the last one counts."""
+    return [change.partition("=")[2] for change in changes if change.startswith("--data=")]
+
+
 def data_kind(changes: Sequence[str], kind: Kind) -> list[str]:
     """The kind of what ``--data`` names, as ``data.kind=...``; nothing without the flag."""
-    named = [change.partition("=")[2] for change in changes if change.startswith("--data=")]
+    named = _named(changes)
     if not named:
         return []
     found = chain_kind(named[-1]) if kind is ChainConfig else view_kind(named[-1])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from kdfast.configs.check import check
 from kdfast.configs.cnn_chain import cnn_chain, cnn_chain_digits
 from kdfast.configs.fields import ConfigError, build, keys, plain
 from kdfast.configs.fitting import fit_chain, with_precision
-from kdfast.configs.flags import as_key, data_kind, is_flag
+from kdfast.configs.flags import absent_data, as_key, data_kind, is_flag
 from kdfast.configs.orion50 import (
     orion50,
     orion50_frames,
@@ -58,7 +59,9 @@ def load(source: str, changes: Sequence[str] = (), *, files: bool = True) -> Con
     name = tree.get("name")
     if not isinstance(name, str) or name not in CONFIGS:
         complaint = f"name: must be one of {', '.join(CONFIGS)}, got {name!r}"
-        raise ConfigError([*problems, f"{complaint} (a file ends in .yaml)"])
+        close = difflib.get_close_matches(str(name), CONFIGS, n=1)
+        meant = f"; did you mean {close[0]}?" if close else " (a file ends in .yaml)"
+        raise ConfigError([*problems, f"{complaint}{meant}"])
     kind = type(CONFIGS[name]())
     known = keys(kind)
     reader = _Reader(kind, known, problems)
@@ -71,6 +74,8 @@ def load(source: str, changes: Sequence[str] = (), *, files: bool = True) -> Con
     for key, value in user.items():
         _put(values, key, value)
     config = build(kind, values, problems)
+    if files and "data.kind" not in user:
+        problems += absent_data(changes, kind)
     if config is not None and files:
         config = with_precision(config)
         problems += check(config)
@@ -144,7 +149,7 @@ class _Reader:
         except YamlError as error:
             self.problems.append(f"{key}: not a YAML value: {text[:80]}: {error}")
             return {}
-        return self.flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+        return self.flat({key: value})
 
     def flat(self, tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
         """Dotted keys and values; unknown keys are reported and left out."""
@@ -153,7 +158,7 @@ class _Reader:
             key = f"{prefix}{name}"
             if key not in self.known:
                 self.problems.append(unknown(key, self.kind, self.known))
-            elif isinstance(value, Mapping):
+            elif isinstance(value, Mapping) and any(k.startswith(f"{key}.") for k in self.known):
                 found |= self.flat(value, f"{key}.")
             else:
                 found[key] = value

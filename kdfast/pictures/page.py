@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ DPI = 130
 SIDE = 2.5  # inches of a large panel
 GAP, HEAD, LINE, BAR, BAR_WIDTH = 0.08, 0.42, 0.22, 0.75, 0.12  # inches
 TITLE_LINE = 0.15  # inches that every further line of a title takes
+TITLE_LETTER = 0.068  # inches of a letter of it, on average
 
 
 def picture(seen: Attentions, image: int) -> np.ndarray:
@@ -57,7 +59,7 @@ class Page:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        self.grid, self.title = grid, title
+        self.grid = grid
         self.height = side * grid[0] / grid[1]
         self.bars = sorted({*bars, columns - 1})
         lefts = [
@@ -65,7 +67,8 @@ class Page:
             for at in range(columns)
         ]
         self.width = lefts[-1] + side + GAP + BAR
-        self.head = HEAD + TITLE_LINE * title.count("\n")
+        self.title = self._folded(title)
+        self.head = HEAD + TITLE_LINE * self.title.count("\n")
         self.tall = self.head + lines * (self.height + LINE) + GAP
         self.figure = Figure(figsize=(self.width, self.tall))
         FigureCanvasAgg(self.figure)
@@ -82,6 +85,12 @@ class Page:
         return self.figure.add_axes(
             (left / self.width, bottom / self.tall, width / self.width, height / self.tall)
         )
+
+    def _folded(self, text: str) -> str:
+        """A title in lines that fit beside the colour bar."""
+        room = max(1, int((self.width - BAR) / TITLE_LETTER))
+        lines = (textwrap.wrap(line, room, break_on_hyphens=False) for line in text.splitlines())
+        return "\n".join(piece for line in lines for piece in line)
 
     def subtitle(self, text: str) -> None:
         """The line under the title, which says what is shown."""

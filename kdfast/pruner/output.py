@@ -31,6 +31,7 @@ from kdfast.pruning.latency import Latency
 from kdfast.pruning.latency_goal import Goal, remarks
 from kdfast.pruning.saving import save_pretrained
 from kdfast.pruning.tables import costs, outcome, site_errors
+from kdfast.sources import is_random
 
 FILES = ("model.safetensors", CONFIG, "scores.json", "heads.png", "report.json")
 
@@ -172,6 +173,8 @@ def next_command(work: Work, out: Path) -> str:
     if options.checkpoint is not None:
         words += ["--teacher-checkpoint", options.checkpoint]
     words += ["--pretrained"] * options.pretrained
+    if options.seed and is_random(options.model, options.checkpoint, pretrained=options.pretrained):
+        words += ["--seed", str(options.seed)]
     words += ["--student", str(out), "--data", str(options.data or "PICTURES")]
     if work.judged is not None and work.judged.labels is not None:
         words.append("--labels")

@@ -184,7 +184,10 @@ def draw_sweep(work: Work, points: list[Point], path: Path) -> bool:
         kept = kept.replace(" in every block", "").replace(" in all blocks", "")
         _label(axes, f"keep {p.keep:g}: {kept}", place)
     _label(axes, "original", whole)
-    _frame(axes, [*places, whole], name)
+    ends = [
+        (x + side, y) for (x, y), half in zip(places, spread, strict=True) for side in (-half, half)
+    ]
+    _frame(axes, [*ends, whole], name)
     axes.set_title(f"{shown_name(work.options)}: {name} over latency", fontsize=11)
     axes.set_xlabel(f"median ms of {pictured(points[0].found, work.images)}, with quartiles")
     axes.legend(loc="best", fontsize=8)

@@ -76,7 +76,7 @@ def prepare(options: argparse.Namespace) -> Work:
     with asked(OSError, ValueError, ImportError):
         model = load_model(options.model, options.checkpoint, options.pretrained)
     if is_random(options.model, options.checkpoint, pretrained=options.pretrained):
-        print("note: the weights are random; --pretrained, --checkpoint or a folder has trained")
+        print("note: the weights are random; --pretrained or --checkpoint brings trained ones")
     with asked(TypeError, ValueError):
         anatomy = anatomy_of("kdfast.prune", model)
         size = anatomy.adapter.image_size(model)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -111,7 +112,8 @@ class Feed(Generic[D]):
             )
         self.dataset, self.sampler, self.batch_size = dataset, sampler, batch_size
         self._to_batch, self._counter = to_batch, counter
-        self._loader: DataLoader[Any] = DataLoader(
+        self._make: Callable[[], DataLoader[Any]] = partial(
+            DataLoader,
             dataset,  # type: ignore[arg-type]
             batch_size=batch_size,
             sampler=sampler,
@@ -124,6 +126,7 @@ class Feed(Generic[D]):
             collate_fn=collate,
             worker_init_fn=worker_init,
         )
+        self._loader: DataLoader[Any] = self._make()
 
     def __len__(self) -> int:
         """Whole batches of this process in an epoch."""
@@ -143,6 +146,14 @@ class Feed(Generic[D]):
         count = None if limit is None else math.ceil(limit / together)
         for number, item in enumerate(islice(self._loader, count), done):
             yield self._to_batch(item, epoch, number)
+
+    def close(self) -> None:
+        """End the loader's processes; ``batches`` starts new ones.
+
+        Left to the collector of cycles, which ends their queues first, each would be waited for
+        for five seconds.
+        """
+        self._loader = self._make()
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted so far, for a checkpoint."""

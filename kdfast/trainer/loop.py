@@ -99,6 +99,7 @@ class Loop:
         finally:
             self.display.close()
             self.records.close()
+            job.feed.close()
             if self.main:
                 draw_curves(job)
             if scaler is not None:
