@@ -10,6 +10,7 @@ from typing import Any
 from kdfast.chain.links import Link
 from kdfast.configs import plain
 from kdfast.configs.chain import ChainConfig, per_link
+from kdfast.configs.fields import defaults_of
 from kdfast.data.labelled import Classification
 from kdfast.resolve import file_name
 from kdfast.trainer.state import identity
@@ -22,6 +23,8 @@ FREE = (
     *("stage", "seeds", "vary", "twin", "chain", "model_args", "init", "batch", "epochs"),
     "vram_gib",
 )
+# What a recipe of an older version may lack.
+DEFAULTS = defaults_of(ChainConfig)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from pathlib import Path
 
 from kdfast.commandline.models import MODEL_HELP
@@ -81,7 +82,9 @@ def names(text: str) -> list[str]:
     """Names of candidates, separated by commas."""
     found = text.split(",")
     if unknown := [name for name in found if name not in CANDIDATES]:
+        close = difflib.get_close_matches(unknown[0], CANDIDATES, n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
         raise argparse.ArgumentTypeError(
-            f"must be of {', '.join(CANDIDATES)}, got {', '.join(map(repr, unknown))}"
+            f"must be of {', '.join(CANDIDATES)}, got {', '.join(map(repr, unknown))}{meant}"
         )
     return found
