@@ -46,8 +46,8 @@ FIXES = {
 }
 # Columns before what is said of a need, and its further lines that are shown.
 INDENT, SHOWN = 36, 5
-# Columns that a text gets at least.
-MIN_WIDTH = 30
+# Columns that a text gets at least, and those of a file.
+MIN_WIDTH, FILE = 30, 100_000
 Rows = list[tuple[str, str]]
 
 
@@ -212,7 +212,7 @@ def _needs(source: str, changes: Sequence[str]) -> list[Need]:
             for key, text in pairs
         ]
     if config.note:
-        print(f"  note    {config.note}")
+        _print_row("  note    ", config.note)
     if isinstance(config, ChainConfig):
         if missing := package_need(CHAIN_MODULES):
             return [missing]
@@ -220,7 +220,8 @@ def _needs(source: str, changes: Sequence[str]) -> list[Need]:
 
         return chain_needs(config)
     if config.note:
-        print("          to run on your own: --set teacher.checkpoint=FILE --set data.root=FOLDER")
+        own = "to run on your own: --set teacher.checkpoint=FILE --set data.root=FOLDER"
+        _print_row(" " * 10, own)
     from kdfast.recovery.needs import recovery_needs
 
     return recovery_needs(config)
@@ -233,8 +234,9 @@ def _print(title: str, rows: Rows) -> None:
 
 
 def _print_row(head: str, text: str) -> None:
-    """A text beside its name, in as many lines of the terminal as it takes."""
-    width = max(MIN_WIDTH, shutil.get_terminal_size().columns - 1 - len(head))
+    """A text beside its name, in as many lines of the terminal as it takes; in files in one."""
+    columns = shutil.get_terminal_size(fallback=(FILE, 0)).columns
+    width = max(MIN_WIDTH, columns - 1 - len(head))
     lines = [piece for line in text.splitlines() for piece in _pieces(line, width)]
     print(f"\n{'':{len(head)}}".join([head + "".join(lines[:1]), *lines[1:]]))
 

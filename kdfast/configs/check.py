@@ -78,7 +78,7 @@ def _check_frames(config: Config) -> list[str]:
         if absent:
             found.append(
                 f"data.root: {data.root} must hold {', '.join(absent)}; make them with "
-                f"`python -m kdfast.data infos --root {data.root}`"
+                f"`kdfast data infos --root {data.root}`"
             )
     if data.cache:
         found.append("data.cache: not for data.kind frames, got true")

@@ -77,6 +77,6 @@ def _frames(config: Config) -> Need:
     try:
         frames = {split: len(OrionFrames(root, split=split)) for split in ("train", "val")}
     except (OSError, ValueError) as error:
-        return Need("data", str(error), f"python -m kdfast.data check --root {root}")
+        return Need("data", str(error), f"kdfast data check --root {root}")
     counts = " and ".join(f"{count:,} {split}" for split, count in frames.items())
     return Need("data", f"frames in {root}: {counts}, six images each")

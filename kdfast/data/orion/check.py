@@ -146,7 +146,7 @@ def _infos(root: Path, split: str) -> Finding:
         lights = "with" if infos.has_lights else "without"
         return f"{len(infos)} frames of {len(infos.clips)} clips, {lights} states of traffic lights"
 
-    return _opened(f"infos {split}", look, f"python -m kdfast.data infos --root {root}")
+    return _opened(f"infos {split}", look, f"kdfast data infos --root {root}")
 
 
 def _absent_pictures(root: Path, infos: Infos) -> list[str]:
@@ -169,7 +169,7 @@ def _maps(root: Path) -> Finding:
 
     remedy = (
         f"download the maps (Hugging Face: rethinklab/Bench2Drive-Map) into {root / 'maps'}, then "
-        f"python -m kdfast.data infos --root {root}"
+        f"kdfast data infos --root {root}"
     )
     return _opened("maps", look, remedy)
 
