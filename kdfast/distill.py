@@ -105,8 +105,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     from kdfast.configs.fields import ConfigError
 
     saved = {} if args.config is None else saved_options(args.config, resume=args.resume)
-    for name in MODELS:
-        setattr(args, name, getattr(args, name) or saved.pop(name, None))
+    take_models(args, saved)
     if missing := [name for name in REQUIRED if getattr(args, name) is None]:
         raise ConfigError([f"{name}: must be given" for name in missing])
     names = (*NUMBERS, *WORDS, *TERMS)
@@ -121,6 +120,16 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         if given:
             found[name] = value
     return found
+
+
+def take_models(args: argparse.Namespace, saved: dict[str, Any]) -> None:
+    """Moves models and data from the saved options to ``args``, where it names none."""
+    told = {name: saved.pop(name, None) for name in MODELS}
+    for which in ("teacher", "student"):
+        if getattr(args, which) is not None:
+            told[f"{which}_checkpoint"] = None  # of the model that was named there
+    for name, value in told.items():
+        setattr(args, name, getattr(args, name) or value)
 
 
 def saved_options(path: str, *, resume: bool) -> dict[str, Any]:
@@ -139,9 +148,7 @@ def saved_options(path: str, *, resume: bool) -> dict[str, Any]:
 
     found = read_tree(path)
     if "name" in found or "student" not in found:
-        raise ConfigError(
-            [f"config: {path} is of no distillation; try kdfast train --config {path}"]
-        )
+        raise ConfigError([f"config: {path} is that of another run; try kdfast train --config"])
     own = own_output(path) if resume else None
     return found if own is None else {**found, "output": own, "max_steps": None}
 

@@ -206,7 +206,7 @@ def untouched(student: nn.Module, teacher: nn.Module) -> tuple[int, int]:
         for name, tensor in student.state_dict().items()
         if tensor.ndim > 1 and name in theirs and theirs[name].shape == tensor.shape
     ]
-    return sum(torch.equal(a, b) for a, b in both), len(both)
+    return sum(a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu()) for a, b in both), len(both)
 
 
 class _Output(NamedTuple):

@@ -78,7 +78,8 @@ def _normalisation(own: Mapping[str, Any]) -> dict[str, Any]:
 
 def _geometry(own: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    if (resample := own.get("resample")) in _RESAMPLE:
+    resample = own.get("resample")
+    if isinstance(resample, int) and resample in _RESAMPLE:
         found["interpolation"] = _RESAMPLE[resample]
     size, crop = (_sides(name, own.get(name)) for name in ("size", "crop_size"))
     if own.get("do_center_crop") and crop is not None:

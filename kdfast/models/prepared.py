@@ -33,8 +33,8 @@ def input_config(model: nn.Module) -> dict[str, Any]:
         if getattr(embed, "img_size", None) is not None:
             config = {**config, "input_size": (3, *embed.img_size), "crop_pct": 1.0}
         return config
-    if hasattr(config_of := getattr(model, "config", None), "model_type"):
-        return pictures_config(config_of)
+    if hasattr(own := getattr(model, "config", None), "model_type"):
+        return pictures_config(own)
     if isinstance(model, EVAViT):
         side: Any = int(model.config["img_size"]) // model.patch_size * model.patch_size
     else:

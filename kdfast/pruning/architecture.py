@@ -19,7 +19,6 @@ from torchvision.models import VisionTransformer
 from kdfast._version import __version__
 from kdfast.machine.weights import FLOATS
 from kdfast.models.eva import EVAViT
-from kdfast.models.image_processor import KEPT, check_pictures
 from kdfast.models.timm_args import check_timm, preprocessing
 from kdfast.nn.accelerate import accelerate_layers, has_fast_layers
 from kdfast.nn.attention import FusedAttention, qualified_name
@@ -244,7 +243,6 @@ def transformers_class(name: object) -> Any:
 def _build_transformers(config: Mapping[str, Any], section: Mapping[str, Any]) -> nn.Module:
     kind = transformers_class(section["class"])
     own = {name: value for name, value in config.items() if name != "kdfast"}
-    check_pictures(own.get(KEPT))
     return _shrunk(HfAdapter(), kind(kind.config_class.from_dict(own)), section)
 
 

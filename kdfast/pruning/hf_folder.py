@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kdfast.machine.bounded import bounded, check_counts
 from kdfast.machine.weights import weight_problems
-from kdfast.models.image_processor import FILES, KEPT, pictures_of
+from kdfast.models.image_processor import FILES, KEPT, check_pictures, pictures_of
 from kdfast.pruning.architecture import transformers_class
 from kdfast.pruning.folder import (
     CONFIG,
@@ -46,6 +46,7 @@ def check_transformers(folder: Path, config: Mapping[str, Any]) -> dict[str, Any
             f"load_pretrained: {folder} holds an adapter, which belongs to a model elsewhere; "
             f"merge it and save the whole model"
         )
+    check_pictures(config.get(KEPT))
     kept: dict[str, Any] = _without_files(folder / CONFIG, config)
     return kept
 
