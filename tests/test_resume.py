@@ -154,7 +154,7 @@ def test_refuses_another_recipe(
     assert main([*words(folder, teachers, "run.max_steps=2"), "--resume"]) == 0
     saved = load(str(folder / "config.yaml"))
     assert isinstance(saved, Config) and saved.run.max_steps == 2
-    # The command of the error needs nothing else, wherever the folder has gone, and runs to the end.
+    # The command of the error needs nothing else, wherever the folder is, and runs to the end.
     moved = folder.rename(tmp_path / "moved")
     assert main(["--config", str(moved / "config.yaml"), "--resume"]) == 0
     saved = load(str(moved / "config.yaml"))
