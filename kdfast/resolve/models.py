@@ -208,7 +208,8 @@ def _of_folder(folder: Path, flag: str) -> nn.Module:
         raise SourceError(f"{flag}: {str(error).removeprefix('load_pretrained: ')}") from error
     if not isinstance(found, EVAViT) and (word := guessed(getattr(found, "config", None))):
         LOG.warning("note: %s: %s", folder, word)
-    return found  # type: ignore[no-any-return]
+    model: nn.Module = found
+    return model
 
 
 def _of_file(path: Path, flag: str, flags: Flags) -> nn.Module:
