@@ -16,14 +16,16 @@ import numpy
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 
 import kdfast
+from kdfast.commandline.distill import parser
 from kdfast.configs import ConfigError
 from kdfast.configs.distil import DistilConfig
 from kdfast.data.files import CorruptDataError
-from kdfast.distill import fit_classes, main, parser
+from kdfast.distill import fit_classes, main
 from kdfast.distillation.pictures import build_pictures, class_numbers, list_pictures
 from kdfast.machine.signals import Interrupted
 from kdfast.nn.attention import FusedAttention
@@ -109,7 +111,7 @@ def test_a_run_and_everything_that_it_leaves(tmp_path: Path, pictures: Path) -> 
     assert teacher_row["quality"] == pytest.approx({"cosine": 1, "agreement": 1})
     assert after["quality"]["cosine"] > before["quality"]["cosine"]
     assert report["cut"] and report["terms"] == {"logits": 1.0, "feature": 0.5, "attention": 0.1}
-    assert (after["heads"], teacher_row["heads"]) == (3, 6) and after["gflop"] > 0
+    assert (after["heads"], teacher_row["heads"]) == (3, 6) and after["gmac"] > 0
     rows = read_rows(result.folder / "epochs.csv")
     assert len(rows) == 4 and float(rows[-1]["cosine"]) == pytest.approx(
         after["quality"]["cosine"], rel=1e-5
@@ -363,13 +365,19 @@ def test_command_line(
     call = [*folders, "--data", str(pictures), "--out", str(out), "--epochs", "1"]
     call += ["--batch-size", "4", "--lr", "1e-3", "--attention", "0.3", "--labels"]
     assert main([*call, "--max-steps", "2"]) == 0
-    assert "resume goes on" in capsys.readouterr().out and not (out / "student").exists()
+    assert "; --resume goes on" in capsys.readouterr().out and not (out / "student").exists()
     assert main([*call, "--resume"]) == 0
     shown = capsys.readouterr().out
     assert "attention, weight 0.3" in shown and str(out / "student") in shown
     held = [len(reader.heads) for reader in kdfast.load_pretrained(out / "student").modules()
             if isinstance(reader, FusedAttention)]  # fmt: skip
     assert held == [2, 1]
+    # With other options it is refused, and the run's own config has all of them.
+    assert main([*call, "--lr", "2e-3", "--resume"]) == 2
+    own = ["--config", str(out / "config.yaml"), "--resume"]
+    assert capsys.readouterr().err.rstrip().endswith(" ".join(own))
+    assert main(own) == 0
+    assert str(out / "student") in capsys.readouterr().out
     # The student is a model for every command, this one too.
     more = ["--teacher", folders[1], "--student", str(out / "student"), "--data", str(pictures)]
     assert main([*more, "--out", str(tmp_path / "two"), "--epochs", "1", "--batch-size", "4"]) == 0
@@ -406,6 +414,25 @@ def test_errors_of_the_command_line(
     assert message in captured.err and not out.exists()
 
 
+def test_a_config_without_resume_begins_anew(
+    tmp_path: Path, pictures: Path, folders: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    call = [*folders, "--data", str(pictures), "--out", str(out), "--no-augment", "--labels"]
+    assert main([*call, "--batch-size", "4", "--max-steps", "1"]) == 0
+    config = ["--config", str(out / "config.yaml")]
+    assert main([*config, "--max-steps", "2", "--lr", "1e-3"]) == 0
+    again = yaml.safe_load((tmp_path / "run-2" / "config.yaml").read_text())
+    assert (again["lr"], again["labels"], again["augment"]) == (1e-3, True, False)
+    assert (again["student"], again["data"]) == (folders[3], str(pictures))
+    assert main(["--config", str(tmp_path / "none.yaml")]) == 2
+    assert "error: --config: no such file" in capsys.readouterr().err
+    other = tmp_path / "other.yaml"
+    other.write_text("name: smoke\n")
+    assert main(["--config", str(other)]) == 2
+    assert "is that of another run; try kdfast train --config" in capsys.readouterr().err
+
+
 def test_a_student_by_name_gets_the_teachers_classes(
     tmp_path: Path, pictures: Path, folders: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -437,7 +464,7 @@ def test_the_command_line_names_every_option_and_needs_no_torch() -> None:
     for name in DistilConfig.__dataclass_fields__:
         assert renamed.get(name, name) in known
     code = (
-        "import sys, kdfast.distill as d; d.parser().format_help();"
+        "import sys, kdfast.distill, kdfast.commandline.distill as d; d.parser().format_help();"
         "assert not {'timm', 'accelerate', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

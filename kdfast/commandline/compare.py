@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from pathlib import Path
 
 from kdfast.commandline.models import MODEL_HELP
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", required=True, metavar="NAME|DIR|FILE", help=MODEL_HELP)
     add("--checkpoint", metavar="FILE", help="weights for the name in --model")
     add("--pretrained", action="store_true", help="download the weights of --model")
-    add("--data", type=Path, metavar="DIR", help="your pictures; rendered scenes if left out")
+    add("--data", type=Path, metavar="DIR", help="your pictures [rendered scenes]")
     add("--pictures", type=int, default=16, help="to agree on [16]")
     add("--prune", type=float, default=0.5, metavar="SHARE", help="of heads removed; 0: none [0.5]")
     add("--pruned", metavar="PATH", help="a pruned model, saved, in place of --prune")
@@ -81,7 +82,9 @@ def names(text: str) -> list[str]:
     """Names of candidates, separated by commas."""
     found = text.split(",")
     if unknown := [name for name in found if name not in CANDIDATES]:
+        close = difflib.get_close_matches(unknown[0], CANDIDATES, n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
         raise argparse.ArgumentTypeError(
-            f"must be of {', '.join(CANDIDATES)}, got {', '.join(map(repr, unknown))}"
+            f"must be of {', '.join(CANDIDATES)}, got {', '.join(map(repr, unknown))}{meant}"
         )
     return found

@@ -241,6 +241,7 @@ def describe_classification(
     size: int,
     seed: int,
     val_fraction: float = 0.1,
+    verify: bool = True,
 ) -> str:
     """One line about a set: its splits and classes; no picture of a folder is decoded.
 
@@ -251,6 +252,7 @@ def describe_classification(
         size: Side of the items.
         seed: Seed of the split.
         val_fraction: Part of train that becomes val.
+        verify: As in ``build_classification``.
 
     Raises:
         FileNotFoundError: Data is missing; the message says how to get it.
@@ -259,7 +261,7 @@ def describe_classification(
     """
     kind = _member(kind, subset)
     _check(kind, size, val_fraction, None, 1, 0)
-    raw = _READERS[kind](root, size, True)
+    raw = _READERS[kind](root, size, verify)
     parts = split(raw, seed=seed, val=val_fraction, test=_test_fraction(raw, None, val_fraction))
     counts = [f"{len(part):,} {name}" for part, name in zip(parts, _SPLITS, strict=True)]
     return f"{raw.name}: {', '.join(counts)}; {len(raw.classes)} classes, {raw.task}"
