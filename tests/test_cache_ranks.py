@@ -79,6 +79,15 @@ def files(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the processes: sums have one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")

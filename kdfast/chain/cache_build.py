@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +86,21 @@ def fill(work: Work, directory: Path, key: dict[str, Any], layout: Layout) -> No
     """
     writer, ranks = Writer(directory, key, layout), work.ranks
     # One process alone may stop anywhere, several only together.
-    signals = noting() if ranks.world > 1 else nullcontext(None)
-    with _opened(writer, ranks), _Frozen(work.teacher, work.device) as call, signals as caught:
+    alone: AbstractContextManager[Signals | None] = nullcontext()
+    signals = noting() if ranks.world > 1 else alone
+    with _opened(writer, ranks), _Frozen(work.teacher, work.device) as call, signals as noted:
         _take_over(writer, ranks, lambda: (Written(p.name, 0) for p in left_behind(writer)))
-        for _ in range(PASSES):
+        for done in count():
             plan = ranks.by_main(lambda: _plan(writer, work.batch_size))
             if not plan.left:
                 break
-            written = _fill_once(work, writer, plan, call, caught)
-            _take_over(writer, ranks, lambda found=written: found)  # type: ignore[misc]
-        else:
-            raise ValueError(
-                f"teacher cache: {plan.left} batches of rows in {writer.partial} were damaged on "
-                f"their way to the disk {PASSES} times; check the disk or name another folder"
-            )
+            if done == PASSES:
+                raise ValueError(
+                    f"teacher cache: {plan.left} batches in {writer.partial} were damaged on their "
+                    f"way to the disk {PASSES} times; check the disk or name another folder"
+                )
+            written = _fill_once(work, writer, plan, call, noted)
+            _take_over(writer, ranks, partial(iter, written))
         ranks.by_main(writer.finish)
 
 
@@ -111,11 +114,18 @@ def _opened(writer: Writer, ranks: Ranks) -> Iterator[None]:
             return writer.token
 
         token = ranks.by_main(enter)
-        ranks.shared(lambda: None if ranks.main else require_seen(writer.directory, token))
+
+        def seen() -> None:
+            if not ranks.main:
+                require_seen(writer.directory, token)
+
+        ranks.shared(seen)
         yield
 
 
-def _take_over(writer: Writer, ranks: Ranks, shards: Callable[[], Any]) -> None:
+def _take_over(
+    writer: Writer, ranks: Ranks, shards: Callable[[], Iterator[Written]]
+) -> None:
     """Move the rows of shards into the cache, while the other processes wait step by step."""
 
     def rows() -> Iterator[int]:
@@ -149,9 +159,9 @@ class _Plan:
 
     def batches(self, size: int) -> NDArray[np.int64]:
         """Numbers of the batches."""
-        count = math.ceil(self.layout.length * self.layout.variants / size)
+        whole = math.ceil(self.layout.length * self.layout.variants / size)
         bits = np.frombuffer(self.flags, np.uint8)
-        return np.flatnonzero(np.unpackbits(bits, count=count))
+        return np.flatnonzero(np.unpackbits(bits, count=whole))
 
 
 def _plan(writer: Writer, size: int) -> _Plan:
@@ -180,8 +190,8 @@ def _fill_once(
     """Compute the batches of a plan; the shards that hold what is not in the cache yet."""
     ranks, layout = work.ranks, plan.layout
     mine = _Batches(plan.batches(work.batch_size)[ranks.rank :: ranks.world], work, layout)
-    rows = len(mine) * work.batch_size
-    shard = Shard(writer.directory, writer.key, layout, rank=ranks.rank, rows=rows)
+    most = len(mine) * work.batch_size
+    shard = Shard(writer.directory, writer.key, layout, rank=ranks.rank, rows=most)
     sink: Writer | Shard = writer if ranks.main else shard
     steps = _steps(work, mine)
 
@@ -197,7 +207,7 @@ def _fill_once(
             answers = ranks.shared(step)
             if caught := max(caught for _, caught in answers):
                 raise Interrupted(caught)
-            done += sum(count for count, _ in answers)
+            done += sum(rows for rows, _ in answers)
             if work.progress is not None:
                 work.progress(done, total)
     except BaseException:

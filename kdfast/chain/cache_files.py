@@ -203,9 +203,10 @@ class Writer:
             ValueError: They are not finite, or not of this shape.
         """
         layout = with_classes(self.layout, pairs, logits)
+        rows = checked_rows(pairs, logits, layout)
         if not self._arrays:
             self._create(layout)
-        self.put(checked_rows(pairs, logits, layout))
+        self.put(rows)
 
     def put(self, rows: NDArray[Any]) -> None:
         """Write rows (B,) of ``checked_rows``."""

@@ -12,6 +12,7 @@ B rows.
 from __future__ import annotations
 
 import os
+import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast.chain.cache_files import FLUSH, LOCK, SHARDS, Writer, meta_of, partial_of
-from kdfast.chain.cache_rows import SUMS, Layout, checked_rows, row_type, sums_of, with_classes
+from kdfast.chain.cache_rows import (
+    PLACE,
+    SUMS,
+    Layout,
+    checked_rows,
+    row_type,
+    sums_of,
+    with_classes,
+)
 from kdfast.machine.disk import require_room, room_for
 from kdfast.machine.files import sync
 
@@ -32,7 +41,8 @@ TAKEN = 1 << 16
 # Seconds in which a file that one machine wrote must be seen by another: caches of network
 # filesystems may hold an older state of a folder for so long.
 SEEN = 60.0
-_HEAD = np.dtype([("cache", "<u4"), ("bytes", "<u4")])
+# Checksum of the cache's description, bytes of a row.
+_HEAD = struct.Struct("<II")
 
 
 @dataclass(frozen=True)
@@ -89,8 +99,7 @@ class Shard:
         require_room(self.path, self.expected * row_type(self.layout).itemsize)
         # The first process has removed those of earlier builds: another one here is an error.
         self._file = self.path.open("xb")
-        head = np.array([_head(self.key, self.layout)], _HEAD)
-        self._file.write(head.tobytes())
+        self._file.write(_head(self.key, self.layout))
 
     def _flush(self) -> None:
         self._file.flush()
@@ -106,8 +115,8 @@ class Shard:
         return Written(self.path.name, self.rows)
 
 
-def _head(key: dict[str, Any], layout: Layout) -> tuple[int, int]:
-    return meta_of(key, layout)["sum"], row_type(layout).itemsize
+def _head(key: dict[str, Any], layout: Layout) -> bytes:
+    return _HEAD.pack(meta_of(key, layout)["sum"], row_type(layout).itemsize)
 
 
 def take(writer: Writer, path: Path) -> Iterator[int]:
@@ -124,13 +133,13 @@ def take(writer: Writer, path: Path) -> Iterator[int]:
     """
     layout = writer.layout
     with path.open("rb") as file:
-        head = np.frombuffer(file.read(_HEAD.itemsize), np.uint8)
-        known = layout.classes and head.size == _HEAD.itemsize
-        if known and head.view(_HEAD)[0].item() == _head(writer.key, layout):
+        head = file.read(_HEAD.size)
+        if layout.classes and head == _head(writer.key, layout):
             kind = row_type(layout)
             while part := file.read(TAKEN * kind.itemsize):
                 rows = np.frombuffer(part, kind, len(part) // kind.itemsize)
-                writer.put(rows := rows[_whole(rows, layout)])
+                rows = rows[_whole(rows, layout)]
+                writer.put(rows)
                 yield len(rows)
     # First the rows are on the disk, then their copy goes.
     writer.flush()
@@ -139,7 +148,7 @@ def take(writer: Writer, path: Path) -> Iterator[int]:
 
 def _whole(rows: NDArray[Any], layout: Layout) -> NDArray[np.bool_]:
     """Which rows (B,) are what was written."""
-    inside = (rows["place"] >= 0) & (rows["place"] < layout.variants * layout.length)
+    inside = (rows[PLACE] >= 0) & (rows[PLACE] < layout.variants * layout.length)
     good: NDArray[np.bool_] = inside & (rows[SUMS] == sums_of(rows, layout))
     return good
 
@@ -193,11 +202,12 @@ def require_whole(directory: Path, written: Written) -> None:
         if not path.is_file():
             return False
         with path.open("rb") as file:  # opening asks a network filesystem for its newest state
-            head = np.frombuffer(file.read(_HEAD.itemsize), np.uint8)
-            if head.size < _HEAD.itemsize:
-                return False
+            head = file.read(_HEAD.size)
             size = os.fstat(file.fileno()).st_size
-        return size >= _HEAD.itemsize + written.rows * int(head.view(_HEAD)[0]["bytes"])
+        if len(head) < _HEAD.size:
+            return False
+        _, each = _HEAD.unpack(head)
+        return size >= _HEAD.size + written.rows * int(each)
 
     if written.rows and not eventually(whole):
         raise ValueError(not_shared(directory))
