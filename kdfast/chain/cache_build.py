@@ -123,9 +123,7 @@ def _opened(writer: Writer, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _take_over(
-    writer: Writer, ranks: Ranks, shards: Callable[[], Iterator[Written]]
-) -> None:
+def _take_over(writer: Writer, ranks: Ranks, shards: Callable[[], Iterator[Written]]) -> None:
     """Move the rows of shards into the cache, while the other processes wait step by step."""
 
     def rows() -> Iterator[int]:
