@@ -46,6 +46,7 @@ def main(folder: Path, out: Path, epochs: int = EPOCHS, **model: Any) -> tuple[f
     run = kdfast.distil(
         student, teacher, folder, output=str(out), epochs=epochs, lr=LR, batch_size=BATCH
     )
+    assert run is not None  # only max_steps ends a run before its results
     scores.plot(run.folder / "heads.png", kept=kept)
     _, before, after = (line.quality["cosine"] for line in run.lines)
     print(f"cosine to the original, pictures held out: {before:.4f} pruned, {after:.4f} distilled")

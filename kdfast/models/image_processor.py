@@ -66,11 +66,11 @@ def _normalisation(own: Mapping[str, Any]) -> dict[str, Any]:
     elif "rescale_factor" in own:
         scale = 255 * _number("rescale_factor", own["rescale_factor"])
     if own.get("do_normalize", True) is False:
-        mean, std = (0.0,) * 3, (1.0,) * 3
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     elif own.get("image_mean") is None or own.get("image_std") is None:
         return {}
     else:
-        mean, std = (_three(name, own[name]) for name in ("image_mean", "image_std"))
+        mean, std = _three("image_mean", own["image_mean"]), _three("image_std", own["image_std"])
     if scale <= 0 or min(std) <= 0:
         raise ValueError("rescale_factor and image_std must be above 0")
     return {"mean": [x / scale for x in mean], "std": [x / scale for x in std]}
@@ -114,13 +114,14 @@ def _sides(name: str, value: Any) -> list[int] | None:
     return sides
 
 
-def _three(name: str, value: Any) -> tuple[float, ...]:
+def _three(name: str, value: Any) -> tuple[float, float, float]:
     values = value if isinstance(value, list) else [value] * 3
     if len(values) == 1:
         values = values * 3
     if len(values) != 3:
         raise ValueError(f"{name} must be three numbers, got {value!r:.80}")
-    return tuple(_number(name, x) for x in values)
+    first, second, third = (_number(name, x) for x in values)
+    return first, second, third
 
 
 def _number(name: str, value: Any) -> float:
