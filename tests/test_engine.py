@@ -419,7 +419,7 @@ def test_defaults_of_configs_are_those_of_their_classes() -> None:
     assert defaults_of(DistilConfig) == plain(DistilConfig())
     found = defaults_of(Config)
     assert "name" not in found and found["run"] == plain(RunConfig())
-    assert "chain" not in defaults_of(ChainConfig)
+    assert "name" not in defaults_of(ChainConfig)
 
 
 def test_frozen_module_is_hidden() -> None:

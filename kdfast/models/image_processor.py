@@ -65,14 +65,16 @@ def _normalisation(own: Mapping[str, Any]) -> dict[str, Any]:
         scale = 255.0  # it takes what the file holds
     elif "rescale_factor" in own:
         scale = 255 * _number("rescale_factor", own["rescale_factor"])
+    if scale <= 0:
+        raise ValueError(f"rescale_factor must be above 0, got {own['rescale_factor']!r:.80}")
     if own.get("do_normalize", True) is False:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     elif own.get("image_mean") is None or own.get("image_std") is None:
         return {}
     else:
         mean, std = _three("image_mean", own["image_mean"]), _three("image_std", own["image_std"])
-    if scale <= 0 or min(std) <= 0:
-        raise ValueError("rescale_factor and image_std must be above 0")
+    if min(std) <= 0:
+        raise ValueError(f"image_std must be above 0, got {own['image_std']!r:.80}")
     return {"mean": [x / scale for x in mean], "std": [x / scale for x in std]}
 
 
@@ -138,11 +140,10 @@ def check_pictures(kept: Any) -> None:
     if not isinstance(kept, Mapping) or not set(kept) <= known:
         raise ValueError(f"{KEPT} must have keys of {', '.join(sorted(known))}, got {kept!r:.200}")
     for name in {"mean", "std"} & set(kept):
-        if name == "std" and min(_three(name, kept[name])) <= 0:
+        if min(_three(f"{KEPT}: {name}", kept[name])) <= 0 and name == "std":
             raise ValueError(f"{KEPT}: std must be above 0, got {kept[name]!r:.80}")
-        _three(name, kept[name])
-    _sides("size", kept.get("size"))
-    if not 0 < _number("crop_pct", kept.get("crop_pct", 1.0)) <= 1:
+    _sides(f"{KEPT}: size", kept.get("size"))
+    if not 0 < _number(f"{KEPT}: crop_pct", kept.get("crop_pct", 1.0)) <= 1:
         raise ValueError(f"{KEPT}: crop_pct must be above 0 and at most 1")
     for name, words in (
         ("crop_mode", ("center", "squash")),
