@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -142,7 +142,8 @@ class Writer:
         """Take the lock and continue what an interrupted build left."""
         self.partial.mkdir(parents=True, exist_ok=True)
         # Not emptied before it is ours: another writer's token may stand in it.
-        self._lock: TextIO = (self.partial / LOCK).open("a")
+        # Without a buffer, which a full disk would keep from being closed.
+        self._lock: BinaryIO = (self.partial / LOCK).open("ab", buffering=0)
         try:
             # The system gives it back when the process dies, however it dies.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,9 +153,9 @@ class Writer:
                 f"teacher cache: {self.directory} is being built by another process"
             ) from error
         try:
-            self._lock.truncate(0)
-            self._lock.write(self.token)
-            self._lock.flush()
+            with room_for(self.partial / LOCK):
+                self._lock.truncate(0)
+                self._lock.write(self.token.encode())
             clear_partials(self.partial)
             self._continue()
         except BaseException:
