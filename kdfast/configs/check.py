@@ -26,7 +26,7 @@ def _check_recovery(config: Config) -> list[str]:
     elif config.distill.vl:
         found.append(f"distill.vl: needs the heads of data.kind frames, got {data.kind}")
     if teacher.checkpoint is not None and not _is_model(teacher.checkpoint, data.kind):
-        found.append(f"teacher.checkpoint: {_no_model(teacher.checkpoint)}")
+        found.append(f"teacher.checkpoint: {_no_model(teacher.checkpoint, data.kind)}")
     if teacher.checkpoint is None and (shape := teacher.shape()):
         names = ", ".join(f"teacher.{name}" for name in shape)
         found.append(f"{names}: describe a teacher.checkpoint, got none")
@@ -55,10 +55,11 @@ def _is_model(checkpoint: str, kind: str) -> bool:
     return path.is_file() or (kind != "frames" and (path / "config.json").is_file())
 
 
-def _no_model(checkpoint: str) -> str:
+def _no_model(checkpoint: str, kind: str) -> str:
     """What is wrong with a teacher that ``_is_model`` refuses."""
     if Path(checkpoint).expanduser().is_dir():
-        return f"must be a file with ORION's heads, got the folder {checkpoint}"
+        wanted = "a file with ORION's heads" if kind == "frames" else "a file or a saved model"
+        return f"must be {wanted}, got the folder {checkpoint}"
     return f"no such file: {checkpoint}"
 
 
