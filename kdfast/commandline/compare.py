@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from pathlib import Path
 
 from kdfast.commandline.models import MODEL_HELP
 from kdfast.commandline.parser import Parser
+from kdfast.machine.spelling import did_you_mean
 
 DESCRIPTION = """Runs one model in every way that people pick for inference on a CPU, and says how
 fast each is, what it takes and how far its answers are from the original's.
@@ -82,9 +82,8 @@ def names(text: str) -> list[str]:
     """Names of candidates, separated by commas."""
     found = text.split(",")
     if unknown := [name for name in found if name not in CANDIDATES]:
-        close = difflib.get_close_matches(unknown[0], CANDIDATES, n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
         raise argparse.ArgumentTypeError(
-            f"must be of {', '.join(CANDIDATES)}, got {', '.join(map(repr, unknown))}{meant}"
+            f"must be of {', '.join(CANDIDATES)}, got {', '.join(map(repr, unknown))}"
+            f"{did_you_mean(unknown[0], CANDIDATES)}"
         )
     return found

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from kdfast.configs.synonyms import Kind, unknown
 from kdfast.configs.vit_chain import cifar10, vit_chain, vit_chain_digits
 from kdfast.configs.yaml_file import YamlError, read_tree, read_yaml
 from kdfast.machine.files import write_text
+from kdfast.machine.spelling import did_you_mean
 
 CONFIGS: dict[str, Callable[[], Config | ChainConfig]] = {
     f.__name__: f
@@ -60,8 +60,7 @@ def load(source: str, changes: Sequence[str] = (), *, files: bool = True) -> Con
     name = tree.get("name")
     if not isinstance(name, str) or name not in CONFIGS:
         complaint = f"name: must be one of {', '.join(CONFIGS)}, got {name!r}"
-        close = difflib.get_close_matches(str(name), CONFIGS, n=1)
-        meant = f"; did you mean {close[0]}?" if close else " (a file ends in .yaml)"
+        meant = did_you_mean(str(name), CONFIGS) or " (a file ends in .yaml)"
         raise ConfigError([*problems, f"{complaint}{meant}"])
     kind = type(CONFIGS[name]())
     known = keys(kind)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import random
@@ -27,6 +26,7 @@ from kdfast.data.labelled.embedded import read_digits, read_fashion_mnist, read_
 from kdfast.data.labelled.parquet import read_parquet
 from kdfast.data.labelled.pictures import Store
 from kdfast.data.labelled.raw import Raw, split
+from kdfast.machine.spelling import did_you_mean
 
 Item = dict[str, Any]
 
@@ -295,8 +295,7 @@ def _check(
     memory: float,
 ) -> None:
     if kind not in _READERS:
-        close = difflib.get_close_matches(kind.lower(), KINDS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(kind.lower(), KINDS)
         raise ValueError(f"kind: must be one of {', '.join(KINDS)}, got {kind!r}{hint}")
     if size < 8:
         raise ValueError(f"size: must be 8 or more, got {size}")
