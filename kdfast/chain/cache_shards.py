@@ -209,5 +209,5 @@ def require_whole(directory: Path, written: Written) -> None:
         _, each = _HEAD.unpack(head)
         return size >= _HEAD.size + written.rows * int(each)
 
-    if written.rows and not eventually(whole):
+    if not eventually(whole):
         raise ValueError(not_shared(directory))
