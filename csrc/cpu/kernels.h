@@ -12,6 +12,7 @@
 #include "cpu/isa/attention_entropy.h"
 #include "cpu/isa/feature_loss.h"
 #include "cpu/isa/kd_loss.h"
+#include "cpu/isa/layer_norm.h"
 #include "cpu/isa/peak.h"
 #include "cpu/isa/pruned_attention.h"
 #include "cpu/isa/swiglu_norm.h"
@@ -45,6 +46,7 @@ struct RowKernels {
   // `sums` (2, features) of the accumulator's type is overwritten; shift (features), or null for 0.
   void (*channel_sums)(const FeatureLossArgs& args, int64_t begin, int64_t end, const void* shift,
                        void* sums);
+  void (*layer_norm)(const LayerNormArgs& args, int64_t begin, int64_t end);
   // scratch: (channels) of the accumulator's type.
   void (*swiglu_norm)(const SwigluNormArgs& args, int64_t begin, int64_t end, void* scratch);
   // The same scratch. `sums` (2, channels) of the accumulator's type, the gradients by weight and

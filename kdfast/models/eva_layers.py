@@ -14,6 +14,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from kdfast.models.trace import BlockTarget
+from kdfast.ops._layer_norm import normed
 from kdfast.ops._matmul import choice
 from kdfast.ops._no_heads import no_heads
 from kdfast.ops._packed import (
@@ -334,9 +335,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """``forward`` on packed weights: a residual is added by the product in front of it."""
         *project, out, gate, value, last = products
-        y = self.norm1(x)
+        y = normed(self.norm1, x)
         q, k, v = (self.attn.heads_of(product(y)) for product in project)
         context, loss = self.attn.attend(q, k, v, grid, rope, target)
         x = out.onto(context, x)
-        y = self.norm2(x)
+        y = normed(self.norm2, x)
         return last.onto(self.mlp.ffn_ln(gate(y), value(y)), x), q, k, loss

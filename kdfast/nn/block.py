@@ -7,11 +7,14 @@ packed weights. A call that is no inference runs the block's own code. See docs/
 B batch, N tokens, C channels, H * D channels of the heads' outputs, P hidden units.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from kdfast.ops._layer_norm import normed
 from kdfast.ops._packed import (
     Layer,
     Product,
@@ -55,7 +58,7 @@ class Mlp(NamedTuple):
         if self.value is not None:
             hidden = products[1].times(x, hidden)
         if self.norm is not None:
-            hidden = self.norm(hidden)
+            hidden = normed(self.norm, hidden)
         return products[-1](hidden) if add is None else products[-1].onto(hidden, add)
 
 
@@ -70,6 +73,8 @@ class Branches(NamedTuple):
         out: H * D to C, with its LayerScale.
         norm2: Norm in front of the MLP.
         mlp: The MLP, with its LayerScale.
+        order: For a block on maps (B, h, w, C), the order in which it sees tokens; None for one on
+            sequences (B, N, C).
     """
 
     norm1: nn.Module
@@ -78,6 +83,53 @@ class Branches(NamedTuple):
     out: Layer
     norm2: nn.Module
     mlp: Mlp
+    order: "WindowOrder | None" = None
+
+
+class WindowOrder(NamedTuple):
+    """In which order the tokens of a map come when it is cut into windows.
+
+    Everything but the attention works on single tokens, so a whole block may run in this order.
+
+    Attributes:
+        tokens: Number of tokens of a window, N.
+        places: (h * w,), where in the map a token of the windows is.
+        inverse: (h * w,), where in the windows a token of the map is.
+    """
+
+    tokens: int
+    places: Tensor
+    inverse: Tensor
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Windows (B * G, N, C) of a map (B, h, w, C)."""
+        return x.flatten(1, 2).index_select(1, self.places).view(-1, self.tokens, x.shape[3])
+
+    def join(self, windows: Tensor, x: Tensor) -> Tensor:
+        """A map like x (B, h, w, C) of windows (B * G, N, C)."""
+        tokens = windows.view(x.shape[0], -1, x.shape[3])
+        return tokens.index_select(1, self.inverse).view(x.shape)
+
+
+@functools.lru_cache(maxsize=256)
+def window_order(
+    size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]
+) -> WindowOrder | None:
+    """The order of a map's tokens in its windows; None where windows do not fill the map.
+
+    Args:
+        size: Height and width of the map.
+        window: Height and width of a window.
+        shift: By how much the map is rolled up and left before it is cut.
+    """
+    (h, w), (high, wide) = size, window
+    if h % high or w % wide:
+        return None
+    with torch.inference_mode(False):
+        rolled = torch.arange(h * w).view(h, w).roll((-shift[0], -shift[1]), (0, 1))
+        tall = rolled.unflatten(1, (-1, wide)).unflatten(0, (-1, high))
+        places = tall.transpose(1, 2).flatten()
+        return WindowOrder(high * wide, places, places.argsort())
 
 
 # Reads a block for a call with these arguments of its forward, of which the first is the input.
@@ -105,12 +157,14 @@ def run_block(block: nn.Module, read: Reader, args: Any, kwargs: Any) -> Tensor 
     """The block's output, or None if its own code has to run."""
     x = args[0] if args else None
     free_in_training(block)
-    if not isinstance(x, Tensor) or not inferring(block, x) or x.dim() != 3:
+    if not isinstance(x, Tensor) or not inferring(block, x) or x.dim() not in (3, 4):
         return None
     if tracked(block, *args, *kwargs.values()):
         return None
     parts = read(block, *args, **kwargs)
     if parts is None or not enough_work(x, parts.out.weights[0]):
+        return None
+    if (x.dim() == 4) != (parts.order is not None):
         return None
     first = [] if parts.project is None else [parts.project]
     # Heads may have been removed: it is the MLP that has C channels for certain.
@@ -119,11 +173,15 @@ def run_block(block: nn.Module, read: Reader, args: Any, kwargs: Any) -> Tensor 
     if products is None:
         forget(block)
         return None
-    y = parts.norm1(x)
+    order = parts.order
+    stream = x if order is None else order.cut(x)
+    y = normed(parts.norm1, stream)
     if parts.project is not None:
         y = products[0](y)
-    x = products[len(first)].onto(parts.attend(y), x)
-    return parts.mlp.run(parts.norm2(x), list(products[len(first) + 1 :]), x)
+    stream = products[len(first)].onto(parts.attend(y), stream)
+    rest = list(products[len(first) + 1 :])
+    out = parts.mlp.run(normed(parts.norm2, stream), rest, stream)
+    return out if order is None else order.join(out, x)
 
 
 def run_mlp(module: nn.Module, read: MlpReader, args: Any, kwargs: Any) -> Tensor | None:

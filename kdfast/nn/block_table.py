@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from kdfast.nn import transformers_attention
+from kdfast.nn import swin_blocks, transformers_attention
 from kdfast.nn.attention import qualified_name
 from kdfast.nn.block import QUICK, Branches, Mlp, MlpReader, Reader, inert
 from kdfast.nn.timm_attention import TimmAttention, TimmEvaAttention, TimmRopeAttention
@@ -307,6 +307,7 @@ _HF = (
 )
 MLPS.update({f"transformers.models.{file}.{mlp}": hf_mlp for file, _, mlp, _ in _HF})
 BLOCKS: dict[str, Reader] = {
+    **swin_blocks.readers(read_mlp),
     "timm.models.vision_transformer.Block": timm_block,
     "timm.models.eva.EvaBlock": timm_eva_block,
     "torchvision.models.vision_transformer.EncoderBlock": torchvision_block,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.nn.timm_attention import biased_qkv
 from kdfast.nn.timm_grid import TimmPlainAttention
+from kdfast.ops._remembered import remembered
 
 
 def masked(bias: Tensor, mask: Tensor | None) -> Tensor:
@@ -27,6 +28,11 @@ def indexed(table: Tensor, index: Tensor) -> Tensor:
     """(H, N, N) of a table (positions, H) and the position of every pair of tokens."""
     tokens = math.isqrt(index.numel())
     return table[index.flatten()].unflatten(0, (tokens, tokens)).permute(2, 0, 1)
+
+
+def as_read(bias: Tensor) -> Tensor:
+    """A bias in the dtype of the kernel's sums, to which each call would cast it."""
+    return bias.to(torch.promote_types(bias.dtype, torch.float32)).contiguous()
 
 
 def cosines(call: AttentionCall, logit_scale: Tensor) -> AttentionCall:
@@ -77,12 +83,23 @@ class TimmSwinAttention(TimmBiasAttention):
         "relative_position_bias_table": HeadAxis(1),
     }
 
+    def bias_source(self) -> tuple[list[Tensor], nn.Module | None]:
+        """What ``position_bias`` reads: tensors, and a network that it calls."""
+        return [self.relative_position_bias_table, self.relative_position_index], None
+
     def position_bias(self) -> Tensor:
         """(H, N, N)."""
         return indexed(self.relative_position_bias_table, self.relative_position_index)
 
     def project(self, x: Tensor, mask: Tensor | None = None, *args: Any) -> AttentionCall:
-        return super().project(x)._replace(bias=masked(self.position_bias(), mask))
+        tensors, network = self.bias_source()
+        given = tensors if mask is None else [*tensors, mask]
+        bias = remembered(
+            *(self, x, given, lambda: masked(self.position_bias(), mask)),
+            network=network,
+            keep=as_read,
+        )
+        return super().project(x)._replace(bias=bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Windows (B * G, N, C) to (B * G, N, C'), with a mask (G, N, N)."""
@@ -110,6 +127,9 @@ class TimmSwinV2Attention(TimmSwinAttention):
     def _packed(self, x: Tensor) -> Tensor:
         return biased_qkv(self, x)
 
+    def bias_source(self) -> tuple[list[Tensor], nn.Module | None]:
+        return [self.relative_coords_table, self.relative_position_index], self.cpb_mlp
+
     def position_bias(self) -> Tensor:
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, -2)
         return 16 * torch.sigmoid(indexed(table, self.relative_position_index))
@@ -131,6 +151,9 @@ class TimmSwinCrAttention(TimmSwinV2Attention):
     def _packed(self, x: Tensor) -> Tensor:
         packed: Tensor = self.qkv(x)
         return packed
+
+    def bias_source(self) -> tuple[list[Tensor], nn.Module | None]:
+        return [self.relative_coordinates_log], self.meta_mlp
 
     def position_bias(self) -> Tensor:
         tokens = math.prod(self.window_size)
@@ -157,7 +180,8 @@ class TimmBeitAttention(TimmBiasAttention):
     ) -> AttentionCall:
         bias = self.kept(shared_rel_pos_bias)
         if self.relative_position_bias_table is not None:
-            own = indexed(self.relative_position_bias_table, self.relative_position_index)
+            table, index = self.relative_position_bias_table, self.relative_position_index
+            own = remembered(self, x, [table, index], lambda: indexed(table, index), keep=as_read)
             bias = own.unsqueeze(0) if bias is None else own + bias
         return super().project(x)._replace(bias=bias)
 
@@ -276,5 +300,8 @@ class TimmTinyAttention(TimmBiasAttention):
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
         packed = self.qkv(self.norm(x)).unflatten(2, (self.num_heads, 3, self.head_dim))
         q, k, v = packed.permute(3, 0, 2, 1, 4).unbind(0)
-        bias = self.attention_biases[:, self.attention_bias_idxs].unsqueeze(0)
+        table, index = self.attention_biases, self.attention_bias_idxs
+        bias = remembered(
+            self, x, [table, index], lambda: table[:, index].unsqueeze(0), keep=as_read
+        )
         return AttentionCall(q, k, None, None, self.scale, v, bias)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from kdfast.nn.attention import qualified_name
 from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.nn.linear import is_weights_alone
-from kdfast.nn.timm_bias import cosines, indexed, masked
+from kdfast.nn.timm_bias import as_read, cosines, indexed, masked
 from kdfast.nn.timm_grid import TimmPlainAttention
 from kdfast.ops._no_heads import no_heads
+from kdfast.ops._remembered import remembered
 from kdfast.ops.linear import linear
 
 
@@ -43,11 +44,26 @@ class TorchvisionSwinAttention(TimmPlainAttention):
     def dropout_p(self) -> float:
         return float(self.attention_dropout)
 
+    def bias_source(self) -> tuple[list[Tensor], nn.Module | None]:
+        """What ``position_bias`` reads: tensors, and a network that it calls."""
+        return [self.relative_position_bias_table, self.relative_position_index], None
+
     def position_bias(self) -> Tensor:
         """(H, N, N)."""
         return indexed(self.relative_position_bias_table, self.relative_position_index)
 
-    def _grid(self, x: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    def windows_bias(self, x: Tensor) -> Tensor:
+        """(1 or G, H, N, N) of a map (B, h, w, C), with the mask of shifted windows."""
+        key = x.shape[1:3], x.dtype, tuple(self.window_size), tuple(self.shift_size)
+        tensors, network = self.bias_source()
+        return remembered(
+            *(self, x, tensors, lambda: masked(self.position_bias(), self.mask(x))),
+            key=key,
+            network=network,
+            keep=as_read,
+        )
+
+    def grid(self, x: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
         """Windows of a map (B, h, w, C) in height and width, and how far they are shifted."""
         (h, w), (high, wide) = x.shape[1:3], self.window_size
         # Not -(-h // high): ONNX divides towards zero.
@@ -56,7 +72,7 @@ class TorchvisionSwinAttention(TimmPlainAttention):
         return grid, (down if grid[0] > 1 else 0, right if grid[1] > 1 else 0)
 
     def sequences(self, x: Tensor) -> tuple[int, int]:
-        (rows, columns), _ = self._grid(x)
+        (rows, columns), _ = self.grid(x)
         return x.shape[0] * rows * columns, self.window_size[0] * self.window_size[1]
 
     def pads(self, x: Tensor) -> Tensor | None:
@@ -64,7 +80,7 @@ class TorchvisionSwinAttention(TimmPlainAttention):
 
     def windows(self, x: Tensor) -> Tensor:
         """(B * G, N, C) of a map (B, h, w, C): padded, shifted, cut."""
-        (rows, columns), shift = self._grid(x)
+        (rows, columns), shift = self.grid(x)
         high, wide = self.window_size
         x = F.pad(x, (0, 0, 0, columns * wide - x.shape[2], 0, rows * high - x.shape[1]))
         x = x.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else x
@@ -73,7 +89,7 @@ class TorchvisionSwinAttention(TimmPlainAttention):
 
     def unwindowed(self, y: Tensor, x: Tensor) -> Tensor:
         """A map like x, but with the channels of windows y (B * G, N, C')."""
-        grid, shift = self._grid(x)
+        grid, shift = self.grid(x)
         tall = y.unflatten(0, (-1, *grid)).unflatten(3, tuple(self.window_size))
         y = tall.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         y = y.roll(shift, (1, 2)) if any(shift) else y
@@ -81,7 +97,7 @@ class TorchvisionSwinAttention(TimmPlainAttention):
 
     def mask(self, x: Tensor) -> Tensor | None:
         """(G, N, N), -100 between tokens that a shift made neighbours; None without a shift."""
-        grid, shift = self._grid(x)
+        grid, shift = self.grid(x)
         if not any(shift):
             return None
         regions = []
@@ -95,8 +111,11 @@ class TorchvisionSwinAttention(TimmPlainAttention):
         return torch.zeros(apart.shape, dtype=x.dtype, device=x.device).masked_fill(apart, -100.0)
 
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
-        bias = masked(self.position_bias(), self.mask(x))
-        return super().project(self.windows(x))._replace(bias=bias)
+        return super().project(self.windows(x))._replace(bias=self.windows_bias(x))
+
+    def windows_context(self, windows: Tensor, bias: Tensor) -> Tensor:
+        """The heads' outputs (B * G, N, H * D) of windows (B * G, N, C)."""
+        return self.attend(super().project(windows)._replace(bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, h, w, C) to (B, h, w, C)."""
@@ -125,6 +144,9 @@ class TorchvisionSwinV2Attention(TorchvisionSwinAttention):
         q, k, v = self.qkv.bias.chunk(3)
         # The bias of keys is there, but counts as zero.
         return linear(x, self.qkv.weight, torch.cat((q, torch.zeros_like(k), v)))
+
+    def bias_source(self) -> tuple[list[Tensor], nn.Module | None]:
+        return [self.relative_coords_table, self.relative_position_index], self.cpb_mlp
 
     def position_bias(self) -> Tensor:
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, -2)

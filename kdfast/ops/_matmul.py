@@ -164,16 +164,16 @@ def is_batched(x: Tensor) -> bool:
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether all are ordinary floating-point tensors of the CPU, no subclass, nothing sparse."""
-    return all(
-        x is None
-        or (
-            type(x) in (Tensor, torch.nn.Parameter)
-            and x.device.type == "cpu"
-            and x.layout == torch.strided
-            and x.is_floating_point()
-            and not x.is_nested
-        )
-        for x in tensors
+    return all(x is None or (is_ordinary(x) and x.is_floating_point()) for x in tensors)
+
+
+def is_ordinary(x: Tensor) -> bool:
+    """Whether a tensor is one of the CPU, no subclass, nothing sparse."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and x.layout == torch.strided
+        and not x.is_nested
     )
 
 

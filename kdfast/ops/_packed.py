@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from kdfast.ops import _torch_private as private
-from kdfast.ops._library import EXTENSION, LIB
 from kdfast.ops._matmul import LEAST_WORK, choice, is_plain, seen_by_torch
+from kdfast.ops._tensor_state import Origin, can_be_watched
 
-LIB.define("tensor_state(Tensor[] x, int[] versions) -> int")
 # oneDNN's name and algorithm of what can follow a product in the same pass.
 ACTIVATIONS = {
     "none": ("none", ""),
@@ -118,26 +117,17 @@ class Product:
 
 
 class _Packs(NamedTuple):
-    """The packed layers of a module, and the state of the tensors that they were made of.
+    """The packed layers of a module.
 
     Attributes:
         dtype: Of inputs and results.
-        state: What ``_state`` said of the tensors.
-        memory: Where their elements were. An address alone may be given out again, as it is to the
-            weights that ``torch.func.functional_call`` gets one after the other.
+        origin: The tensors that they were made of.
         products: The packed layers.
     """
 
     dtype: torch.dtype
-    state: object
-    memory: tuple[weakref.ref[torch.UntypedStorage], ...]
+    origin: Origin
     products: tuple[Product, ...]
-
-    def made_of(self, storages: Sequence[torch.UntypedStorage]) -> bool:
-        """Whether the tensors still are where they were."""
-        return len(storages) == len(self.memory) and all(
-            ref() is storage for ref, storage in zip(self.memory, storages, strict=True)
-        )
 
 
 # By module, so that neither a state dict nor a copy of the module ever holds a packed weight.
@@ -209,13 +199,12 @@ def packed(
         return None
     kept = _packs.get(module)
     # Asked before anything is copied: the next call sees what another thread writes meanwhile.
-    state = _state(tensors)
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    if kept is not None and kept.dtype == dtype and kept.state == state and kept.made_of(storages):
+    origin = Origin.of(tensors)
+    if kept is not None and kept.dtype == dtype and kept.origin == origin:
         return kept.products
     with torch.inference_mode(False), torch.no_grad():
         products = tuple(Product(layer, dtype) for layer in layers)
-    _packs[module] = _Packs(dtype, state, tuple(map(weakref.ref, storages)), products)
+    _packs[module] = _Packs(dtype, origin, products)
     return products
 
 
@@ -275,32 +264,9 @@ def _may_be_packed(tensor: Tensor, dtype: torch.dtype, cast: bool) -> bool:
         cast: Whether autocast casts to it.
     """
     return (
-        is_plain(tensor)
-        and not tensor.is_inference()
+        can_be_watched(tensor)
+        and tensor.is_floating_point()
         and (tensor.dtype == dtype or (cast and tensor.dtype != torch.float64))
         # oneDNN has no layout for a layer without channels, of a block that lost a whole branch.
         and tensor.numel() > 0
-        and _is_dense(tensor)
     )
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements fill a piece of memory, in any order of dimensions."""
-    if x.is_contiguous():
-        return True
-    strides = x.stride()
-    order = sorted(range(x.dim()), key=lambda dim: strides[dim], reverse=True)
-    return x.permute(order).is_contiguous()
-
-
-def _state(tensors: list[Tensor]) -> object:
-    """Differs when a tensor is another one, was written to, or got other elements.
-
-    Of the elements a sample is compared: that is for edits through ``.data`` or an array that
-    shares the memory, of which torch's version counter knows nothing.
-    """
-    versions = [private.version(x) for x in tensors]
-    if EXTENSION is not None:
-        return torch.ops.kdfast.tensor_state.default(tensors, versions)
-    facts = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
-    return versions, facts, [x.flatten()[:: max(1, x.numel() // 64)].tolist() for x in tensors]

@@ -3,6 +3,7 @@
 #pragma once
 #include "cpu/isa/feature_loss_rows.h"
 #include "cpu/isa/kd_loss_rows.h"
+#include "cpu/isa/layer_norm_rows.h"
 #include "cpu/isa/swiglu_norm_rows.h"
 #include "cpu/kernels.h"
 
@@ -13,6 +14,7 @@ constexpr RowKernels kRowKernels = {
     .kd_loss = kd_loss_rows,
     .feature_loss = feature_loss_rows,
     .channel_sums = channel_sums,
+    .layer_norm = layer_norm_rows,
     .swiglu_norm = swiglu_norm_rows,
     .swiglu_norm_bwd = swiglu_norm_bwd_rows,
 };
