@@ -32,8 +32,8 @@ def test_every_op_is_drawn_and_recorded(compiled: None) -> None:
         fuzz.run(index)
     names = torch._C._dispatch_get_all_op_names()
     ours = {x.removeprefix("kdfast::") for x in names if x.startswith("kdfast::")}
-    # A dispatch mode is shown torch's own linear layer, and what is only for inference is for none.
-    assert seen == ours - {"linear", "tensor_state", "layer_norm"}
+    # A dispatch mode is shown torch's own linear layer, and parts of other ops are for none.
+    assert seen == ours - {"linear", "tensor_state", "layer_norm", "transpose_sum"}
 
 
 def test_faults_are_found(compiled: None, capsys: pytest.CaptureFixture[str]) -> None:

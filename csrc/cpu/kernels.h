@@ -16,6 +16,7 @@
 #include "cpu/isa/peak.h"
 #include "cpu/isa/pruned_attention.h"
 #include "cpu/isa/swiglu_norm.h"
+#include "cpu/isa/transpose.h"
 
 namespace kdfast::cpu {
 
@@ -53,6 +54,8 @@ struct RowKernels {
   // bias of these rows, is overwritten.
   void (*swiglu_norm_bwd)(const SwigluNormArgs& args, int64_t begin, int64_t end, void* scratch,
                           void* sums);
+  // Of strips of kTransposeStrip columns.
+  void (*transpose)(const TransposeArgs& args, int64_t begin, int64_t end);
 };
 
 // What an instruction set runs.

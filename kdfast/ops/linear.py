@@ -15,7 +15,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kdfast.ops._autocast import without_autocast
 from kdfast.ops._checks import check_tensors
-from kdfast.ops._library import LIB, call_below_autograd, register_fake, register_gradient
+from kdfast.ops._library import (
+    EXTENSION,
+    LIB,
+    call_below_autograd,
+    register_fake,
+    register_gradient,
+)
 from kdfast.ops._matmul import (
     LEAST_WORK,
     SUPPORTED,
@@ -132,6 +138,37 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return grad.t() @ x
 
 
+LIB.define("transpose_sum(Tensor x, bool sums) -> (Tensor out, Tensor sums)")
+
+
+@register_fake("transpose_sum")
+def _fake_transpose(*, x: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    return x.new_empty(columns, rows), x.new_empty(columns if sums else 0)
+
+
+def parameter_gradients(
+    grad: Tensor, x: Tensor, weight: bool, bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """``weight_gradient`` where it is wanted, and the gradient (P,) of the bias.
+
+    oneDNN wants the transpose of ``grad`` in memory. Where nothing is to be differentiated again it
+    is written by a kernel of our own, which adds up the columns on the way.
+    """
+    turned = weight and grad.dtype == torch.float32 and EXTENSION is not None
+    if not turned or torch.is_grad_enabled() or is_batched(grad) or not _onednn_weight(grad, x):
+        return weight_gradient(grad, x) if weight else None, grad.sum(0) if bias else None
+    tall, sums = torch.ops.kdfast.transpose_sum.default(grad, bias)
+    return torch.ops.kdfast.linear.default(tall, x.t(), None), sums if bias else None
+
+
+def _onednn_weight(grad: Tensor, x: Tensor) -> bool:
+    """Whether the rule gives the weight's gradient to oneDNN, and the op will do so, too."""
+    chosen = choice(grad.dtype)
+    taken = chosen.tall_gradient if grad.shape[1] > x.shape[1] else chosen.weight_gradient
+    return taken and grad.numel() * x.shape[1] >= LEAST_WORK
+
+
 def _rows(x: Tensor) -> Tensor:
     """(rows, C) of (..., C), also of (C,) and under vmap."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -145,10 +182,8 @@ def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
         if ctx.needs.x:
             gradients["x"] = input_gradient(grad, weight)
         rows = _rows(grad)
-        if ctx.needs.weight:
-            gradients["weight"] = weight_gradient(rows, _rows(x))
-        if ctx.needs.bias:
-            gradients["bias"] = rows.sum(0)
+        wanted = ctx.needs.weight, ctx.needs.bias
+        gradients["weight"], gradients["bias"] = parameter_gradients(rows, _rows(x), *wanted)
     return gradients
 
 

@@ -5,6 +5,7 @@
 #include "cpu/isa/kd_loss_rows.h"
 #include "cpu/isa/layer_norm_rows.h"
 #include "cpu/isa/swiglu_norm_rows.h"
+#include "cpu/isa/transpose_rows.h"
 #include "cpu/kernels.h"
 
 namespace kdfast::cpu {
@@ -17,6 +18,7 @@ constexpr RowKernels kRowKernels = {
     .layer_norm = layer_norm_rows,
     .swiglu_norm = swiglu_norm_rows,
     .swiglu_norm_bwd = swiglu_norm_bwd_rows,
+    .transpose = transpose_rows,
 };
 
 }  // namespace
