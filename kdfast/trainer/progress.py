@@ -24,6 +24,7 @@ from kdfast.trainer.gathered import (
 )
 from kdfast.trainer.job import Job
 from kdfast.trainer.logs import LOG, STEPS
+from kdfast.trainer.runs import refuse_other
 from kdfast.trainer.state import differences, rng_state, seed_everything, set_rng_state
 from kdfast.trainer.window import Window
 
@@ -143,7 +144,7 @@ class Progress:
         """Raises ConfigError where a checkpoint is of another training."""
         together = self.job.feed.shares.together
         try:
-            differing = differences(state["meta"], self.job.meta)
+            differing = differences(state["meta"], self.job.meta, self.job.defaults)
             sizes = {
                 "steps per epoch": (state["per_epoch"], self.job.length.per_epoch),
                 "images a step": (images_of(state, together), together),
@@ -155,8 +156,7 @@ class Progress:
         differing += [
             f"{old} {what}, got {new}" for what, (old, new) in sizes.items() if old != new
         ]
-        if differing:
-            raise ConfigError([f"--resume: {path} was made with {line}" for line in differing])
+        refuse_other(path, differing)
 
     def _take(self, state: dict[str, Any]) -> None:
         """Put everything where it was."""
