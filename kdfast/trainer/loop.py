@@ -52,10 +52,14 @@ class Loop:
         self.per_epoch, self.total = job.length.per_epoch, job.length.total
         # Before Accelerate wraps them: the groups hold the module's own parameters.
         self.trainable = [p for group in job.optimizer.param_groups for p in group["params"]]
-        module, self.optimizer = accelerator.prepare(job.module, job.optimizer)
+        # That mode leaves DDP out, whose place the exchange takes.
+        module = accelerator.prepare_model(job.module, evaluation_mode=True)
+        self.optimizer = accelerator.prepare_optimizer(job.optimizer)
         shares = job.feed.shares
-        # A sharded module averages its gradients while the backward runs, as it has to.
-        alone = self.world == 1 or is_sharded(job.module)
+        # A sharded module averages its gradients by itself, as it has to.
+        self.exchange = None
+        if self.world > 1 and not is_sharded(job.module):
+            self.exchange = Exchange(job.module, self.world, self.device)
         self.prepared = Prepared(
             title=job.title,
             accelerator=accelerator,
@@ -64,7 +68,7 @@ class Loop:
             together=shares.together,
             weights=shares.weights(self.rank),
             leaves_now=self._leaves_now,
-            exchange=None if alone else Exchange(job.module, self.world, self.device),
+            exchange=self.exchange,
         )
         self.step, self.stop = 0, job.length.stop
         self.window = Window()
@@ -113,6 +117,8 @@ class Loop:
             self.display.close()
             self.records.close()
             job.feed.close()
+            if self.exchange is not None:
+                self.exchange.close()
             if self.main:
                 draw_curves(job)
             if scaler is not None:
