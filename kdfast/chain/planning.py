@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdfast.chain.link_run import LinkRun
@@ -96,6 +98,7 @@ def link_step(config: ChainConfig, link: Link, teacher: Link | None, classes: in
         config.checkpointing,
         epochs=link.epochs,
         images=config.data.limit,
+        shard=config.shard,
     )
 
 
@@ -180,7 +183,9 @@ def planned_batch(run: LinkRun, device: torch.device) -> BatchPlan:
     images = min(config.data.limit or len(run.data.train), len(run.data.train))
     step = link_step(config, run.link, run.teacher, len(run.data.class_names))
     candidates = [size for size in PLANNED if size <= images] or [1]
+    count = dist.get_world_size() if dist.is_initialized() else 1
+    plan = partial(step.plan, processes=count)
     try:
-        return largest(step.plan, vram, candidates, checkpointing=config.checkpointing)
+        return largest(plan, vram, candidates, checkpointing=config.checkpointing)
     except ValueError as error:
         raise ConfigError([f"batch: {run.link.role}: {error}"]) from error

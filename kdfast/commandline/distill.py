@@ -43,6 +43,7 @@ WORDS = {
     "layers": (("all", "last"), "of related models: the blocks that are compared; all"),
     "precision": (("fp32", "bf16", "fp16"), "of products; fp32"),
     "device": (("auto", "cuda", "cpu"), "auto"),
+    "shard": (("none", "fsdp"), "fsdp: each of several processes holds a part of the models; none"),
 }
 TERMS = {
     "logits": "their divergence; 1",

@@ -6,5 +6,5 @@
 FREE = (
     *("name", "output", "note", "teacher.cache", "data.workers", "data.cache"),
     *("run.max_steps", "run.save_every", "run.log_every", "run.eval_images", "run.device"),
-    "run.orion_keys",
+    *("run.orion_keys", "run.shard"),
 )

@@ -25,8 +25,15 @@ from kdfast.trainer.commits import changed, load_checkpoint, newest, save_checkp
 from kdfast.trainer.curves import draw_curves
 from kdfast.trainer.display import Display
 from kdfast.trainer.feed import Batch
+from kdfast.trainer.gathered import (
+    load_module_state,
+    load_optimizer_state,
+    module_state,
+    optimizer_state,
+)
 from kdfast.trainer.job import Job
 from kdfast.trainer.logs import LOG, STEPS, Records
+from kdfast.trainer.sharding import prepare, whole_tensor
 from kdfast.trainer.state import differences, rng_state, set_rng_state
 from kdfast.trainer.step import Prepared, StepResult
 
@@ -54,7 +61,7 @@ class Loop:
         self.per_epoch, self.total = job.length.per_epoch, job.length.total
         # Before Accelerate wraps them: the groups hold the module's own parameters.
         self.trainable = [p for group in job.optimizer.param_groups for p in group["params"]]
-        module, self.optimizer = accelerator.prepare(job.module, job.optimizer)
+        module, self.optimizer = prepare(accelerator, job.module, job.optimizer)
         self.prepared = Prepared(
             accelerator, module, self.optimizer, job.length.accumulate, self._leaves_now
         )
@@ -183,7 +190,9 @@ class Loop:
         if self._leaves_now():
             return STOPPED, 0.0
         clip = self.job.clip
-        norm = self.accelerator.clip_grad_norm_(self.trainable, math.inf if clip is None else clip)
+        limit = math.inf if clip is None else clip
+        # Of sharded gradients this sums over the shards; the result is the same everywhere.
+        norm = whole_tensor(self.accelerator.clip_grad_norm_(self.trainable, limit))
         good = torch.isfinite(losses["total"])
         if self.accelerator.scaler is None:
             # Under loss scaling an infinite gradient is ordinary: the scaler skips that step.
@@ -279,6 +288,8 @@ class Loop:
         if self.world > 1:
             snapshots = [{}] * self.world
             dist.all_gather_object(snapshots, snapshot)
+        module = module_state(self.job.module, keep=self.main)
+        optimizer = optimizer_state(self.optimizer, keep=self.main)
         if self.main:
             scaler = self.accelerator.scaler
             state = {
@@ -286,8 +297,8 @@ class Loop:
                 "step": self.step,
                 "per_epoch": self.per_epoch,
                 "world": self.world,
-                "module": self.job.module.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "module": module,
+                "optimizer": optimizer,
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "ranks": snapshots,
                 "open_epoch": self.open_epoch,
@@ -337,8 +348,8 @@ class Loop:
                 raise ConfigError(
                     [f"--resume: {path} was made with {state[name]} {what}, got {mine}"]
                 )
-        self.job.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_module_state(self.job.module, state["module"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.open_epoch = state["step"], state["open_epoch"]

@@ -22,9 +22,14 @@ def make_accelerator(precision: str, device: str) -> Accelerator:
     """Device and precision of a run, also where this process had others before.
 
     Raises:
-        ConfigError: The device lacks the precision, or processes that were started together do not
-            find each other.
+        ConfigError: The device lacks the precision, processes that were started together do not
+            find each other, or Accelerate was told to shard the models.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        # It would take the student alone, and nothing at all on CPUs: see trainer/sharding.py.
+        raise ConfigError(
+            ["shard: set it to fsdp instead of `accelerate launch --use_fsdp`, got that flag"]
+        )
     if not dist.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory that is planned for each of several processes, against two real ones."""
+
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
+
+from kdfast.configs import load
+from kdfast.memory import MemoryPlan, Step, plan_step
+from kdfast.memory.measure import _optimizer, checkpointed, supervised
+from kdfast.plan import main, steps_of
+
+MIB = 2**20
+SIDE = 64
+
+
+def vit(**changes: Any) -> nn.Module:
+    options = {"img_size": SIDE, "depth": 4, "num_classes": 10, **changes}
+    return timm.create_model("vit_tiny_patch16_224", **options)
+
+
+def eva(*changes: str, recompute: bool = False) -> Step:
+    (step,) = steps_of(load("smoke", ["data.size=[64,64]", *changes], files=False))
+    return step.build(recompute)
+
+
+CASES: dict[str, tuple[Callable[[], Step], int, torch.dtype | None]] = {
+    "alone": (lambda: supervised(vit(), None), 2, None),
+    "teacher": (lambda: supervised(vit(), vit(depth=6)), 4, None),
+    "bf16": (lambda: supervised(vit(), vit(depth=6)), 4, torch.bfloat16),
+    "checkpoint": (lambda: supervised(checkpointed(vit(), True), vit()), 16, torch.bfloat16),
+    "sgd": (lambda: supervised(vit(), None, "sgd"), 2, None),
+    "eva": (eva, 2, None),
+    "eva_checkpoint": (lambda: eva(recompute=True), 4, torch.bfloat16),
+}
+
+
+class Whole(nn.Module):
+    """A step as a module, for DDP."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.module, self.step = step.module, step
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.step.loss(images, labels)
+
+
+def sizes(run: Any) -> list[int]:
+    """The allocations (and, negative, what was freed) of a profile in their order."""
+
+    def walk(events: Any) -> Iterator[Any]:
+        for event in events:
+            yield event
+            yield from walk(event.children)
+
+    kind = torch._C._profiler._EventType.Allocation
+    tree = run.profiler.kineto_results.experimental_event_tree()
+    events = sorted((e for e in walk(tree) if e.tag == kind), key=lambda e: e.start_time_ns)
+    return [event.extra_fields.alloc_size for event in events]
+
+
+def real_peak(name: str, shard_them: bool) -> int:
+    """Bytes of the second of two steps of this process at most."""
+    from kdfast.trainer.processes import make_accelerator
+    from kdfast.trainer.sharding import shard
+
+    build, batch, amp = CASES[name]
+    accelerator = make_accelerator("fp32", "cpu")
+    step = build()
+    step.module.train()
+    held = [t for m in (step.module, *step.teachers) for t in (*m.parameters(), *m.buffers())]
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    del held
+
+    def once() -> None:
+        images, labels = torch.zeros(batch, 3, SIDE, SIDE), torch.zeros(batch, dtype=torch.int64)
+        on = nullcontext()
+        if amp is not None:
+            on = torch.autocast("cpu", dtype=amp, cache_enabled=not shard_them)
+        with on:
+            loss = run(images, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    watched = {"activities": [ProfilerActivity.CPU], "profile_memory": True}
+    with profile(**watched) as first:
+        if shard_them:
+            student = getattr(step.module, "student", step.module)
+            models = [student, *(t for t in step.teachers if hasattr(t, "blocks"))]
+            shard(step.module, models, accelerator)
+            run: Any = step.loss
+        else:
+            run = DistributedDataParallel(Whole(step))
+        optimizer = _optimizer(step, "cpu")
+        once()
+        gc.collect()
+    with profile(**watched) as second:
+        once()
+    now = peak = sum(kept.values()) + sum(sizes(first))
+    for size in sizes(second):
+        now += size
+        peak = max(peak, now)
+    return peak
+
+
+def work(path: str) -> None:
+    """What each of two processes does."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    found = {f"{n} {s}": real_peak(n, s == "fsdp") for n in CASES for s in ("none", "fsdp")}
+    if os.environ["RANK"] == "0":
+        Path(path).write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """What two processes allocated."""
+    path = tmp_path_factory.mktemp("peaks") / "peaks.json"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    root = str(Path(__file__).resolve().parents[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    common |= {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    code = "import sys; from tests.test_plan_processes import work; work(sys.argv[1])"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code, str(path)],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [child.communicate(timeout=500)[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0], "\n".join(errors)[-6000:]
+    found: dict[str, int] = json.loads(path.read_text())
+    return found
+
+
+def plan_of(name: str, **more: Any) -> MemoryPlan:
+    build, batch, amp = CASES[name]
+    return plan_step(build, batch, image_size=SIDE, amp=amp, device="cpu", **more)
+
+
+@pytest.mark.parametrize("shard", ["none", "fsdp"])
+@pytest.mark.parametrize("name", list(CASES))
+def test_prediction_is_within_a_tenth_of_two_processes(
+    name: str, shard: str, peaks: dict[str, int], compiled: None
+) -> None:
+    plan = plan_of(name, processes=2, shard=shard)
+    assert plan.tensors == pytest.approx(peaks[f"{name} {shard}"], rel=0.1)
+    assert sum(plan.categories.values()) == plan.tensors
+
+
+def test_what_lies_in_shards() -> None:
+    one, copies, shards = (
+        plan_of("teacher", **more)
+        for more in ({}, {"processes": 8}, {"processes": 8, "shard": "fsdp"})
+    )
+    weights = one.categories["parameters"]
+    assert copies.categories["parameters"] == weights == one.categories["parameters"]
+    assert copies.categories["exchange of gradients"] == pytest.approx(weights, rel=0.01)
+    for name in ("parameters", "optimizer states", "frozen models"):
+        assert shards.categories[name] == pytest.approx(one.categories[name] / 8, rel=0.1)
+    assert 0 < shards.categories["gathered parameters"] < weights
+    assert shards.tensors < one.tensors < copies.tensors
+    assert shards.checkpoint_bytes == pytest.approx(one.checkpoint_bytes, rel=0.1)
+    assert "on each of 8 processes in shards" in str(shards)
+    assert "on each of 8 processes with whole copies" in str(copies)
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "vit_tiny_patch16_224", "--teacher", "vit_tiny_patch16_224"]
+    words += ["--batch", "2", "--size", "64"]
+    assert main([*words, "--processes", "8", "--shard", "fsdp"]) == 0
+    out = capsys.readouterr().out
+    assert "on each of 8 processes in shards" in out and "gathered parameters" in out
+    assert main([*words, "--processes", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "with whole copies" in out and "exchange of gradients" in out
+    assert main([*words, "--shard", "fsdp"]) == 2
+    assert "--shard fsdp divides models among --processes" in capsys.readouterr().err
+    assert main([*words, "--processes", "0"]) == 2
+    assert "--processes must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_config_says_how(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", "smoke", "--set", "run.shard=fsdp", "--processes", "2"]) == 0
+    assert "on each of 2 processes in shards" in capsys.readouterr().out
+
+
+def test_models_without_known_blocks_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "test_byobnet", "--batch", "2", "--processes", "2", "--shard", "fsdp"]
+    assert main(words) == 2
+    assert "shard fsdp must know the blocks of a model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("match", "more"),
+    [
+        ("processes must be at least 1, got 0", {"processes": 0}),
+        ("shard must be one of .*, got 'ddp'", {"shard": "ddp"}),
+    ],
+)
+def test_rejects(match: str, more: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=match):
+        plan_of("alone", **more)
