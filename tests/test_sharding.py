@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 import kdfast
@@ -125,6 +126,8 @@ class Steps:
 
     def __init__(self, case: str, precision: str, sharded: bool = False) -> None:
         exact = precision == "fp64"
+        # The processes stay joined; the precision is another one.
+        AcceleratorState._reset_state()
         self.dtype = torch.float64 if exact else torch.float32
         self.accelerator = make_accelerator("fp32" if exact else precision, "cpu")
         torch.manual_seed(3)
