@@ -51,7 +51,9 @@ class Unit:
         self.module, self.reshard, self._count = module, reshard, count
         self.parameters = [p for p in module.parameters() if p not in taken]
         taken.update(self.parameters)
-        self.shards = {p: nn.Parameter(self._shard(p), p.requires_grad) for p in self.parameters}
+        self.shards: dict[Tensor, nn.Parameter] = {
+            p: nn.Parameter(self._shard(p), p.requires_grad) for p in self.parameters
+        }
         self.wanted = sum(p.requires_grad for p in self.parameters)
         self.out: list[Tensor] = []
         self.flat: Tensor | None = None
@@ -194,7 +196,8 @@ class Shards:
         if unit.reshard:
             unit.out = []
         if module in self._roots and self._ahead is not None:
-            self._ahead.flat = self._ahead = None
+            self._ahead.flat = None
+            self._ahead = None
         if torch.is_grad_enabled():
             self._order.append(unit)
             for leaf in tree_leaves(output):
