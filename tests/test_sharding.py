@@ -28,13 +28,14 @@ from kdfast.recovery.objective import Distiller
 from kdfast.testing.compare import assert_no_worse
 from kdfast.testing.models import small_eva
 from kdfast.trainer.gathered import (
+    is_sharded,
     load_module_state,
     load_optimizer_state,
     module_state,
     optimizer_state,
 )
 from kdfast.trainer.processes import make_accelerator
-from kdfast.trainer.sharding import gathered, is_sharded, prepare, shard, whole, whole_tensor
+from kdfast.trainer.sharding import gathered, prepare, shard, whole, whole_tensor
 
 BATCH, STEPS = 4, 3
 

@@ -13,7 +13,7 @@ from timm.optim._optim_factory import create_optimizer_v2
 from torch import Tensor, nn
 
 from kdfast.configs.distil import DistilConfig
-from kdfast.configs.fields import ConfigError, as_config_error, plain
+from kdfast.configs.fields import ConfigError, as_config_error, defaults_of, plain
 from kdfast.data.labelled import LabelledImages
 from kdfast.distillation.evaluate import DistilWatch, Evaluator, Quality, in_words
 from kdfast.distillation.objective import Objective, unreached
@@ -44,6 +44,7 @@ from kdfast.trainer.commits import newest, settle
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
+from kdfast.trainer.progress import deal_steps
 from kdfast.trainer.schedule import cosine_with_warmup
 from kdfast.trainer.sharding import shard, whole
 from kdfast.trainer.state import identity, seed_everything
@@ -147,7 +148,7 @@ class Run:
         loop.fit(resume=self.resume)
         accelerator.free_memory()
         if not loop.done:
-            LOG.info("stopped by max_steps; resume goes on")
+            LOG.info("stopped by max_steps; --resume goes on")
             return None
         done = replace(self, student=whole(self.student), teacher=whole(self.teacher))
         return done.finish(watch, seen, some, unsavable)
@@ -155,10 +156,7 @@ class Run:
     def say(self) -> None:
         """What is compared, and what is not."""
         terms = self.terms
-        if terms.cut:
-            LOG.info("the student was cut from the teacher: blocks and heads meet those they were")
-        else:
-            LOG.info("the student was not cut from the teacher: %s", terms.why_not_cut)
+        LOG.info("%s", terms.kinship)
         for term, weight in terms.weights.items():
             note = next((n for n in terms.notes if n.startswith(f"{term}: ")), "")
             LOG.info("%s, weight %g%s", term, weight, f"{note.removeprefix(term)}")
@@ -223,9 +221,10 @@ class Run:
             rank=accelerator.process_index,
             world=accelerator.num_processes,
         )
+        deal_steps(feed, accelerator, goes_on=self.folder if self.resume else None)
         length = Length(
             epochs=config.epochs,
-            batches=len(feed),
+            per_epoch=feed.steps,
             max_steps=config.max_steps,
             save_every=config.save_every,
             log_every=config.log_every,
@@ -244,7 +243,7 @@ class Run:
 
         LOG.info(
             "AdamW, lr %g, %d steps of %d pictures, warm-up of %d",
-            *(config.lr, length.total, config.batch_size * accelerator.num_processes, warmup),
+            *(config.lr, length.total, feed.shares.together, warmup),
         )
         return Job(
             title="distil",
@@ -257,6 +256,7 @@ class Run:
             set_lr=set_lr,
             clip=config.clip,
             meta=meta,
+            defaults={"config": defaults_of(DistilConfig)},
             watch=watch,
         )
 
@@ -310,8 +310,8 @@ class Run:
             after = self.looks({AFTER: self.student}, images) if seen else {}
             if after:
                 paths["attention"] = draw_looks(folder / "attention.png", {**seen, **after}, title)
-            left_out, options = self.terms.left_out, plain(self.config)
-            paths["page"] = write_distil_page(folder, lines, left_out, options)
+            options = plain(self.config)
+            paths["page"] = write_distil_page(folder, lines, self.terms, options)
             paths |= {"curves": folder / "curves.png", "steps": folder / "steps.csv"}
             paths |= {"tensorboard": folder / "tensorboard", "config": folder / "config.yaml"}
             LOG.info("\n\n%s\n", text)
@@ -325,6 +325,7 @@ class Run:
         terms = self.terms
         return {
             "cut": terms.cut,
+            "kinship": terms.kinship,
             "terms": terms.weights,
             "left_out": terms.left_out,
             "train_pictures": len(self.listed.train),

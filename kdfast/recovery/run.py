@@ -32,7 +32,7 @@ from kdfast.recovery.compensation import (
 from kdfast.recovery.data import Data, build_data, some_views
 from kdfast.recovery.evaluate import EvaluateEpochs, Evaluator
 from kdfast.recovery.fit_teacher import save_head
-from kdfast.recovery.free import FREE
+from kdfast.recovery.free import DEFAULTS, FREE
 from kdfast.recovery.heads import Kept, choose_heads, choose_units, heads_of_file, score_heads
 from kdfast.recovery.objective import Distiller
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
@@ -43,9 +43,10 @@ from kdfast.trainer.commits import changed, load_checkpoint, newest, settle
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
+from kdfast.trainer.progress import deal_steps
 from kdfast.trainer.runs import run_folder, show_start
 from kdfast.trainer.sharding import shard, whole
-from kdfast.trainer.state import identity, seed_everything
+from kdfast.trainer.state import differences, identity, seed_everything
 
 # Images in the picture of predictions.
 VIEWS = 4
@@ -164,7 +165,8 @@ class Run:
             meta = load_checkpoint(path)["meta"]
             kept = Kept(meta["heads"], meta.get("units"))
             # The loop will refuse another recipe, whose student must not be kept as this run's.
-            known = (self.folder / COMPENSATED).is_file() or meta["config"] != self.recipe()
+            other = differences(meta["config"], self.recipe(), DEFAULTS)
+            known = (self.folder / COMPENSATED).is_file() or other
             if known or not config.compensate:
                 # The checkpoint replaces its weights.
                 return kept, self.cut(kept)
@@ -295,13 +297,15 @@ class Run:
         """The distillation as the loop takes it.
 
         Raises:
-            ValueError: A step needs more batches than an epoch has.
+            ValueError: A step needs more images than an epoch has, or the processes cannot share
+                them.
         """
         run, optim, student = self.config.run, self.config.optim, distiller.student
+        earlier = self.folder if self.resume else None
+        deal_steps(self.data.train, self.accelerator, accumulate=run.accumulate, goes_on=earlier)
         length = Length(
             epochs=run.epochs,
-            batches=len(self.data.train),
-            accumulate=run.accumulate,
+            per_epoch=self.data.train.steps,
             max_steps=run.max_steps,
             save_every=run.save_every,
             log_every=run.log_every,
@@ -318,6 +322,7 @@ class Run:
             set_lr=lr_setter(optimizer, optim, length.total),
             clip=optim.clip,
             meta={"stage": "distil", "config": self.recipe(), **kept.meta()},
+            defaults={"config": DEFAULTS},
             watch=EvaluateEpochs("distil", evaluate, student),
             beside=(self.folder / BASELINE,),
         )

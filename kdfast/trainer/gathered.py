@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether processes share out parameters of a module."""
+    return any(isinstance(p, DTensor) for p in module.parameters())
+
+
 def module_state(module: nn.Module, *, keep: bool = True) -> dict[str, Any]:
     """``module.state_dict()`` with whole tensors, on the CPU where they were shared out.
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kdfast.trainer.feed import Feed
-from kdfast.trainer.step import Step, mean_of_batches
+from kdfast.trainer.step import MeanOfBatches, Step
 from kdfast.trainer.watch import Watch
 
 
@@ -22,31 +22,17 @@ class Length:
 
     Attributes:
         epochs: Passes over the training data.
-        batches: Batches of this process in an epoch.
-        accumulate: Batches per optimiser step.
+        per_epoch: Optimiser steps of an epoch.
         max_steps: Stop and save after so many optimiser steps; None: at the end.
         save_every: Optimiser steps between checkpoints; one is also saved after each epoch.
         log_every: Optimiser steps between rows of the log.
     """
 
     epochs: int
-    batches: int
-    accumulate: int = 1
+    per_epoch: int
     max_steps: int | None = None
     save_every: int = 500
     log_every: int = 10
-
-    def __post_init__(self) -> None:
-        if self.per_epoch == 0:
-            raise ValueError(
-                f"run.accumulate: an epoch has {self.batches} batches per process, which must be "
-                f"at least one step, got steps of {self.accumulate}"
-            )
-
-    @property
-    def per_epoch(self) -> int:
-        """Optimiser steps of an epoch."""
-        return self.batches // self.accumulate
 
     @property
     def total(self) -> int:
@@ -75,6 +61,7 @@ class Job:
         clip: Largest L2 norm of the gradient; None: no clipping.
         meta: Plain values to keep in the checkpoint: what is needed to build ``module`` again.
             A run is resumed only with the same ones.
+        defaults: What of ``meta`` a checkpoint of an older version may lack, as it had it.
         step: Turns batches into losses and gradients.
         watch: Is told about steps, epochs and checkpoints.
         epochs_file: Name of the CSV with a row per epoch.
@@ -91,7 +78,8 @@ class Job:
     set_lr: Callable[[int], float]
     clip: float | None
     meta: dict[str, Any]
-    step: Step = mean_of_batches
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    step: Step = field(default_factory=MeanOfBatches)
     watch: Watch = field(default_factory=Watch)
     epochs_file: str = "epochs.csv"
     beside: tuple[Path, ...] = ()

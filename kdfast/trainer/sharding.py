@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from kdfast.configs.fields import ConfigError
 from kdfast.models.eva import EVAViT
 from kdfast.pruning.blocks import blocks_of
-from kdfast.trainer.gathered import module_state
+from kdfast.trainer.gathered import is_sharded, module_state
 
 M = TypeVar("M", bound=nn.Module)
 # Of every unit that is gathered at once: whether its shards alone stay after a forward.
@@ -118,11 +118,6 @@ def _unit(module: nn.Module, mesh: DeviceMesh, *, reshard: bool) -> None:
     if mesh.device_type == "cpu":
         # gloo adds, but has no mean.
         unit.set_force_sum_reduction_for_comms(True)
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether ``shard`` has left a part of a module's parameters to other processes."""
-    return any(isinstance(p, DTensor) for p in module.parameters())
 
 
 def prepare(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,12 @@ class _Counter:
         self.corrupt.load_state_dict(state["corrupt"])
         self.streams.load_state_dict(state["streams"])
 
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        raise ValueError(
+            "data.kind=frames: what the heads remember belongs to the slots of its process; go on "
+            f"with as many processes as before, {len(states)}"
+        )
+
 
 @dataclass(frozen=True)
 class FrameData:
@@ -102,7 +109,7 @@ def build_frames(config: Config, accelerator: Accelerator) -> FrameData:
     root = Path(str(data.root)).expanduser()
     if data.sample and not root.exists():
         if accelerator.is_main_process:
-            LOG.info("writing the synthetic set of `python -m kdfast.data sample` to %s", root)
+            LOG.info("writing the synthetic set of `kdfast data sample` to %s", root)
             new_sample(root, SAMPLE)
         accelerator.wait_for_everyone()
     shared = {"rank": accelerator.process_index, "world": accelerator.num_processes}
