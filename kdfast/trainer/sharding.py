@@ -11,6 +11,7 @@ teacher would stay whole on every device, and chooses blocks by the names of cla
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,6 +68,8 @@ def shard(
                 "--nproc-per-node 2 -m kdfast.train ...`, got one"
             ]
         )
+    # Nobody here writes into what a model returned, which is what torch warns of in each forward.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     blocks = {model: _blocks(model) for model in models if model is not None}
     mesh = init_device_mesh(device.type, (count,))
     for model, parts in blocks.items():
