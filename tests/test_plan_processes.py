@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from kdfast.configs import load
 from kdfast.memory import MemoryPlan, Step, plan_step
 from kdfast.memory.measure import _optimizer, checkpointed, supervised
 from kdfast.plan import main, steps_of
+from kdfast.trainer.exchange import Exchange
 from kdfast.trainer.processes import make_accelerator
 from kdfast.trainer.sharding import shard
 
@@ -49,17 +49,6 @@ CASES: dict[str, tuple[Callable[[], Step], int, torch.dtype | None]] = {
     "eva": (eva, 2, None),
     "eva_checkpoint": (lambda: eva(recompute=True), 4, torch.bfloat16),
 }
-
-
-class Whole(nn.Module):
-    """A step as a module, for DDP."""
-
-    def __init__(self, step: Step) -> None:
-        super().__init__()
-        self.module, self.step = step.module, step
-
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.step.loss(images, labels)
 
 
 # Copies that a CPU makes and a GPU does not: gloo's own, and weights packed for oneDNN.
@@ -109,12 +98,18 @@ def real_peak(name: str, shard_them: bool) -> int:
         on = nullcontext()
         if amp is not None:
             on = torch.autocast("cpu", dtype=amp, cache_enabled=not shard_them)
+        if exchange is not None:
+            exchange.begin()
         with on:
-            loss = run(images, labels)
-        loss.backward()
+            loss = step.loss(images, labels)
+        with nullcontext() if exchange is None else exchange.sending():
+            loss.backward()
+        if exchange is not None:
+            exchange.finish(failed=False, largest=batch)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    exchange: Exchange | None = None
     watched = {"activities": [ProfilerActivity.CPU], "profile_memory": True}
     with profile(**watched) as first:
         # Built here, so that it is seen when shards take the place of whole parameters.
@@ -124,9 +119,8 @@ def real_peak(name: str, shard_them: bool) -> int:
             student = getattr(step.module, "student", step.module)
             models = [student, *(t for t in step.teachers if hasattr(t, "blocks"))]
             shard(step.module, models, accelerator)
-            run: Any = step.loss
         else:
-            run = DistributedDataParallel(Whole(step))
+            exchange = Exchange(step.module, accelerator.num_processes, accelerator.device)
         optimizer = _optimizer(step, "cpu")
         once()
         gc.collect()
@@ -195,7 +189,7 @@ def test_what_lies_in_shards() -> None:
     )
     weights = one.categories["parameters"]
     assert copies.categories["parameters"] == weights == one.categories["parameters"]
-    assert copies.categories["exchange of gradients"] == pytest.approx(weights, rel=0.01)
+    assert copies.categories["gradients"] == pytest.approx(weights, rel=0.01)
     for name in ("parameters", "optimizer states", "frozen models"):
         assert shards.categories[name] == pytest.approx(one.categories[name] / 8, rel=0.1)
     assert 0 < shards.categories["gathered parameters"] < weights
@@ -213,7 +207,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "on each of 8 processes in shards" in out and "gathered parameters" in out
     assert main([*words, "--processes", "8"]) == 0
     out = capsys.readouterr().out
-    assert "with whole copies" in out and "exchange of gradients" in out
+    assert "with whole copies" in out and "gradients" in out
     assert main([*words, "--shard", "fsdp"]) == 2
     assert "--shard fsdp divides models among --processes" in capsys.readouterr().err
     assert main([*words, "--processes", "0"]) == 2

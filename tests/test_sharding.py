@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import kdfast
 from kdfast.chain.links import LinkModel
 from kdfast.chain.objective import Objective
+from kdfast.chain.planning import check_links
+from kdfast.configs import ConfigError, load
 from kdfast.configs.chain import ChainDistillConfig
 from kdfast.configs.distil import distil_config
 from kdfast.configs.recovery import DistillConfig
@@ -27,6 +29,7 @@ from kdfast.models.prepared import PreparedModel
 from kdfast.recovery.objective import Distiller
 from kdfast.testing.compare import assert_no_worse
 from kdfast.testing.models import small_eva
+from kdfast.train import main
 from kdfast.trainer.gathered import (
     is_sharded,
     load_module_state,
@@ -35,7 +38,14 @@ from kdfast.trainer.gathered import (
     optimizer_state,
 )
 from kdfast.trainer.processes import make_accelerator
-from kdfast.trainer.sharding import gathered, prepare, shard, whole, whole_tensor
+from kdfast.trainer.sharding import (
+    gathered,
+    prepare,
+    shard,
+    units_of,
+    whole,
+    whole_tensor,
+)
 
 BATCH, STEPS = 4, 3
 
@@ -253,3 +263,63 @@ def test_steps_are_those_of_one_process(case: str, precision: str, folder: Path)
     assert all(
         torch.equal(value, student[name]) for name, value in got["after"].items() if name in student
     )
+
+
+def test_a_plain_checkpoint_goes_on_in_shards(folder: Path) -> None:
+    got = torch.load(folder / "resumed.pt")
+    want = Steps("chain", "fp32").take(STEPS + 1).result()
+    torch.testing.assert_close(got["loss"], want["loss"])
+    torch.testing.assert_close(got["module"], want["module"], rtol=1e-4, atol=1e-5)
+    assert got["optimizer"]["param_groups"] == want["optimizer"]["param_groups"]
+    for mine, other in zip(
+        got["optimizer"]["state"].values(), want["optimizer"]["state"].values(), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_not_sharded_stays_as_it_is() -> None:
+    model = vit()
+    assert whole(model) is model and not is_sharded(model)
+    with gathered(model, None):
+        assert whole_tensor(model.norm.weight) is model.norm.weight
+
+
+def test_rejects_one_process(capsys: pytest.CaptureFixture[str]) -> None:
+    accelerator = make_accelerator("fp32", "cpu")
+    with pytest.raises(ConfigError, match="shard: fsdp divides models .* got one process"):
+        shard(vit(), [], accelerator)
+    assert main(["--config", "smoke", "--set", "run.shard=fsdp", "--set", "run.device=cpu"]) == 2
+    assert "shard: fsdp divides models among several processes" in capsys.readouterr().err
+
+
+def test_rejects_models_without_known_blocks() -> None:
+    with pytest.raises(ConfigError, match="shard: fsdp must know the blocks .*ByobNet"):
+        units_of(timm.create_model("test_byobnet"))
+    config = load("cnn_chain_digits", ["shard=fsdp", "device=cpu"])
+    with pytest.raises(ConfigError, match="shard: fsdp must know the blocks"):
+        check_links(config, 10)
+
+
+def test_rejects_the_flag_of_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="set it to fsdp instead of `accelerate launch --use_fsd"):
+        make_accelerator("fp32", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "match"),
+    [
+        ("smoke", ["run.shard=ddp"], "run.shard: must be one of none, fsdp, got 'ddp'"),
+        ("smoke", ["run.shard=fsdp", "run.precision=fp16"], "run.shard: fsdp has no loss scaling"),
+        ("vit_chain_digits", ["shard=fsdp", "precision=fp16"], "shard: fsdp has no loss scaling"),
+        ("vit_chain_digits", ["shard=fsdp", "optim.ema=0.9"], "averaged weights cannot be sharded"),
+    ],
+)
+def test_rejects_configs(config: str, words: list[str], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        load(config, words)
+
+
+def test_rejects_options_of_distil() -> None:
+    with pytest.raises(ConfigError, match="shard: fsdp has no loss scaling"):
+        distil_config({"shard": "fsdp", "precision": "fp16"})

@@ -26,6 +26,7 @@ from kdfast.resolve.architecture import is_library_name
 from kdfast.resolve.trained import find_trained
 from kdfast.trainer.commits import load_checkpoint, newest
 from kdfast.trainer.logs import LOG
+from kdfast.trainer.sharding import units_of
 
 # Batches that the planner may choose.
 PLANNED = tuple(2**i for i in range(11))
@@ -108,12 +109,15 @@ def check_links(config: ChainConfig, classes: int) -> None:
     The models have no memory here; saved ones are read.
 
     Raises:
-        ConfigError: A link cannot be built, its weights do not fit it, or attention maps or
-            features of two links cannot be compared.
+        ConfigError: A link cannot be built or sharded, its weights do not fit it, or attention maps
+            or features of two links cannot be compared.
     """
     links, chosen = links_of(config), stages(config)
     needed = sorted({i for index in chosen for i in (index - 1, index) if i >= 0})
     models = {index: _without_memory(links[index], classes) for index in needed}
+    if config.shard == "fsdp":
+        for model in models.values():
+            units_of(model)
     if not (config.distill.attention or config.distill.feature):
         return
     for index in chosen:

@@ -59,7 +59,8 @@ class DistilConfig:
         precision: Of products: "fp32", "bf16" or "fp16".
         device: "auto", "cuda" or "cpu".
         shard: "fsdp": each of several processes holds a part of teacher, student, gradients and
-            optimiser states while it trains; "none": every process holds all of them.
+            optimiser states while it trains, and the models that were given stay so: take those
+            of the result; "none": every process holds all of them.
         accelerate: Whether ``kdfast.accelerate`` changes both models first.
         max_steps: Stop and save after so many steps; None: at the end.
         save_every: Steps between checkpoints; one is also saved after each epoch.

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from kdfast.memory.cuda_rules import as_on_cuda
 from kdfast.memory.ledger import (
     CATEGORIES,
-    EXCHANGE,
+    GRADIENTS,
     INPUTS,
     OPTIMIZER,
     PARAMETERS,
     Books,
     Ledger,
 )
-from kdfast.memory.processes import Shards, buckets_of
+from kdfast.memory.processes import Copies, Shards
 from kdfast.models.eva import EVAViT
 from kdfast.ops._torch_private import FakeTensorMode
 from kdfast.ops.kd_loss import kd_loss
@@ -252,10 +252,10 @@ def run_steps(
         shards = Shards(module, step.teachers, processes)
         shards.optimize(optimizer)
     ledger = Ledger(module, step.teachers, GRANULE[device], () if shards is None else shards.absent)
-    # As long as the steps are: DDP makes its pieces once.
-    sent = buckets_of(module) if processes > 1 and shards is None else None
-    if sent is not None:
-        ledger.mark(sent, EXCHANGE, "")
+    copies = Copies(module) if processes > 1 and shards is None else None
+    if copies is not None:
+        for gradient in copies.gradients.values():
+            ledger.mark(gradient, GRADIENTS, "")
     around = nullcontext() if shards is None else shards.watching(ledger)
     with around, ledger.watching():
         for _ in range(STEPS):
@@ -272,6 +272,8 @@ def run_steps(
             with ledger.during("forward"), autocast:
                 loss = step.loss(images, labels)
             with ledger.during("backward"):
+                if copies is not None:
+                    copies.begin()
                 loss.backward()
                 if shards is not None:
                     shards.finish()

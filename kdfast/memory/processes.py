@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training on several processes adds to the memory of each, or takes away from it.
 
-Run beside a step under a ``Ledger``: what FSDP2 and DDP would hold is held here, at the same
-moments, by tensors of the same sizes. Nothing is exchanged. See docs/use/memory.md.
+Run beside a step under a ``Ledger``: what FSDP2 or ``trainer/exchange.py`` would hold is held here,
+at the same moments, by tensors of the same sizes. Nothing is exchanged. See docs/use/memory.md.
 """
 
 from __future__ import annotations
@@ -252,7 +252,18 @@ def _blocks(model: nn.Module, frozen: bool) -> list[nn.Module] | None:
         raise ValueError(f"plan: shard fsdp must know the blocks of a model: {error}") from error
 
 
-def buckets_of(student: nn.Module) -> Tensor:
-    """What DDP holds besides: the gradients once more, in the pieces that it sends."""
-    sizes = [p.nbytes for p in student.parameters() if p.requires_grad]
-    return torch.empty(sum(sizes), dtype=torch.uint8)
+class Copies:
+    """Holds gradients as processes with whole models do: in the buckets that are sent, for good."""
+
+    def __init__(self, student: nn.Module) -> None:
+        """Make the buckets.
+
+        Args:
+            student: Holds every parameter that is trained.
+        """
+        self.gradients = {p: torch.empty_like(p) for p in student.parameters() if p.requires_grad}
+
+    def begin(self) -> None:
+        """Let a backward add to them."""
+        for parameter, gradient in self.gradients.items():
+            parameter.grad = gradient

@@ -55,8 +55,10 @@ class Loop:
         self.trainable = [p for group in job.optimizer.param_groups for p in group["params"]]
         module, self.optimizer = prepare(accelerator, job.module, job.optimizer)
         shares = job.feed.shares
-        # A sharded module averages its gradients while the backward runs, as it has to.
-        alone = self.world == 1 or is_sharded(job.module)
+        # A sharded module averages its gradients by itself, as it has to.
+        self.exchange = None
+        if self.world > 1 and not is_sharded(job.module):
+            self.exchange = Exchange(job.module, self.world, self.device)
         self.prepared = Prepared(
             title=job.title,
             accelerator=accelerator,
@@ -65,7 +67,7 @@ class Loop:
             together=shares.together,
             weights=shares.weights(self.rank),
             leaves_now=self._leaves_now,
-            exchange=None if alone else Exchange(job.module, self.world, self.device),
+            exchange=self.exchange,
         )
         self.step, self.stop = 0, job.length.stop
         self.window = Window()
@@ -114,6 +116,8 @@ class Loop:
             self.display.close()
             self.records.close()
             job.feed.close()
+            if self.exchange is not None:
+                self.exchange.close()
             if self.main:
                 draw_curves(job)
             if scaler is not None:

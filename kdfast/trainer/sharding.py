@@ -30,6 +30,7 @@ from kdfast.configs.fields import ConfigError
 from kdfast.models.eva import EVAViT
 from kdfast.pruning.blocks import blocks_of
 from kdfast.trainer.gathered import is_sharded, module_state
+from kdfast.trainer.processes import require_several
 
 M = TypeVar("M", bound=nn.Module)
 # Of every unit that is gathered at once: whether its shards alone stay after a forward.
@@ -61,16 +62,10 @@ def shard(
         ConfigError: There is one process only, or the blocks of a model are not known.
     """
     count, device = accelerator.num_processes, accelerator.device
-    if count == 1:
-        raise ConfigError(
-            [
-                "shard: fsdp needs the processes of several devices, as those of `torchrun "
-                "--nproc-per-node 2 -m kdfast.train ...`, got one"
-            ]
-        )
+    require_several("fsdp", count)
     # Nobody here writes into what a model returned, which is what torch warns of in each forward.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    blocks = {model: _blocks(model) for model in models if model is not None}
+    blocks = {model: units_of(model) for model in models if model is not None}
     mesh = init_device_mesh(device.type, (count,))
     for model, parts in blocks.items():
         _outlines[model] = _outline(model)
@@ -90,7 +85,12 @@ def shard(
             _unit(part, mesh, reshard=False)
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def units_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model, each of which is gathered for itself.
+
+    Raises:
+        ConfigError: They are not known.
+    """
     try:
         return blocks_of(model)
     except TypeError as error:
@@ -126,20 +126,19 @@ def _unit(module: nn.Module, mesh: DeviceMesh, *, reshard: bool) -> None:
 def prepare(
     accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """``accelerator.prepare``, which wraps in DDP what is not sharded.
+    """``accelerator.prepare`` without DDP: shards or the loop's own exchange take its place.
 
     Args:
         accelerator: Autocast and processes.
         module: What is trained.
         optimizer: Over its parameters, sharded or not.
     """
-    if not is_sharded(module):
-        prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(module, optimizer)
-        return prepared
-    # Autocast would keep its copies of all gathered weights until the forward of the module ends.
-    accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
-    module = accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)
-    return module, accelerator.prepare_optimizer(optimizer, device_placement=False)
+    if is_sharded(module):
+        # Autocast would keep its copies of all gathered weights until the forward of it ends.
+        accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+    # In this mode Accelerate leaves DDP out.
+    module = accelerator.prepare_model(module, evaluation_mode=True)
+    return module, accelerator.prepare_optimizer(optimizer)
 
 
 @contextmanager

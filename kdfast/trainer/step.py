@@ -53,10 +53,10 @@ class Prepared:
     exchange: Exchange | None = None
 
     def synchronised(self, last: bool) -> Any:
-        """Context of a forward and backward: a wrapper that averages does so in the last one."""
-        if last and self.exchange is None:
-            return nullcontext()
-        return self.accelerator.no_sync(self.module)
+        """Context of a forward and backward: processes exchange gradients in the last one only."""
+        if self.exchange is None:
+            return nullcontext() if last else self.accelerator.no_sync(self.module)
+        return self.exchange.sending() if last else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -151,14 +151,14 @@ class Piecewise:
         exchange = prepared.exchange
         largest = max(len(x.images) for x in inputs)
         if exchange is not None:
-            exchange.start()
+            exchange.share_buffers()
         while True:
             generators = rng_state()
             found, error = None, None
+            if exchange is not None:
+                exchange.begin()
             try:
                 found = self._attempt(prepared, inputs, epoch)
-                if exchange is not None:
-                    exchange.pack()
             except RuntimeError as problem:
                 alone = prepared.accelerator.num_processes == 1
                 if not is_out_of_memory(problem) or not (alone or exchange):
@@ -167,10 +167,8 @@ class Piecewise:
                 error = problem.with_traceback(None)
             agreed = Agreed(error is not None, largest)
             if exchange is not None:
-                agreed = exchange.agree(failed=agreed.failed, largest=largest)
+                agreed = exchange.finish(failed=agreed.failed, largest=largest)
             if found is not None and not agreed.failed:
-                if exchange is not None:
-                    exchange.average()
                 return found
             found = None
             self._halve(prepared, inputs, agreed.largest, error)
@@ -181,7 +179,7 @@ class Piecewise:
     def _attempt(
         self, prepared: Prepared, inputs: Sequence[Inputs], epoch: int
     ) -> tuple[Losses, list[Tensor]]:
-        """The gradient of this process, perhaps averaged by the wrapper."""
+        """The gradient of this process, perhaps averaged already."""
         means: Losses = {}
         outputs: list[Tensor] = []
         pieces = list(self._pieces(inputs, prepared.weights))
