@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,9 +62,11 @@ def guarded(args: argparse.Namespace) -> int:
             steps = [_model_step(args)]
         else:
             steps = steps_of(load(args.config, args.changes, files=False), args.classes)
+        if args.shard is not None:
+            steps = [replace(step, shard=args.shard) for step in steps]
         if args.gpu is not None and args.vram is None:
             args.vram = args.gpu.each.gib * GIB
-        fits = [_report(step, args) for step in steps]
+        fits = [_report(step, args, args.processes or 1) for step in steps]
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -82,6 +86,10 @@ def _unusable(args: argparse.Namespace) -> str | None:
         return "--images is for the hours, which need --gpu"
     if args.images is not None and args.images < 1:
         return f"--images must be at least 1, got {args.images}"
+    if args.processes is not None and args.processes < 1:
+        return f"--processes must be at least 1, got {args.processes}"
+    if args.shard == "fsdp" and (args.processes or 1) == 1:
+        return "--shard fsdp divides models among --processes, which must be 2 or more"
     if args.classes < 1:
         return f"--classes must be at least 1, got {args.classes}"
     return None
@@ -127,14 +135,17 @@ def _model_step(args: argparse.Namespace) -> PlannedStep:
     )
 
 
-def _report(step: PlannedStep, args: argparse.Namespace) -> bool:
+def _report(step: PlannedStep, args: argparse.Namespace, processes: int) -> bool:
     """Print the plan of a step; whether it fits."""
+    plan_of = partial(step.plan, processes=processes)
     vram: int | None = args.vram
     print(f"\n{step.title}")
+    if step.shard != "none" and processes == 1:
+        print(f"  shard {step.shard}: --processes says how many hold a part; this is one alone")
     plan = None
     if step.batch is not None:
         _say(f"measuring a step with batch {step.batch} ...")
-        plan = step.plan(step.batch, step.checkpointing)
+        plan = plan_of(step.batch, step.checkpointing)
         print(_text(plan, args.modules))
     if step.before is not None:
         print(f"  before it, {step.before.title} keeps {mib(step.before.bytes)}")
@@ -152,7 +163,7 @@ def _report(step: PlannedStep, args: argparse.Namespace) -> bool:
         )
     _say("searching the largest batch ...")
     try:
-        best = largest(step.plan, vram, CANDIDATES, checkpointing=step.checkpointing)
+        best = largest(plan_of, vram, CANDIDATES, checkpointing=step.checkpointing)
     except DoesNotFit as error:
         print(f"  {error}")
         return False
@@ -163,7 +174,7 @@ def _report(step: PlannedStep, args: argparse.Namespace) -> bool:
         f"{mib(best.peak_bytes)}"
     )
     if args.gpu is not None:
-        planned = plan if fits and plan is not None else step.plan(best.batch, best.checkpointing)
+        planned = plan if fits and plan is not None else plan_of(best.batch, best.checkpointing)
         print(_hours(step, planned, args.gpu, args.images))
     return small and (fits or step.batch is None)
 

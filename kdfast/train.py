@@ -130,10 +130,11 @@ def run(config: Config | ChainConfig, *, resume: bool = False) -> int:
         from kdfast.chain.run import run_chain
 
         _choose_kernels(config.deterministic)
-        accelerator = make_accelerator(config.precision, config.device)
+        accelerator = make_accelerator(config.precision, config.device, config.shard)
         return run_chain(config, accelerator, resume=resume)
     _choose_kernels(config.run.deterministic)
-    accelerator = make_accelerator(config.run.precision, config.run.device)
+    settings = config.run
+    accelerator = make_accelerator(settings.precision, settings.device, settings.shard)
     if config.data.kind == "frames":
         # Imported here: matching and metrics take a second to import.
         from kdfast.recovery.orion.run import run_frames

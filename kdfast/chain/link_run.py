@@ -18,7 +18,7 @@ from kdfast.trainer.state import identity
 # What may change between the parts of a run: it moves files, or computes the same.
 FREE = (
     *("name", "output", "note", "report", "cache_dir", "save_every", "log_every", "eval_batch"),
-    *("device", "max_steps", "data.root", "data.workers", "data.verify"),
+    *("device", "shard", "max_steps", "data.root", "data.workers", "data.verify"),
     # What a chain says about all of its links; a link's own part of it is compared.
     *("stage", "seeds", "vary", "twin", "chain", "model_args", "init", "batch", "epochs"),
     "vram_gib",

@@ -16,7 +16,7 @@ from kdfast.chain.links import LinkModel
 from kdfast.chain.pairing import attention_pairs, feature_pairs
 from kdfast.chain.weights import TaskWeights
 from kdfast.configs.chain import ChainDistillConfig
-from kdfast.matching.capture import Capture
+from kdfast.matching.capture import Capture, late_readers
 from kdfast.matching.map_distance import as_relation, map_distance
 from kdfast.nn.frozen import Frozen
 from kdfast.ops.feature_loss import feature_loss
@@ -184,6 +184,10 @@ class Objective(nn.Module):
     def teacher(self) -> LinkModel | None:
         """The frozen teacher."""
         return None if self._teacher is None else self._teacher.module
+
+    def read_late(self) -> list[nn.Module]:
+        """Attentions of the student whose own parameters are read after its forward."""
+        return late_readers(self.student.net, [name for name, _ in self.attention])
 
     def forward(
         self, images: Tensor, target: Tensor, epoch: int, teacher_logits: Tensor | None = None

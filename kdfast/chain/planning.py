@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdfast.chain.link_run import LinkRun
@@ -24,6 +26,7 @@ from kdfast.resolve.architecture import is_library_name
 from kdfast.resolve.trained import find_trained
 from kdfast.trainer.commits import load_checkpoint, newest
 from kdfast.trainer.logs import LOG
+from kdfast.trainer.sharding import units_of
 
 # Batches that the planner may choose.
 PLANNED = tuple(2**i for i in range(11))
@@ -96,6 +99,7 @@ def link_step(config: ChainConfig, link: Link, teacher: Link | None, classes: in
         config.checkpointing,
         epochs=link.epochs,
         images=config.data.limit,
+        shard=config.shard,
     )
 
 
@@ -105,12 +109,15 @@ def check_links(config: ChainConfig, classes: int) -> None:
     The models have no memory here; saved ones are read.
 
     Raises:
-        ConfigError: A link cannot be built, its weights do not fit it, or attention maps or
-            features of two links cannot be compared.
+        ConfigError: A link cannot be built or sharded, its weights do not fit it, or attention maps
+            or features of two links cannot be compared.
     """
     links, chosen = links_of(config), stages(config)
     needed = sorted({i for index in chosen for i in (index - 1, index) if i >= 0})
     models = {index: _without_memory(links[index], classes) for index in needed}
+    if config.shard == "fsdp":
+        for model in models.values():
+            units_of(model)
     if not (config.distill.attention or config.distill.feature):
         return
     for index in chosen:
@@ -180,7 +187,9 @@ def planned_batch(run: LinkRun, device: torch.device) -> BatchPlan:
     images = min(config.data.limit or len(run.data.train), len(run.data.train))
     step = link_step(config, run.link, run.teacher, len(run.data.class_names))
     candidates = [size for size in PLANNED if size <= images] or [1]
+    count = dist.get_world_size() if dist.is_initialized() else 1
+    plan = partial(step.plan, processes=count)
     try:
-        return largest(step.plan, vram, candidates, checkpointing=config.checkpointing)
+        return largest(plan, vram, candidates, checkpointing=config.checkpointing)
     except ValueError as error:
         raise ConfigError([f"batch: {run.link.role}: {error}"]) from error

@@ -32,6 +32,7 @@ from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import FILE_ONLY, LOG
 from kdfast.trainer.loop import Loop
 from kdfast.trainer.progress import deal_steps
+from kdfast.trainer.sharding import shard, whole
 from kdfast.trainer.state import seed_everything
 
 
@@ -83,6 +84,8 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
             weights=weights,
         ).to(device)
         classes = len(run.data.class_names)
+        if config.shard == "fsdp":
+            shard(objective, [student, teacher], accelerator, read=objective.read_late())
         step = LinkStep(mixup_of(config.optim, run.data.task, classes), kept)
         evaluate = ClassEvaluator(accelerator, run.data.task, classes)
         val = held_out_feed(run, run.data.val, device)
@@ -110,6 +113,7 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
     if not loop.done:
         return None
     seconds = time.monotonic() - began
+    watch.student = whole(student)
     summary = finish_link(run, watch, batch=batch, seconds=seconds)
     accelerator.wait_for_everyone()
     return summary

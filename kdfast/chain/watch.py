@@ -22,6 +22,7 @@ from kdfast.machine.memory import peak_mib, reset_peak
 from kdfast.trainer.commits import BEST, step_of
 from kdfast.trainer.feed import Feed
 from kdfast.trainer.logs import LOG
+from kdfast.trainer.sharding import gathered
 from kdfast.trainer.step import StepResult
 from kdfast.trainer.watch import Row, Watch
 
@@ -108,7 +109,8 @@ class LinkWatch(Watch):
         train = self.meter.compute()
         seconds = self._seconds()
         count = self.meter.count * self.accelerator.num_processes
-        found = [self.evaluate(self.model, self.val).compute()]
+        with gathered(self.model):
+            found = [self.evaluate(self.model, self.val).compute()]
         # Batch norm has other statistics on every process, and all have to stop at the same epoch.
         broadcast_object_list(found)
         val = found[0]

@@ -47,6 +47,7 @@ WORDS = {
     "layers": "of related models: the blocks that are compared",
     "precision": "of products",
     "device": "to train on",
+    "shard": "fsdp: each of several processes holds a part of the models",
 }
 TERMS = {
     "logits": "their divergence",

@@ -14,6 +14,7 @@ EXAMPLES = (
     "kdfast plan --config orion50 --vram 24GiB --set run.batch_size=2",
     "kdfast plan --config orion50_frames --gpu 4x4090",
     "kdfast plan --model vit_base_patch16_224 --teacher vit_large_patch16_224 --batch 8",
+    "kdfast plan --config orion50 --processes 8 --shard fsdp",
 )
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -38,6 +39,14 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--gpu", type=gpus, metavar="[Nx]NAME", help=f"memory and hours for it: {', '.join(GPUS)}"
+    )
+    made.add_argument(
+        "--processes", type=int, metavar="N", help="plan for each of N, with a GPU of its own [1]"
+    )
+    made.add_argument(
+        "--shard",
+        choices=("none", "fsdp"),
+        help="fsdp: parts of the models on each of --processes [as the config says]",
     )
     made.add_argument("--images", type=int, help="training images of an epoch, for the hours")
     made.add_argument("--modules", action="store_true", help="list the memory by module")

@@ -169,6 +169,8 @@ class ChainConfig:
         cache_top_k: Classes of which the cache keeps the output.
         device: ``auto`` takes the GPU if there is one.
         deterministic: cuDNN takes the same kernels in every run; false: the fastest it finds.
+        shard: ``fsdp``: each of several processes holds a part of teacher, student, gradients and
+            optimiser states while it trains; ``none``: every process holds all of them.
         save_every: Steps between checkpoints; one is also saved after each epoch.
         log_every: Steps between rows of the step log.
         eval_batch: Images per forward in evaluation.
@@ -205,6 +207,7 @@ class ChainConfig:
     cache_top_k: Count = 16
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = True
+    shard: Literal["none", "fsdp"] = "none"
     save_every: Count = 500
     log_every: Count = 10
     eval_batch: Count = 64

@@ -46,6 +46,7 @@ def _check_recovery(config: Config) -> list[str]:
         found.append("data.cache: needs data.augment false, got true")
     if config.distill.feature + config.distill.attention + config.distill.output == 0:
         found.append("distill: feature, attention and output must not all be 0")
+    found += check_shard(run.shard, run.precision, "run.")
     return found + check_device(run.device, run.precision, "run.")
 
 
@@ -117,6 +118,12 @@ def _check_chain(config: ChainConfig) -> list[str]:
             f"with data.kind {data.kind}"
         )
     found += _check_training(config)
+    found += check_shard(config.shard, config.precision)
+    if config.shard != "none" and config.optim.ema is not None:
+        found.append(
+            f"optim.ema: the averaged weights cannot be sharded, got {config.optim.ema:g} with "
+            f"shard {config.shard}"
+        )
     return found + check_device(config.device, config.precision)
 
 
@@ -143,6 +150,13 @@ def _check_training(config: ChainConfig) -> list[str]:
     if mixing and any(isinstance(b, int) and b % 2 for b in batches):
         found.append("batch: must be even for optim.mixup and optim.cutmix")
     return found
+
+
+def check_shard(shard: str, precision: str, prefix: str = "") -> list[str]:
+    """Problems of sharded models with a precision."""
+    if shard != "none" and precision == "fp16":
+        return [f"{prefix}shard: {shard} has no loss scaling for fp16; use bf16 or fp32"]
+    return []
 
 
 def check_device(device: str, precision: str, prefix: str = "") -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from kdfast.configs.check import check_device
+from kdfast.configs.check import check_device, check_shard
 from kdfast.configs.fields import (
     ConfigError,
     Count,
@@ -58,6 +58,9 @@ class DistilConfig:
         seed: Of the order, the crops and the split.
         precision: Of products: "fp32", "bf16" or "fp16".
         device: "auto", "cuda" or "cpu".
+        shard: "fsdp": each of several processes holds a part of teacher, student, gradients and
+            optimiser states while it trains, and the models that were given stay so: take those
+            of the result; "none": every process holds all of them.
         accelerate: Whether ``kdfast.accelerate`` changes both models first.
         max_steps: Stop and save after so many steps; None: at the end.
         save_every: Steps between checkpoints; one is also saved after each epoch.
@@ -90,6 +93,7 @@ class DistilConfig:
     seed: Natural = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    shard: Literal["none", "fsdp"] = "none"
     accelerate: bool = True
     max_steps: Count | None = None
     save_every: Count = 500
@@ -118,6 +122,7 @@ def distil_config(options: Mapping[str, Any]) -> DistilConfig:
     config = build(DistilConfig, options, problems)
     if config is not None:
         problems += check_device(config.device, config.precision)
+        problems += check_shard(config.shard, config.precision)
         if not any(config.weight(term) for term in TERMS) and not config.labels:
             problems.append(f"{', '.join(TERMS)}: must not all be 0")
     if problems or config is None:

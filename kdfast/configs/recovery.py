@@ -267,6 +267,8 @@ class RunConfig:
         orion_keys: Give the tensors of ``student.safetensors`` their names in ORION's whole model.
         device: ``auto`` takes the GPU if there is one.
         deterministic: cuDNN takes the same kernels in every run; false: the fastest it finds.
+        shard: ``fsdp``: each of several processes holds a part of teacher, student, gradients and
+            optimiser states while it trains; ``none``: every process holds all of them.
     """
 
     epochs: Count = 3
@@ -281,6 +283,7 @@ class RunConfig:
     orion_keys: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = True
+    shard: Literal["none", "fsdp"] = "none"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from kdfast.models.prepared import PreparedModel
 from kdfast.pruning.observe import main_output
 from kdfast.trainer.feed import Feed
 from kdfast.trainer.logs import LOG
+from kdfast.trainer.sharding import gathered
 from kdfast.trainer.watch import Row, Watch
 
 Quality = dict[str, float]
@@ -63,6 +64,10 @@ class Evaluator:
     @torch.no_grad()
     def __call__(self, model: PreparedModel) -> Quality:
         """The numbers of a model, which is left in eval mode."""
+        with gathered(model, self.teacher):
+            return self._measured(model)
+
+    def _measured(self, model: PreparedModel) -> Quality:
         model.eval()
         sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self.accelerator.device)
         for number, batch in enumerate(self.feed.batches(0)):

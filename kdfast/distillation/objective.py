@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdfast.configs.distil import DistilConfig
 from kdfast.distillation.terms import Terms
-from kdfast.matching.capture import Capture
+from kdfast.matching.capture import Capture, late_readers
 from kdfast.matching.map_distance import as_relation, map_distance
 from kdfast.models.prepared import PreparedModel
 from kdfast.nn.frozen import Frozen
@@ -56,6 +56,10 @@ class Objective(nn.Module):
     def teacher(self) -> PreparedModel:
         """The frozen teacher."""
         return self._teacher.module
+
+    def read_late(self) -> list[nn.Module]:
+        """Attentions of the student whose own parameters are read after its forward."""
+        return late_readers(self.student.net, self._mine[0])
 
     def forward(self, images: Tensor, labels: Tensor | None, epoch: int) -> dict[str, Tensor]:
         """Losses of one batch; teacher and student see the same pictures.

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,11 @@ from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
 from kdfast.trainer.progress import deal_steps
 from kdfast.trainer.schedule import cosine_with_warmup
+from kdfast.trainer.sharding import shard, whole
 from kdfast.trainer.state import identity, seed_everything
 
 # Options that move files or stop the run elsewhere: what is computed stays the same.
-FREE = ("output", "workers", "device", "max_steps", "save_every", "log_every")
+FREE = ("output", "workers", "device", "shard", "max_steps", "save_every", "log_every")
 STUDENT, WEIGHTS = "student", "student.pt"
 # Of the learning rate at the first and at the last step.
 FIRST, LAST = 0.1, 0.01
@@ -129,6 +130,10 @@ class Run:
         seen = self.looks({TEACHER: self.teacher, BEFORE: self.student}, some)
         evaluate = self.evaluator(pictures.held)
         watch = DistilWatch("distil", evaluate, self.student)
+        if config.shard == "fsdp":
+            read = objective.read_late()
+            with as_config_error():
+                shard(objective, [self.student, self.teacher], accelerator, read=read)
         meta = {
             "config": identity(plain(config), FREE),
             "data": pictures.digest,
@@ -145,7 +150,8 @@ class Run:
         if not loop.done:
             LOG.info("stopped by max_steps; --resume goes on")
             return None
-        return self.finish(watch, seen, some, unsavable)
+        done = replace(self, student=whole(self.student), teacher=whole(self.teacher))
+        return done.finish(watch, seen, some, unsavable)
 
     def say(self) -> None:
         """What is compared, and what is not."""

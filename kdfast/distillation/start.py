@@ -80,7 +80,7 @@ def distil(
             )
     before = [(model, model.training) for model in teacher.modules()]
     flags = [(p, p.requires_grad) for p in (*teacher.parameters(), *student.parameters())]
-    accelerator = make_accelerator(config.precision, config.device)
+    accelerator = make_accelerator(config.precision, config.device, config.shard)
     try:
         seed_everything(config.seed)
         with as_config_error():

@@ -271,6 +271,25 @@ def attention_call(
     return call
 
 
+def late_readers(net: nn.Module, attention: list[str]) -> list[nn.Module]:
+    """The attentions whose queries, keys and biases need parameters once more after their forward.
+
+    Of the others it is enough to have kept what their layers returned.
+
+    Args:
+        net: The model.
+        attention: Names of attentions that have a reader.
+    """
+    found = []
+    for name in attention:
+        module = net.get_submodule(name)
+        kept = {id(p) for leaf in _leaves(module) for p in leaf.parameters()}
+        after = {id(p) for n, p in module.named_parameters() if n.startswith(_AFTER)}
+        if any(id(p) not in kept | after for p in module.parameters()):
+            found.append(module)
+    return found
+
+
 def _leaves(module: nn.Module) -> Iterator[nn.Module]:
     """Layers of an attention that queries, keys and biases may come from."""
     for name, layer in module.named_modules():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,11 @@ from kdfast.ops._torch_private import (
 PARAMETERS, GRADIENTS, OPTIMIZER = "parameters", "gradients", "optimizer states"
 SAVED, TEMPORARIES = "saved for backward", "temporaries"
 FROZEN, INPUTS = "frozen models", "inputs"
-CATEGORIES = (PARAMETERS, GRADIENTS, OPTIMIZER, FROZEN, SAVED, TEMPORARIES, INPUTS)
+GATHERED, EXCHANGE = "gathered parameters", "exchange of gradients"
+CATEGORIES = (
+    *(PARAMETERS, GRADIENTS, OPTIMIZER, FROZEN, GATHERED, EXCHANGE),
+    *(SAVED, TEMPORARIES, INPUTS),
+)
 Books = dict[tuple[str, str], int]
 
 
@@ -63,13 +67,20 @@ class Ledger(TorchDispatchMode):
         flops: Operations of all matrix products so far.
     """
 
-    def __init__(self, student: nn.Module, teachers: list[nn.Module], granule: int) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teachers: list[nn.Module],
+        granule: int,
+        absent: Collection[Tensor] = (),
+    ) -> None:
         """Count the modules' own tensors.
 
         Args:
             student: Holds every parameter that is trained.
             teachers: Frozen modules; all that they own and make counts as theirs.
             granule: Sizes are rounded up to its multiples, as an allocator does.
+            absent: Parameters that take no memory: what is there of them is added by the caller.
         """
         super().__init__()
         self.student, self.teachers, self.granule = student, teachers, granule
@@ -79,6 +90,8 @@ class Ledger(TorchDispatchMode):
         self._books: Counter[tuple[str, str]] = Counter()
         self._entries: dict[int, _Entry] = {}
         self._path: list[tuple[str, bool]] = []
+        for tensor in absent:
+            self._enter_book(tensor, 0, FROZEN, "")
         for name, tensor in (*student.named_parameters(), *student.named_buffers()):
             self.add(tensor, PARAMETERS, name.rpartition(".")[0])
         for module in teachers:
@@ -94,11 +107,13 @@ class Ledger(TorchDispatchMode):
 
     def add(self, tensor: Tensor, category: str, module: str) -> None:
         """Count the storage of a tensor, unless it is counted already."""
-        storage = tensor.untyped_storage()
-        key = storage_key(tensor)
-        if key in self._entries:
-            return
-        size = math.ceil(storage.nbytes() / self.granule) * self.granule
+        if storage_key(tensor) not in self._entries:
+            nbytes = tensor.untyped_storage().nbytes()
+            size = math.ceil(nbytes / self.granule) * self.granule
+            self._enter_book(tensor, size, category, module)
+
+    def _enter_book(self, tensor: Tensor, size: int, category: str, module: str) -> None:
+        storage, key = tensor.untyped_storage(), storage_key(tensor)
         alive = weakref.ref(storage, partial(self._gone, key))
         self._entries[key] = _Entry(size, category, module, alive)
         self._books[category, module] += size

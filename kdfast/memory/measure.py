@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdfast.memory.cuda_rules import as_on_cuda
-from kdfast.memory.ledger import CATEGORIES, INPUTS, OPTIMIZER, PARAMETERS, Books, Ledger
+from kdfast.memory.ledger import (
+    CATEGORIES,
+    GRADIENTS,
+    INPUTS,
+    OPTIMIZER,
+    PARAMETERS,
+    Books,
+    Ledger,
+)
+from kdfast.memory.processes import Copies, Shards
 from kdfast.models.eva import EVAViT
 from kdfast.ops._torch_private import FakeTensorMode
 from kdfast.ops.kd_loss import kd_loss
@@ -26,6 +35,7 @@ CONTEXT, WORKSPACE = 512 * MIB, 64 * MIB
 FRAGMENTATION = 0.05
 # Sizes of PyTorch's CUDA allocator, and of its CPU allocator (alignment).
 GRANULE = {"cuda": 512, "cpu": 64}
+SHARDS = ("none", "fsdp")
 STEPS = 2  # the second one has optimizer states from its start
 
 
@@ -61,6 +71,8 @@ class MemoryPlan:
         categories: Bytes of tensors at the peak by purpose.
         modules: Bytes of tensors at the peak by module, then purpose.
         flops: Operations of the step's matrix products, recomputed ones included.
+        processes: How many train together; the plan is that of each, on a device of its own.
+        shard: "fsdp": parameters, gradients and states lie in shards on all of them.
     """
 
     batch: int
@@ -73,6 +85,8 @@ class MemoryPlan:
     categories: dict[str, int]
     modules: dict[str, dict[str, int]]
     flops: int
+    processes: int = 1
+    shard: str = "none"
 
     @property
     def peak_bytes(self) -> int:
@@ -82,10 +96,14 @@ class MemoryPlan:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of what a checkpoint holds: the trained model and the optimiser's states."""
-        return self.categories[PARAMETERS] + self.categories[OPTIMIZER]
+        held = self.categories[PARAMETERS] + self.categories[OPTIMIZER]
+        return held if self.shard == "none" else held * self.processes
 
     def __str__(self) -> str:
         recompute = ", checkpointing" if self.checkpointing else ""
+        if self.processes > 1:
+            how = "in shards" if self.shard == "fsdp" else "with whole copies"
+            recompute += f", on each of {self.processes} processes {how}"
         size = " x ".join(map(str, self.image_size))
         lines = [
             f"batch {self.batch}, {size}, {self.device}{recompute}: peak in the {self.phase}",
@@ -131,6 +149,8 @@ def plan_step(
     checkpointing: bool = False,
     device: str = "cuda",
     channels: int = 3,
+    processes: int = 1,
+    shard: str = "none",
 ) -> MemoryPlan:
     """Predicts the peak of a training step without allocating it.
 
@@ -145,14 +165,21 @@ def plan_step(
         device: "cuda": autocast rules, op kernels and allocator sizes of CUDA, and its overhead;
             "cpu": tensors of this CPU as they are.
         channels: Number of channels of the images.
+        processes: How many train together, each with ``batch`` images.
+        shard: "fsdp" or "none", as the key of that name in configs.
 
     Raises:
-        ValueError: ``batch`` or ``device`` is not possible.
+        ValueError: ``batch``, ``device``, ``processes`` or ``shard`` is not possible, or nothing is
+            known of the blocks of a model that is to be sharded.
     """
     if batch < 1:
         raise ValueError(f"plan: batch must be at least 1, got {batch}")
     if device not in GRANULE:
         raise ValueError(f"plan: device must be one of {sorted(GRANULE)}, got {device!r}")
+    if processes < 1:
+        raise ValueError(f"plan: processes must be at least 1, got {processes}")
+    if shard not in SHARDS:
+        raise ValueError(f"plan: shard must be one of {SHARDS}, got {shard!r}")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     # Not fake from the start: constructors read values (of linspace), which fake tensors lack.
     with torch.device("meta"):
@@ -163,7 +190,7 @@ def plan_step(
             _materialise(module)
         if device == "cuda":
             stack.enter_context(as_on_cuda((step.module, *step.teachers)))
-        ledger = run_steps(step, (batch, channels, *size), amp, device)
+        ledger = run_steps(step, (batch, channels, *size), amp, device, processes, shard)
     tensors = ledger.peak
     overhead = 0
     if device == "cuda":
@@ -179,6 +206,8 @@ def plan_step(
         categories=_by_category(ledger.at_peak),
         modules=_by_module(ledger.at_peak),
         flops=ledger.flops // STEPS,
+        processes=processes,
+        shard=shard,
     )
 
 
@@ -204,21 +233,50 @@ def _materialise(module: nn.Module) -> None:
             part.fill_rope()
 
 
-def run_steps(step: Step, shape: tuple[int, ...], amp: torch.dtype | None, device: str) -> Ledger:
-    """Two training steps under a ledger, on fake or real CPU tensors."""
+def run_steps(
+    step: Step,
+    shape: tuple[int, ...],
+    amp: torch.dtype | None,
+    device: str,
+    processes: int = 1,
+    shard: str = "none",
+) -> Ledger:
+    """Two training steps under a ledger, on fake or real CPU tensors.
+
+    With several processes these are the steps of one of them.
+    """
     module = step.module.train()
     optimizer = _optimizer(step, device)
-    ledger = Ledger(module, step.teachers, GRANULE[device])
-    with ledger.watching():
+    shards = None
+    if shard == "fsdp" and processes > 1:
+        shards = Shards(module, step.teachers, processes)
+        shards.optimize(optimizer)
+    ledger = Ledger(module, step.teachers, GRANULE[device], () if shards is None else shards.absent)
+    copies = Copies(module) if processes > 1 and shards is None else None
+    if copies is not None:
+        for gradient in copies.gradients.values():
+            ledger.mark(gradient, GRADIENTS, "")
+    around = nullcontext() if shards is None else shards.watching(ledger)
+    with around, ledger.watching():
         for _ in range(STEPS):
             images, labels = torch.zeros(shape), torch.zeros(shape[0], dtype=torch.int64)
             for tensor in (images, labels):
                 ledger.mark(tensor, INPUTS, "")
-            autocast = nullcontext() if amp is None else torch.autocast("cpu", dtype=amp)
+            # As ``kdfast.trainer.sharding.prepare`` has it.
+            cache = shards is None
+            autocast = (
+                nullcontext()
+                if amp is None
+                else torch.autocast("cpu", dtype=amp, cache_enabled=cache)
+            )
             with ledger.during("forward"), autocast:
                 loss = step.loss(images, labels)
             with ledger.during("backward"):
+                if copies is not None:
+                    copies.begin()
                 loss.backward()
+                if shards is not None:
+                    shards.finish()
             with ledger.during("optimizer step"):
                 optimizer.step()
             for state in optimizer.state.values():

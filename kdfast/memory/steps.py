@@ -45,6 +45,7 @@ class PlannedStep:
             and what to set where they are too many; None: nothing that counts.
         epochs: Passes over the training images.
         images: Training images of all processes in an epoch; None: only the data knows.
+        shard: What the config says of sharded models: "fsdp" or "none".
     """
 
     title: str
@@ -56,9 +57,12 @@ class PlannedStep:
     before: Before | None = None
     epochs: int = 1
     images: int | None = None
+    shard: str = "none"
 
-    def plan(self, batch: int, checkpointing: bool, device: str = "cuda") -> MemoryPlan:
-        """Predicted peak with this batch; ``device`` as in ``plan_step``."""
+    def plan(
+        self, batch: int, checkpointing: bool, device: str = "cuda", processes: int = 1
+    ) -> MemoryPlan:
+        """Predicted peak with this batch; ``device`` and ``processes`` as in ``plan_step``."""
         return plan_step(
             lambda: self.build(checkpointing),
             batch,
@@ -66,11 +70,13 @@ class PlannedStep:
             amp=self.amp,
             checkpointing=checkpointing,
             device=device,
+            processes=processes,
+            shard=self.shard,
         )
 
-    def configured_plan(self, device: str) -> MemoryPlan:
+    def configured_plan(self, device: str, processes: int = 1) -> MemoryPlan:
         """Predicted peak as the config says; with one image where it leaves the batch open."""
-        return self.plan(self.batch or 1, self.checkpointing, device)
+        return self.plan(self.batch or 1, self.checkpointing, device, processes)
 
 
 def device_of(choice: str) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kdfast.machine.signals import check
 from kdfast.recovery.data import Views
 from kdfast.trainer.logs import LOG
+from kdfast.trainer.sharding import gathered
 from kdfast.trainer.watch import Row, Watch
 
 
@@ -96,6 +97,10 @@ class Evaluator:
         Raises:
             ValueError: No held-out image could be read.
         """
+        with gathered(backbone, self.teacher):
+            return self._measured(backbone)
+
+    def _measured(self, backbone: nn.Module) -> float:
         backbone.eval()
         classes = len(self.feed.dataset.classes)
         size = 2 if self.head is None else classes**2

@@ -9,7 +9,7 @@ from kdfast.configs.recovery import Config
 FREE = (
     *("name", "output", "note", "teacher.cache", "data.workers", "data.cache"),
     *("run.max_steps", "run.save_every", "run.log_every", "run.eval_images", "run.device"),
-    "run.orion_keys",
+    *("run.orion_keys", "run.shard"),
 )
 # What the recipe of an older version may lack.
 DEFAULTS = defaults_of(Config)

@@ -65,6 +65,7 @@ def recovery_step(config: Config, teacher: Mapping[str, Any] | None = None) -> P
         _compensation(config, teacher),
         epochs=config.run.epochs,
         images=_images(config),
+        shard=config.run.shard,
     )
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
 from kdfast.trainer.progress import deal_steps
 from kdfast.trainer.runs import run_folder, show_start, started_again
+from kdfast.trainer.sharding import shard, whole
 from kdfast.trainer.state import differences, identity, seed_everything
 
 # Images in the picture of predictions.
@@ -134,6 +135,9 @@ class Run:
             distiller.to(self.accelerator.device)
         evaluate = self.evaluator()
         quality = self.baseline(kept, evaluate)
+        if self.config.run.shard == "fsdp":
+            with as_config_error():
+                shard(distiller, [self.teacher, student], self.accelerator)
         # Ranks draw different drop paths; the order and the masks come from the config's seed.
         seed_everything(self.config.seed + self.accelerator.process_index)
         with as_config_error():
@@ -142,7 +146,11 @@ class Run:
         if self.accelerator.is_main_process:
             save(self.config, self.folder / "config.yaml")
         self.accelerator.free_memory()
-        quality["distilled"] = evaluate(student)
+        replace(self, teacher=whole(self.teacher)).report(kept, whole(student), quality)
+
+    def report(self, kept: Kept, student: EVAViT, quality: dict[str, float]) -> None:
+        """Measure the trained student, and write everything down."""
+        quality["distilled"] = self.evaluator()(student)
         if self.accelerator.is_main_process:
             models = {"teacher": self.teacher, **self.untrained(kept), "distilled": student}
             self.finish(models, quality)

@@ -25,6 +25,7 @@ from kdfast.trainer.gathered import is_sharded
 from kdfast.trainer.job import Job
 from kdfast.trainer.logs import Records
 from kdfast.trainer.progress import Position, Progress
+from kdfast.trainer.sharding import prepare, whole_tensor
 from kdfast.trainer.step import Prepared, StepResult
 from kdfast.trainer.window import Window
 
@@ -52,9 +53,7 @@ class Loop:
         self.per_epoch, self.total = job.length.per_epoch, job.length.total
         # Before Accelerate wraps them: the groups hold the module's own parameters.
         self.trainable = [p for group in job.optimizer.param_groups for p in group["params"]]
-        # That mode leaves DDP out, whose place the exchange takes.
-        module = accelerator.prepare_model(job.module, evaluation_mode=True)
-        self.optimizer = accelerator.prepare_optimizer(job.optimizer)
+        module, self.optimizer = prepare(accelerator, job.module, job.optimizer)
         shares = job.feed.shares
         # A sharded module averages its gradients by itself, as it has to.
         self.exchange = None
@@ -201,7 +200,9 @@ class Loop:
         if self._leaves_now():
             return STOPPED, 0.0
         clip = self.job.clip
-        norm = self.accelerator.clip_grad_norm_(self.trainable, math.inf if clip is None else clip)
+        limit = math.inf if clip is None else clip
+        # Of sharded gradients this sums over the shards; the result is the same everywhere.
+        norm = whole_tensor(self.accelerator.clip_grad_norm_(self.trainable, limit))
         good = torch.isfinite(losses["total"])
         if self.accelerator.scaler is None:
             # Under loss scaling an infinite gradient is ordinary: the scaler skips that step.

@@ -19,13 +19,35 @@ from kdfast.configs.fields import ConfigError, as_config_error
 PATIENCE = timedelta(hours=1)
 
 
-def make_accelerator(precision: str, device: str) -> Accelerator:
+def require_several(shard: str, count: int) -> None:
+    """Raises ConfigError where models are to be sharded among ``count`` processes, which is 1."""
+    if shard != "none" and count == 1:
+        raise ConfigError(
+            [
+                f"shard: {shard} divides models among several processes, as those of `torchrun "
+                "--nproc-per-node 2 -m kdfast.train ...`, got one process"
+            ]
+        )
+
+
+def make_accelerator(precision: str, device: str, shard: str = "none") -> Accelerator:
     """Device and precision of a run, also where this process had others before.
 
+    Args:
+        precision: "fp32", "bf16" or "fp16".
+        device: "auto", "cpu" or "cuda".
+        shard: Whether the models are going to be sharded: "fsdp" or "none".
+
     Raises:
-        ConfigError: The device lacks the precision, or processes that were started together do not
-            find each other.
+        ConfigError: The device lacks the precision, processes that were started together do not
+            find each other, there is one where models are to be sharded, or Accelerate was told to
+            shard them.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        # It would take the student alone, and nothing at all on CPUs: see trainer/sharding.py.
+        raise ConfigError(
+            ["shard: set it to fsdp instead of `accelerate launch --use_fsdp`, got that flag"]
+        )
     if not dist.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -45,4 +67,5 @@ def make_accelerator(precision: str, device: str) -> Accelerator:
                 f"but {accelerator.num_processes} found each other on {accelerator.device}"
             ]
         )
+    require_several(shard, started)
     return accelerator

@@ -25,6 +25,7 @@ from kdfast.models.orion.config import CLASSES, LANE_CLASSES
 from kdfast.recovery.detection_metrics import Detections, DetectionScore, score_detections
 from kdfast.recovery.map_metrics import Lines, MapScore, score_lines
 from kdfast.recovery.orion.feed import Frames
+from kdfast.trainer.sharding import gathered
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class FrameEvaluator:
 
     def __call__(self, backbone: nn.Module) -> float:
         """The mean of both mAPs, without those that have nothing to find."""
-        figures = self.scores(backbone).figures()
+        with gathered(backbone):
+            figures = self.scores(backbone).figures()
         known = [v for v in (figures["mAP"], figures["map mAP"]) if not np.isnan(v)]
         return float(np.mean(known)) if known else 0.0
 
