@@ -84,7 +84,7 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
         classes = len(run.data.class_names)
         step = LinkStep(link.role, mixup_of(config.optim, run.data.task, classes), kept)
         evaluate = ClassEvaluator(accelerator, run.data.task, classes)
-        val = held_out_feed(run, run.data.val, device)
+        val = held_out_feed(run, run.data.val, accelerator)
         watch = LinkWatch(run, student, step, val, evaluate, batch)
         meta = {**facts(link, run.data, description), "recipe": run.recipe}
         loop = Loop(_job(run, objective, batch, step, watch, meta), accelerator)

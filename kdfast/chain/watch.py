@@ -109,7 +109,7 @@ class LinkWatch(Watch):
         seconds = self._seconds()
         count = self.meter.count * self.accelerator.num_processes
         found = [self.evaluate(self.model, self.val).compute()]
-        # Batch norm has other statistics on every process, and all have to stop at the same epoch.
+        # All have to stop at the same epoch, whatever the last bits of a sum on their device.
         broadcast_object_list(found)
         val = found[0]
         peaks = peak_mib(self.accelerator.device)

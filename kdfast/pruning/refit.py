@@ -184,7 +184,8 @@ class Compensation:
         The branch writes ``gain * output`` into the stream, so a lack of the stream is one of
         ``lack / gain`` in the output. Where the gain is not known the branch alone is compared.
         """
-        sums, held = Moments(), []
+        sums = Moments()
+        held: list[tuple[Tensor, Tensor]] = []
         pieces = self._drifts(runners, block, part, index)
 
         def begin() -> Shift | None:
