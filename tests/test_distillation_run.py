@@ -183,7 +183,7 @@ def test_an_interrupted_evaluation_is_done_again(
         if len(calls) == 3:  # after both models were measured before the training
             raise Interrupted(15)
 
-    monkeypatch.setattr("kdfast.distillation.evaluate.check", stops)
+    monkeypatch.setattr("kdfast.machine.turns.check", stops)
     common: dict[str, Any] = {**SHORT, "output": str(tmp_path / "run")}
     with pytest.raises(Interrupted):
         kdfast.distil(*pair(), pictures, **common)

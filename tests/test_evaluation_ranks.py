@@ -36,15 +36,6 @@ CLASSES = 3
 WORLDS = [2, 3, 5]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the processes: sums have one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def same(world, measure, tmp_path):
     """Whether ``measure(rank, world)`` gives in each of several processes what it gives in one."""
     torch.save(want := measure(0, 1), tmp_path / "one.pt")

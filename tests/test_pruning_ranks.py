@@ -39,15 +39,6 @@ def of_all(world, make, tmp_path):
     return [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the processes: sums have one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 METHODS = ["taylor", "gradient", "entropy", "leave_one_out"]
 
 
