@@ -168,7 +168,7 @@ def view_feed(
             labels = labels.to(device, non_blocking=True)
         return Batch(images, labels, index, item["path"], weight)
 
-    place = {"seed": seed, "rank": rank, "world": world}
+    place: dict[str, Any] = {"seed": seed, "rank": rank, "world": world}
     sampler = EpochSampler(len(dataset), **place)
     if not train:
         group = dataset.views if whole_frames else 1

@@ -58,7 +58,7 @@ def class_feed(
         ValueError: There is less than one batch for every process, or indices are chosen where it
             is not for training.
     """
-    shared = {"seed": seed, "rank": rank, "world": world}
+    shared: dict[str, Any] = {"seed": seed, "rank": rank, "world": world}
     sampler: EpochSampler
     if train:
         sampler = _Chosen(range(len(dataset)) if chosen is None else chosen, **shared)

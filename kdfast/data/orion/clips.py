@@ -41,7 +41,8 @@ class ClipSampler(EpochSampler):
         taken = [frame for clip in self.clips for frame in clip]
         self.places = {frame: place for place, frame in enumerate(taken)}
         super().__init__(len(taken), rank=rank, world=world, shuffle=False, even=False)
-        frames, self._mine = [0] * world, []
+        self._mine: list[int] = []
+        frames = [0] * world
         for clip in self.clips:
             of = frames.index(min(frames))
             frames[of] += len(clip)

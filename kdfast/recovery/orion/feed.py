@@ -157,7 +157,7 @@ def frame_feed(
     """
     data, train = config.data, streams is not None
     size = (batch_size or config.run.batch_size) if train else 1
-    place = {"stride": data.stride, "rank": rank, "world": world}
+    place: dict[str, Any] = {"stride": data.stride, "rank": rank, "world": world}
     sampler: EpochSampler
     if train:
         sampler = SequenceSampler(
