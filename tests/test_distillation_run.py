@@ -345,7 +345,7 @@ result = kdfast.distil(student, teacher, {pictures!r}, output={output!r}, epochs
                        lr=1e-3, device="cpu", log_every=1)
 assert result is not None
 total = sum(float(p.detach().double().sum()) for p in student.parameters())
-sys.stdout.write(f"done {{total}}\n")  # in one piece: the other process writes there too
+sys.stdout.write(f"done {{total}}\\n")  # in one piece: the other process writes there too
 """
 
 
