@@ -43,6 +43,7 @@ def guarded(args: argparse.Namespace) -> int:
 
     from kdfast.configs.fields import ConfigError
     from kdfast.data.files import CorruptDataError
+    from kdfast.machine.ranks import PeerError
     from kdfast.sources import SourceError
     from kdfast.trainer.loop import NonFiniteLoss
 
@@ -57,7 +58,7 @@ def guarded(args: argparse.Namespace) -> int:
     except SourceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (CorruptDataError, NonFiniteLoss, OSError) as error:
+    except (CorruptDataError, NonFiniteLoss, OSError, PeerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

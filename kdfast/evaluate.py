@@ -11,14 +11,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from accelerate import Accelerator
+import torch.distributed as dist
 
 from kdfast.commandline.evaluate import parser
 from kdfast.configs import CONFIGS, ChainConfig, Config, ConfigError, load
 from kdfast.configs.fields import as_config_error
 from kdfast.data.files import CorruptDataError
+from kdfast.machine.ranks import PeerError
 from kdfast.machine.signals import run_command
 from kdfast.models.eva import EVAViT
+from kdfast.trainer.processes import make_accelerator
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(args: argparse.Namespace) -> int:
     try:
-        return run(args)
-    except (ConfigError, ValueError, OSError, CorruptDataError) as error:
+        status = run(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return status
+    except (ConfigError, ValueError, OSError, CorruptDataError, PeerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -46,12 +51,12 @@ def run(args: argparse.Namespace) -> int:
     assert isinstance(config, Config)
     # Imported here: matching and metrics take a second to import.
     from kdfast.recovery.orion.evaluate import FrameEvaluator
-    from kdfast.recovery.orion.feed import build_frames
-    from kdfast.recovery.orion.run import draw_results, report_frames
+    from kdfast.recovery.orion.feed import build_frames, frame_feed
+    from kdfast.recovery.orion.run import draw_results, first_images, report_frames
     from kdfast.recovery.orion.teacher import get_frame_teacher
     from kdfast.sources import load_saved
 
-    accelerator = Accelerator(cpu=config.run.device == "cpu")
+    accelerator = make_accelerator("fp32", config.run.device)
     with as_config_error():
         data = build_frames(config, accelerator)
         teacher, heads = get_frame_teacher(
@@ -68,10 +73,15 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     limit = None if args.frames is None else args.frames * data.held_out.dataset.views
     evaluate = FrameEvaluator(accelerator, data.held_out, heads, limit)
-    print(report_frames(args.out, models, evaluate, teacher))
-    picture = draw_results(args.out / "frames.png", models, evaluate)
-    for path in (args.out / "frames.json", picture):
-        print(path)
+    scores = {name: evaluate.scores(model) for name, model in models.items()}
+    if accelerator.is_main_process:
+        feed = frame_feed(config, data.held_out.dataset, None, accelerator.device)
+        alone = FrameEvaluator(accelerator, feed, heads, limit)
+        print(report_frames(args.out, models, scores, first_images(alone), teacher))
+        picture = draw_results(args.out / "frames.png", models, alone)
+        for path in (args.out / "frames.json", picture):
+            print(path)
+    accelerator.wait_for_everyone()
     return 0
 
 

@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from kdfast.configs import ChainConfig, ConfigError, as_yaml, load
 from kdfast.data.files import CorruptDataError
+from kdfast.machine.ranks import PeerError
 from kdfast.machine.signals import run_command
 from kdfast.recovery.run import run_recovery
 from kdfast.trainer.logs import close_log
@@ -60,7 +61,10 @@ def guarded(args: argparse.Namespace) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
         return status
-    except (ConfigError, CorruptDataError, NonFiniteLoss, FloatingPointError, OSError) as error:
+    except (
+        *(ConfigError, CorruptDataError, NonFiniteLoss, FloatingPointError, OSError),
+        PeerError,
+    ) as error:
         discard_folder()
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

@@ -185,6 +185,25 @@ def test_errors(words: list[str], answer: str, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["prune", "--model", "vit_tiny_patch16_224", "--keep", "0.5", "--out", "half"],
+        ["compare", "--model", "vit_tiny_patch16_224"],
+        ["attention", "--model", "vit_tiny_patch16_224", "--image", "a.png", "--out", "maps"],
+        ["data", "check", "--root", "data"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_commands_of_one_process_refuse_several(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, error = said(capsys, *words)
+    assert status == 2
+    assert "error: runs in one process, got 2 (WORLD_SIZE); start it without torchrun" in error
+
+
+@pytest.mark.parametrize(
     ("text", "size"), [("6", 6 << 30), ("1.5G", 3 << 29), ("6000MiB", 6000 << 20), ("2TB", 2 << 40)]
 )
 def test_size_without_a_unit_is_gib(text: str, size: int) -> None:

@@ -183,7 +183,7 @@ def test_an_interrupted_evaluation_is_done_again(
         if len(calls) == 3:  # after both models were measured before the training
             raise Interrupted(15)
 
-    monkeypatch.setattr("kdfast.distillation.evaluate.check", stops)
+    monkeypatch.setattr("kdfast.machine.turns.check", stops)
     common: dict[str, Any] = {**SHORT, "output": str(tmp_path / "run")}
     with pytest.raises(Interrupted):
         kdfast.distil(*pair(), pictures, **common)
@@ -344,7 +344,8 @@ student, teacher = t.pair()
 result = kdfast.distil(student, teacher, {pictures!r}, output={output!r}, epochs=2, batch_size=4,
                        lr=1e-3, device="cpu", log_every=1)
 assert result is not None
-print("done", sum(float(p.double().sum()) for p in student.parameters()))
+total = sum(float(p.detach().double().sum()) for p in student.parameters())
+sys.stdout.write(f"done {{total}}\\n")  # in one piece: the other process writes there too
 """
 
 

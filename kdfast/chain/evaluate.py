@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from kdfast.chain.link_run import LinkRun
 from kdfast.chain.metrics import Meter
 from kdfast.chain.objective import task_loss
 from kdfast.data.labelled import LabelledImages
-from kdfast.machine.signals import check
+from kdfast.machine.ranks import Ranks
 from kdfast.trainer.class_feed import class_feed
-from kdfast.trainer.feed import Feed
+from kdfast.trainer.feed import Batch, Feed
+from kdfast.trainer.held_out import evaluated, ranks_of, same_buffers
 
 
 class ClassEvaluator:
@@ -34,34 +37,42 @@ class ClassEvaluator:
 
         Args:
             model: Gives logits (B, C) of images (B, 3, H, W).
-            feed: Held-out images with targets.
+            feed: Held-out images with targets; processes that share them all get the whole.
         """
         meter = Meter(self.task, self.classes, scores=True)
         model.eval()
-        for batch in feed.batches(0):
-            if self.accelerator.num_processes == 1:
-                check()
-            assert batch.labels is not None
-            with self.accelerator.autocast():
-                logits = model(batch.images)
-            meter.add(logits, batch.labels, task_loss(logits, batch.labels, self.task))
+        same_buffers(ranks_of(feed), model)
+        for found in evaluated(feed, partial(self._batch, model, ranks_of(feed))):
+            meter.add(*(part.to(self.accelerator.device) for part in found))
         return meter
+
+    def _batch(
+        self, model: nn.Module, ranks: Ranks, batch: Batch, number: int
+    ) -> tuple[Tensor, ...]:
+        """Logits, targets and loss of a batch, on their way to the other processes if any."""
+        assert batch.labels is not None
+        with self.accelerator.autocast():
+            logits = model(batch.images)
+        found = logits, batch.labels, task_loss(logits, batch.labels, self.task)
+        return found if ranks.world == 1 else tuple(part.cpu() for part in found)
 
 
 def held_out_feed(
-    run: LinkRun, dataset: LabelledImages, device: torch.device
+    run: LinkRun, dataset: LabelledImages, accelerator: Accelerator
 ) -> Feed[LabelledImages]:
-    """All items of a held-out set once, in their order.
+    """This process's share of the items of a held-out set, once, in their order.
 
     Args:
         run: Names the batch size and the loader processes.
         dataset: Validation or test images.
-        device: Where the batches go.
+        accelerator: Where the batches go, and which process this is.
     """
     return class_feed(
         dataset,
         batch_size=run.config.eval_batch,
-        device=device,
+        device=accelerator.device,
         workers=run.config.data.workers,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
         train=False,
     )

@@ -52,7 +52,7 @@ def finish_link(run: LinkRun, watch: LinkWatch, *, batch: int, seconds: float) -
         )
     with as_config_error():
         student.net.load_state_dict(weights_of(load_checkpoint(run.checkpoints / BEST)))
-    meter = watch.evaluate(student, held_out_feed(run, data.test, accelerator.device))
+    meter = watch.evaluate(student, held_out_feed(run, data.test, accelerator))
     test = meter.compute()
     peaks = peak_mib(accelerator.device)
     summary = {

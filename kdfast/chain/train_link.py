@@ -88,7 +88,7 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
             shard(objective, [student, teacher], accelerator, read=objective.read_late())
         step = LinkStep(mixup_of(config.optim, run.data.task, classes), kept)
         evaluate = ClassEvaluator(accelerator, run.data.task, classes)
-        val = held_out_feed(run, run.data.val, device)
+        val = held_out_feed(run, run.data.val, accelerator)
         watch = LinkWatch(run, student, step, val, evaluate, batch)
         meta = {**facts(link, run.data, description), "recipe": run.recipe}
         job = _job(run, objective, batch, step, watch, meta, resume=resume)

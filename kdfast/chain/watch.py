@@ -111,7 +111,7 @@ class LinkWatch(Watch):
         count = self.meter.count * self.accelerator.num_processes
         with gathered(self.model):
             found = [self.evaluate(self.model, self.val).compute()]
-        # Batch norm has other statistics on every process, and all have to stop at the same epoch.
+        # All have to stop at the same epoch, whatever the last bits of a sum on their device.
         broadcast_object_list(found)
         val = found[0]
         peaks = peak_mib(self.accelerator.device)

@@ -21,7 +21,7 @@ FUSIONS = ("mean", "max", "min")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = Parser("attention", DESCRIPTION, EXAMPLES)
+    made = Parser("attention", DESCRIPTION, EXAMPLES, alone=True)
     made.add_argument("--model", help=MODEL_HELP)
     made.add_argument("--checkpoint", metavar="PATH", help="weights; alone: it says its model")
     made.add_argument("--pretrained", action="store_true", help="download the weights of --model")

@@ -54,7 +54,7 @@ EXTRA = ("compile-bf16", "freezing-bf16")
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     known = "\n".join(f"  {name:<20}{about}" for name, about in CANDIDATES.items())
-    made = Parser("compare", DESCRIPTION, EXAMPLES)
+    made = Parser("compare", DESCRIPTION, EXAMPLES, alone=True)
     made.epilog = (
         f"candidates (with --only and --skip):\n{known}\nWithout --only all but "
         f"{' and '.join(EXTRA)} run. OpenVINO and ONNX Runtime: pip install 'kdfast[bench]'.\n\n"

@@ -23,7 +23,7 @@ SIZE = (450, 800)
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = Parser("data", DESCRIPTION, EXAMPLES)
+    made = Parser("data", DESCRIPTION, EXAMPLES, alone=True)
     commands = made.add_subparsers(dest="command", required=True, parser_class=SubParser)
     check = commands.add_parser("check", help="what is there, what is missing, how to get it")
     infos = commands.add_parser("infos", help="make infos and maps from a download or pickles")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import textwrap
 from collections.abc import Sequence
@@ -126,13 +127,16 @@ class SubParser(_Answering):
 class Parser(_Answering):
     """The parser of a command."""
 
-    def __init__(self, name: str, description: str, examples: Sequence[str] = ()) -> None:
+    def __init__(
+        self, name: str, description: str, examples: Sequence[str] = (), *, alone: bool = False
+    ) -> None:
         """Set up.
 
         Args:
             name: The command, as it is typed after ``kdfast``.
             description: What it does.
             examples: Whole command lines, printed at the end of the help.
+            alone: Whether several processes of it would do the same work and write the same files.
         """
         # The terminal says where a line ends.
         lines = [" ".join(example.replace("\\\n", " ").split()) for example in examples]
@@ -144,6 +148,14 @@ class Parser(_Answering):
             formatter_class=_Help,
             allow_abbrev=False,
         )
+        self.alone = alone
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in argparse; refuses to be one of several processes of a command that takes one."""
+        found, world = super().parse_args(args, namespace), os.environ.get("WORLD_SIZE", "1")
+        if self.alone and world != "1":
+            self.error(f"runs in one process, got {world} (WORLD_SIZE); start it without torchrun")
+        return found
 
 
 def add_config(parser: argparse.ArgumentParser, about: str, *, required: bool = False) -> None:

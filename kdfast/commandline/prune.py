@@ -30,7 +30,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = Parser("prune", DESCRIPTION, EXAMPLES)
+    p = Parser("prune", DESCRIPTION, EXAMPLES, alone=True)
     p.add_argument("--model", required=True, help=MODEL_HELP)
     p.add_argument("--checkpoint", metavar="FILE", help="weights for the name in --model")
     p.add_argument("--out", required=True, type=Path, help="folder to write")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from kdfast.data.labelled import LabelledImages
-from kdfast.machine.signals import check
 from kdfast.models.prepared import PreparedModel
 from kdfast.pruning.observe import main_output
-from kdfast.trainer.feed import Feed
+from kdfast.trainer.feed import Batch, Feed
+from kdfast.trainer.held_out import evaluated, ranks_of, same_buffers
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.sharding import gathered
 from kdfast.trainer.watch import Row, Watch
@@ -48,7 +49,7 @@ class Evaluator:
         """Choose the numbers.
 
         Args:
-            accelerator: Sums over processes, and autocast.
+            accelerator: Autocast.
             feed: Held-out pictures, this process's share.
             teacher: In eval mode.
             comparable: Whether outputs are of the teacher's shape.
@@ -69,17 +70,20 @@ class Evaluator:
 
     def _measured(self, model: PreparedModel) -> Quality:
         model.eval()
-        sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self.accelerator.device)
-        for number, batch in enumerate(self.feed.batches(0)):
-            if self.accelerator.num_processes == 1:
-                check()
-            with self.accelerator.autocast():
-                made = self._centred(main_output(model(batch.images)).float())
-            goal = made if model is self.teacher else self._goal(number, batch.images)
-            found = [_sum(name, made, goal, batch.labels) for name in self.names]
-            sums += torch.stack([*found, sums.new_tensor(len(made))])
-        sums = self.accelerator.reduce(sums, "sum")
+        same_buffers(ranks_of(self.feed), model, self.teacher)
+        sums = torch.zeros(len(self.names) + 1, dtype=torch.float64)
+        # In the order of the batches: sums are the same for any number of processes.
+        for found in evaluated(self.feed, partial(self._batch, model)):
+            sums += found
         return {name: float(sums[i] / sums[-1]) for i, name in enumerate(self.names)}
+
+    def _batch(self, model: PreparedModel, batch: Batch, number: int) -> Tensor:
+        """What a batch adds to the sums, on the CPU."""
+        with self.accelerator.autocast():
+            made = self._centred(main_output(model(batch.images)).float())
+        goal = made if model is self.teacher else self._goal(number, batch.images)
+        found = [_sum(name, made, goal, batch.labels) for name in self.names]
+        return torch.stack([*found, made.new_tensor(len(made), dtype=torch.float64)]).cpu()
 
     def _centred(self, output: Tensor) -> Tensor:
         """Logits without their mean over the classes, which means nothing; embeddings as is."""

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kdfast.machine.ranks import Ranks
 from kdfast.pruning.adapter import Anatomy
 
 # Names of the norms that read the stream before the attention and before the MLP.
@@ -59,6 +61,25 @@ class Branch:
         pairs = ((ones, ones), (a, ones), (a, a), (y, y), (y, change), (change, change))
         row = torch.stack([(u * v).sum(0) for u, v in pairs])
         self.sums = row if self.sums is None else self.sums + row
+
+    def sum_over_processes(self, ranks: Ranks, device: torch.device) -> None:
+        """Adds up what all processes saw, of which some may have seen nothing; all must call it.
+
+        Args:
+            ranks: This process among all.
+            device: Where the tensors of this process are, or would be.
+        """
+        if ranks.world == 1:
+            return
+        shapes = [shape for shape in ranks.shared(self._shape) if shape is not None]
+        self.low_precision = any(ranks.shared(lambda: self.low_precision))
+        if shapes:
+            if self.sums is None:
+                self.sums = torch.zeros(shapes[0], dtype=torch.float64, device=device)
+            dist.all_reduce(self.sums)
+
+    def _shape(self) -> torch.Size | None:
+        return None if self.sums is None else self.sums.shape
 
     def result(self) -> tuple[Tensor | None, float]:
         """The gain (O,) fp64, and the stream's variance after the branch, summed over channels.

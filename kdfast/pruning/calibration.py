@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kdfast.machine.files import replacing
+from kdfast.machine.ranks import Ranks
 from kdfast.machine.weights import DIGEST, digest_problem, not_finite, tensors_digest
 from kdfast.pruning.adapter import Anatomy, Site
 from kdfast.pruning.branch import Branch, watch_branches
 from kdfast.pruning.families import anatomy_of
 from kdfast.pruning.inputs import Inputs, outputs
-from kdfast.pruning.moments import Moments, sum_over_processes
+from kdfast.pruning.moments import Moments, lead_moments
 from kdfast.pruning.observe import observe, tokens_of
 
 FORMAT = "kdfast.calibration/1"
@@ -177,13 +178,15 @@ def calibrate(
         progress: Show a progress bar on a terminal.
 
     Returns:
-        D^2 doubles for a site of D channels, on the CPU. They are summed over all processes where
-        ``torch.distributed`` is initialised: every process gives its share of the data, at least
-        one batch, and gets the whole.
+        D^2 doubles for a site of D channels, on the CPU. Where ``torch.distributed`` is initialised
+        all processes call this, each with its share of the data, which may be none, and get the
+        same whole: with batches that were dealt out in turn, that of one process but for the order
+        of fp64 sums.
 
     Raises:
         TypeError: The model's family is not known, or a batch is of another kind.
         ValueError: There is no batch, or what enters a projection is not finite.
+        PeerError: Another process failed.
 
     Warns:
         UserWarning: There are fewer tokens than twice the channels of a site.
@@ -193,16 +196,18 @@ def calibrate(
     """
     anatomy = anatomy_of("calibrate", model)
     observer = MomentObserver(anatomy, mlps)
-    _, seen = observe("calibrate", anatomy, observer, data, batches, progress)
+    _, seen = observe("calibrate", anatomy, observer, data, batches, progress, observer.lead)
+    ranks, device = Ranks.here(), next(model.parameters()).device
+    for _, sums, branch in observer.records:
+        sums.sum_over_processes(ranks, device)
+        branch.sum_over_processes(ranks, device)
     parts = [
         {record[0].name: _moments(*record) for record in records}
         for records in (observer.attentions, observer.mlps)
     ]
-    counts = torch.tensor([seen["batches"], seen["images"]], dtype=torch.float64)
-    sum_over_processes(counts := counts.to(next(model.parameters()).device))
-    seen = dict(zip(("batches", "images"), map(int, counts.tolist()), strict=True))
     result = Calibration(parts[0], parts[1], {"model": anatomy.adapter.family, **seen})
-    _warn_of_few(result, seen["images"])
+    if ranks.main:
+        _warn_of_few(result, seen["images"])
     return result
 
 
@@ -211,10 +216,19 @@ class MomentObserver:
 
     def __init__(self, anatomy: Anatomy, mlps: bool) -> None:
         self.anatomy = anatomy
-        self.totals: list[Tensor] = []
+        self._device = next(anatomy.model.parameters()).device
         self.attentions = [(site, Moments(), Branch()) for site in anatomy.attentions]
         self.mlps = [(site, Moments(), Branch()) for site in (anatomy.mlps if mlps else ())]
         self._pads: dict[str, Tensor | None] = {}
+
+    @property
+    def records(self) -> list[tuple[Site, Moments, Branch]]:
+        """All sites with their sums; attentions, then MLPs."""
+        return [*self.attentions, *self.mlps]
+
+    def lead(self, ranks: Ranks) -> None:
+        """Lets all processes subtract what the first one does, for the same rows in fp32."""
+        lead_moments(ranks, [sums for _, sums, _ in self.records], self._device)
 
     def attach(self) -> list[RemovableHandle]:
         blocks = [
@@ -222,7 +236,7 @@ class MomentObserver:
             for index, record in enumerate(self.attentions)
         ]
         handles = watch_branches(self.anatomy, blocks)
-        for site, sums, _ in (*self.attentions, *self.mlps):
+        for site, sums, _ in self.records:
             enter, see = partial(self._enter, site), partial(self._see, site.name, sums)
             handles.append(site.module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(site.projection.register_forward_pre_hook(see))
@@ -236,21 +250,19 @@ class MomentObserver:
     def _see(self, name: str, sums: Moments, _: nn.Module, args: tuple[Any, ...]) -> None:
         sums.add(tokens_of(args[0], self._pads.get(name)))
 
-    def run(self, images: Tensor | Inputs, batch: Any) -> None:
+    def run(self, images: Tensor | Inputs, batch: Any, number: int) -> list[Tensor]:
         with torch.no_grad():
             outputs(self.anatomy.model, images)
-        for site, sums, _ in (*self.attentions, *self.mlps):
+        for site, sums, _ in self.records:
             if not sums.finite():
                 raise ValueError(
                     f"calibrate: what enters the projection of {site.name} must be finite"
                 )
+        return []
 
 
 def _moments(site: Site, sums: Moments, branch: Branch) -> SiteMoments:
-    """The site's moments, summed over processes."""
-    sums.sum_over_processes()
-    if branch.sums is not None:
-        sum_over_processes(branch.sums)
+    """The site's moments."""
     gain, stream = branch.result()
     return SiteMoments(
         sums.count,

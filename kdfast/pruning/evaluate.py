@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
+from kdfast.machine.ranks import Ranks
 from kdfast.ops._checks import head_list
 from kdfast.pruning.adapter import Anatomy, Site
 from kdfast.pruning.families import anatomy_of
@@ -103,9 +104,8 @@ class SelectionObserver:
         progress: bool,
     ) -> None:
         self.model, self.selections, self.metric = anatomy.model, selections, metric
-        self.progress = progress
+        self.progress = progress and Ranks.here().main
         self.sites, self.blocks = anatomy.attentions, anatomy.blocks
-        self.totals: list[Tensor] = []
         self._kept: dict[int, list[int]] = {}
         self._outputs: dict[int, Any] = {}
         self._order: list[int] = []
@@ -151,7 +151,7 @@ class SelectionObserver:
         first = next((at for at, index in enumerate(self._order) if index in kept), None)
         return self._order[:first]
 
-    def run(self, images: Tensor | Inputs, batch: Any) -> None:
+    def run(self, images: Tensor | Inputs, batch: Any, number: int) -> list[Tensor]:
         self._kept, self._outputs, self._order, self._watch = {}, {}, [], True
         with torch.no_grad():
             whole = outputs(self.model, images)
@@ -173,8 +173,7 @@ class SelectionObserver:
                         values.append(self._value(outputs(self.model, images), whole, batch))
                     bar.update(step)
         self._kept, self._outputs = {}, {}
-        row = len(images) * torch.tensor(values, dtype=torch.float64)
-        self.totals[:] = [self.totals[0] + row] if self.totals else [row]
+        return [len(images) * torch.tensor(values, dtype=torch.float64)]
 
     def _value(self, output: Any, whole: Any, batch: Any) -> float:
         if self.metric is None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Means and covariances of rows that come in pieces. T rows, D channels, O targets of a row."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -10,8 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kdfast.machine.ranks import Ranks
+
 ROWS = 4096  # of one product in fp32: its rounding does not grow with the number of rows
 PANEL = 384  # columns; of a symmetric product only the panels on and above the diagonal are taken
+
+# What is subtracted from rows (D,) and targets (O,), fp64.
+Shift = tuple[Tensor, Tensor]
 
 
 @contextmanager
@@ -46,7 +51,7 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self._shift: tuple[Tensor, Tensor] | None = None
+        self._shift: Shift | None = None
 
     @torch.no_grad()
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
@@ -57,14 +62,8 @@ class Moments:
         x = wide(x)
         y = y.to(x.dtype)
         if self._shift is None:
-            # Rounded to the type of the rows, in which it is subtracted.
-            means = (z.double().mean(0).to(z.dtype).double() for z in (x, y))
-            self._shift = next(means), next(means)
-            like = self._shift[0]
-            width, targets = x.shape[1], y.shape[1]
-            self._x, self._y = like.new_zeros(width), like.new_zeros(targets)
-            self._xx, self._yx = like.new_zeros(width, width), like.new_zeros(targets, width)
-            self._yy = like.new_zeros(targets)
+            self.start(Moments.shift_of(x, y))
+            assert self._shift is not None
         x, y = (z - shift.to(z) for z, shift in zip((x, y), self._shift, strict=True))
         with exact_products(x.device):
             for a, b in zip(x.split(ROWS), y.split(ROWS), strict=True):
@@ -78,22 +77,57 @@ class Moments:
                     self._xx[start : start + PANEL, start:] += panel.T @ a[:, start:]
         self.count += len(x)
 
-    def sum_over_processes(self) -> None:
-        """Adds up the rows of all processes, where ``torch.distributed`` runs; all must call it."""
-        if not _several_processes() or self._shift is None:
+    @staticmethod
+    def shift_of(x: Tensor, y: Tensor) -> Shift:
+        """Means of rows, both in fp32 or fp64, rounded to that type: in it they are subtracted."""
+        means = [z.double().mean(0).to(z.dtype).double() for z in (x, y)]
+        return means[0], means[1]
+
+    @property
+    def shift(self) -> Shift | None:
+        """What is subtracted from rows and targets, on the CPU; None before the first row."""
+        return None if self._shift is None else (self._shift[0].cpu(), self._shift[1].cpu())
+
+    def start(self, shift: Shift) -> None:
+        """Set up for rows from which ``shift`` is subtracted; there must be none yet."""
+        sx, sy = self._shift = shift
+        self._x, self._y = torch.zeros_like(sx), torch.zeros_like(sy)
+        self._xx, self._yx = sx.new_zeros(len(sx), len(sx)), sx.new_zeros(len(sy), len(sx))
+        self._yy = torch.zeros_like(sy)
+
+    def sum_over_processes(self, ranks: Ranks, device: torch.device) -> None:
+        """Adds up the rows of all processes, of which some may have none; all must call it.
+
+        Args:
+            ranks: This process among all.
+            device: Where the rows of this process are, or would be.
+        """
+        if ranks.world == 1:
             return
-        # Sums of rows as they are: every process has a shift of its own.
-        sx, sy = self._shift
+        shifts = [shift for shift in ranks.shared(lambda: self.shift) if shift is not None]
+        if not shifts:
+            return
+        common = shifts[0][0].to(device), shifts[0][1].to(device)
+        if self._shift is None:
+            self.start(common)
+        self._move_to(common)
+        count = torch.tensor([self.count], dtype=torch.float64, device=device)
+        for part in (count, self._x, self._y, self._xx, self._yx, self._yy):
+            dist.all_reduce(part)
+        self.count = int(count)
+
+    def _move_to(self, shift: Shift) -> None:
+        """Makes the sums those of rows from which another shift is subtracted."""
+        # Nothing where it is the same: even sums of zeros could round.
+        if all(torch.equal(a, b) for a, b in zip(self._shifts(), shift, strict=True)):
+            return
+        sx, sy = (a - b for a, b in zip(self._shifts(), shift, strict=True))
         self._xx += _outer(sx, self._x) + _outer(self._x, sx) + self.count * _outer(sx, sx)
         self._yx += _outer(sy, self._x) + _outer(self._y, sx) + self.count * _outer(sy, sx)
         self._yy += 2 * sy * self._y + self.count * sy.square()
         self._x += self.count * sx
         self._y += self.count * sy
-        self._shift = torch.zeros_like(sx), torch.zeros_like(sy)
-        count = torch.tensor([self.count], dtype=torch.float64, device=sx.device)
-        for part in (count, self._x, self._y, self._xx, self._yx, self._yy):
-            sum_over_processes(part)
-        self.count = int(count)
+        self._shift = shift
 
     def mean(self) -> Tensor:
         """(D,) fp64."""
@@ -126,21 +160,19 @@ class Moments:
         """Whether all rows so far were finite."""
         return bool(torch.isfinite(self._x).all() and torch.isfinite(self._y).all())
 
-    def _shifts(self) -> tuple[Tensor, Tensor]:
+    def _shifts(self) -> Shift:
         if self._shift is None:
             raise ValueError("Moments: at least one row must be added, got none")
         return self._shift
 
 
+def lead_moments(ranks: Ranks, sums: Sequence[Moments], device: torch.device) -> None:
+    """Starts those without a row in all processes with what the first process subtracts."""
+    shifts = ranks.by_main(lambda: [moments.shift for moments in sums])
+    for moments, shift in zip(sums, shifts, strict=True):
+        if shift is not None and moments.shift is None:
+            moments.start((shift[0].to(device), shift[1].to(device)))
+
+
 def _outer(a: Tensor, b: Tensor) -> Tensor:
     return a[:, None] * b
-
-
-def sum_over_processes(tensor: Tensor) -> None:
-    """Adds up a tensor over all processes, in place, where ``torch.distributed`` runs."""
-    if _several_processes():
-        dist.all_reduce(tensor)
-
-
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized()

@@ -4,7 +4,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -12,23 +11,31 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
+from kdfast.machine.ranks import Ranks
+from kdfast.machine.turns import in_turns
 from kdfast.pruning.adapter import Anatomy, Site
 from kdfast.pruning.entropy import call_entropy
 from kdfast.pruning.inputs import Inputs, batches_of, model_inputs, outputs
 
 Loss = Callable[[Any, Any], Tensor]
+# Between the seeds of two batches: far more than between those that people choose.
+_STRIDE = 0x9E3779B97F4A7C15
 
 
 class Observer(Protocol):
-    """Adds up the scores of images."""
-
-    totals: list[Tensor]
+    """Scores images."""
 
     def attach(self) -> list[RemovableHandle]:
         """Hooks to have in place while ``run`` is called."""
 
-    def run(self, images: Tensor | Inputs, batch: Any) -> None:
-        """Adds every image's scores to ``totals``, (H,) fp64 per block."""
+    def run(self, images: Tensor | Inputs, batch: Any, number: int) -> list[Tensor]:
+        """Sums of the images' scores, (H,) fp64 per block.
+
+        Args:
+            images: What goes into the model.
+            batch: Where they are from.
+            number: Of the batch, among those of all processes.
+        """
 
 
 def observe(
@@ -38,8 +45,11 @@ def observe(
     data: Iterable[Any],
     batches: int | None,
     progress: bool,
+    lead: Callable[[Ranks], None] | None = None,
 ) -> tuple[list[Tensor], dict[str, int]]:
-    """Mean of the observer's scores over all images, and how many there were.
+    """Mean of the observer's scores over the images of all processes, and how many there were.
+
+    The scores of batches are added up in the order of ``in_turns``.
 
     Args:
         function: Name of the caller, for messages.
@@ -48,42 +58,57 @@ def observe(
         data: As in ``head_scores``.
         batches: Use at most so many; None: all.
         progress: Show a progress bar on a terminal.
+        lead: Called in all of several processes between the first batch and the others.
 
     Raises:
         TypeError: A batch is not of a known kind.
         ValueError: There is no batch, one holds no image, or a score is not finite.
+        PeerError: Another process failed.
     """
+    ranks = Ranks.here()
     device = next(anatomy.model.parameters()).device
     data = batches_of(data)
-    total = batches
-    if isinstance(data, Sized):
-        total = len(data) if batches is None else min(len(data), batches)
-    count = images = 0
     handles: list[RemovableHandle] = []
+
+    def score(batch: Any, number: int) -> tuple[list[Tensor], int]:
+        batch = moved(batch, device)
+        images = model_inputs(function, anatomy.model, batch)
+        rows = observer.run(images, batch, number)
+        return rows if ranks.world == 1 else [row.cpu() for row in rows], len(images)
+
     bar = tqdm(
-        islice(data, batches),
-        total=total,
+        total=_total(data, batches, ranks),
         desc=function.replace("_", " "),
         unit="batch",
-        disable=None if progress else True,
+        disable=None if progress and ranks.main else True,
     )
+    totals: list[Tensor] = []
+    count = images = 0
     with bar, anatomy.running(), frozen_eval(anatomy.model):
         try:
             handles += observer.attach()
-            for batch in bar:
-                batch = moved(batch, device)
-                pixels = model_inputs(function, anatomy.model, batch)
-                observer.run(pixels, batch)
-                _check_finite(function, observer.totals, count)
-                count, images = count + 1, images + len(pixels)
-                bar.set_postfix(images=images)
+            first = None if lead is None else partial(lead, ranks)
+            for rows, size in in_turns(ranks, data, score, limit=batches, lead=first):
+                totals = [a + b for a, b in zip(totals, rows, strict=True)] if totals else rows
+                _check_finite(function, totals, count)
+                count, images = count + 1, images + size
+                bar.set_postfix(images=images, refresh=False)
+                bar.update()
         finally:
             for handle in handles:
                 handle.remove()
     if count == 0:
         raise ValueError(f"{function}: data must give at least one batch, got none")
-    means = [(row / images).cpu() for row in observer.totals]
-    return means, {"batches": count, "images": images}
+    return [(row / images).cpu() for row in totals], {"batches": count, "images": images}
+
+
+def _total(data: Iterable[Any], batches: int | None, ranks: Ranks) -> int | None:
+    """Batches that there will be in all processes; None where that is not known before."""
+    lengths = ranks.shared(lambda: len(data) if isinstance(data, Sized) else None)
+    if None in lengths:
+        return batches
+    total = sum(length or 0 for length in lengths)
+    return total if batches is None else min(total, batches)
 
 
 class ContextObserver:
@@ -93,9 +118,12 @@ class ContextObserver:
     at the projections' inputs is a by-product of the backward, whatever their number.
     """
 
-    def __init__(self, sites: Sequence[Site], model: nn.Module, method: str, loss: Loss) -> None:
-        self.sites, self.model, self.method, self.loss = sites, model, method, loss
-        self.totals: list[Tensor] = []
+    def __init__(
+        self, sites: Sequence[Site], model: nn.Module, method: str, loss: Loss | None, seed: int
+    ) -> None:
+        """Set up; without a loss each batch has a random projection, by the seed and its number."""
+        self.sites, self.model, self.method = sites, model, method
+        self.loss, self.seed = loss, seed
         self._contexts: dict[int, Tensor] = {}
 
     def attach(self) -> list[RemovableHandle]:
@@ -112,19 +140,19 @@ class ContextObserver:
         self._contexts[index] = context
         return context, *args[1:]
 
-    def run(self, images: Tensor | Inputs, batch: Any) -> None:
+    def run(self, images: Tensor | Inputs, batch: Any, number: int) -> list[Tensor]:
         self._contexts.clear()
+        loss_of = self.loss or RandomProjection(self.seed, number)
         with torch.inference_mode(False), torch.enable_grad():
-            loss = self.loss(outputs(self.model, images), batch)
+            loss = loss_of(outputs(self.model, images), batch)
             _check_loss(loss)
             contexts = [self._contexts.pop(index) for index in sorted(self._contexts)]
             grads = torch.autograd.grad(loss, contexts)
         # The loss is a mean over images: times B, the gradient is that of each image's own loss.
-        rows = [
+        return [
             len(images) * self._scores(site, c.detach(), len(images) * g)
             for site, c, g in zip(self.sites, contexts, grads, strict=True)
         ]
-        _add(self.totals, rows)
 
     def _scores(self, site: Site, context: Tensor, grad: Tensor) -> Tensor:
         """(H,): mean over images and tokens; context and grad are (B, N, H * D), or windows'."""
@@ -142,7 +170,6 @@ class MeanObserver:
     def __init__(self, anatomy: Anatomy) -> None:
         self.adapter, self.model = anatomy.adapter, anatomy.model
         self.sites = (*anatomy.attentions, *anatomy.mlps)
-        self.totals: list[Tensor] = []
         self._pads: dict[int, Tensor | None] = {}
         self._rows: dict[int, Tensor] = {}
 
@@ -162,11 +189,11 @@ class MeanObserver:
     def _keep(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._rows[index] = tokens_of(args[0], self._pads[index]).double().mean(0)
 
-    def run(self, images: Tensor | Inputs, batch: Any) -> None:
+    def run(self, images: Tensor | Inputs, batch: Any, number: int) -> list[Tensor]:
         self._rows.clear()
         with torch.no_grad():
             outputs(self.model, images)
-        _add(self.totals, [len(images) * self._rows[index] for index in sorted(self._rows)])
+        return [len(images) * self._rows[index] for index in sorted(self._rows)]
 
 
 class EntropyObserver:
@@ -175,7 +202,6 @@ class EntropyObserver:
     def __init__(self, anatomy: Anatomy, important: str, unit: str) -> None:
         self.adapter, self.model, self.sites = anatomy.adapter, anatomy.model, anatomy.attentions
         self.important, self.unit = important, unit
-        self.totals: list[Tensor] = []
         self._rows: dict[int, Tensor] = {}
 
     def attach(self) -> list[RemovableHandle]:
@@ -206,11 +232,11 @@ class EntropyObserver:
         value = value.clamp_min(0).unflatten(1, (len(site.held), -1))
         self._rows[block] = value.mean((0, 2, 3))
 
-    def run(self, images: Tensor | Inputs, batch: Any) -> None:
+    def run(self, images: Tensor | Inputs, batch: Any, number: int) -> list[Tensor]:
         self._rows.clear()
         with torch.no_grad():
             outputs(self.model, images)
-        _add(self.totals, [len(images) * self._rows[block] for block in sorted(self._rows)])
+        return [len(images) * self._rows[block] for block in sorted(self._rows)]
 
 
 class RandomProjection:
@@ -221,8 +247,9 @@ class RandomProjection:
     along a change of the context is the squared change of the scaled output, to first order.
     """
 
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int, number: int = 0) -> None:
+        """The projection of a batch, by its number; that of the first has the seed itself."""
+        self.generator = torch.Generator().manual_seed((seed + number * _STRIDE) % 2**63)
 
     def __call__(self, output: Any, batch: Any) -> Tensor:
         """Scalar loss of an output (B, C, ...) or (B, C), or of one that holds such a tensor."""
@@ -279,10 +306,6 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
             module.training = was
         for parameter, was in flags:
             parameter.requires_grad_(was)
-
-
-def _add(totals: list[Tensor], rows: list[Tensor]) -> None:
-    totals[:] = [old + row for old, row in zip(totals, rows, strict=True)] if totals else rows
 
 
 def moved(batch: Any, device: torch.device) -> Any:

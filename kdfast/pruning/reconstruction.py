@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kdfast.machine.ranks import Ranks
+from kdfast.machine.turns import in_turns
 from kdfast.pruning.adapter import Anatomy, Site
 from kdfast.pruning.calibration import Calibration, SiteMoments, calibrate
 from kdfast.pruning.compensate import RIDGE
@@ -82,10 +84,13 @@ def reconstruction_scores(
 def site_curves(
     sites: Sequence[Site], moments: Mapping[str, SiteMoments], progress: bool
 ) -> list[Curve]:
-    """What every site loses by how much of it is removed."""
-    quiet = None if progress else True
-    bar = tqdm(sites, desc="reconstruction", unit="site", disable=quiet)
-    return [_curve(site, moments[site.name]) for site in bar]
+    """What every site loses by how much of it is removed; several processes share the sites."""
+    ranks = Ranks.here()
+    mine = sites[ranks.rank :: ranks.world]
+    curves = in_turns(ranks, mine, lambda site, _: _curve(site, moments[site.name]))
+    quiet = None if progress and ranks.main else True
+    bar = tqdm(curves, total=len(sites), desc="reconstruction", unit="site", disable=quiet)
+    return list(bar)
 
 
 def weighted(site: Site, moments: SiteMoments) -> Tensor:

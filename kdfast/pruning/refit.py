@@ -4,10 +4,10 @@
 See docs/use/compensation.md. T tokens, K kept channels, O outputs of a projection.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
+from kdfast.machine.ranks import Ranks
+from kdfast.machine.turns import share_of
 from kdfast.pruning.adapter import Anatomy, Site
 from kdfast.pruning.branch import norm_of
 from kdfast.pruning.calibration import Calibration, SiteMoments
@@ -27,7 +29,7 @@ from kdfast.pruning.compensate import (
     problem_of,
 )
 from kdfast.pruning.inputs import Inputs, batches_of, model_inputs, outputs
-from kdfast.pruning.moments import Moments, exact_products, wide
+from kdfast.pruning.moments import Moments, Shift, exact_products, lead_moments, wide
 from kdfast.pruning.observe import frozen_eval, moved, observe, tokens_of
 from kdfast.pruning.runner import Runner, Watch
 
@@ -91,17 +93,14 @@ class Compensation:
         stream. All images are kept in memory, with what one block of each model gives for them.
         """
         lost = self._lost(rows)
-        device = next(self.anatomy.model.parameters()).device
-        images = [
-            model_inputs("prune_heads", self.anatomy.model, moved(batch, device))
-            for batch in islice(self._batches, self.batches)
-        ]
-        if not images:
+        ranks = Ranks.here()
+        images: list[Tensor | Inputs] = []
+        if not sum(ranks.shared(lambda: self._read(images, ranks))):
             raise ValueError("prune_heads: data must give at least one batch, got none")
         depth = len(self.anatomy.attentions)
         runners = Runner(self.anatomy, images), Runner(self.student, images)
         errors: list[SiteError] = []
-        quiet = None if self.progress else True
+        quiet = None if self.progress and ranks.main else True
         bar = tqdm(range(depth), desc="compensate", unit="block", disable=quiet)
         models = self.anatomy.model, self.student.model
         with (
@@ -114,11 +113,21 @@ class Compensation:
             for block in bar:
                 for part, index in enumerate((block, depth + block)):
                     if index in lost:
-                        errors.append(self._fit_drift(runners, block, part, index))
-                for batch in range(len(images)):
-                    for runner in runners:
-                        runner.finish(batch, runner.run(block, batch))
+                        errors.append(self._fit_drift(ranks, runners, block, part, index))
+                ranks.shared(partial(_advance, runners, block))
         return errors
+
+    def _read(self, images: list[Tensor | Inputs], ranks: Ranks) -> int:
+        """Fills ``images`` with those of this process; returns how many batches they are."""
+        count = None if self.batches is None else share_of(self.batches, ranks)
+        for batch in islice(self._batches, count):
+            given = moved(batch, self._device)
+            images.append(model_inputs("prune_heads", self.anatomy.model, given))
+        return len(images)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.anatomy.model.parameters()).device
 
     @property
     def _batches(self) -> Iterable[Any]:
@@ -161,22 +170,50 @@ class Compensation:
             return []
         observer = ModuleObserver(self.anatomy, [self._sites[index] for index in indices])
         with frozen_eval(self.student.model), self.student.running():
-            observe("prune_heads", self.anatomy, observer, self.data, self.batches, self.progress)
+            given = self.data, self.batches, self.progress
+            observe("prune_heads", self.anatomy, observer, *given, observer.lead)
         for sums in observer.sums:
-            sums.sum_over_processes()
+            sums.sum_over_processes(Ranks.here(), self._device)
         return observer.sums
 
     def _fit_drift(
-        self, runners: tuple[Runner, Runner], block: int, part: int, index: int
+        self, ranks: Ranks, runners: tuple[Runner, Runner], block: int, part: int, index: int
     ) -> SiteError:
         """Fits a site to what its branch lacks to bring the original's stream.
 
         The branch writes ``gain * output`` into the stream, so a lack of the stream is one of
         ``lack / gain`` in the output. Where the gain is not known the branch alone is compared.
         """
+        sums = Moments()
+        held: list[tuple[Tensor, Tensor]] = []
+        pieces = self._drifts(runners, block, part, index)
+
+        def begin() -> Shift | None:
+            held.extend(islice(pieces, 1))
+            if not held or not len(held[0][0]):
+                return None
+            shift = Moments.shift_of(*held[0])
+            return shift[0].cpu(), shift[1].cpu()
+
+        def add() -> None:
+            for c, residual in chain(held, pieces):
+                sums.add(c, residual)
+
+        # All subtract the same from their rows, for the same rows in fp32 as in one process.
+        shift = next((shift for shift in ranks.shared(begin) if shift is not None), None)
+        if shift is not None:
+            sums.start((shift[0].to(self._device), shift[1].to(self._device)))
+        ranks.shared(add)
+        sums.sum_over_processes(ranks, self._device)
+        return self._folded(*self._sites[index], sums)
+
+    def _drifts(
+        self, runners: tuple[Runner, Runner], block: int, part: int, index: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs (T, K) of a site in the pruned model and what its output lacks (T, O), by batch;
+        in fp32 or fp64."""
         pair = self._sites[index]
         gain = self._moments(pair[0]).gain
-        sums = Moments()
         norms = [norm_of(runner.blocks[block], part) for runner in runners]
         watches = [
             Watch(runner.anatomy, site, norm)
@@ -195,13 +232,18 @@ class Compensation:
                 raise ValueError(
                     f"prune_heads: block {block} must run the projection of {pair[0].name}"
                 )
-            c = tokens_of(pruned.input, whole.pads)
+            c = wide(tokens_of(pruned.input, whole.pads))
             residual = wide(tokens_of(whole.output, whole.pads)) - _linear(pair[1], c)
             if gain is not None and whole.before is not None and pruned.before is not None:
                 residual += _drift(whole.before, pruned.before, gain.to(residual))
-            sums.add(c, residual)
-        sums.sum_over_processes()
-        return self._folded(*pair, sums)
+            yield c, residual.to(c.dtype)
+
+
+def _advance(runners: Sequence[Runner], block: int) -> None:
+    """Runs a block on all batches of this process, for the next one to start from."""
+    for batch in range(len(runners[0].images)):
+        for runner in runners:
+            runner.finish(batch, runner.run(block, batch))
 
 
 def _drift(whole: Tensor, pruned: Tensor, gain: Tensor) -> Tensor:
@@ -227,7 +269,6 @@ class ModuleObserver:
 
     def __init__(self, anatomy: Anatomy, pairs: Sequence[tuple[Site, Site]]) -> None:
         self.anatomy, self.pairs = anatomy, pairs
-        self.totals: list[Tensor] = []
         self.sums = [Moments() for _ in pairs]
         self._seen: dict[str, Tensor] = {}
 
@@ -259,6 +300,11 @@ class ModuleObserver:
         c = tokens_of(self._seen.pop(f"input {target.name}"), pads)
         self.sums[index].add(c, wide(wanted) - _linear(target, c))
 
-    def run(self, images: Tensor | Inputs, batch: Any) -> None:
+    def lead(self, ranks: Ranks) -> None:
+        """Lets all processes subtract what the first one does, for the same rows in fp32."""
+        lead_moments(ranks, self.sums, next(self.anatomy.model.parameters()).device)
+
+    def run(self, images: Tensor | Inputs, batch: Any, number: int) -> list[Tensor]:
         with torch.no_grad():
             outputs(self.anatomy.model, images)
+        return []

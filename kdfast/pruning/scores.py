@@ -26,7 +26,6 @@ from kdfast.pruning.observe import (
     ContextObserver,
     EntropyObserver,
     Observer,
-    RandomProjection,
     observe,
 )
 from kdfast.pruning.reconstruction import calibrated, reconstruction_scores
@@ -193,7 +192,7 @@ def head_scores(
             "gradient" and "taylor" only. None: a random projection of the output, see docs.
         metric: ``metric(model output, batch)``, the mean over the batch's images, higher is
             better. For "leave_one_out" only. None: minus the relative change of the output.
-        batches: Use at most so many; None: all.
+        batches: Use at most so many of all processes; None: all.
         important: For "entropy", which heads score high: "low" (focused) or "high" (spread).
         unit: For "entropy": "share" of the largest possible value, or "nats".
         seed: Seed of the random projection.
@@ -209,6 +208,10 @@ def head_scores(
             kind.
         ValueError: An option is unknown or does not belong to the method, there is no batch, or a
             loss or a score is not finite.
+        PeerError: Another process failed.
+
+    Where ``torch.distributed`` is initialised all processes call this, each with its share of the
+    data, and get the same scores; see docs.
 
     The model is left as it was: training modes, ``requires_grad``, ``grad`` and hooks, also when
     an error is raised.
@@ -237,7 +240,7 @@ def head_scores(
         observer = EntropyObserver(anatomy, important, unit)
         metadata.update(important=important, unit=unit)
     else:
-        observer = ContextObserver(sites, model, method, loss or RandomProjection(seed))
+        observer = ContextObserver(sites, model, method, loss, seed)
         metadata["loss"] = _name(loss) if loss else f"random projection, seed {seed}"
     scores, seen = observe("head_scores", anatomy, observer, given, batches, progress)
     return HeadScores(scores, method, {**metadata, **seen})
@@ -292,7 +295,7 @@ def mlp_scores(
             raise ValueError("mlp_scores: the calibration must have hidden units, got mlps=False")
         rows, _ = reconstruction_scores(sites, known.mlps, progress)
         return HeadScores(rows, method, {**metadata, **known.metadata})
-    observer = ContextObserver(sites, model, method, loss or RandomProjection(seed))
+    observer = ContextObserver(sites, model, method, loss, seed)
     metadata["loss"] = _name(loss) if loss else f"random projection, seed {seed}"
     scores, seen = observe("mlp_scores", anatomy, observer, given, batches, progress)
     return HeadScores(scores, method, {**metadata, **seen})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from statistics import mean
 
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from kdfast.pruning.compensate import SiteError
 from kdfast.pruning.surgery import prune_heads
 from kdfast.recovery.data import Views
 from kdfast.recovery.heads import Kept
+from kdfast.trainer.held_out import own_batches
 from kdfast.trainer.logs import LOG
 
 
@@ -25,7 +27,7 @@ class CalibrationViews:
     """Training images without their labels, as batches that can be read more than once.
 
     Attributes:
-        feed: Shares them among the processes.
+        feed: This process's share of them.
         count: Images of all processes, rounded up to whole batches.
     """
 
@@ -33,7 +35,7 @@ class CalibrationViews:
     count: int
 
     def __iter__(self) -> Iterator[Item]:
-        for batch in self.feed.batches(0, limit=self.count):
+        for batch in islice(self.feed.batches(0), own_batches(self.feed, self.count)):
             if batch.weight:
                 yield {"image": batch.images}
 
@@ -45,7 +47,7 @@ def calibrate_teacher(
 
     Args:
         teacher: The whole model.
-        views: At least one readable image for every process.
+        views: At least one readable image in all processes.
         accelerator: Autocast, and which process shows progress.
         mlps: Whether hidden units are removed too.
     """

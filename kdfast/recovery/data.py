@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdfast.configs.recovery import Config
 from kdfast.data import build
+from kdfast.data.dealt import DealtSampler
 from kdfast.data.sampler import EpochSampler
 from kdfast.data.views.base import Corrupt, CorruptCounter, Item, ViewDataset, collate
 from kdfast.data.views.gridmask import GridMask
@@ -47,9 +48,12 @@ class Data:
 
     Attributes:
         train: Training images, augmented and masked.
-        scoring: The same images as they are, for head scores; every process sees all of them.
-        calibration: The same, shared among the processes, for the compensation.
+        scoring: The same images as they are, for head scores.
+        calibration: The same, views of a frame apart, for the compensation.
         held_out: Images for evaluation.
+
+    All are shared among the processes; but for ``train`` the batches of all processes together are
+    those of one.
     """
 
     train: Views
@@ -92,7 +96,7 @@ def build_data(config: Config, accelerator: Accelerator) -> Data:
     size, few = config.run.batch_size, config.prune.batch_size
     return Data(
         view_feed(train, batch_size=size, gridmask=data.gridmask, **common, **shared),
-        view_feed(plain, batch_size=few, train=False, **common),
+        view_feed(plain, batch_size=few, train=False, **common, **shared),
         view_feed(plain, batch_size=few, train=False, whole_frames=False, **common, **shared),
         view_feed(dataset("val", False), batch_size=size, train=False, **common, **shared),
     )
@@ -138,7 +142,8 @@ def view_feed(
         seed: Seed of the order and the masks.
         rank: This process.
         world: Number of processes.
-        train: Whole batches only; otherwise every item once.
+        train: Whole batches only; otherwise every item once, in batches that are the same for any
+            number of processes.
         whole_frames: Keep the views of a frame together where it is not for training.
         gridmask: Probability of GridMask.
 
@@ -163,10 +168,14 @@ def view_feed(
             labels = labels.to(device, non_blocking=True)
         return Batch(images, labels, index, item["path"], weight)
 
-    group = 1 if train or not whole_frames else dataset.views
+    place: dict[str, Any] = {"seed": seed, "rank": rank, "world": world}
+    sampler = EpochSampler(len(dataset), **place)
+    if not train:
+        group = dataset.views if whole_frames else 1
+        sampler = DealtSampler(len(dataset), batch_size, group=group, shuffle=True, **place)
     return Feed(
         dataset,
-        EpochSampler(len(dataset), seed=seed, rank=rank, world=world, group=group, even=train),
+        sampler,
         to_batch,
         key="run.batch_size",
         batch_size=batch_size,

@@ -6,6 +6,7 @@ B batch, C channels, L classes, (H, W) pixels, (h, w) grid of patches.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from kdfast.machine.signals import check
 from kdfast.recovery.data import Views
+from kdfast.trainer.feed import Batch
+from kdfast.trainer.held_out import evaluated, ranks_of, same_buffers
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.sharding import gathered
 from kdfast.trainer.watch import Row, Watch
@@ -75,8 +77,8 @@ class Evaluator:
         """Choose the metric.
 
         Args:
-            accelerator: Sums over processes, and autocast.
-            feed: Held-out data.
+            accelerator: Autocast.
+            feed: Held-out data, this process's share.
             head: Gives logits from the features.
             teacher: What features are compared with where there is no head.
             limit: Images to use over all processes; None: all.
@@ -104,27 +106,30 @@ class Evaluator:
         backbone.eval()
         classes = len(self.feed.dataset.classes)
         size = 2 if self.head is None else classes**2
-        sums = torch.zeros(size, dtype=torch.float64, device=self.accelerator.device)
-        for batch in self.feed.batches(0, limit=self.limit):
-            if self.accelerator.num_processes == 1:
-                check()
-            if not batch.weight:
-                continue
-            with self.accelerator.autocast():
-                features = backbone(batch.images)
-                logits = None if self.head is None else self.head(features)
-                goal = features if self.teacher is None else self.teacher(batch.images)
-            if logits is not None and batch.labels is not None:
-                sums += confusion(logits, batch.labels, classes).flatten()
-            else:
-                count = features.shape[0] * features[0, 0].numel()
-                sums += torch.stack([similarity(features, goal), sums.new_tensor(count)])
-        sums = self.accelerator.reduce(sums, "sum")
+        same_buffers(ranks_of(self.feed), backbone)
+        sums = torch.zeros(size, dtype=torch.float64)
+        # In the order of the batches: sums are the same for any number of processes.
+        for found in evaluated(self.feed, partial(self._batch, backbone), limit=self.limit):
+            sums += found
         if self.head is not None:
             return mean_iou(sums.view(classes, classes).long())
         if sums[1] == 0:
             raise ValueError("similarity: held-out images must be readable, got none")
         return float(sums[0] / sums[1])
+
+    def _batch(self, backbone: nn.Module, batch: Batch, number: int) -> Tensor | float:
+        """What a batch adds to the sums, on the CPU."""
+        if not batch.weight:
+            return 0.0
+        with self.accelerator.autocast():
+            features = backbone(batch.images)
+            logits = None if self.head is None else self.head(features)
+            goal = features if self.teacher is None else self.teacher(batch.images)
+        if logits is not None and batch.labels is not None:
+            counts = confusion(logits, batch.labels, len(self.feed.dataset.classes))
+            return counts.flatten().cpu()
+        count = features.shape[0] * features[0, 0].numel()
+        return torch.stack([similarity(features, goal).cpu(), torch.tensor(count).double()])
 
 
 class Measure(Protocol):

@@ -151,9 +151,10 @@ class Run:
     def report(self, kept: Kept, student: EVAViT, quality: dict[str, float]) -> None:
         """Measure the trained student, and write everything down."""
         quality["distilled"] = self.evaluator()(student)
+        models = {"teacher": self.teacher, **self.untrained(kept), "distilled": student}
+        scores = self.scores(models)
         if self.accelerator.is_main_process:
-            models = {"teacher": self.teacher, **self.untrained(kept), "distilled": student}
-            self.finish(models, quality)
+            self.finish(models, quality, scores)
             page = write_run_page(self.folder, self.config)
             LOG.info("%-12s %s", "page", page)
 
@@ -328,12 +329,19 @@ class Run:
             beside=(self.folder / BASELINE,),
         )
 
-    def finish(self, models: dict[str, EVAViT], quality: dict[str, float]) -> None:
+    def scores(self, models: dict[str, EVAViT]) -> dict[str, Any]:
+        """What the report says of models besides the quality, measured by all processes."""
+        return {}
+
+    def finish(
+        self, models: dict[str, EVAViT], quality: dict[str, float], scores: dict[str, Any]
+    ) -> None:
         """Save the student, print the table, draw the picture, and say where everything is.
 
         Args:
             models: ``teacher``, ``pruned``, perhaps ``compensated``, and ``distilled``.
             quality: Held-out metric of each.
+            scores: Result of ``scores``.
         """
         folder, head, autocast = self.folder, self.head, self.accelerator.autocast
         paths = {"student": folder / "student.safetensors"}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdfast.data.dealt import DealtSampler
 from kdfast.data.labelled import LabelledImages, worker_init
 from kdfast.data.rng import ORDER, generator
 from kdfast.data.sampler import EpochSampler
@@ -49,12 +50,22 @@ def class_feed(
         seed: Seed of the order.
         rank: This process.
         world: Number of processes.
-        train: Shuffled, whole batches only; otherwise every item once, in order.
-        chosen: Indices to use; None: all.
+        train: Shuffled, whole batches only; otherwise every item once, in order, in batches that
+            are the same for any number of processes.
+        chosen: Indices to train on; None: all.
 
     Raises:
-        ValueError: There is less than one batch for every process.
+        ValueError: There is less than one batch for every process, or indices are chosen where it
+            is not for training.
     """
+    shared: dict[str, Any] = {"seed": seed, "rank": rank, "world": world}
+    sampler: EpochSampler
+    if train:
+        sampler = _Chosen(range(len(dataset)) if chosen is None else chosen, **shared)
+    elif chosen is None:
+        sampler = DealtSampler(len(dataset), batch_size, **shared)
+    else:
+        raise ValueError("chosen: must be None where it is not for training")
 
     def to_batch(item: dict[str, Any], epoch: int, number: int) -> Batch:
         index: list[int] = item["index"].tolist()
@@ -68,14 +79,7 @@ def class_feed(
 
     return Feed(
         dataset,
-        _Chosen(
-            range(len(dataset)) if chosen is None else chosen,
-            seed=seed,
-            rank=rank,
-            world=world,
-            shuffle=train,
-            even=train,
-        ),
+        sampler,
         to_batch,
         key="batch",
         batch_size=batch_size,

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from kdfast.data.orion.sequences import SequenceSampler
+from kdfast.data.orion.clips import ClipSampler
+from kdfast.machine.turns import in_turns
 from kdfast.models.eva import EVAViT
 from kdfast.models.orion import Batch, HeadsMemory, OrionHeads
 from kdfast.models.orion.boxes import Detections as Found
@@ -25,6 +26,7 @@ from kdfast.models.orion.config import CLASSES, LANE_CLASSES
 from kdfast.recovery.detection_metrics import Detections, DetectionScore, score_detections
 from kdfast.recovery.map_metrics import Lines, MapScore, score_lines
 from kdfast.recovery.orion.feed import Frames
+from kdfast.trainer.held_out import ranks_of, same_buffers
 from kdfast.trainer.sharding import gathered
 
 
@@ -41,6 +43,10 @@ class FrameResult:
     index: int
     objects: Found
     lanes: FoundLanes
+
+
+# Of one frame: boxes found and true, lanes found and true.
+Row = tuple[Detections, Detections, Lines, Lines]
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ class FrameEvaluator:
         """Set up.
 
         Args:
-            accelerator: Gathers over processes, and autocast.
+            accelerator: Autocast.
             feed: Held-out frames, shared among processes or all of them in this one.
             heads: What turns features into boxes and lanes.
             limit: Images to use over all processes, six a frame; None: all.
@@ -100,28 +106,38 @@ class FrameEvaluator:
 
     def scores(self, backbone: nn.Module) -> FrameScores:
         """All figures of a backbone; it and the heads are left in eval mode."""
-        rows: list[Any] = []
-        for result, batch in self.results(backbone):
-            truth, lanes = batch.objects[0], batch.lanes[0]
-            rows.append(
-                (
-                    _boxes(result.objects),
-                    Detections(truth.boxes.cpu().numpy(), truth.labels.cpu().numpy()),
-                    _lines(result.lanes),
-                    Lines(lanes.points.cpu().numpy(), lanes.labels.cpu().numpy()),
-                )
-            )
-        if self.feed.sampler.world > 1:
-            rows = gather_object(rows)
+        rows = self.rows(backbone)
         boxes = score_detections([r[0] for r in rows], [r[1] for r in rows], CLASSES)
         lines = score_lines([r[2] for r in rows], [r[3] for r in rows], LANE_CLASSES)
         return FrameScores(boxes, lines, len(rows))
 
+    def rows(self, backbone: nn.Module) -> list[Row]:
+        """Boxes and lanes of all frames, as one process finds them, in their order."""
+        ranks = ranks_of(self.feed)
+        same_buffers(ranks, backbone, self.heads)
+        found = list(in_turns(ranks, self.results(backbone), self._row))
+        return [row for _, row in sorted(found, key=itemgetter(0))]
+
+    def _row(self, found: tuple[FrameResult, Batch], number: int) -> tuple[int, Row]:
+        """Place of a frame among all, and what it shows."""
+        result, batch = found
+        truth, lanes = batch.objects[0], batch.lanes[0]
+        return self._clips.places[result.index], (
+            _boxes(result.objects),
+            Detections(truth.boxes.cpu().numpy(), truth.labels.cpu().numpy()),
+            _lines(result.lanes),
+            Lines(lanes.points.cpu().numpy(), lanes.labels.cpu().numpy()),
+        )
+
+    @property
+    def _clips(self) -> ClipSampler:
+        sampler = self.feed.sampler
+        assert isinstance(sampler, ClipSampler)
+        return sampler
+
     def first_clip(self) -> int:
         """Frames of the first clip that are measured."""
-        sampler = self.feed.sampler
-        assert isinstance(sampler, SequenceSampler)
-        length = len(sampler.sequences[0])
+        length = len(self._clips.clips[0])
         return length if self.limit is None else min(length, self.limit)
 
     @torch.no_grad()
@@ -130,7 +146,9 @@ class FrameEvaluator:
         backbone.eval()
         self.heads.eval()
         memory: HeadsMemory | None = None
-        for batch in self.feed.batches(0, limit=self.limit):
+        for batch in self.feed.batches(0):
+            if self.limit is not None and self._clips.places[batch.index[0]] >= self.limit:
+                return
             labels: Any = batch.labels
             with self.accelerator.autocast():
                 features = backbone(batch.images)

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from kdfast.configs.recovery import Config
 from kdfast.data import build
+from kdfast.data.orion.clips import ClipSampler
 from kdfast.data.orion.frames import FrameBatch, OrionFrames, collate_frames
 from kdfast.data.orion.prepare import new_sample
 from kdfast.data.orion.sample import SampleOptions
 from kdfast.data.orion.sequences import SequenceSampler
+from kdfast.data.sampler import EpochSampler
 from kdfast.data.views.base import CorruptCounter
 from kdfast.data.views.gridmask import GridMask
 from kdfast.models.orion import HeadsMemory
@@ -80,8 +82,8 @@ class FrameData:
 
     Attributes:
         train: Training frames in sequences, augmented and masked.
-        scoring: Views as they are, for head scores; every process sees all of them.
-        calibration: The same, shared among the processes, for the compensation.
+        scoring: Views as they are, for head scores.
+        calibration: The same, views of a frame apart, for the compensation.
         held_out: Validation frames, clip after clip, whole clips for each process.
         streams: What the heads remember in training.
     """
@@ -128,7 +130,7 @@ def build_frames(config: Config, accelerator: Accelerator) -> FrameData:
     few = config.prune.batch_size
     return FrameData(
         frame_feed(config, train, streams, device, **shared),
-        view_feed(views, batch_size=few, train=False, **common),
+        view_feed(views, batch_size=few, train=False, **common, **shared),
         view_feed(views, batch_size=few, train=False, whole_frames=False, **common, **shared),
         frame_feed(config, held_out, None, device, **shared),
         streams,
@@ -150,8 +152,8 @@ def frame_feed(
     Args:
         config: Sequences, masks, loader.
         dataset: The frames.
-        streams: What the heads remember in training; None: frames for evaluation, whole clips in
-            their order, one stream a process.
+        streams: What the heads remember in training; None: frames for evaluation, each once, whole
+            clips in their order, one stream a process.
         device: Where the batches go.
         batch_size: Streams of this process in training; that of ``config.run`` if None.
         rank: This process.
@@ -162,16 +164,14 @@ def frame_feed(
     """
     data, train = config.data, streams is not None
     size = (batch_size or config.run.batch_size) if train else 1
-    sampler = SequenceSampler(
-        dataset.infos,
-        size,
-        length=data.sequence if train else 0,
-        stride=data.stride,
-        seed=config.seed,
-        rank=rank,
-        world=world,
-        shuffle=train,
-    )
+    place: dict[str, Any] = {"stride": data.stride, "rank": rank, "world": world}
+    sampler: EpochSampler
+    if train:
+        sampler = SequenceSampler(
+            dataset.infos, size, length=data.sequence, seed=config.seed, **place
+        )
+    else:
+        sampler = ClipSampler(dataset.infos, **place)
     corrupt = CorruptCounter(len(dataset) * dataset.views)
     names = dataset.infos.pictures
     mask = GridMask(config.seed, rank, prob=data.gridmask) if train and data.gridmask else None
@@ -193,7 +193,7 @@ def frame_feed(
         to_batch,
         key="run.batch_size",
         batch_size=size,
-        train=True,
+        train=train,
         device=device,
         workers=data.workers,
         seed=config.seed,

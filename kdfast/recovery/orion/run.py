@@ -18,7 +18,7 @@ from kdfast.configs.fields import as_config_error
 from kdfast.configs.recovery import Config
 from kdfast.models.eva import EVAViT
 from kdfast.models.orion import Batch, OrionHeads
-from kdfast.recovery.orion.evaluate import FrameEvaluator, FrameResult, fidelity
+from kdfast.recovery.orion.evaluate import FrameEvaluator, FrameResult, FrameScores, fidelity
 from kdfast.recovery.orion.feed import FrameData, build_frames, frame_feed
 from kdfast.recovery.orion.objective import TaskDistiller
 from kdfast.recovery.orion.pictures import draw_frame
@@ -77,15 +77,22 @@ class FrameRun(Run):
         return FrameEvaluator(self.accelerator, self.data.held_out, self.task, limit)
 
     def alone(self) -> FrameEvaluator:
-        """Measures all held-out frames in this process, while the others wait for the report."""
+        """Looks at held-out frames in this process, while the others wait for the pictures."""
         dataset, device = self.data.held_out.dataset, self.accelerator.device
         feed = frame_feed(self.config, dataset, None, device)
         return FrameEvaluator(self.accelerator, feed, self.task, self.config.run.eval_images)
 
-    def finish(self, models: dict[str, EVAViT], quality: dict[str, float]) -> None:
+    def scores(self, models: dict[str, EVAViT]) -> dict[str, Any]:
+        """See ``Run``; boxes and lanes."""
+        evaluate = self.evaluator()
+        return {name: evaluate.scores(model) for name, model in models.items()}
+
+    def finish(
+        self, models: dict[str, EVAViT], quality: dict[str, float], scores: dict[str, Any]
+    ) -> None:
         """See ``Run``; tells boxes, lanes and features apart as well."""
-        super().finish(models, quality)
-        text = report_frames(self.folder, models, self.alone(), self.teacher)
+        super().finish(models, quality, scores)
+        text = report_frames(self.folder, models, scores, self.shown()[0], self.teacher)
         LOG.info("\n%s\n", text)
         LOG.info("%-12s %s", "frames", self.folder / "frames.json")
 
@@ -156,17 +163,26 @@ def _found(result: FrameResult) -> dict[str, Any]:
 def report_frames(
     folder: Path,
     models: dict[str, EVAViT],
-    evaluate: FrameEvaluator,
+    measured: dict[str, FrameScores],
+    images: Tensor,
     teacher: EVAViT,
 ) -> str:
-    """Write ``frames.json``: boxes, lanes and features of every model; returns tables as text."""
+    """Write ``frames.json``: boxes, lanes and features of every model; returns tables as text.
+
+    Args:
+        folder: Where the file goes.
+        models: Backbones.
+        measured: Boxes and lanes of each.
+        images: (V, 3, H, W), on which features are compared.
+        teacher: What they are compared with.
+    """
     content: dict[str, Any] = {}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in ("model", *COLUMNS, "cosine", "sq. error"):
         table.add_column(head, justify="left" if head == "model" else "right")
-    frames, images = 0, first_images(evaluate)
+    frames = 0
     for name, model in models.items():
-        scores = evaluate.scores(model)
+        scores = measured[name]
         frames = scores.frames
         blocks = fidelity(model, teacher, images)
         figures = scores.figures()
