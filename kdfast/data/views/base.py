@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
 from kdfast.data.files import CorruptDataError, read_bgr
@@ -109,8 +111,8 @@ class ViewDataset(Epochs, Dataset["Item | Corrupt"]):
         return self.load(index)
 
 
-class FileDataset(ViewDataset):
-    """Views that are files, without labels.
+class EncodedDataset(ViewDataset):
+    """Views that are encoded pictures, without labels.
 
     Attributes:
         photometric: Whether ``augment`` also distorts colours.
@@ -119,22 +121,42 @@ class FileDataset(ViewDataset):
     photometric: bool = False
 
     @abstractmethod
-    def place(self, index: int) -> tuple[Path, int]:
-        """The file of an item, and the number of its frame, whose views are cropped alike."""
+    def where(self, index: int) -> str:
+        """Where the picture of an item is, for messages."""
+
+    @abstractmethod
+    def read(self, index: int) -> NDArray[np.uint8] | str:
+        """(H, W, 3) BGR, or why the picture cannot be read."""
 
     def load(self, index: int) -> Item | Corrupt:
-        """One view; see ``ViewDataset``."""
-        path, frame = self.place(index)
-        image = read_bgr(path)
+        """One view; see ``ViewDataset``. The views of a frame are cropped alike."""
+        where, image = self.where(index), self.read(index)
         if isinstance(image, str):
-            return Corrupt(index, str(path), image)
+            return Corrupt(index, where, image)
         crop = photometric = None
         if self.augment:
+            frame = index // self.views
             crop = draw_crop(generator(CROP, self.seed, self.epoch, frame))
             if self.photometric:
                 photometric = draw_photometric(generator(PHOTOMETRIC, self.seed, self.epoch, index))
         tensor = preprocess(image, self.size, crop=crop, photometric=photometric)
-        return {"image": tensor, "index": index, "path": str(path)}
+        return {"image": tensor, "index": index, "path": where}
+
+
+class FileDataset(EncodedDataset):
+    """Views that are files."""
+
+    @abstractmethod
+    def place(self, index: int) -> Path:
+        """The file of an item."""
+
+    def where(self, index: int) -> str:
+        """See ``EncodedDataset``."""
+        return str(self.place(index))
+
+    def read(self, index: int) -> NDArray[np.uint8] | str:
+        """See ``EncodedDataset``."""
+        return read_bgr(self.place(index))
 
 
 def collate(items: Sequence[Item | Corrupt]) -> Item:

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of tar shards by number: one read of one range each."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdfast.data.shards.names import Names, divided
+from kdfast.data.shards.places import Shard, Unreadable, find_shards
+from kdfast.data.shards.tar_index import BLOCK, Index, read_indexes
+
+# Fields that are taken for pictures; those of OpenCV's files that webdataset has names for too.
+PICTURES = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
+LABELS = ("cls", "cls.txt", "json")
+JSON_LABELS = ("label", "cls", "class", "target")
+
+
+class TarPictures:
+    """Some members of tar shards.
+
+    Attributes:
+        names: Of the members, in the order of the rows.
+        piece: (N,) number of the shard of a row.
+    """
+
+    def __init__(self, shards: Sequence[Shard], rows: Sequence[Rows]) -> None:
+        """Join the rows of every shard."""
+        self.shards = list(shards)
+        self.names = Names(name for part in rows for name in part.names)
+        counts = [len(part.names) for part in rows]
+        self.piece = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
+        self._offsets = _joined([part.offsets for part in rows])
+        self._sizes = _joined([part.sizes for part in rows])
+        self._crcs = _joined([part.crcs for part in rows])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def where(self, row: int) -> str:
+        """Shard and member of a row, for messages."""
+        return f"{self.shards[int(self.piece[row])].path}: {self.names[row]}"
+
+    def stamp(self, row: int) -> str:
+        """Text that differs where the picture of a row does, as far as the index knows."""
+        return f"{self.names[row]}\0{self._sizes[row]}\0{self._crcs[row]}\n"
+
+    def fetch(self, row: int) -> bytes:
+        """The bytes of a picture.
+
+        Raises:
+            OSError: The shard cannot be opened.
+            Unreadable: The bytes are not those that the index speaks of.
+        """
+        start, size = int(self._offsets[row]), int(self._sizes[row])
+        found = self.shards[int(self.piece[row])].read(start - BLOCK, start + size)
+        if len(found) < BLOCK + size:
+            raise Unreadable(f"the shard ends after {len(found)} of {BLOCK + size} bytes of it")
+        _check_header(found[:BLOCK], size)
+        data = found[BLOCK:]
+        expected = int(self._crcs[row])
+        if expected >= 0 and zlib.crc32(data) != expected:
+            raise Unreadable("its checksum is not that of the index")
+        return data
+
+
+@dataclass
+class Rows:
+    """What is taken of one shard, by row.
+
+    Attributes:
+        names: Of the members.
+        offsets: Of their first bytes.
+        sizes: Their bytes.
+        crcs: CRC-32; -1 where it is not known.
+    """
+
+    names: list[str]
+    offsets: list[int]
+    sizes: list[int]
+    crcs: list[int]
+
+    @classmethod
+    def of(cls, index: Index, members: Sequence[int]) -> Rows:
+        """These members of an index."""
+        return cls(
+            [index.names[n] for n in members],
+            [index.offsets[n] for n in members],
+            [index.sizes[n] for n in members],
+            [index.crcs[n] if index.crcs else -1 for n in members],
+        )
+
+
+def _joined(parts: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    return np.concatenate([np.asarray(part, np.int64) for part in parts])
+
+
+def _check_header(block: bytes, size: int) -> None:
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise Unreadable(f"no header of a member is before it ({error})") from error
+    if header.size != size:
+        raise Unreadable(f"its header says {header.size} bytes, the index {size}")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of tar shards, a picture each.
+
+    Attributes:
+        pictures: One of every sample.
+        labels: Label of every sample as text; None where they were not asked for.
+    """
+
+    pictures: TarPictures
+    labels: list[str] | None
+
+
+def grouped(index: Index) -> list[dict[str, int]]:
+    """The samples of a shard as webdataset has them: fields with the numbers of their members.
+
+    Members that follow each other and have one key are one sample.
+    """
+    samples: list[dict[str, int]] = []
+    last = None
+    for number, name in enumerate(index.names):
+        parts = divided(name)
+        if parts is None:
+            continue
+        if parts[0] != last:
+            samples.append({})
+            last = parts[0]
+        samples[-1].setdefault(parts[1], number)
+    return samples
+
+
+def open_tars(
+    kind: str,
+    root: str | Path | None,
+    *,
+    image_key: str | None = None,
+    label_key: str | None = None,
+    labelled: bool = False,
+) -> Samples:
+    """Samples of tar shards in the order of the shards' names.
+
+    Args:
+        kind: For messages.
+        root: As ``find_shards`` takes it.
+        image_key: Field with the picture; None: the only one of a picture's type.
+        label_key: Field with the label, ``FIELD`` or ``FIELD:KEY`` for one of JSON; None: ``cls``,
+            or ``label`` of ``json``.
+        labelled: Whether labels are wanted.
+
+    Raises:
+        FileNotFoundError: There is no shard.
+        ValueError: A field is missing; the message lists those that exist.
+    """
+    shards = find_shards(kind, root, ".tar")
+    rows: list[Rows] = []
+    labels: list[str] = []
+    for shard, index in zip(shards, read_indexes(shards), strict=True):
+        samples = grouped(index)
+        members = [_image(shard, sample, image_key) for sample in samples]
+        rows.append(Rows.of(index, members))
+        if labelled:
+            labels += [_label(shard, index, sample, label_key) for sample in samples]
+    pictures = TarPictures(shards, rows)
+    if not len(pictures):
+        raise FileNotFoundError(f"root: must hold samples with a picture, got none in {root}")
+    return Samples(pictures, labels if labelled else None)
+
+
+def _image(shard: Shard, sample: dict[str, int], key: str | None) -> int:
+    if key is not None:
+        if key.lower() in sample:
+            return sample[key.lower()]
+        found = []
+    else:
+        found = [name for name in sample if name.rsplit(".", 1)[-1] in PICTURES]
+    if len(found) == 1:
+        return sample[found[0]]
+    what = f"a field {key}" if key is not None else f"one picture ({', '.join(PICTURES)})"
+    raise ValueError(
+        f"data.image_key: every sample must have {what}, got {', '.join(sample)} in {shard.path}"
+        + ("" if key is not None or not found else "; name one of them")
+    )
+
+
+def _label(shard: Shard, index: Index, sample: dict[str, int], key: str | None) -> str:
+    name, _, inner = (key or "").partition(":")
+    names = [name] if name else [one for one in LABELS if one in sample]
+    member = sample.get(names[0].lower()) if names else None
+    if member is None:
+        raise ValueError(
+            f"data.label_key: every sample must have a field {name or ' or '.join(LABELS)}, got "
+            f"{', '.join(sample)} in {shard.path}"
+        )
+    text = index.texts.get(index.names[member])
+    if text is None:
+        start = index.offsets[member]
+        text = shard.read(start, start + index.sizes[member]).decode("utf-8", "replace")
+    if inner or names[0].endswith("json"):
+        return _of_json(text, inner, f"{shard.path}: {index.names[member]}")
+    return text.strip()
+
+
+def _of_json(text: str, key: str, where: str) -> str:
+    try:
+        found: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"data.label_key: {where} must be JSON, got {error}") from error
+    known = list(found) if isinstance(found, dict) else []
+    for name in [key] if key else JSON_LABELS:
+        if name in known and isinstance(found[name], int | str):
+            return str(found[name])
+    raise ValueError(
+        f"data.label_key: {where} must have a number or a name under "
+        f"{key or ' or '.join(JSON_LABELS)}, got {', '.join(known) or 'no keys'}; name it as "
+        f"json:KEY"
+    )

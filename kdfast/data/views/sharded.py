@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views whose pictures lie in tar shards: kind `webdataset`, and `bench2drive` in shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdfast.data.files import decode_bgr
+from kdfast.data.shards.description import describe
+from kdfast.data.shards.names import divided, name_of
+from kdfast.data.shards.places import Unreadable, common_folder, find_shards, is_url, split_of
+from kdfast.data.shards.stored import Stored
+from kdfast.data.shards.tar_index import read_indexes
+from kdfast.data.shards.tars import Rows, TarPictures, grouped, open_tars
+from kdfast.data.views.base import LOG, EncodedDataset
+from kdfast.data.views.bench2drive import CAMERAS, EXPECTED, clips_of_split
+from kdfast.data.views.unlabelled import share
+
+
+class StoredViews(EncodedDataset):
+    """Views by the rows of a store.
+
+    Attributes:
+        store: Where the pictures are.
+        rows: (N,) row of every item.
+    """
+
+    store: Stored
+    rows: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Number of views."""
+        return len(self.rows)
+
+    @property
+    def pieces(self) -> NDArray[np.int32]:
+        """(N,) number of the shard of every item."""
+        return self.store.piece[self.rows]
+
+    def where(self, index: int) -> str:
+        """See ``EncodedDataset``."""
+        return self.store.where(int(self.rows[index]))
+
+    def read(self, index: int) -> NDArray[np.uint8] | str:
+        """See ``EncodedDataset``."""
+        try:
+            data = self.store.fetch(int(self.rows[index]))
+        except Unreadable as error:
+            return str(error)
+        except OSError as error:
+            return f"cannot be opened: {error.strerror or error}"
+        return decode_bgr(data)
+
+
+class ShardedImages(StoredViews):
+    """Pictures of tar shards as webdataset and ``kdfast data shard`` write them.
+
+    With shards named train* and val* these are the splits; otherwise every tenth run of pictures
+    (``val_fraction``) is the validation part.
+    """
+
+    def __init__(
+        self,
+        root: str | Path | None,
+        *,
+        split: str,
+        size: tuple[int, int],
+        augment: bool = False,
+        seed: int = 0,
+        photometric: bool = False,
+        val_fraction: float = 0.1,
+        image_key: str | None = None,
+    ) -> None:
+        """Read the indexes of the shards; shards without one are listed first.
+
+        Raises:
+            FileNotFoundError: There is no shard, or no picture in any.
+            ImportError: The package for the address is missing.
+            ValueError: A shard is damaged, a field is missing, or the split is empty.
+        """
+        super().__init__(split=split, size=size, augment=augment, seed=seed)
+        self.photometric = photometric
+        self.store = open_tars("webdataset", root, image_key=image_key).pictures
+        self.rows = rows_of_split(self.store, split, val_fraction, root)
+
+
+def rows_of_split(
+    store: TarPictures, split: str, val_fraction: float, root: object
+) -> NDArray[np.int64]:
+    """Rows of a split by the names of the shards, or by runs of rows where they name none."""
+    folder = common_folder(store.shards)
+    splits = np.array([split_of(shard, folder) for shard in store.shards])
+    if not {"train", "val"} <= set(splits.tolist()):
+        return np.array(share(len(store), split, val_fraction, root), np.int64)
+    return np.flatnonzero(splits[store.piece] == split)
+
+
+class ShardedBench2Drive(StoredViews):
+    """The views of ``Bench2Drive`` from shards of ``kdfast data shard``: the same items.
+
+    Attributes:
+        frames: (clip, frame name) of every frame, in the order of the shards.
+    """
+
+    views = len(CAMERAS)
+
+    def __init__(
+        self,
+        root: str | Path | None,
+        *,
+        split: str,
+        size: tuple[int, int],
+        augment: bool = False,
+        seed: int = 0,
+        photometric: bool = False,
+        split_file: str | Path | None = None,
+    ) -> None:
+        """Read the indexes of the shards.
+
+        Raises:
+            FileNotFoundError: There is no shard, or the split file is missing.
+            ValueError: A shard holds no frames of six views, or the split is empty.
+        """
+        super().__init__(split=split, size=size, augment=augment, seed=seed)
+        self.photometric = photometric
+        shards = find_shards("bench2drive", root, ".tar")
+        describe(shards, all_of_them=True)
+        rows, frames = [], []
+        for shard, index in zip(shards, read_indexes(shards), strict=True):
+            samples = grouped(index)
+            fields = [f"{camera}.jpg" for camera in CAMERAS]
+            for sample in samples:
+                if not set(fields) <= set(sample):
+                    raise ValueError(
+                        f"root: every sample must have {', '.join(fields)}, got "
+                        f"{', '.join(sample)} in {shard.path}; make shards of {EXPECTED} with "
+                        f"`kdfast data shard`"
+                    )
+                frames.append(_frame(index.names[sample[fields[0]]]))
+            rows.append(Rows.of(index, [sample[name] for sample in samples for name in fields]))
+        self.store = TarPictures(shards, rows)
+        clips = set(
+            clips_of_split(sorted({clip for clip, _ in frames}), split, split_file, root)
+        )
+        chosen = [number for number, (clip, _) in enumerate(frames) if clip in clips]
+        self.frames = [frames[number] for number in chosen]
+        first = np.array(chosen, np.int64)[:, None] * self.views
+        self.rows = (first + np.arange(self.views)).reshape(-1)
+        LOG.info("%d frames of %s in %d shards", len(chosen), split, len(shards))
+
+
+def _frame(member: str) -> tuple[str, str]:
+    """Clip and frame of the member v1/<clip>/<frame>.<camera>.jpg."""
+    parts = divided(member)
+    if parts is None or len(parts[0].split("/")) != 3:
+        raise ValueError(f"root: members must be v1/<clip>/<frame>.<camera>.jpg, got {member}")
+    _, clip, frame = name_of(f"{parts[0]}.jpg").removesuffix(".jpg").split("/")
+    return clip, frame
+
+
+def holds_shards(root: str | Path | None) -> bool:
+    """Whether a root is tar shards and no folder of pictures."""
+    if root is None:
+        return False
+    path = Path(root).expanduser()
+    return is_url(root) or any(c in str(root) for c in "*{") or any(path.glob("*.tar"))
