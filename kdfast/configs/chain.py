@@ -26,9 +26,13 @@ class ChainDataConfig:
     """The labelled images; kinds and folders are those of ``build_classification``.
 
     Attributes:
-        kind: ``digits`` needs no file; ``imagefolder`` is a folder of classes.
+        kind: ``digits`` needs no file; ``imagefolder`` is a folder of classes; ``webdataset`` are
+            tar shards.
         set: Name of the set where ``kind`` is ``medmnist``, such as ``pathmnist``.
-        root: Folder or file of the data; null: the default place of the kind.
+        root: Folder or file of the data, of ``webdataset`` also a pattern or fsspec URL; null: the
+            default place of the kind.
+        image_key: Field of ``webdataset`` with the picture; null: the only one of a picture's type.
+        label_key: Field with the label, or json:KEY; null: cls, or label of json.
         size: Side of the square images that the loader yields; every model resizes from there.
         val_fraction: Part of the training images that is held out where the data has no own split.
         augment: Augmentation of training images.
@@ -41,6 +45,8 @@ class ChainDataConfig:
     kind: str = "digits"
     set: str | None = None
     root: str | None = None
+    image_key: str | None = None
+    label_key: str | None = None
     size: Count = 224
     val_fraction: Half = 0.1
     augment: Literal["default", "none"] = "default"

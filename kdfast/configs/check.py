@@ -34,7 +34,7 @@ def _check_recovery(config: Config) -> list[str]:
         found.append(f"prune.heads: no such file: {config.prune.heads}")
     if data.kind != "scenes" and data.root is None:
         found.append(f"data.root: {data.kind} needs a folder")
-    elif data.kind not in ("scenes", "frames") and not Path(str(data.root)).expanduser().is_dir():
+    elif data.kind in ("images", "bench2drive") and not _is_place(data.root):
         found.append(f"data.root: no such folder: {data.root}")
     prune = config.prune
     if prune.heads is not None and not Path(prune.heads).expanduser().is_file():
@@ -47,6 +47,12 @@ def _check_recovery(config: Config) -> list[str]:
     if config.distill.feature + config.distill.attention + config.distill.output == 0:
         found.append("distill: feature, attention and output must not all be 0")
     return found + check_device(run.device, run.precision, "run.")
+
+
+def _is_place(root: str | None) -> bool:
+    """Whether data may be there: a folder, or shards by pattern or URL, which are found later."""
+    text = str(root)
+    return any(mark in text for mark in ("://", "*", "{")) or Path(text).expanduser().is_dir()
 
 
 def _is_model(checkpoint: str, kind: str) -> bool:

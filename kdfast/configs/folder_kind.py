@@ -23,7 +23,7 @@ def chain_kind(text: str) -> str | None:
             return found[1]
     if path.suffix == ".parquet" or any(path.glob("*.parquet")) or any(path.glob("*/*.parquet")):
         return "parquet"
-    return "imagefolder"
+    return "webdataset" if any(path.glob("*.tar")) else "imagefolder"
 
 
 def view_kind(text: str) -> str | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m kdfast.data``: check a data root, convert its infos, or write a synthetic one."""
+"""``python -m kdfast.data``: check, convert or make up a data root, or pack pictures in shards."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from kdfast.data.orion.prepare import (
     unknown_types,
 )
 from kdfast.data.orion.sample import SampleOptions, write_sample
+from kdfast.data.packing import plan_shards
+from kdfast.data.shards.write import write_shards
 from kdfast.machine.signals import run_command
 
 
@@ -33,13 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "check": "not everything was looked at",
         "infos": "the same command goes on with the clips that are not done",
         "sample": f"{getattr(args, 'out', '')} is not whole, delete it",
+        "shard": "the same command goes on with the shards that are not done",
     }
     return run_command(lambda: _guarded(args), kept[args.command])
 
 
 def _guarded(args: argparse.Namespace) -> int:
     try:
-        return {"check": _check, "infos": _infos, "sample": _sample}[args.command](args)
+        commands = {"check": _check, "infos": _infos, "sample": _sample, "shard": _shard}
+        return commands[args.command](args)
     except (OSError, ValueError, CorruptDataError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -94,6 +98,31 @@ def _sample(args: argparse.Namespace) -> int:
     size = (args.size[0], args.size[1])
     options = SampleOptions(args.clips, args.val_clips, args.frames, size, args.seed)
     print(write_sample(args.out.expanduser(), options))
+    return 0
+
+
+def _shard(args: argparse.Namespace) -> int:
+    for name in ("samples_per_shard", "shard_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag}: must be at least 1, got {value}")
+    count = args.samples_per_shard
+    size = None if count is not None else args.shard_size * 10**6
+    plan = plan_shards(args.source, args.kind, count=count, size=size)
+    samples = sum(map(len, plan.shards.values()))
+    classes = f" of {len(plan.classes)} classes" if plan.classes else ""
+    total = len(plan.shards)
+    print(f"{args.source}: {plan.kind}, {samples:,} samples{classes} in {total} shards")
+    done = 0
+
+    def told(name: str, size: int, before: bool) -> None:
+        nonlocal done
+        done += 1
+        state = ", was there" if before else ""
+        print(f"{done:{len(str(total))}} of {total}  {name}  {size / 1e6:,.1f} MB{state}")
+
+    print(write_shards(plan, args.out.expanduser(), told))
     return 0
 
 

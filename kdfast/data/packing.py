@@ -35,8 +35,8 @@ def plan_shards(
         source: Folder; a .tar of class folders as well.
         kind: One of ``KINDS``; None: ``bench2drive`` with a folder v1 of clips, ``imagefolder``
             where every picture is in a class folder, else ``images``.
-        count: Samples of a shard; a frame of six views is one.
-        size: Bytes of a shard where ``count`` is None.
+        count: Samples that a shard has at most; a frame of six views is one.
+        size: Bytes that it has at most.
 
     Raises:
         FileNotFoundError: There is no picture.

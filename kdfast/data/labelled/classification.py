@@ -27,10 +27,13 @@ from kdfast.data.labelled.embedded import read_digits, read_fashion_mnist, read_
 from kdfast.data.labelled.parquet import read_parquet
 from kdfast.data.labelled.pictures import Store
 from kdfast.data.labelled.raw import Raw, split
+from kdfast.data.labelled.sharded import read_webdataset
 
 Item = dict[str, Any]
 
 Root = str | Path | None
+# Kinds whose fields may be named: called with root and the names of picture and label.
+_BY_FIELDS = {"webdataset": read_webdataset}
 # Called with root, size and whether checksums of official files are compared.
 _READERS: dict[str, Callable[[Root, int, bool], Raw]] = {
     "digits": lambda root, size, verify: read_digits(root),
@@ -40,13 +43,14 @@ _READERS: dict[str, Callable[[Root, int, bool], Raw]] = {
     "parquet": lambda root, size, verify: read_parquet(root),
     "cifar10": lambda root, size, verify: read_cifar(CIFAR10, root, verify),
     "cifar100": lambda root, size, verify: read_cifar(CIFAR100, root, verify),
+    "webdataset": lambda root, size, verify: read_webdataset(root),
     **medmnist.READERS,
 }
 # A family of kinds: which one it is says ``subset``.
 _FAMILIES = {"medmnist": tuple(medmnist.READERS)}
 KINDS = (*_READERS, *_FAMILIES)
 # Kinds of any pictures: what they are says the name of their folder.
-_ANY = ("imagefolder", "parquet")
+_ANY = ("imagefolder", "parquet", "webdataset")
 _SPLITS = ("train", "val", "test")
 
 
@@ -166,6 +170,8 @@ def build_classification(
     variants: int = 1,
     memory: float = 1.5,
     verify: bool = True,
+    image_key: str | None = None,
+    label_key: str | None = None,
 ) -> Classification:
     """Read a classification set; docs/use/classification_data.md describes the kinds.
 
@@ -185,6 +191,8 @@ def build_classification(
             resized every time they are used.
         verify: Compare the files of CIFAR (python version) and MedMNIST with the checksums of the
             official ones; False reads sets of the same format.
+        image_key: Field of ``webdataset`` with the picture; None: the only one of its type.
+        label_key: Field with the label, or ``json:KEY``; None: ``cls``, or ``label`` of ``json``.
 
     Returns:
         The set; its items are not normalised, as models differ in that.
@@ -197,7 +205,7 @@ def build_classification(
     """
     kind = _member(kind, subset)
     _check(kind, size, val_fraction, test_fraction, variants, memory)
-    raw = _READERS[kind](root, size, verify)
+    raw = _read(kind, root, size, verify, image_key, label_key)
     spec = _spec(augment, raw)
     test_fraction = _test_fraction(raw, test_fraction, val_fraction)
     parts = split(raw, seed=seed, val=val_fraction, test=test_fraction)
@@ -212,9 +220,20 @@ def build_classification(
     return Classification(raw.name, raw.task, raw.classes, train, val, test, facts, folder)
 
 
+def _read(
+    kind: str, root: Root, size: int, verify: bool, image_key: str | None, label_key: str | None
+) -> Raw:
+    if kind in _BY_FIELDS:
+        return _BY_FIELDS[kind](root, image_key=image_key, label_key=label_key)
+    for name, value in (("image_key", image_key), ("label_key", label_key)):
+        if value is not None:
+            raise ValueError(f"{name}: only kind {', '.join(_BY_FIELDS)} has fields, got {value!r}")
+    return _READERS[kind](root, size, verify)
+
+
 def _folder(kind: str, root: str | Path | None) -> str:
     """The kind, or for pictures of any sort the name of the place where they are."""
-    place = "" if root is None or kind not in _ANY else Path(root).expanduser().resolve().name
+    place = "" if root is None or kind not in _ANY else Path(str(root)).expanduser().resolve().name
     name = re.sub(r"[^\w.-]+", "_", place.removesuffix(".tar").removesuffix(".parquet"))
     return name.strip("._") or kind
 
@@ -241,6 +260,8 @@ def describe_classification(
     size: int,
     seed: int,
     val_fraction: float = 0.1,
+    image_key: str | None = None,
+    label_key: str | None = None,
 ) -> str:
     """One line about a set: its splits and classes; no picture of a folder is decoded.
 
@@ -251,6 +272,8 @@ def describe_classification(
         size: Side of the items.
         seed: Seed of the split.
         val_fraction: Part of train that becomes val.
+        image_key: As ``build_classification`` takes it.
+        label_key: Likewise.
 
     Raises:
         FileNotFoundError: Data is missing; the message says how to get it.
@@ -259,7 +282,7 @@ def describe_classification(
     """
     kind = _member(kind, subset)
     _check(kind, size, val_fraction, None, 1, 0)
-    raw = _READERS[kind](root, size, True)
+    raw = _read(kind, root, size, True, image_key, label_key)
     parts = split(raw, seed=seed, val=val_fraction, test=_test_fraction(raw, None, val_fraction))
     counts = [f"{len(part):,} {name}" for part, name in zip(parts, _SPLITS, strict=True)]
     return f"{raw.name}: {', '.join(counts)}; {len(raw.classes)} classes, {raw.task}"

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import posixpath
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -147,13 +148,18 @@ def _matching(url: str, suffix: str) -> list[Shard]:
     return [
         Shard(here, name, int(fact["size"]))
         for name, fact in facts.items()
-        if fact["type"] == "file" and name.endswith(suffix) and not _hidden(name, fixed)
+        if fact["type"] != "directory" and name.endswith(suffix) and not _hidden(name, fixed)
     ]
 
 
 def _hidden(name: str, root: str) -> bool:
     """Whether a part of a path below its root starts with a dot, as files do that are not whole."""
     return any(part.startswith(".") for part in name.removeprefix(root).split("/"))
+
+
+def is_part(root: str | Path) -> bool:
+    """Whether a root names some files of a folder and not all of them."""
+    return any(mark in str(root) for mark in "*?{") or str(root).endswith(".tar")
 
 
 def split_of(shard: Shard, root: str) -> str:
@@ -165,6 +171,6 @@ def split_of(shard: Shard, root: str) -> str:
     return "train"
 
 
-def common_folder(shards: list[Shard]) -> str:
+def common_folder(shards: Sequence[Shard]) -> str:
     """The folder that all shards are in."""
     return posixpath.commonpath([posixpath.dirname(shard.path) for shard in shards])

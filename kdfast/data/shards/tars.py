@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdfast.data.shards.description import describe
 from kdfast.data.shards.names import Names, divided
-from kdfast.data.shards.places import Shard, Unreadable, find_shards
+from kdfast.data.shards.places import Shard, Unreadable, find_shards, is_part
 from kdfast.data.shards.tar_index import BLOCK, Index, read_indexes
 
 # Fields that are taken for pictures; those of OpenCV's files that webdataset has names for too.
@@ -119,10 +120,12 @@ class Samples:
     Attributes:
         pictures: One of every sample.
         labels: Label of every sample as text; None where they were not asked for.
+        described: What ``kdfast data shard`` says of the set; empty for shards of others.
     """
 
     pictures: TarPictures
     labels: list[str] | None
+    described: dict[str, Any]
 
 
 def grouped(index: Index) -> list[dict[str, int]]:
@@ -162,10 +165,11 @@ def open_tars(
         labelled: Whether labels are wanted.
 
     Raises:
-        FileNotFoundError: There is no shard.
+        FileNotFoundError: There is no shard, or one that is described is missing.
         ValueError: A field is missing; the message lists those that exist.
     """
     shards = find_shards(kind, root, ".tar")
+    described = describe(shards, all_of_them=not is_part(str(root)))
     rows: list[Rows] = []
     labels: list[str] = []
     for shard, index in zip(shards, read_indexes(shards), strict=True):
@@ -177,14 +181,14 @@ def open_tars(
     pictures = TarPictures(shards, rows)
     if not len(pictures):
         raise FileNotFoundError(f"root: must hold samples with a picture, got none in {root}")
-    return Samples(pictures, labels if labelled else None)
+    return Samples(pictures, labels if labelled else None, described)
 
 
 def _image(shard: Shard, sample: dict[str, int], key: str | None) -> int:
     if key is not None:
         if key.lower() in sample:
             return sample[key.lower()]
-        found = []
+        found: list[str] = []
     else:
         found = [name for name in sample if name.rsplit(".", 1)[-1] in PICTURES]
     if len(found) == 1:

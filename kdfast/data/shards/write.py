@@ -92,8 +92,8 @@ def cut(
     Args:
         prefix: Of the names: the split, or ``all``.
         samples: In their order.
-        count: Samples of a shard; None: as ``size`` says.
-        size: Bytes that a shard has at most, unless one sample has more.
+        count: Samples that a shard has at most; None: any.
+        size: Bytes that it has at most, unless one sample has more; None: any.
 
     Raises:
         ValueError: Two samples would have one key.
@@ -106,7 +106,7 @@ def cut(
     used = 0
     for sample in samples:
         need = sum(2 * BLOCK + member.size for member in sample)
-        full = count is not None and shards and len(shards[-1]) >= count
+        full = count is not None and bool(shards) and len(shards[-1]) >= count
         if not shards or full or (size is not None and used and used + need > size):
             shards.append([])
             used = 0

@@ -35,11 +35,6 @@ class StoredViews(EncodedDataset):
         """Number of views."""
         return len(self.rows)
 
-    @property
-    def pieces(self) -> NDArray[np.int32]:
-        """(N,) number of the shard of every item."""
-        return self.store.piece[self.rows]
-
     def where(self, index: int) -> str:
         """See ``EncodedDataset``."""
         return self.store.where(int(self.rows[index]))
@@ -142,9 +137,8 @@ class ShardedBench2Drive(StoredViews):
                 frames.append(_frame(index.names[sample[fields[0]]]))
             rows.append(Rows.of(index, [sample[name] for sample in samples for name in fields]))
         self.store = TarPictures(shards, rows)
-        clips = set(
-            clips_of_split(sorted({clip for clip, _ in frames}), split, split_file, root)
-        )
+        found = sorted({clip for clip, _ in frames})
+        clips = set(clips_of_split(found, split, split_file, root))
         chosen = [number for number, (clip, _) in enumerate(frames) if clip in clips]
         self.frames = [frames[number] for number in chosen]
         first = np.array(chosen, np.int64)[:, None] * self.views
