@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def build(
     if kind == "scenes":
         return Scenes(frames=frames, **common)
     if kind == "bench2drive":
-        drive = ShardedBench2Drive if holds_shards(root) else Bench2Drive
+        sharded = holds_shards(root)
+        drive: Callable[..., ViewDataset] = ShardedBench2Drive if sharded else Bench2Drive
         return drive(root, split_file=split_file, photometric=photometric, **common)
     fraction = 0.1 if val_fraction is None else val_fraction
     common |= {"photometric": photometric, "val_fraction": fraction}

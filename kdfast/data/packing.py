@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from kdfast.data.files import list_images
-from kdfast.data.labelled.classfolder import FileSource, read_classfolder
+from kdfast.data.labelled.classfolder import SPLITS, FileSource, common_folders, read_classfolder
 from kdfast.data.labelled.pictures import Part
 from kdfast.data.shards.names import key_of, member_of
 from kdfast.data.shards.write import Member, Plan, Sample, cut
@@ -48,14 +48,19 @@ def plan_shards(
     pieces = partial(cut, count=count, size=size)
     if kind == "bench2drive" or (kind is None and any(path.glob("v1/*/camera"))):
         return _bench2drive(path, pieces)
-    if kind == "images":
-        return _images(path, pieces)
-    try:
+    if kind == "imagefolder" or (kind is None and (path.is_file() or _in_classes(path))):
         return _imagefolder(path, pieces)
-    except ValueError:
-        if kind is not None or path.is_file():
-            raise
-        return _images(path, pieces)
+    return _images(path, pieces)
+
+
+def _in_classes(path: Path) -> bool:
+    """Whether every picture lies in a folder below the root, or below its splits."""
+    parts = [name.split("/") for name in list_images(path)]
+    if not parts:
+        return False
+    strip = common_folders(parts)
+    own_splits = {p[strip] for p in parts if len(p) > strip + 1} <= set(SPLITS)
+    return all(len(p) >= strip + own_splits + 2 for p in parts)
 
 
 def _imagefolder(path: Path, pieces: Cut) -> Plan:

@@ -110,7 +110,7 @@ def _dataset(config: Config, split: str, augment: bool) -> ViewDataset:
         seed=config.seed,
         photometric=data.photometric and augment and not scenes,
         val_fraction=data.val_fraction if data.kind in ("images", "webdataset") else None,
-        image_key=data.image_key if data.kind == "webdataset" else None,
+        image_key=data.image_key,
         split_file=data.split_file if data.kind == "bench2drive" else None,
         frames=(data.frames if split == "train" else data.val_frames) if scenes else None,
     )

@@ -6,21 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 
 class Stored(Protocol):
-    """Encoded pictures by number of the row.
+    """Encoded pictures by number of the row."""
 
-    Attributes:
-        names: Name of every row.
-        piece: (N,) number of the part of the store that a row is in: rows of a part are near to
-            each other.
-    """
-
-    names: Sequence[str]
-    piece: NDArray[np.int32]
+    @property
+    def names(self) -> Sequence[str]:
+        """Name of every row."""
 
     def __len__(self) -> int:
         """Number of rows."""

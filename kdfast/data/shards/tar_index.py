@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -68,22 +68,20 @@ def keeps_text(name: str, size: int) -> bool:
     return found is not None and size <= LONGEST and found[1] in TEXTS
 
 
-def read_indexes(shards: Iterable[Shard]) -> list[Index]:
+def read_indexes(shards: Sequence[Shard]) -> list[Index]:
     """The indexes of shards: those beside them or in the cache; else the shards are listed.
 
     Raises:
         OSError: A shard cannot be opened.
         ValueError: A shard that has no index is no whole tar.
     """
-    shards = list(shards)
     with ThreadPoolExecutor(THREADS) as threads:
         found = list(threads.map(_kept, shards))
         absent = [n for n, index in enumerate(found) if index is None]
         if absent:
             LOG.info("listing %d shards that have no index", len(absent))
-        for n, index in zip(
-            absent, threads.map(lambda n: list_shard(shards[n]), absent), strict=True
-        ):
+        listed = threads.map(list_shard, [shards[n] for n in absent])
+        for n, index in zip(absent, listed, strict=True):
             found[n] = index
             _keep(shards[n], index)
     return [index for index in found if index is not None]

@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 from kdfast.data.files import decode_bgr
 from kdfast.data.shards.description import describe
 from kdfast.data.shards.names import divided, name_of
-from kdfast.data.shards.places import Unreadable, common_folder, find_shards, is_url, split_of
+from kdfast.data.shards.places import (
+    Unreadable,
+    common_folder,
+    find_shards,
+    is_part,
+    is_url,
+    split_of,
+)
 from kdfast.data.shards.stored import Stored
 from kdfast.data.shards.tar_index import read_indexes
 from kdfast.data.shards.tars import Rows, TarPictures, grouped, open_tars
@@ -122,7 +129,7 @@ class ShardedBench2Drive(StoredViews):
         super().__init__(split=split, size=size, augment=augment, seed=seed)
         self.photometric = photometric
         shards = find_shards("bench2drive", root, ".tar")
-        describe(shards, all_of_them=True)
+        describe(shards, all_of_them=root is not None and not is_part(root))
         rows, frames = [], []
         for shard, index in zip(shards, read_indexes(shards), strict=True):
             samples = grouped(index)
@@ -160,4 +167,6 @@ def holds_shards(root: str | Path | None) -> bool:
     if root is None:
         return False
     path = Path(root).expanduser()
-    return is_url(root) or any(c in str(root) for c in "*{") or any(path.glob("*.tar"))
+    if is_url(root) or is_part(root):
+        return True
+    return not (path / "v1").is_dir() and any(path.glob("*.tar"))
