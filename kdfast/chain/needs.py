@@ -40,6 +40,7 @@ def _data(config: ChainConfig) -> Need:
             val_fraction=spec.val_fraction,
             image_key=spec.image_key,
             label_key=spec.label_key,
+            verify=spec.verify,
         )
     except (OSError, ValueError, ImportError) as error:
         fix = "--set data.root=FOLDER, or --set data.kind=digits (docs/use/classification_data.md)"

@@ -195,6 +195,7 @@ def read_data(config: ChainConfig, seed: int) -> Classification:
             label_key=data.label_key,
             augment=data.augment,
             variants=data.variants,
+            verify=data.verify,
         )
     except (OSError, ValueError, ImportError, CorruptDataError) as error:
         raise ConfigError([f"data: {error}"]) from error

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import random
@@ -28,6 +27,7 @@ from kdfast.data.labelled.parquet import read_parquet
 from kdfast.data.labelled.pictures import Store
 from kdfast.data.labelled.raw import Raw, split
 from kdfast.data.labelled.sharded import read_webdataset
+from kdfast.machine.spelling import did_you_mean
 
 Item = dict[str, Any]
 
@@ -262,6 +262,7 @@ def describe_classification(
     val_fraction: float = 0.1,
     image_key: str | None = None,
     label_key: str | None = None,
+    verify: bool = True,
 ) -> str:
     """One line about a set: its splits and classes; no picture of a folder is decoded.
 
@@ -274,6 +275,7 @@ def describe_classification(
         val_fraction: Part of train that becomes val.
         image_key: As ``build_classification`` takes it.
         label_key: Likewise.
+        verify: As in ``build_classification``.
 
     Raises:
         FileNotFoundError: Data is missing; the message says how to get it.
@@ -282,7 +284,7 @@ def describe_classification(
     """
     kind = _member(kind, subset)
     _check(kind, size, val_fraction, None, 1, 0)
-    raw = _read(kind, root, size, True, image_key, label_key)
+    raw = _read(kind, root, size, verify, image_key, label_key)
     parts = split(raw, seed=seed, val=val_fraction, test=_test_fraction(raw, None, val_fraction))
     counts = [f"{len(part):,} {name}" for part, name in zip(parts, _SPLITS, strict=True)]
     return f"{raw.name}: {', '.join(counts)}; {len(raw.classes)} classes, {raw.task}"
@@ -316,8 +318,7 @@ def _check(
     memory: float,
 ) -> None:
     if kind not in _READERS:
-        close = difflib.get_close_matches(kind.lower(), KINDS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(kind.lower(), KINDS)
         raise ValueError(f"kind: must be one of {', '.join(KINDS)}, got {kind!r}{hint}")
     if size < 8:
         raise ValueError(f"size: must be 8 or more, got {size}")
