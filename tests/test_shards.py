@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader
 
 import kdfast.data as data
 from kdfast.data.__main__ import main
+from kdfast.data.corrupt import Unreadable
 from kdfast.data.labelled import build_classification
 from kdfast.data.packing import plan_shards
 from kdfast.data.sampler import EpochSampler
 from kdfast.data.shards.names import Names, divided, member_of, name_of
-from kdfast.data.shards.places import Unreadable, find_shards
+from kdfast.data.shards.places import find_shards
 from kdfast.data.shards.tar_index import SUFFIX
 from kdfast.data.shards.tars import open_tars
 from kdfast.data.shards.write import write_shards

@@ -71,7 +71,12 @@ def _add_shard(shard: argparse.ArgumentParser) -> None:
         help="what SOURCE is: classes, pictures without labels, Bench2Drive [as it looks]",
     )
     size = shard.add_mutually_exclusive_group()
-    size.add_argument("--samples-per-shard", type=int, metavar="N", help="samples of a shard")
+    size.add_argument(
+        "--samples-per-shard",
+        type=int,
+        metavar="N",
+        help="samples of a shard at most [what --shard-size takes]",
+    )
     size.add_argument(
         "--shard-size",
         type=int,

@@ -144,8 +144,8 @@ class DataConfig:
             tar shards.
         image_key: Field of ``webdataset`` with the picture; null: the only one of a picture's type.
         split_file: List of validation clips of ``bench2drive``.
-        val_fraction: Part of ``images`` and ``webdataset`` that is held out where there are no folders
-            or shards train and val.
+        val_fraction: Part of ``images`` and ``webdataset`` that is held out where there are no
+            folders or shards train and val.
         size: (height, width) of the network input.
         augment: Random crops and flips in training.
         photometric: ORION's colour distortion in training; needs ``augment``.

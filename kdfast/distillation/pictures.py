@@ -156,7 +156,7 @@ def build_pictures(
         numbers: The model's number of each class.
 
     Raises:
-        CorruptDataError: A picture cannot be read.
+        CorruptDataError: Many pictures cannot be read.
     """
     budget = int(config.memory * 2**30)
     how = inputs.get("interpolation", "bilinear")

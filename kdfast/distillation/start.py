@@ -62,7 +62,7 @@ def distil(
     Raises:
         ConfigError: An option, the data or a checkpoint cannot be used, the models have nothing to
             compare, or a term that was asked for cannot be formed.
-        CorruptDataError: A picture cannot be read.
+        CorruptDataError: Many pictures cannot be read.
         Interrupted: A signal came; the state was saved.
         NonFiniteLoss: The training broke; the state before was saved.
     """

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from kdfast.configs.recovery import Config
 from kdfast.data import build
+from kdfast.data.corrupt import Corrupt, CorruptCounter
 from kdfast.data.sampler import EpochSampler
-from kdfast.data.views.base import Corrupt, CorruptCounter, Item, ViewDataset, collate
+from kdfast.data.views.base import Item, ViewDataset, collate
 from kdfast.data.views.gridmask import GridMask
 from kdfast.trainer.feed import Batch, Feed
 

@@ -18,6 +18,7 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kdfast.data.corrupt import Corrupt
 from kdfast.data.labelled import medmnist
 from kdfast.data.labelled.augment import AugmentSpec, augmented, finish, short_side
 from kdfast.data.labelled.cifar import CIFAR10, CIFAR100, read_cifar
@@ -58,8 +59,12 @@ class LabelledImages(Dataset[Item]):
     """Map-style dataset of pictures with targets.
 
     An item is ``{"image": (3, S, S) float32 in [0, 1], "target": () int64 or (C,) float32,
-    "index": int, "variant": int}``. It follows from the dataset, its index and its variant
-    alone: not from workers, order or any global random state.
+    "index": int, "variant": int, "corrupt": (str, str)}``. It follows from the dataset, its index
+    and its variant alone: not from workers, order or any global random state.
+
+    In place of a picture that cannot be read stands another one, always the same: target and index
+    are those of the other, and ``corrupt`` says where the first is and what is wrong with it;
+    otherwise it holds two empty strings.
 
     Attributes:
         size: Side S of the square pictures.
@@ -111,7 +116,15 @@ class LabelledImages(Dataset[Item]):
                 raise IndexError(f"index: must be in [0, {len(self)}), got {index}")
             if not 0 <= variant < self.variants:
                 raise IndexError(f"variant: must be in [0, {self.variants}), got {variant}")
-        pictures = [self.store[index] for index, _ in pairs]
+        pictures, corrupt = [], []
+        for n, (index, variant) in enumerate(pairs):
+            picture, problem = self.store[index], ("", "")
+            if isinstance(picture, Corrupt):
+                problem = (picture.path, picture.reason)
+                other, picture = self.store.stand_in(index)
+                pairs[n] = (other, variant)
+            pictures.append(picture)
+            corrupt.append(problem)
         if self.spec is None:
             images = finish(pictures, self.size)
         else:
@@ -120,8 +133,14 @@ class LabelledImages(Dataset[Item]):
                 pictures, self.size, self.spec, seed=self.seed, index=indices, variant=variants
             )
         return [
-            {"image": image, "target": self.targets[index], "index": index, "variant": variant}
-            for image, (index, variant) in zip(images, pairs, strict=True)
+            {
+                "image": image,
+                "target": self.targets[index],
+                "index": index,
+                "variant": variant,
+                "corrupt": problem,
+            }
+            for image, (index, variant), problem in zip(images, pairs, corrupt, strict=True)
         ]
 
 
@@ -200,7 +219,7 @@ def build_classification(
     Raises:
         FileNotFoundError: Data is missing; the message says how to get it.
         ImportError: The package that ships the set is missing.
-        CorruptDataError: A picture cannot be read.
+        CorruptDataError: Many pictures cannot be read.
         ValueError: The kind is unknown, an option is out of range, or data is not of its format.
     """
     kind = _member(kind, subset)

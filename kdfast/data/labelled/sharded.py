@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdfast.data.files import CorruptDataError
 from kdfast.data.labelled.pictures import EncodedSource, Part
 from kdfast.data.labelled.raw import Raw
-from kdfast.data.shards.places import Unreadable, common_folder, split_of
+from kdfast.data.shards.places import common_folder, split_of
 from kdfast.data.shards.stored import Stored
 from kdfast.data.shards.tars import open_tars
 
@@ -25,15 +24,12 @@ class StoredSource(EncodedSource):
         self.store = store
 
     def fetch(self, row: int) -> bytes:
-        """See ``EncodedSource``.
+        """See ``EncodedSource``."""
+        return self.store.fetch(row)
 
-        Raises:
-            CorruptDataError: The bytes are not those of the picture.
-        """
-        try:
-            return self.store.fetch(row)
-        except Unreadable as error:
-            raise CorruptDataError(f"picture: {self.store.where(row)}: {error}") from error
+    def where(self, row: int) -> str:
+        """See ``Source``."""
+        return self.store.where(row)
 
     def stamp(self, row: int) -> str:
         """See ``Source``."""

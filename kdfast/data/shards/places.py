@@ -18,10 +18,6 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 INSTALL = "pip install 'kdfast[shards]'"
 
 
-class Unreadable(RuntimeError):
-    """The bytes of one picture are not what the index of its shard says."""
-
-
 class Files:
     """A filesystem of fsspec that survives a fork: every process makes its own.
 

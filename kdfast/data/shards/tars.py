@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdfast.data.corrupt import Unreadable
 from kdfast.data.shards.description import describe
 from kdfast.data.shards.names import Names, divided
-from kdfast.data.shards.places import Shard, Unreadable, find_shards, is_part
+from kdfast.data.shards.places import Shard, find_shards, is_part
 from kdfast.data.shards.tar_index import BLOCK, Index, read_indexes
 
 # Fields that are taken for pictures; those of OpenCV's files that webdataset has names for too.

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kdfast.data.corrupt import Unreadable
 from kdfast.data.files import decode_bgr
 from kdfast.data.shards.description import describe
 from kdfast.data.shards.names import divided, name_of
 from kdfast.data.shards.places import (
-    Unreadable,
     common_folder,
     find_shards,
     is_part,
