@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdfast.configs.chain import INITS, ChainConfig, roles, stages
+from kdfast.configs.folder_kind import is_elsewhere
 from kdfast.configs.recovery import Config
 
 
@@ -51,8 +52,7 @@ def _check_recovery(config: Config) -> list[str]:
 
 def _is_place(root: str | None) -> bool:
     """Whether data may be there: a folder, or shards by pattern or URL, which are found later."""
-    text = str(root)
-    return any(mark in text for mark in ("://", "*", "{")) or Path(text).expanduser().is_dir()
+    return is_elsewhere(str(root)) or Path(str(root)).expanduser().is_dir()
 
 
 def _is_model(checkpoint: str, kind: str) -> bool:

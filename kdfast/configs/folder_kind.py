@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kind of data that a folder or file holds, by the names in it; no file is opened."""
+"""The kind of data that a folder, file, pattern or URL holds, by the names in it."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,8 +11,15 @@ _CIFAR = re.compile(r"cifar-(10|100)-(python|binary|batches)")
 _MEDMNIST = re.compile(r"([a-z]+mnist)(_\d+)?\.npz")
 
 
+def is_elsewhere(text: str) -> bool:
+    """Whether a place is a pattern or a URL, which is not looked at here."""
+    return "://" in text or any(mark in text for mark in "*?{")
+
+
 def chain_kind(text: str) -> str | None:
     """Kind of labelled data, for chains; None where there is nothing."""
+    if is_elsewhere(text):
+        return "webdataset"
     path = Path(text).expanduser()
     if not path.exists():
         return None
@@ -28,9 +36,23 @@ def chain_kind(text: str) -> str | None:
 
 def view_kind(text: str) -> str | None:
     """Kind of views, for pruning runs; None where there is nothing."""
+    if is_elsewhere(text):
+        return "webdataset"
     path = Path(text).expanduser()
     if not path.is_dir():
         return None
     if (path / "kdfast_infos_train").is_dir():
         return "frames"
-    return "bench2drive" if (path / "v1").is_dir() else "images"
+    if (path / "v1").is_dir():
+        return "bench2drive"
+    if any(path.glob("*.tar")):
+        return "bench2drive" if _packed(path) == "bench2drive" else "webdataset"
+    return "images"
+
+
+def _packed(path: Path) -> str | None:
+    """What ``kdfast data shard`` packed; None for shards of others."""
+    try:
+        return str(json.loads((path / "kdfast_shards.json").read_text(encoding="utf-8"))["kind"])
+    except (OSError, ValueError, LookupError, TypeError):  # its reader says what is wrong with it
+        return None

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.data.scenes.dataset import Scenes
+from kdfast.data.shards.places import holds_shards
 from kdfast.data.views.base import ViewDataset
 from kdfast.data.views.bench2drive import Bench2Drive
-from kdfast.data.views.sharded import ShardedBench2Drive, ShardedImages, holds_shards
+from kdfast.data.views.sharded import ShardedBench2Drive, ShardedImages
 from kdfast.data.views.unlabelled import UnlabelledImages
 
 KINDS = ("images", "webdataset", "bench2drive", "scenes")

@@ -78,7 +78,7 @@ def _labelled(part: Part) -> list[Sample]:
     source = cast(FileSource, part.source)
     names = [source.entries[row].name for row in part.rows.tolist()]
     taken = _taken(names)
-    samples = []
+    samples: list[Sample] = []
     for row, name, label in zip(part.rows.tolist(), names, part.targets.tolist(), strict=True):
         entry = source.entries[row]
         member = member_of(name, taken(name))

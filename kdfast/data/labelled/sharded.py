@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kdfast.data.labelled.pictures import EncodedSource, Part
 from kdfast.data.labelled.raw import Raw
-from kdfast.data.shards.places import common_folder, split_of
+from kdfast.data.shards.places import split_of
 from kdfast.data.shards.stored import Stored
-from kdfast.data.shards.tars import open_tars
+from kdfast.data.shards.tars import Samples, open_tars
 
 
 class StoredSource(EncodedSource):
@@ -52,26 +50,21 @@ def read_webdataset(
         ValueError: A shard is damaged, a field is missing, or there is nothing to train on.
     """
     samples = open_tars("webdataset", root, image_key=image_key, label_key=label_key, labelled=True)
+    classes, labels = samples.classes()
+    return _raw(samples, labels, classes)
+
+
+def unlabelled_shards(root: str | Path) -> Raw:
+    """All pictures of tar shards, each of class 0; raises what ``read_webdataset`` does."""
+    samples = open_tars("webdataset", root, every=True)
+    return _raw(samples, [0] * len(samples.pictures), [""])
+
+
+def _raw(samples: Samples, labels: list[int], classes: list[str]) -> Raw:
     store = samples.pictures
-    labels, classes = _numbered(samples.labels or [], samples.described)
-    folder = common_folder(store.shards)
-    splits = np.array([split_of(shard, folder) for shard in store.shards])[store.piece]
+    splits = np.array([split_of(shard, store.folder) for shard in store.shards])[store.piece]
     if "train" not in splits:
         raise ValueError(f"root: must hold shards named train*, got {sorted(set(splits.tolist()))}")
-    whole = Part.whole(StoredSource(store), labels)
+    whole = Part.whole(StoredSource(store), np.array(labels, np.int64))
     found = {name: whole.take(np.flatnonzero(splits == name)) for name in set(splits.tolist())}
     return Raw("webdataset", found["train"], found.get("val"), found.get("test"), classes)
-
-
-def _numbered(labels: list[str], described: dict[str, Any]) -> tuple[NDArray[np.int64], list[str]]:
-    """Numbers of the classes and their names: numbers are themselves, names are sorted."""
-    if all(label.isdecimal() and label.isascii() for label in labels):
-        numbers = np.array([int(label) for label in labels], np.int64)
-        names: list[str] = described.get("classes") or []
-        highest = int(numbers.max())
-        if names and highest >= len(names):
-            raise ValueError(f"labels: must be in [0, {len(names)}), got {highest}")
-        return numbers, names or [str(number) for number in range(highest + 1)]
-    names = sorted(set(labels))
-    order = {name: number for number, name in enumerate(names)}
-    return np.array([order[label] for label in labels], np.int64), names

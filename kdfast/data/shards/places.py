@@ -158,6 +158,16 @@ def is_part(root: str | Path) -> bool:
     return any(mark in str(root) for mark in "*?{") or str(root).endswith(".tar")
 
 
+def holds_shards(root: str | Path | None) -> bool:
+    """Whether a root is tar shards and no folder of pictures."""
+    if root is None:
+        return False
+    if is_url(root) or is_part(root):
+        return True
+    path = Path(root).expanduser()
+    return not (path / "v1").is_dir() and any(path.glob("*.tar"))
+
+
 def split_of(shard: Shard, root: str) -> str:
     """The split that the name of a shard, or of a folder below ``root``, begins with; or train."""
     for word in reversed(shard.path.removeprefix(root).split("/")):

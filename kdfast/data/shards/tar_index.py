@@ -101,7 +101,7 @@ def list_shard(shard: Shard) -> Index:
             archive = tarfile.open(fileobj=file, mode="r:")
             for member in archive:
                 # Else it remembers every member of the shard.
-                archive.members.clear()
+                archive.members.clear()  # type: ignore[attr-defined]
                 if not member.isreg():
                     continue
                 index.add(member.name, member.offset_data, member.size)

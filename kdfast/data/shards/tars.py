@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kdfast.data.corrupt import Unreadable
 from kdfast.data.shards.description import describe
 from kdfast.data.shards.names import Names, divided
-from kdfast.data.shards.places import Shard, find_shards, is_part
+from kdfast.data.shards.places import Shard, common_folder, find_shards, is_part
 from kdfast.data.shards.tar_index import BLOCK, Index, read_indexes
 
 # Fields that are taken for pictures; those of OpenCV's files that webdataset has names for too.
@@ -46,6 +46,11 @@ class TarPictures:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def folder(self) -> str:
+        """The folder that all shards are in."""
+        return common_folder(self.shards)
 
     def where(self, row: int) -> str:
         """Shard and member of a row, for messages."""
@@ -119,14 +124,35 @@ class Samples:
     """The samples of tar shards, a picture each.
 
     Attributes:
-        pictures: One of every sample.
-        labels: Label of every sample as text; None where they were not asked for.
+        pictures: One of every sample, or all.
+        labels: Label of every picture as text; None where they were not asked for.
         described: What ``kdfast data shard`` says of the set; empty for shards of others.
     """
 
     pictures: TarPictures
     labels: list[str] | None
     described: dict[str, Any]
+
+    def classes(self) -> tuple[list[str], list[int]]:
+        """Names of the classes and every picture's number; empty without labels.
+
+        Labels that are numbers are the numbers of the classes; names are sorted.
+
+        Raises:
+            ValueError: A number is not below that of the classes.
+        """
+        if self.labels is None:
+            return [], []
+        if not all(label.isdecimal() and label.isascii() for label in self.labels):
+            names = sorted(set(self.labels))
+            order = {name: number for number, name in enumerate(names)}
+            return names, [order[label] for label in self.labels]
+        numbers = [int(label) for label in self.labels]
+        known: list[str] = self.described.get("classes") or []
+        highest = max(numbers)
+        if known and highest >= len(known):
+            raise ValueError(f"labels: must be in [0, {len(known)}), got {highest}")
+        return known or [str(number) for number in range(highest + 1)], numbers
 
 
 def grouped(index: Index) -> list[dict[str, int]]:
@@ -153,7 +179,8 @@ def open_tars(
     *,
     image_key: str | None = None,
     label_key: str | None = None,
-    labelled: bool = False,
+    labelled: bool | None = False,
+    every: bool = False,
 ) -> Samples:
     """Samples of tar shards in the order of the shards' names.
 
@@ -163,7 +190,8 @@ def open_tars(
         image_key: Field with the picture; None: the only one of a picture's type.
         label_key: Field with the label, ``FIELD`` or ``FIELD:KEY`` for one of JSON; None: ``cls``,
             or ``label`` of ``json``.
-        labelled: Whether labels are wanted.
+        labelled: Whether labels are wanted; None: if the first sample has one.
+        every: Take all pictures of a sample, not one.
 
     Raises:
         FileNotFoundError: There is no shard, or one that is described is missing.
@@ -175,25 +203,35 @@ def open_tars(
     labels: list[str] = []
     for shard, index in zip(shards, read_indexes(shards), strict=True):
         samples = grouped(index)
-        members = [_image(shard, sample, image_key) for sample in samples]
+        if labelled is None and samples:
+            labelled = any(name in samples[0] for name in LABELS)
+        members = []
+        for sample in samples:
+            fields = _fields(sample) if every else [_image(shard, sample, image_key)]
+            members += [sample[name] for name in fields]
+            if labelled:
+                labels += [_label(shard, index, sample, label_key)] * len(fields)
         rows.append(Rows.of(index, members))
-        if labelled:
-            labels += [_label(shard, index, sample, label_key) for sample in samples]
     pictures = TarPictures(shards, rows)
     if not len(pictures):
         raise FileNotFoundError(f"root: must hold samples with a picture, got none in {root}")
     return Samples(pictures, labels if labelled else None, described)
 
 
-def _image(shard: Shard, sample: dict[str, int], key: str | None) -> int:
+def _fields(sample: dict[str, int]) -> list[str]:
+    """The fields of a sample that are pictures by their names."""
+    return [name for name in sample if name.rsplit(".", 1)[-1] in PICTURES]
+
+
+def _image(shard: Shard, sample: dict[str, int], key: str | None) -> str:
     if key is not None:
         if key.lower() in sample:
-            return sample[key.lower()]
+            return key.lower()
         found: list[str] = []
     else:
-        found = [name for name in sample if name.rsplit(".", 1)[-1] in PICTURES]
+        found = _fields(sample)
     if len(found) == 1:
-        return sample[found[0]]
+        return found[0]
     what = f"a field {key}" if key is not None else f"one picture ({', '.join(PICTURES)})"
     raise ValueError(
         f"data.image_key: every sample must have {what}, got {', '.join(sample)} in {shard.path}"

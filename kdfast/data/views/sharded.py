@@ -13,10 +13,8 @@ from kdfast.data.files import decode_bgr
 from kdfast.data.shards.description import describe
 from kdfast.data.shards.names import divided, name_of
 from kdfast.data.shards.places import (
-    common_folder,
     find_shards,
     is_part,
-    is_url,
     split_of,
 )
 from kdfast.data.shards.stored import Stored
@@ -93,8 +91,7 @@ def rows_of_split(
     store: TarPictures, split: str, val_fraction: float, root: object
 ) -> NDArray[np.int64]:
     """Rows of a split by the names of the shards, or by runs of rows where they name none."""
-    folder = common_folder(store.shards)
-    splits = np.array([split_of(shard, folder) for shard in store.shards])
+    splits = np.array([split_of(shard, store.folder) for shard in store.shards])
     if not {"train", "val"} <= set(splits.tolist()):
         return np.array(share(len(store), split, val_fraction, root), np.int64)
     return np.flatnonzero(splits[store.piece] == split)
@@ -160,13 +157,3 @@ def _frame(member: str) -> tuple[str, str]:
         raise ValueError(f"root: members must be v1/<clip>/<frame>.<camera>.jpg, got {member}")
     _, clip, frame = name_of(f"{parts[0]}.jpg").removesuffix(".jpg").split("/")
     return clip, frame
-
-
-def holds_shards(root: str | Path | None) -> bool:
-    """Whether a root is tar shards and no folder of pictures."""
-    if root is None:
-        return False
-    path = Path(root).expanduser()
-    if is_url(root) or is_part(root):
-        return True
-    return not (path / "v1").is_dir() and any(path.glob("*.tar"))
