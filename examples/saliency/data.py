@@ -67,6 +67,8 @@ def squares(root: Path) -> Tensor:
     rows = []
     for row in tqdm(range(len(entries)), desc=root.name, disable=None):
         image = source.read(row)
+        if isinstance(image, str):
+            raise ValueError(f"--pictures: {source.where(row)} {image}")
         middle = transforms.center_crop(image, [min(image.shape[1:])] * 2)
         rows.append(transforms.resize(middle, [SQUARE, SQUARE], antialias=True))
     return torch.stack(rows)

@@ -11,13 +11,14 @@ from kdfast.data.scenes.dataset import Scenes
 from kdfast.data.shards.places import holds_shards
 from kdfast.data.views.base import ViewDataset
 from kdfast.data.views.bench2drive import Bench2Drive
-from kdfast.data.views.sharded import ShardedBench2Drive, ShardedImages
+from kdfast.data.views.sharded import HubImages, ShardedBench2Drive, ShardedImages
 from kdfast.data.views.unlabelled import UnlabelledImages
 
-KINDS = ("images", "webdataset", "bench2drive", "scenes")
+KINDS = ("images", "webdataset", "huggingface", "bench2drive", "scenes")
 _OPTIONS = {
     "images": {"root", "photometric", "val_fraction"},
     "webdataset": {"root", "photometric", "val_fraction", "image_key"},
+    "huggingface": {"root", "photometric", "val_fraction", "image_key"},
     "bench2drive": {"root", "photometric", "split_file"},
     "scenes": {"frames"},
 }
@@ -40,18 +41,19 @@ def build(
     """Make a dataset; docs/use/data.md describes the kinds.
 
     Args:
-        kind: "images", "webdataset", "bench2drive" or "scenes".
-        root: Data folder, of ``webdataset`` also a pattern or URL; ``scenes`` has none.
+        kind: "images", "webdataset", "huggingface", "bench2drive" or "scenes".
+        root: Data folder, of ``webdataset`` also a pattern or URL, of ``huggingface`` also a name
+            on the hub; ``scenes`` has none.
         split: "train" or "val".
         size: (height, width) of the items; the height even.
         augment: Random crop (mirroring for ``scenes``); leave it off for evaluation.
         seed: Seed of every random draw.
         photometric: ORION's colour distortion on top of the crop; needs ``augment``.
-        val_fraction: Part of ``images`` or ``webdataset`` without splits that is "val"; 0.1 if
-            None.
+        val_fraction: Part of pictures without splits of their own that is "val"; 0.1 if None.
         split_file: JSON list of the validation clips of ``bench2drive``.
         frames: Number of frames of ``scenes``, six views each.
-        image_key: Field of ``webdataset`` with the picture; None: the only one of its type.
+        image_key: Field of ``webdataset``, or column of ``huggingface``, with the picture; None:
+            the only one of its type.
 
     Returns:
         A map-style dataset; see ``ViewDataset`` for its items.
@@ -86,6 +88,8 @@ def build(
     common |= {"photometric": photometric, "val_fraction": fraction}
     if kind == "webdataset":
         return ShardedImages(root, image_key=image_key, **common)
+    if kind == "huggingface":
+        return HubImages(root, image_key=image_key, **common)
     return UnlabelledImages(root, **common)
 
 

@@ -78,7 +78,7 @@ def distil(
     try:
         seed_everything(config.seed)
         with as_config_error():
-            listed = list_pictures(data, config)
+            listed = list_pictures(data if isinstance(data, str) else Path(data), config)
         models = (PreparedModel(student), PreparedModel(teacher))
         told = {"data": str(data), **(origin or {})}
         run = started(models, listed, config, accelerator, names, told, resume=resume)

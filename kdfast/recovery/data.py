@@ -110,7 +110,7 @@ def _dataset(config: Config, split: str, augment: bool) -> ViewDataset:
         augment=augment,
         seed=config.seed,
         photometric=data.photometric and augment and not scenes,
-        val_fraction=data.val_fraction if data.kind in ("images", "webdataset") else None,
+        val_fraction=None if data.kind in ("scenes", "bench2drive") else data.val_fraction,
         image_key=data.image_key,
         split_file=data.split_file if data.kind == "bench2drive" else None,
         frames=(data.frames if split == "train" else data.val_frames) if scenes else None,

@@ -27,14 +27,14 @@ from kdfast.data.labelled.embedded import read_digits, read_fashion_mnist, read_
 from kdfast.data.labelled.parquet import read_parquet
 from kdfast.data.labelled.pictures import Store
 from kdfast.data.labelled.raw import Raw, split
-from kdfast.data.labelled.sharded import read_webdataset
+from kdfast.data.labelled.sharded import read_huggingface, read_webdataset
 from kdfast.machine.spelling import did_you_mean
 
 Item = dict[str, Any]
 
 Root = str | Path | None
 # Kinds whose fields may be named: called with root and the names of picture and label.
-_BY_FIELDS = {"webdataset": read_webdataset}
+_BY_FIELDS = {"webdataset": read_webdataset, "huggingface": read_huggingface}
 # Called with root, size and whether checksums of official files are compared.
 _READERS: dict[str, Callable[[Root, int, bool], Raw]] = {
     "digits": lambda root, size, verify: read_digits(root),
@@ -45,13 +45,14 @@ _READERS: dict[str, Callable[[Root, int, bool], Raw]] = {
     "cifar10": lambda root, size, verify: read_cifar(CIFAR10, root, verify),
     "cifar100": lambda root, size, verify: read_cifar(CIFAR100, root, verify),
     "webdataset": lambda root, size, verify: read_webdataset(root),
+    "huggingface": lambda root, size, verify: read_huggingface(root),
     **medmnist.READERS,
 }
 # A family of kinds: which one it is says ``subset``.
 _FAMILIES = {"medmnist": tuple(medmnist.READERS)}
 KINDS = (*_READERS, *_FAMILIES)
 # Kinds of any pictures: what they are says the name of their folder.
-_ANY = ("imagefolder", "parquet", "webdataset")
+_ANY = ("imagefolder", "parquet", "webdataset", "huggingface")
 _SPLITS = ("train", "val", "test")
 
 
@@ -210,8 +211,10 @@ def build_classification(
             resized every time they are used.
         verify: Compare the files of CIFAR (python version) and MedMNIST with the checksums of the
             official ones; False reads sets of the same format.
-        image_key: Field of ``webdataset`` with the picture; None: the only one of its type.
-        label_key: Field with the label, or ``json:KEY``; None: ``cls``, or ``label`` of ``json``.
+        image_key: Field of ``webdataset``, or column of ``huggingface``, with the picture; None:
+            the only one of its type.
+        label_key: That with the label, or ``json:KEY`` of ``webdataset``; None: ``cls``, or
+            ``label`` of ``json``; the column ``label``.
 
     Returns:
         The set; its items are not normalised, as models differ in that.

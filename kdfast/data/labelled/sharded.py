@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kind `webdataset`: labelled pictures in tar shards, read in place by their positions."""
+"""Kinds `webdataset` and `huggingface`: labelled pictures that stay where they are, by number."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 
 from kdfast.data.labelled.pictures import EncodedSource, Part
 from kdfast.data.labelled.raw import Raw
+from kdfast.data.shards.hub import HubPictures, opened
+from kdfast.data.shards.labels import numbered
 from kdfast.data.shards.places import split_of
 from kdfast.data.shards.stored import Stored
 from kdfast.data.shards.tars import Samples, open_tars
@@ -68,3 +70,30 @@ def _raw(samples: Samples, labels: list[int], classes: list[str]) -> Raw:
     whole = Part.whole(StoredSource(store), np.array(labels, np.int64))
     found = {name: whole.take(np.flatnonzero(splits == name)) for name in set(splits.tolist())}
     return Raw("webdataset", found["train"], found.get("val"), found.get("test"), classes)
+
+
+def read_huggingface(
+    root: str | Path | None, *, image_key: str | None = None, label_key: str | None = None
+) -> Raw:
+    """Open a Hugging Face dataset; no picture is read.
+
+    Args:
+        root: As ``kdfast.data.shards.hub.opened`` takes it.
+        image_key: Column with the picture; None: the only one.
+        label_key: Column with the class, a whole number or a name.
+
+    Raises:
+        FileNotFoundError: There is no such dataset.
+        ImportError: The package ``datasets`` is missing.
+        ValueError: A column is missing, or a row has no class.
+    """
+    splits, columns = opened(root, image_key=image_key, label_key=label_key, labelled=True)
+    labels = {name: rows.data.column(columns.label).to_pylist() for name, rows in splits.items()}
+    classes, numbers = numbered([one for part in labels.values() for one in part], columns.classes)
+    parts, start = {}, 0
+    for name, rows in splits.items():
+        mine = numbers[start : start + len(rows)]
+        start += len(rows)
+        store = HubPictures(rows, columns.image, name)
+        parts[name] = Part.whole(StoredSource(store), np.array(mine, np.int64))
+    return Raw("huggingface", parts["train"], parts.get("val"), parts.get("test"), classes)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from kdfast.data.corrupt import Unreadable
 from kdfast.data.shards.description import describe
+from kdfast.data.shards.labels import numbered
 from kdfast.data.shards.names import Names, divided
 from kdfast.data.shards.places import Shard, common_folder, find_shards, is_part
 from kdfast.data.shards.tar_index import BLOCK, Index, read_indexes
@@ -136,23 +137,12 @@ class Samples:
     def classes(self) -> tuple[list[str], list[int]]:
         """Names of the classes and every picture's number; empty without labels.
 
-        Labels that are numbers are the numbers of the classes; names are sorted.
-
         Raises:
             ValueError: A number is not below that of the classes.
         """
         if self.labels is None:
             return [], []
-        if not all(label.isdecimal() and label.isascii() for label in self.labels):
-            names = sorted(set(self.labels))
-            order = {name: number for number, name in enumerate(names)}
-            return names, [order[label] for label in self.labels]
-        numbers = [int(label) for label in self.labels]
-        known: list[str] = self.described.get("classes") or []
-        highest = max(numbers)
-        if known and highest >= len(known):
-            raise ValueError(f"labels: must be in [0, {len(known)}), got {highest}")
-        return known or [str(number) for number in range(highest + 1)], numbers
+        return numbered(self.labels, self.described.get("classes") or [])
 
 
 def grouped(index: Index) -> list[dict[str, int]]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kdfast.data.corrupt import Unreadable
 from kdfast.data.files import decode_bgr
 from kdfast.data.shards.description import describe
+from kdfast.data.shards.hub import HubPictures, opened
 from kdfast.data.shards.names import divided, name_of
 from kdfast.data.shards.places import (
     find_shards,
@@ -85,6 +86,42 @@ class ShardedImages(StoredViews):
         self.photometric = photometric
         self.store = open_tars("webdataset", root, image_key=image_key).pictures
         self.rows = rows_of_split(self.store, split, val_fraction, root)
+
+
+class HubImages(StoredViews):
+    """Pictures of a Hugging Face dataset.
+
+    With splits train and validation these are the splits; otherwise every tenth run of the
+    training pictures (``val_fraction``) is the validation part.
+    """
+
+    def __init__(
+        self,
+        root: str | Path | None,
+        *,
+        split: str,
+        size: tuple[int, int],
+        augment: bool = False,
+        seed: int = 0,
+        photometric: bool = False,
+        val_fraction: float = 0.1,
+        image_key: str | None = None,
+    ) -> None:
+        """Open the dataset.
+
+        Raises:
+            FileNotFoundError: There is no such dataset.
+            ImportError: The package ``datasets`` is missing.
+            ValueError: It has no column of pictures, or the split is empty.
+        """
+        super().__init__(split=split, size=size, augment=augment, seed=seed)
+        self.photometric = photometric
+        splits, columns = opened(root, image_key=image_key, labelled=False)
+        name = split if "val" in splits else "train"
+        self.store = HubPictures(splits[name], columns.image, name)
+        total = len(self.store)
+        own = range(total) if "val" in splits else share(total, split, val_fraction, root)
+        self.rows = np.array(own, np.int64)
 
 
 def rows_of_split(
