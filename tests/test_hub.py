@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import kdfast.data as data
+from kdfast.data.__main__ import main
 from kdfast.data.labelled import build_classification, worker_init
 from kdfast.data.shards.hub import opened
 from kdfast.trainer.class_feed import class_feed
@@ -171,3 +172,48 @@ def test_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("kdfast.data.shards.hub.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'kdfast\[datasets\]'"):
         load("huggingface", tmp_path)
+
+
+def shard(source: object, out: Path, *more: str) -> int:
+    return main(["shard", str(source), "--out", str(out), *more])
+
+
+def test_a_stream_becomes_shards(
+    parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read from the front without a copy; a killed writer goes on; the same items."""
+    out = tmp_path / "out"
+    assert shard(parquet, out, "--samples-per-shard", "13") == 0
+    assert_same(load("parquet", parquet), load("webdataset", out))
+    assert load("webdataset", out).class_names == ["x", "y", "z"]
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert [name for name in sorted(before) if name.endswith(".tar")] == [
+        *(f"train-00000{n}.tar" for n in range(5)),
+        "val-000000.tar",
+    ]
+    for name in ("train-000003.tar", "train-000004.tar", "val-000000.tar"):
+        (out / f"{name}.index.json").unlink()
+    capsys.readouterr()
+    assert shard(parquet, out, "--samples-per-shard", "13") == 0
+    assert capsys.readouterr().out.count("was there") == 3
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert shard(parquet, out, "--samples-per-shard", "12") == 2
+    assert "holds shards of other pictures or sizes (huggingface)" in capsys.readouterr().err
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_streams_of_other_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows(range(9), datasets.Value("string")).save_to_disk(tmp_path / "saved")
+    assert shard(tmp_path / "saved", tmp_path / "out", "--shard-size", "1") == 0
+    found = load("webdataset", tmp_path / "out", val_fraction=0.34, test_fraction=0.33)
+    assert found.class_names == ["x", "y", "z"]
+    images = rows(range(4)).select_columns(["image"])
+    images.save_to_disk(tmp_path / "plain")
+    assert shard(tmp_path / "plain", tmp_path / "views") == 0
+    assert len(data.build(kind="webdataset", root=tmp_path / "views", size=(32, 32))) == 4
+    assert shard("gone", tmp_path / "x") == 2
+    assert "there is no folder or .tar gone" in capsys.readouterr().err
+    assert shard("gone", tmp_path / "x", "--kind", "huggingface") == 2
+    assert "there is no folder, file or dataset gone" in capsys.readouterr().err
+    assert shard(tmp_path, tmp_path / "x", "--kind", "images", "--label-key", "a") == 2
+    assert "only for a Hugging Face dataset" in capsys.readouterr().err

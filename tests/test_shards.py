@@ -24,7 +24,7 @@ from kdfast.data.shards.names import Names, divided, member_of, name_of
 from kdfast.data.shards.places import find_shards
 from kdfast.data.shards.tar_index import SUFFIX
 from kdfast.data.shards.tars import open_tars
-from kdfast.data.shards.write import write_shards
+from kdfast.data.shards.write import Limits, write_shards
 from kdfast.data.views.bench2drive import CAMERAS
 
 SIZE = (32, 32)
@@ -162,7 +162,7 @@ def test_written_again_after_a_kill(pictures, tmp_path, capsys):
 
 
 def test_a_set_that_is_not_whole_is_refused(pictures, tmp_path):
-    plan = plan_shards(pictures, count=7)
+    plan = plan_shards(pictures, limits=Limits(count=7))
 
     def stop(name, size, before):
         raise KeyboardInterrupt

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kdfast.commandline.parser import Parser, SubParser
+from kdfast.commandline.parser import Parser, SubParser, place
 
 DESCRIPTION = (
     "Checks a data root of ORION, makes its infos, or writes a small synthetic one; packs a folder "
@@ -17,6 +17,7 @@ EXAMPLES = (
     "kdfast data infos --root data/sample",
     "kdfast data check --root data/bench2drive",
     "kdfast data shard imagenet --out imagenet_shards",
+    "kdfast data shard OWNER/NAME --kind huggingface --out shards",
     "kdfast data infos --root data/bench2drive --train data/infos/b2d_infos_train.pkl \\\n"
     "      --val data/infos/b2d_infos_val.pkl --maps data/infos/b2d_map_infos.pkl",
 )
@@ -63,13 +64,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_shard(shard: argparse.ArgumentParser) -> None:
-    shard.add_argument("source", metavar="SOURCE", type=Path, help="folder of pictures")
+    shard.add_argument(
+        "source", metavar="SOURCE", type=place, help="folder of pictures, or a Hugging Face dataset"
+    )
     shard.add_argument("--out", type=Path, required=True, help="folder of the shards")
     shard.add_argument(
         "--kind",
-        choices=("imagefolder", "images", "bench2drive"),
-        help="what SOURCE is: classes, pictures without labels, Bench2Drive [as it looks]",
+        choices=("imagefolder", "images", "bench2drive", "huggingface"),
+        help="what SOURCE is: classes, pictures without labels, Bench2Drive, a dataset of Hugging "
+        "Face by parquet files, their URL or its name [as it looks]",
     )
+    shard.add_argument("--image-key", metavar="COLUMN", help="of huggingface [the only one]")
+    shard.add_argument("--label-key", metavar="COLUMN", help="of huggingface [label, if there]")
     size = shard.add_mutually_exclusive_group()
     size.add_argument(
         "--samples-per-shard",

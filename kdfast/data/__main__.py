@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from kdfast.commandline.data import parser
 from kdfast.data.files import CorruptDataError
@@ -19,7 +20,9 @@ from kdfast.data.orion.prepare import (
 )
 from kdfast.data.orion.sample import SampleOptions, write_sample
 from kdfast.data.packing import plan_shards
-from kdfast.data.shards.write import write_shards
+from kdfast.data.shards.hub import is_hub
+from kdfast.data.shards.stream import KIND, Source, write_stream
+from kdfast.data.shards.write import Limits, write_shards
 from kdfast.machine.signals import run_command
 
 
@@ -109,7 +112,15 @@ def _shard(args: argparse.Namespace) -> int:
             raise ValueError(f"{flag}: must be at least 1, got {value}")
     count = args.samples_per_shard
     size = None if count is not None else args.shard_size * 10**6
-    plan = plan_shards(args.source, args.kind, count=count, size=size)
+    limits = Limits(count, size)
+    out = args.out.expanduser()
+    if args.kind == KIND or (args.kind is None and is_hub(args.source)):
+        source = Source(args.source, args.image_key, args.label_key)
+        print(write_stream(source, out, limits, lambda *shard: print(_line(*shard), flush=True)))
+        return 0
+    if args.image_key or args.label_key:
+        raise ValueError("--image-key and --label-key: only for a Hugging Face dataset")
+    plan = plan_shards(Path(args.source), args.kind, limits)
     samples = sum(map(len, plan.shards.values()))
     classes = f" of {len(plan.classes)} classes" if plan.classes else ""
     total = len(plan.shards)
@@ -119,11 +130,14 @@ def _shard(args: argparse.Namespace) -> int:
     def told(name: str, size: int, before: bool) -> None:
         nonlocal done
         done += 1
-        state = ", was there" if before else ""
-        print(f"{done:{len(str(total))}} of {total}  {name}  {size / 1e6:,.1f} MB{state}")
+        print(f"{done:{len(str(total))}} of {total}  {_line(name, size, before)}", flush=True)
 
-    print(write_shards(plan, args.out.expanduser(), told))
+    print(write_shards(plan, out, told))
     return 0
+
+
+def _line(name: str, size: int, before: bool) -> str:
+    return f"{name}  {size / 1e6:,.1f} MB{', was there' if before else ''}"
 
 
 if __name__ == "__main__":

@@ -18,25 +18,23 @@ from kdfast.data.files import list_images
 from kdfast.data.labelled.classfolder import SPLITS, FileSource, common_folders, read_classfolder
 from kdfast.data.labelled.pictures import Part
 from kdfast.data.shards.names import key_of, member_of
-from kdfast.data.shards.write import Member, Plan, Sample, cut
+from kdfast.data.shards.write import Limits, Member, Plan, Sample, cut
 from kdfast.data.views.bench2drive import CAMERAS, Bench2Drive
 from kdfast.data.views.unlabelled import EXPECTED, OBTAIN, has_splits
 
 KINDS = ("imagefolder", "images", "bench2drive")
+ALL = Limits()
 Cut = Callable[[str, Sequence[Sample]], dict[str, list[Sample]]]
 
 
-def plan_shards(
-    source: Path, kind: str | None = None, *, count: int | None = None, size: int | None = None
-) -> Plan:
+def plan_shards(source: Path, kind: str | None = None, limits: Limits = ALL) -> Plan:
     """The shards of a folder.
 
     Args:
         source: Folder; a .tar of class folders as well.
         kind: One of ``KINDS``; None: ``bench2drive`` with a folder v1 of clips, ``imagefolder``
             where every picture is in a class folder, else ``images``.
-        count: Samples that a shard has at most; a frame of six views is one.
-        size: Bytes that it has at most.
+        limits: Of a shard; a frame of six views is one sample.
 
     Raises:
         FileNotFoundError: There is no picture.
@@ -45,7 +43,7 @@ def plan_shards(
     path = source.expanduser()
     if not path.exists():
         raise FileNotFoundError(f"SOURCE: there is no folder or .tar {source}")
-    pieces = partial(cut, count=count, size=size)
+    pieces = partial(cut, limits=limits)
     if kind == "bench2drive" or (kind is None and any(path.glob("v1/*/camera"))):
         return _bench2drive(path, pieces)
     if kind == "imagefolder" or (kind is None and (path.is_file() or _in_classes(path))):

@@ -27,6 +27,17 @@ SAVED = ("state.json", "dataset_dict.json")
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
 
+def is_hub(root: str | Path) -> bool:
+    """Whether a place that was named without its kind is a dataset: saved, parquet, or a name."""
+    path = Path(str(root)).expanduser()
+    if is_url(root) or "*" in str(root):
+        return str(root).endswith(".parquet")
+    if not path.exists():
+        return _NAME.fullmatch(str(root)) is not None
+    saved = any((path / name).is_file() for name in SAVED)
+    return saved or path.suffix == ".parquet" or any(path.rglob("*.parquet"))
+
+
 class HubPictures:
     """The pictures of one split, read from memory-mapped files.
 
@@ -104,7 +115,7 @@ def opened(
     *,
     image_key: str | None = None,
     label_key: str | None = None,
-    labelled: bool,
+    labelled: bool | None,
     stream: bool = False,
 ) -> tuple[dict[str, Any], Columns]:
     """The splits of a dataset, train, val and test, whose pictures stay encoded; and its columns.
@@ -114,7 +125,7 @@ def opened(
             the hub, ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``.
         image_key: Column of the pictures; None: the only one.
         label_key: Column of the labels; None: one of ``LABELS``.
-        labelled: Whether labels are wanted.
+        labelled: Whether labels are wanted; None: where there is a column of ``LABELS``.
         stream: Read from the front without a copy on this machine.
 
     Raises:
@@ -191,7 +202,7 @@ def _splits(found: dict[str, Any]) -> dict[str, Any]:
     return {ours: found[name] for ours, name in named.items() if ours}
 
 
-def _columns(features: Any, image: str | None, label: str | None, labelled: bool) -> Columns:
+def _columns(features: Any, image: str | None, label: str | None, labelled: bool | None) -> Columns:
     import datasets
 
     pictures = [name for name, one in features.items() if isinstance(one, datasets.Image)]
@@ -202,9 +213,9 @@ def _columns(features: Any, image: str | None, label: str | None, labelled: bool
     chosen = image or pictures[0]
     if chosen not in pictures:
         raise ValueError(f"data.image_key: must be a column of pictures, got {chosen} of {text}")
-    if not labelled:
-        return Columns(chosen, None, [])
     known = [name for name in LABELS if name in features] if label is None else [label]
+    if not (known if labelled is None else labelled):
+        return Columns(chosen, None, [])
     if not known or known[0] not in features:
         what = " or ".join(LABELS) if label is None else label
         raise ValueError(f"data.label_key: there must be a column {what}, got {text}")

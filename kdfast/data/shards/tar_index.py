@@ -68,6 +68,24 @@ def keeps_text(name: str, size: int) -> bool:
     return found is not None and size <= LONGEST and found[1] in TEXTS
 
 
+def grouped(index: Index) -> list[dict[str, int]]:
+    """The samples of a shard as webdataset has them: fields with the numbers of their members.
+
+    Members that follow each other and have one key are one sample.
+    """
+    samples: list[dict[str, int]] = []
+    last = None
+    for number, name in enumerate(index.names):
+        parts = divided(name)
+        if parts is None:
+            continue
+        if parts[0] != last:
+            samples.append({})
+            last = parts[0]
+        samples[-1].setdefault(parts[1], number)
+    return samples
+
+
 def read_indexes(shards: Sequence[Shard]) -> list[Index]:
     """The indexes of shards: those beside them or in the cache; else the shards are listed.
 

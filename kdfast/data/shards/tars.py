@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from kdfast.data.corrupt import Unreadable
 from kdfast.data.shards.description import describe
 from kdfast.data.shards.labels import numbered
-from kdfast.data.shards.names import Names, divided
+from kdfast.data.shards.names import Names
 from kdfast.data.shards.places import Shard, common_folder, find_shards, is_part
-from kdfast.data.shards.tar_index import BLOCK, Index, read_indexes
+from kdfast.data.shards.tar_index import BLOCK, Index, grouped, read_indexes
 
 # Fields that are taken for pictures; those of OpenCV's files that webdataset has names for too.
 PICTURES = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
@@ -143,24 +143,6 @@ class Samples:
         if self.labels is None:
             return [], []
         return numbered(self.labels, self.described.get("classes") or [])
-
-
-def grouped(index: Index) -> list[dict[str, int]]:
-    """The samples of a shard as webdataset has them: fields with the numbers of their members.
-
-    Members that follow each other and have one key are one sample.
-    """
-    samples: list[dict[str, int]] = []
-    last = None
-    for number, name in enumerate(index.names):
-        parts = divided(name)
-        if parts is None:
-            continue
-        if parts[0] != last:
-            samples.append({})
-            last = parts[0]
-        samples[-1].setdefault(parts[1], number)
-    return samples
 
 
 def open_tars(

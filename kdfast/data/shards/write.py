@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from kdfast.data.shards.description import FORMAT, NAME, parsed
 from kdfast.data.shards.names import divided
-from kdfast.data.shards.tar_index import BLOCK, SUFFIX, Index, keeps_text
+from kdfast.data.shards.tar_index import BLOCK, SUFFIX, Index, grouped, keeps_text
 from kdfast.machine.files import clear_partials, replacing, write_text
 from kdfast.machine.signals import check
 
@@ -58,6 +58,24 @@ Sample = Sequence[Member]
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a shard holds at most.
+
+    Attributes:
+        count: Samples; None: any.
+        size: Bytes, unless one sample has more; None: any.
+    """
+
+    count: int | None = None
+    size: int | None = None
+
+    def full(self, count: int, size: int) -> bool:
+        """Whether a shard of ``count`` samples takes none with which it has ``size`` bytes."""
+        counted = self.count is not None and count >= self.count
+        return counted or (self.size is not None and size > self.size)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which samples go into which shard.
 
@@ -65,13 +83,11 @@ class Plan:
         kind: Of the source: imagefolder, images or bench2drive.
         shards: Samples by name of the shard.
         classes: Names of the classes, in the order of their numbers.
-        facts: More for the set's description.
     """
 
     kind: str
     shards: dict[str, list[Sample]]
     classes: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
 
     def digest(self) -> str:
         """Hash of all that the shards follow from."""
@@ -84,16 +100,13 @@ class Plan:
         return digest.hexdigest()
 
 
-def cut(
-    prefix: str, samples: Sequence[Sample], *, count: int | None, size: int | None
-) -> dict[str, list[Sample]]:
+def cut(prefix: str, samples: Sequence[Sample], limits: Limits) -> dict[str, list[Sample]]:
     """Shards ``prefix-000000.tar`` and so on, each of whole samples.
 
     Args:
         prefix: Of the names: the split, or ``all``.
         samples: In their order.
-        count: Samples that a shard has at most; None: any.
-        size: Bytes that it has at most, unless one sample has more; None: any.
+        limits: Of a shard.
 
     Raises:
         ValueError: Two samples would have one key.
@@ -106,8 +119,7 @@ def cut(
     used = 0
     for sample in samples:
         need = sum(2 * BLOCK + member.size for member in sample)
-        full = count is not None and bool(shards) and len(shards[-1]) >= count
-        if not shards or full or (size is not None and used and used + need > size):
+        if not shards or limits.full(len(shards[-1]), used + need):
             shards.append([])
             used = 0
         shards[-1].append(sample)
@@ -130,24 +142,73 @@ def write_shards(plan: Plan, out: Path, told: Callable[[str, int, bool], None]) 
         FileExistsError: The folder holds something else.
         OSError: A picture cannot be read, or there is no room.
     """
-    digest = plan.digest()
-    known = _started(out, digest)
-    out.mkdir(parents=True, exist_ok=True)
-    clear_partials(out)
-    found: list[dict[str, Any]] = []
-    if not known:
-        _describe(out, plan, digest, found, whole=False)
+    writing = Writing(out, plan.kind, plan.digest(), plan.classes, told)
     for name, samples in plan.shards.items():
         check()
-        index = _finished(out / name)
-        told_before = index is not None
-        if index is None:
-            index = _write(out / name, samples)
-        told(name, index.size, told_before)
-        fact = {"bytes": index.size, "samples": len(samples), "sha256": index.sha256}
-        found.append({"name": name, **fact})
-    write_text(out / SUMS, "".join(f"{one['sha256']}  {one['name']}\n" for one in found))
-    return _describe(out, plan, digest, found, whole=True)
+        if writing.finished(name) is None:
+            writing.write(name, samples)
+    return writing.end()
+
+
+class Writing:
+    """A folder of shards that are written one after the other."""
+
+    def __init__(
+        self,
+        out: Path,
+        kind: str,
+        digest: str,
+        classes: Sequence[str],
+        told: Callable[[str, int, bool], None],
+    ) -> None:
+        """Begin, or go on.
+
+        Args:
+            out: Folder; absent, empty, or of the same digest.
+            kind: Of the source.
+            digest: Of all that the shards follow from.
+            classes: Names of the classes, in the order of their numbers.
+            told: Called after every shard with its name, bytes, and whether it was there already.
+
+        Raises:
+            FileExistsError: The folder holds something else.
+        """
+        self.out, self.told = out, told
+        self.head = {"format": FORMAT, "kind": kind, "plan": digest, "classes": list(classes)}
+        self.shards: list[dict[str, Any]] = []
+        known = _started(out, digest)
+        out.mkdir(parents=True, exist_ok=True)
+        clear_partials(out)
+        if not known:
+            self._describe(whole=False)
+
+    def finished(self, name: str) -> Index | None:
+        """The index of a shard that was written before; None if it was not."""
+        index = _finished(self.out / name)
+        if index is not None:
+            self._note(name, index, before=True)
+        return index
+
+    def write(self, name: str, samples: Sequence[Sample]) -> None:
+        """Write one shard."""
+        self._note(name, _write(self.out / name, samples), before=False)
+
+    def end(self) -> Path:
+        """Write the checksums and the description, and return the path of the latter."""
+        sums = "".join(f"{one['sha256']}  {one['name']}\n" for one in self.shards)
+        write_text(self.out / SUMS, sums)
+        return self._describe(whole=True)
+
+    def _note(self, name: str, index: Index, *, before: bool) -> None:
+        self.told(name, index.size, before)
+        fact = {"bytes": index.size, "samples": len(grouped(index)), "sha256": index.sha256}
+        self.shards.append({"name": name, **fact})
+
+    def _describe(self, *, whole: bool) -> Path:
+        samples = sum(one["samples"] for one in self.shards)
+        content = {**self.head, "whole": whole, "samples": samples, "shards": self.shards}
+        write_text(self.out / NAME, json.dumps(content, indent=1) + "\n")
+        return self.out / NAME
 
 
 def _started(out: Path, digest: str) -> bool:
@@ -160,27 +221,10 @@ def _started(out: Path, digest: str) -> bool:
     known = parsed(str(path), path.read_bytes())
     if known["plan"] != digest:
         raise FileExistsError(
-            f"--out: {out} holds shards of other pictures or sizes ({known['kind']}, "
-            f"{known['samples']:,} samples); nothing is overwritten, name another folder"
+            f"--out: {out} holds shards of other pictures or sizes ({known['kind']}); nothing is "
+            f"overwritten, name another folder"
         )
     return True
-
-
-def _describe(
-    out: Path, plan: Plan, digest: str, shards: list[dict[str, Any]], *, whole: bool
-) -> Path:
-    content = {
-        "format": FORMAT,
-        "kind": plan.kind,
-        "plan": digest,
-        "whole": whole,
-        "samples": sum(map(len, plan.shards.values())),
-        "classes": plan.classes,
-        **plan.facts,
-        "shards": shards,
-    }
-    write_text(out / NAME, json.dumps(content, indent=1) + "\n")
-    return out / NAME
 
 
 def _finished(path: Path) -> Index | None:

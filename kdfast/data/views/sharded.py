@@ -19,8 +19,8 @@ from kdfast.data.shards.places import (
     split_of,
 )
 from kdfast.data.shards.stored import Stored
-from kdfast.data.shards.tar_index import read_indexes
-from kdfast.data.shards.tars import Rows, TarPictures, grouped, open_tars
+from kdfast.data.shards.tar_index import grouped, read_indexes
+from kdfast.data.shards.tars import Rows, TarPictures, open_tars
 from kdfast.data.views.base import LOG, EncodedDataset
 from kdfast.data.views.bench2drive import CAMERAS, EXPECTED, clips_of_split
 from kdfast.data.views.unlabelled import share
