@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tar shards: written from folders, read as the folders are, and exchanged with webdataset."""
 
+import asyncio
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from fsspec.asyn import AsyncFileSystem
 from torch.utils.data import DataLoader
 
 import kdfast.data as data
@@ -212,8 +214,9 @@ def test_damaged_pictures_are_named_and_counted(pictures, tmp_path, caplog):
     code = bytearray(first.read_bytes())
     code[code.index(b"\xff\xd8") + 100] ^= 1
     first.write_bytes(code)
-    with pytest.raises(Unreadable, match="its checksum is not that of the index"):
-        store.fetch(0)
+    (problem, whole) = store.fetch([0, 2])
+    assert isinstance(problem, Unreadable) and isinstance(whole, bytes)
+    assert str(problem) == "its checksum is not that of the index"
     last = sorted(out.glob("*.tar"))[-1]
     last.write_bytes(last.read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
@@ -298,4 +301,39 @@ def test_we_read_shards_of_webdataset(tmp_path):
             writer.write({"__key__": f"sample{n}", "jpg": encoded(n), "cls": n % 2})
     samples = open_tars("webdataset", tmp_path, labelled=True)
     assert samples.labels == ["0", "1"] * 4
-    assert samples.pictures.fetch(3) == encoded(3)
+    assert samples.pictures.fetch([3, 5]) == [encoded(3), encoded(5)]
+
+
+class Slow(AsyncFileSystem):
+    """Files of this machine behind a network: counts the requests that are under way together."""
+
+    protocol = "slow"
+    cachable = False
+    now = most = requests = 0
+
+    async def _cat_file(self, path, start=None, end=None, **kwargs):
+        Slow.now, Slow.requests = Slow.now + 1, Slow.requests + 1
+        Slow.most = max(Slow.most, Slow.now)
+        await asyncio.sleep(0.01)
+        Slow.now -= 1
+        return fsspec.filesystem("file").cat_file(path, start, end)
+
+    async def _info(self, path, **kwargs):
+        return fsspec.filesystem("file").info(path)
+
+    async def _ls(self, path, detail=True, **kwargs):
+        return fsspec.filesystem("file").ls(path, detail=detail)
+
+
+def test_the_pictures_of_a_batch_are_fetched_together(pictures, tmp_path):
+    out = shard(pictures, tmp_path / "out", "--samples-per-shard", 7)
+    fsspec.register_implementation("slow", Slow, clobber=True)
+    near, far = views(out), views(f"slow://{out}")
+    Slow.most = Slow.requests = 0
+    batch = next(iter(DataLoader(far, 16, collate_fn=data.collate)))
+    assert Slow.most > 4 and Slow.requests == 16
+    assert all(torch.equal(image, near[n]["image"]) for n, image in enumerate(batch["image"]))
+    forked = next(iter(DataLoader(far, 16, num_workers=1, collate_fn=data.collate)))
+    assert torch.equal(forked["image"], batch["image"])
+    with pytest.raises(IndexError, match="got 99"):
+        far.__getitems__([0, 99])

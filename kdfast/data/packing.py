@@ -80,7 +80,7 @@ def _labelled(part: Part) -> list[Sample]:
     for row, name, label in zip(part.rows.tolist(), names, part.targets.tolist(), strict=True):
         entry = source.entries[row]
         member = member_of(name, taken(name))
-        picture = Member(member, entry.size, partial(source.fetch, row), str(entry.time))
+        picture = Member(member, entry.size, partial(source.content, row), str(entry.time))
         text = str(label).encode()
         folder, base = posixpath.split(member)
         key = posixpath.join(folder, base.partition(".")[0])

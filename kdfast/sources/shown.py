@@ -42,7 +42,10 @@ class Member:
             OSError: The shard cannot be opened.
             Unreadable: The bytes are not those of the picture.
         """
-        return BytesIO(self.samples.pictures.fetch(self.row))
+        (data,) = self.samples.pictures.fetch([self.row])
+        if isinstance(data, Exception):
+            raise data
+        return BytesIO(data)
 
 
 @dataclass(frozen=True)

@@ -118,8 +118,9 @@ class LabelledImages(Dataset[Item]):
             if not 0 <= variant < self.variants:
                 raise IndexError(f"variant: must be in [0, {self.variants}), got {variant}")
         pictures, corrupt = [], []
-        for n, (index, variant) in enumerate(pairs):
-            picture, problem = self.store[index], ("", "")
+        found = self.store.many([index for index, _ in pairs])
+        for n, ((index, variant), picture) in enumerate(zip(pairs, found, strict=True)):
+            problem = ("", "")
             if isinstance(picture, Corrupt):
                 problem = (picture.path, picture.reason)
                 other, picture = self.store.stand_in(index)

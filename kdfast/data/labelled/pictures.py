@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +25,8 @@ from kdfast.data.files import CorruptDataError, decode_bgr
 Read = Tensor | str
 # Pictures that are asked to stand in for one that cannot be read.
 TRIES = 32
+# Pictures that are asked for at once when all are read.
+TOGETHER = 16
 
 
 class Source(Protocol):
@@ -33,8 +35,8 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Number of rows."""
 
-    def read(self, row: int) -> Read:
-        """The picture of one row, (1 or 3, h, w) uint8; or why there is none."""
+    def read(self, rows: Sequence[int]) -> Sequence[Read]:
+        """The pictures of rows, (1 or 3, h, w) uint8 each; or why there is none."""
 
     def where(self, row: int) -> str:
         """Where a row is, for messages."""
@@ -67,10 +69,10 @@ class ArraySource:
         """See ``Source``."""
         return f"{self.name}: row {row}"
 
-    def read(self, row: int) -> Tensor:
+    def read(self, rows: Sequence[int]) -> list[Tensor]:
         """See ``Source``."""
         # A copy: arrays read from files are not writable, which tensors cannot express.
-        return torch.from_numpy(self.array[row].copy()).permute(2, 0, 1)
+        return [torch.from_numpy(self.array[row].copy()).permute(2, 0, 1) for row in rows]
 
     def stamp(self, row: int) -> str:
         """See ``Source``; pictures that do not change on disk are named by their bytes."""
@@ -88,12 +90,11 @@ class EncodedSource(ABC):
         self.names = names
 
     @abstractmethod
-    def fetch(self, row: int) -> bytes:
-        """The bytes of the file of a row.
+    def fetch(self, rows: Sequence[int]) -> list[bytes | Unreadable]:
+        """The bytes of the files of rows, or why they are not those of a picture.
 
         Raises:
-            OSError: It cannot be opened.
-            Unreadable: The bytes are not those of the picture.
+            OSError: One cannot be opened.
         """
 
     def where(self, row: int) -> str:
@@ -107,22 +108,23 @@ class EncodedSource(ABC):
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, row: int) -> Read:
+    def read(self, rows: Sequence[int]) -> list[Read]:
         """See ``Source``; three channels, EXIF rotation ignored.
 
         Raises:
-            OSError: The file cannot be opened.
+            OSError: A file cannot be opened.
         """
         if get_worker_info() is not None:
             # OpenCV's thread pool does not survive a fork.
             cv2.setNumThreads(0)
-        try:
-            image = decode_bgr(self.fetch(row))
-        except Unreadable as error:
-            return str(error)
-        if isinstance(image, str):
-            return image
-        return torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)
+        return [_decoded(data) for data in self.fetch(rows)]
+
+
+def _decoded(data: bytes | Unreadable) -> Read:
+    image = str(data) if isinstance(data, Unreadable) else decode_bgr(data)
+    if isinstance(image, str):
+        return image
+    return torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -200,13 +202,20 @@ class Store:
         return self.length
 
     def __getitem__(self, index: int) -> Tensor | Corrupt:
-        """(1 or 3, h, w) uint8 with the short side of the store, or why it cannot be read.
+        """``many`` of one."""
+        return self.many([index])[0]
+
+    def many(self, indices: Sequence[int]) -> list[Tensor | Corrupt]:
+        """(1 or 3, h, w) uint8 with the short side of the store, or why one cannot be read.
 
         Raises:
-            OSError: It cannot be opened.
+            OSError: One cannot be opened.
         """
         if self._part is not None:
-            return self._resized(self._part, index)
+            return self._resized(self._part, indices)
+        return [self._kept(index) for index in indices]
+
+    def _kept(self, index: int) -> Tensor | Corrupt:
         if index in self._corrupt:
             return self._corrupt[index]
         start, end = self._offsets[index : index + 2].tolist()
@@ -233,20 +242,27 @@ class Store:
             f"for item {index}, got none"
         )
 
-    def _resized(self, part: Part, index: int) -> Tensor | Corrupt:
-        row = int(part.rows[index])
-        image = part.source.read(row)
-        if isinstance(image, str):
-            return Corrupt(index, part.source.where(row), image)
-        if min(image.shape[-2:]) != self.short:
-            image = F.resize(image, [self.short], self._interpolation, antialias=True)
-        return image
+    def _resized(self, part: Part, indices: Sequence[int]) -> list[Tensor | Corrupt]:
+        rows = [int(part.rows[index]) for index in indices]
+        found: list[Tensor | Corrupt] = []
+        for index, row, image in zip(indices, rows, part.source.read(rows), strict=True):
+            if isinstance(image, str):
+                found.append(Corrupt(index, part.source.where(row), image))
+                continue
+            if min(image.shape[-2:]) != self.short:
+                image = F.resize(image, [self.short], self._interpolation, antialias=True)
+            found.append(image)
+        return found
+
+    def _every(self, part: Part) -> Iterator[Tensor | Corrupt]:
+        """All pictures, some at a time, which are under way together where they are far."""
+        for start in range(0, self.length, TOGETHER):
+            yield from self._resized(part, range(start, min(start + TOGETHER, self.length)))
 
     def _fill(self, part: Part, budget: int) -> Tensor | None:
         buffer, end = torch.empty(0, dtype=torch.uint8), 0
         counter = CorruptCounter(self.length, quiet=True)
-        for index in range(self.length):
-            image = self._resized(part, index)
+        for index, image in enumerate(self._every(part)):
             if isinstance(image, Corrupt):
                 counter.add(0, [(image.path, image.reason)])
                 self._corrupt[index] = image

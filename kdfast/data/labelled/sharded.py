@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from kdfast.data.corrupt import Unreadable
 from kdfast.data.labelled.pictures import EncodedSource, Part
 from kdfast.data.labelled.raw import Raw
 from kdfast.data.shards.hub import HubPictures, opened
@@ -23,9 +25,9 @@ class StoredSource(EncodedSource):
         super().__init__(store.names)
         self.store = store
 
-    def fetch(self, row: int) -> bytes:
+    def fetch(self, rows: Sequence[int]) -> list[bytes | Unreadable]:
         """See ``EncodedSource``."""
-        return self.store.fetch(row)
+        return self.store.fetch(rows)
 
     def where(self, row: int) -> str:
         """See ``Source``."""

@@ -63,22 +63,21 @@ class HubPictures:
         """See ``Stored``: the name and the number of bytes."""
         return f"{self.names[row]}\0{self._sizes[row]}\n"
 
-    def fetch(self, row: int) -> bytes:
+    def fetch(self, rows: Sequence[int]) -> list[bytes | Unreadable]:
         """See ``Stored``."""
-        return encoded(self.rows[row][self.column])
+        return [encoded(cell) for cell in self.rows[list(rows)][self.column]] if rows else []
 
 
-def encoded(cell: Any) -> bytes:
+def encoded(cell: Any) -> bytes | Unreadable:
     """The bytes of a cell of pictures: bytes, or ``{"bytes", "path"}`` of which one may lack.
 
     Raises:
         OSError: The file that it names cannot be opened.
-        Unreadable: It is empty.
     """
     if isinstance(cell, bytes):
         return cell
     if cell is None or (cell["bytes"] is None and not cell["path"]):
-        raise Unreadable("the row has no picture")
+        return Unreadable("the row has no picture")
     data: bytes | None = cell["bytes"]
     return Path(cell["path"]).read_bytes() if data is None else data
 

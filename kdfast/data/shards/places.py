@@ -63,19 +63,30 @@ class Shard:
         """Its path on this machine; None for one elsewhere."""
         return None if is_url(self.files.url) else Path(self.path)
 
-    def read(self, start: int, end: int) -> bytes:
-        """The bytes from ``start`` up to ``end``; fewer where the file ends before.
-
-        Raises:
-            OSError: It cannot be opened.
-        """
-        found: bytes = self.files.here().cat_file(self.path, start=start, end=end)
-        return found
-
     def open(self) -> IO[bytes]:
         """The whole file."""
         opened: IO[bytes] = self.files.here().open(self.path, "rb")
         return opened
+
+
+def read_ranges(ranges: Sequence[tuple[Shard, int, int]]) -> list[bytes]:
+    """Bytes of several ranges of shards on one filesystem, which a network has under way together.
+
+    Args:
+        ranges: Shard, first byte, and the byte after the last.
+
+    Raises:
+        OSError: One cannot be read.
+    """
+    if not ranges:
+        return []
+    shards, starts, ends = zip(*ranges, strict=True)
+    found: list[bytes] = (
+        shards[0]
+        .files.here()
+        .cat_ranges([shard.path for shard in shards], list(starts), list(ends), on_error="raise")
+    )
+    return found
 
 
 def is_url(root: str | Path) -> bool:

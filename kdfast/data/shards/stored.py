@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from kdfast.data.corrupt import Unreadable
+
 
 class Stored(Protocol):
     """Encoded pictures by number of the row."""
@@ -23,10 +25,9 @@ class Stored(Protocol):
     def stamp(self, row: int) -> str:
         """Text that differs where the picture of a row does."""
 
-    def fetch(self, row: int) -> bytes:
-        """The bytes of a picture.
+    def fetch(self, rows: Sequence[int]) -> list[bytes | Unreadable]:
+        """The bytes of pictures, or why they are not those of a picture.
 
         Raises:
-            OSError: The part of the store cannot be opened.
-            Unreadable: The bytes are not those of the picture.
+            OSError: A part of the store cannot be opened.
         """

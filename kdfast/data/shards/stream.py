@@ -83,10 +83,12 @@ def write_stream(
 
 def _samples(rows: object, columns: Columns, split: str, start: int) -> Iterator[Sample]:
     for number, (cell, label) in enumerate(streamed(rows, columns, start), start):
+        data = encoded(cell)
+        if isinstance(data, Unreadable):
+            raise ValueError(f"SOURCE: {split} row {number}: {data}")
         try:
-            data = encoded(cell)
             text = "" if columns.label is None else _label(label, columns)
-        except (Unreadable, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"SOURCE: {split} row {number}: {error}") from error
         # What is no picture is packed as it is, and counted where it is read.
         suffix = next((name for first, name in _FIELDS.items() if data.startswith(first)), "jpg")

@@ -18,7 +18,7 @@ from kdfast.data.corrupt import Unreadable
 from kdfast.data.shards.description import describe
 from kdfast.data.shards.labels import numbered
 from kdfast.data.shards.names import Names
-from kdfast.data.shards.places import Shard, common_folder, find_shards, is_part
+from kdfast.data.shards.places import Shard, common_folder, find_shards, is_part, read_ranges
 from kdfast.data.shards.tar_index import BLOCK, Index, grouped, read_indexes
 
 # Fields that are taken for pictures; those of OpenCV's files that webdataset has names for too.
@@ -61,22 +61,26 @@ class TarPictures:
         """Text that differs where the picture of a row does, as far as the index knows."""
         return f"{self.names[row]}\0{self._sizes[row]}\0{self._crcs[row]}\n"
 
-    def fetch(self, row: int) -> bytes:
-        """The bytes of a picture.
+    def fetch(self, rows: Sequence[int]) -> list[bytes | Unreadable]:
+        """See ``Stored``: one range for each, its header and its bytes."""
+        ranges = []
+        for row in rows:
+            start = int(self._offsets[row])
+            shard = self.shards[int(self.piece[row])]
+            ranges.append((shard, start - BLOCK, start + int(self._sizes[row])))
+        found = read_ranges(ranges)
+        return [self._checked(row, data) for row, data in zip(rows, found, strict=True)]
 
-        Raises:
-            OSError: The shard cannot be opened.
-            Unreadable: The bytes are not those that the index speaks of.
-        """
-        start, size = int(self._offsets[row]), int(self._sizes[row])
-        found = self.shards[int(self.piece[row])].read(start - BLOCK, start + size)
+    def _checked(self, row: int, found: bytes) -> bytes | Unreadable:
+        """The bytes of a picture behind its header, if they are what the index speaks of."""
+        size, expected = int(self._sizes[row]), int(self._crcs[row])
         if len(found) < BLOCK + size:
-            raise Unreadable(f"the shard ends after {len(found)} of {BLOCK + size} bytes of it")
-        _check_header(found[:BLOCK], size)
+            return Unreadable(f"the shard ends after {len(found)} of {BLOCK + size} bytes of it")
+        if problem := _header_problem(found[:BLOCK], size):
+            return Unreadable(problem)
         data = found[BLOCK:]
-        expected = int(self._crcs[row])
         if expected >= 0 and zlib.crc32(data) != expected:
-            raise Unreadable("its checksum is not that of the index")
+            return Unreadable("its checksum is not that of the index")
         return data
 
 
@@ -111,13 +115,12 @@ def _joined(parts: Sequence[Sequence[int]]) -> NDArray[np.int64]:
     return np.concatenate([np.asarray(part, np.int64) for part in parts])
 
 
-def _check_header(block: bytes, size: int) -> None:
+def _header_problem(block: bytes, size: int) -> str | None:
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise Unreadable(f"no header of a member is before it ({error})") from error
-    if header.size != size:
-        raise Unreadable(f"its header says {header.size} bytes, the index {size}")
+        return f"no header of a member is before it ({error})"
+    return None if header.size == size else f"its header says {header.size} bytes, not {size}"
 
 
 @dataclass(frozen=True)
@@ -223,7 +226,8 @@ def _label(shard: Shard, index: Index, sample: dict[str, int], key: str | None) 
     text = index.texts.get(index.names[member])
     if text is None:
         start = index.offsets[member]
-        text = shard.read(start, start + index.sizes[member]).decode("utf-8", "replace")
+        (data,) = read_ranges([(shard, start, start + index.sizes[member])])
+        text = data.decode("utf-8", "replace")
     if inner or names[0].endswith("json"):
         return _of_json(text, inner, f"{shard.path}: {index.names[member]}")
     return text.strip()

@@ -115,7 +115,11 @@ class EncodedDataset(ViewDataset):
 
     def load(self, index: int) -> Item | Corrupt:
         """One view; see ``ViewDataset``. The views of a frame are cropped alike."""
-        where, image = self.where(index), self.read(index)
+        return self.made(index, self.read(index))
+
+    def made(self, index: int, image: NDArray[np.uint8] | str) -> Item | Corrupt:
+        """The item of a picture that was read."""
+        where = self.where(index)
         if isinstance(image, str):
             return Corrupt(index, where, image)
         crop = photometric = None

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdfast.data.corrupt import Unreadable
+from kdfast.data.corrupt import Corrupt, Unreadable
 from kdfast.data.files import decode_bgr
 from kdfast.data.shards.description import describe
 from kdfast.data.shards.hub import HubPictures, opened
@@ -21,7 +22,7 @@ from kdfast.data.shards.places import (
 from kdfast.data.shards.stored import Stored
 from kdfast.data.shards.tar_index import grouped, read_indexes
 from kdfast.data.shards.tars import Rows, TarPictures, open_tars
-from kdfast.data.views.base import LOG, EncodedDataset
+from kdfast.data.views.base import LOG, EncodedDataset, Item
 from kdfast.data.views.bench2drive import CAMERAS, EXPECTED, clips_of_split
 from kdfast.data.views.unlabelled import share
 
@@ -47,13 +48,24 @@ class StoredViews(EncodedDataset):
 
     def read(self, index: int) -> NDArray[np.uint8] | str:
         """See ``EncodedDataset``."""
+        return self._read([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Item | Corrupt]:
+        """The items of many indices at once, which is how ``DataLoader`` asks for a batch."""
+        if outside := [index for index in indices if not 0 <= index < len(self)]:
+            raise IndexError(f"index: must be in [0, {len(self)}), got {outside[0]}")
+        self.in_one_thread()
+        images = self._read(indices)
+        return [self.made(index, image) for index, image in zip(indices, images, strict=True)]
+
+    def _read(self, indices: Sequence[int]) -> Sequence[NDArray[np.uint8] | str]:
         try:
-            data = self.store.fetch(int(self.rows[index]))
-        except Unreadable as error:
-            return str(error)
+            found = self.store.fetch([int(self.rows[index]) for index in indices])
         except OSError as error:
-            return f"cannot be opened: {error.strerror or error}"
-        return decode_bgr(data)
+            if len(indices) > 1:
+                return [self.read(index) for index in indices]
+            return [f"cannot be opened: {error.strerror or error}"]
+        return [str(one) if isinstance(one, Unreadable) else decode_bgr(one) for one in found]
 
 
 class ShardedImages(StoredViews):
