@@ -107,7 +107,8 @@ def absent_data(changes: Sequence[str], kind: Kind) -> list[str]:
     named = _named(changes)
     if kind is not ChainConfig or not named or is_elsewhere(named[-1]):
         return []
-    if Path(named[-1]).expanduser().exists():
+    on_hub = {"--dataset=huggingface", "data.kind=huggingface"} & set(changes)
+    if on_hub or Path(named[-1]).expanduser().exists():
         return []
     return [f"--data: there is no folder or file {named[-1]}"]
 
