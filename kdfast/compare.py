@@ -35,6 +35,7 @@ from kdfast.rivals.results import Row, answers, row_of
 from kdfast.sources import (
     SourceError,
     image_batches,
+    is_place,
     is_random,
     load_model,
     load_saved,
@@ -100,7 +101,7 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError(f"--seconds: must be above 0, got {options.seconds}")
     if not 0 <= options.prune < 1:
         raise UsageError(f"--prune: must be a share in [0, 1), got {options.prune}")
-    if options.data and not options.data.is_dir():
+    if options.data and not is_place(options.data):
         raise UsageError(f"--data: must be a folder, got {options.data}")
     if not any(wanted(name, options) for name in RIVALS):
         raise UsageError("--skip: leaves no candidate")

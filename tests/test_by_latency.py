@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import kdfast
+from kdfast.machine.cache import cache_folder
 from kdfast.pruning import block_times, latency_file
 from kdfast.pruning.block_times import (
     BlockTimes,
@@ -24,7 +25,7 @@ from kdfast.pruning.block_times import (
 )
 from kdfast.pruning.by_latency import Choice, select, solved, undominated
 from kdfast.pruning.families import anatomy_of
-from kdfast.pruning.latency_file import Origin, Setting, cache_folder
+from kdfast.pruning.latency_file import Origin, Setting
 from tests.test_prune_families import small
 
 pytestmark = pytest.mark.filterwarnings("ignore:calibrate. .* tokens")

@@ -134,8 +134,9 @@ def test_imagefolder_rejects(tmp_path):
     with pytest.raises(ValueError, match="got val/0.png in"):
         load("imagefolder", root)
     (root / "val" / "0.png").unlink()
-    (root / "val" / "cat" / "001.png").write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(CorruptDataError, match="val/cat/001.png must be a readable picture"):
+    for name in ("000.png", "001.png"):
+        (root / "val" / "cat" / name).write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(CorruptDataError, match="got 2 of 2 read .2 files, first val/cat/000.png"):
         load("imagefolder", root)
 
 

@@ -148,6 +148,8 @@ def test_kind_of_a_folder(tmp_path: Path) -> None:
         ("d/data/train-0.parquet", "parquet"),
         ("e/train/cat/1.png", "imagefolder"),
         ("f.tar", "imagefolder"),
+        ("j/train-000000.tar", "webdataset"),
+        ("k/dataset_dict.json", "huggingface"),
     ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,9 +159,23 @@ def test_kind_of_a_folder(tmp_path: Path) -> None:
         ("g/kdfast_infos_train", "frames"),
         ("h/v1", "bench2drive"),
         ("i", "images"),
+        ("l/train-000000.tar", "webdataset"),
+        ("m/data/train-0.parquet", "huggingface"),
     ):
         (tmp_path / name).mkdir(parents=True)
         assert view_kind(str(tmp_path / name.split("/")[0])) == kind
+    (tmp_path / "l" / "kdfast_shards.json").write_text('{"kind": "bench2drive"}')
+    assert view_kind(str(tmp_path / "l")) == "bench2drive"
+    for place, kind in (("s3://b/x-*.tar", "webdataset"), ("hf://d/*.parquet", "huggingface")):
+        assert chain_kind(place) == view_kind(place) == kind
+
+
+def test_a_name_on_the_hub_is_no_path() -> None:
+    config = load("vit_chain", ["--data=owner/name", "--dataset=huggingface"])
+    assert isinstance(config, ChainConfig)
+    assert (config.data.root, config.data.kind) == ("owner/name", "huggingface")
+    with pytest.raises(ConfigError, match="there is no folder or file owner/name"):
+        load("vit_chain", ["--data=owner/name"])
 
 
 def test_data_sets_its_kind_unless_the_user_does(tmp_path: Path) -> None:

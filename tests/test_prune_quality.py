@@ -161,7 +161,7 @@ def test_top1_of_class_folders_and_the_command_that_follows(
     assert "keep 50 %: 2 of 3 heads in every block (67 %)" in text
     for name in ("top-1 accuracy", "same class as before", "cosine with its output", "MB on disk"):
         assert name in text
-    assert "none of which it was chosen or fitted on; folders are classes" in text
+    assert "none of which it was chosen or fitted on; with their classes" in text
     last = f"kdfast distill --teacher {model_folder} --student {out} --data {classes} --labels"
     assert text.endswith(last)
     report = json.loads((out / "report.json").read_text())

@@ -47,7 +47,9 @@ def load(root: Path) -> tuple[Split, Split]:
 def _read(part: Part, name: str) -> Split:
     images = torch.empty(len(part), 3, SIDE, SIDE, dtype=torch.uint8)
     for number, row in enumerate(tqdm(part.rows.tolist(), desc=name, disable=None)):
-        image = part.source.read(row)
+        (image,) = part.source.read([row])
+        if isinstance(image, str):
+            raise ValueError(f"--data: {part.source.where(row)} {image}")
         if image.shape != images.shape[1:]:
             raise ValueError(
                 f"--data: pictures must be {tuple(images.shape[1:])}, got {tuple(image.shape)}"

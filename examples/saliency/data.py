@@ -66,7 +66,9 @@ def squares(root: Path) -> Tensor:
     source = FileSource(root, entries)
     rows = []
     for row in tqdm(range(len(entries)), desc=root.name, disable=None):
-        image = source.read(row)
+        (image,) = source.read([row])
+        if isinstance(image, str):
+            raise ValueError(f"--pictures: {source.where(row)} {image}")
         middle = transforms.center_crop(image, [min(image.shape[1:])] * 2)
         rows.append(transforms.resize(middle, [SQUARE, SQUARE], antialias=True))
     return torch.stack(rows)

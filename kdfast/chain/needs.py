@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from kdfast.chain.planning import chain_steps
 from kdfast.configs.chain import ChainConfig
 from kdfast.configs.fields import ConfigError
@@ -31,16 +29,17 @@ def chain_needs(config: ChainConfig) -> list[Need]:
 
 def _data(config: ChainConfig) -> Need:
     spec = config.data
-    root = None if spec.root is None else Path(spec.root).expanduser()
     seed = config.seeds[0] if spec.seed is None else spec.seed
     try:
         found = describe_classification(
             spec.kind,
-            root,
+            spec.root,
             subset=spec.set,
             size=spec.size,
             seed=seed,
             val_fraction=spec.val_fraction,
+            image_key=spec.image_key,
+            label_key=spec.label_key,
             verify=spec.verify,
         )
     except (OSError, ValueError, ImportError) as error:

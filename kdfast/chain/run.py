@@ -185,15 +185,16 @@ def read_data(config: ChainConfig, seed: int) -> Classification:
         ConfigError: They are missing or not what they should be.
     """
     data = config.data
-    root = None if data.root is None else Path(data.root).expanduser()
     try:
         return build_classification(
             data.kind,
-            root,
+            data.root,
             subset=data.set,
             size=data.size,
             seed=seed,
             val_fraction=data.val_fraction,
+            image_key=data.image_key,
+            label_key=data.label_key,
             augment=data.augment,
             variants=data.variants,
             verify=data.verify,

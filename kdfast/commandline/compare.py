@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from kdfast.commandline.models import MODEL_HELP
-from kdfast.commandline.parser import Parser
+from kdfast.commandline.parser import Parser, place
 from kdfast.machine.spelling import did_you_mean
 
 DESCRIPTION = """Runs one model in every way that people pick for inference on a CPU, and says how
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", required=True, metavar="NAME|DIR|FILE", help=MODEL_HELP)
     add("--checkpoint", metavar="FILE", help="weights for the name in --model")
     add("--pretrained", action="store_true", help="download the weights of --model")
-    add("--data", type=Path, metavar="DIR", help="your pictures [rendered scenes]")
+    add("--data", type=place, metavar="PATH", help="your pictures [rendered scenes]")
     add("--pictures", type=int, default=16, help="to agree on [16]")
     add("--prune", type=float, default=0.5, metavar="SHARE", help="of heads removed; 0: none [0.5]")
     add("--pruned", metavar="PATH", help="a pruned model, saved, in place of --prune")

@@ -6,16 +6,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kdfast.commandline.parser import Parser, SubParser
+from kdfast.commandline.parser import Parser, SubParser, place
 
-DESCRIPTION = "Checks a data root of ORION, makes its infos, or writes a small synthetic one."
+DESCRIPTION = (
+    "Checks a data root of ORION, makes its infos, or writes a small synthetic one; packs a folder "
+    "of pictures into tar shards."
+)
 EXAMPLES = (
     "kdfast data sample --out data/sample",
     "kdfast data infos --root data/sample",
     "kdfast data check --root data/bench2drive",
+    "kdfast data shard imagenet --out imagenet_shards",
+    "kdfast data shard OWNER/NAME --kind huggingface --out shards",
     "kdfast data infos --root data/bench2drive --train data/infos/b2d_infos_train.pkl \\\n"
     "      --val data/infos/b2d_infos_val.pkl --maps data/infos/b2d_map_infos.pkl",
 )
+SHARD_SIZE = 500
 # The synthetic set: those of ``SampleOptions``.
 SAMPLE = {"clips": 4, "val_clips": 1, "frames": 30, "seed": 0}
 SIZE = (450, 800)
@@ -53,4 +59,34 @@ def parser() -> argparse.ArgumentParser:
         metavar=("H", "W"),
         help=f"of pictures [{SIZE[0]} {SIZE[1]}]",
     )
+    _add_shard(commands.add_parser("shard", help="pack a folder of pictures into tar shards"))
     return made
+
+
+def _add_shard(shard: argparse.ArgumentParser) -> None:
+    shard.add_argument(
+        "source", metavar="SOURCE", type=place, help="folder of pictures, or a Hugging Face dataset"
+    )
+    shard.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    shard.add_argument(
+        "--kind",
+        choices=("imagefolder", "images", "bench2drive", "huggingface"),
+        help="what SOURCE is: classes, pictures without labels, Bench2Drive, a dataset of Hugging "
+        "Face by parquet files, their URL or its name [as it looks]",
+    )
+    shard.add_argument("--image-key", metavar="COLUMN", help="of huggingface [the only one]")
+    shard.add_argument("--label-key", metavar="COLUMN", help="of huggingface [label, if there]")
+    size = shard.add_mutually_exclusive_group()
+    size.add_argument(
+        "--samples-per-shard",
+        type=int,
+        metavar="N",
+        help="samples of a shard at most [what --shard-size takes]",
+    )
+    size.add_argument(
+        "--shard-size",
+        type=int,
+        default=SHARD_SIZE,
+        metavar="MB",
+        help=f"megabytes of a shard at most [{SHARD_SIZE}]",
+    )

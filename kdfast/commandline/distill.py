@@ -67,8 +67,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--pretrained", action="store_true", help="download weights of models that are named"
     )
-    made.add_argument("--data", metavar="PATH", help="folder or .tar of pictures at any depth")
-    made.add_argument("--labels", action="store_true", help="its folders are classes: learn them")
+    made.add_argument("--data", metavar="PATH", help="folder, .tar or shards of pictures")
+    made.add_argument(
+        "--labels", action="store_true", help="its folders or labels are classes: learn them"
+    )
     made.add_argument("--out", "--output", metavar="FOLDER", help="folder of the run [runs/distil]")
     made.add_argument("--resume", action="store_true", help="go on with the newest run of --out")
     made.add_argument(

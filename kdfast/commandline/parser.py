@@ -10,6 +10,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NoReturn
 
 UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -36,6 +37,11 @@ SYNONYMS = {
 }
 # Of these pairs a command has the one or the other.
 _EITHER = {"--output": "--out", "--out": "--output", "--batch": "--batch-size"}
+
+
+def place(text: str) -> Path | str:
+    """The type of an option that names files on this machine, or elsewhere by URL."""
+    return text if "://" in text else Path(text)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

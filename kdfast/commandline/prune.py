@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdfast.commandline.models import MODEL_HELP
-from kdfast.commandline.parser import Parser
+from kdfast.commandline.parser import Parser, place
 
 if TYPE_CHECKING:
     from kdfast.pruning.keep import Keep
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     cache = p.add_mutually_exclusive_group()
     cache.add_argument("--cache", type=Path, help="folder of measured latencies [in ~/.cache]")
     cache.add_argument("--no-cache", action="store_true", help="measure them again, keep nothing")
-    p.add_argument("--data", type=Path, help="folder of pictures [rendered scenes]")
+    p.add_argument("--data", type=place, help="folder or shards of pictures [rendered scenes]")
     p.add_argument("--pictures", type=int, default=64, help="to judge the quality by; 0: none")
     p.add_argument("--batches", type=int, default=8, help="batches of pictures to look at")
     p.add_argument("--batch-size", type=int, default=4, help="pictures of such a batch")

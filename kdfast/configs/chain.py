@@ -26,9 +26,14 @@ class ChainDataConfig:
     """The labelled images; kinds and folders are those of ``build_classification``.
 
     Attributes:
-        kind: ``digits`` needs no file; ``imagefolder`` is a folder of classes.
+        kind: ``digits`` needs no file; ``imagefolder`` is a folder of classes; ``webdataset`` are
+            tar shards; ``huggingface`` is a dataset of that library.
         set: Name of the set where ``kind`` is ``medmnist``, such as ``pathmnist``.
-        root: Folder or file of the data; null: the default place of the kind.
+        root: Folder or file of the data, of ``webdataset`` and ``huggingface`` also a pattern or
+            fsspec URL, of the latter also a name on the hub; null: the default place of the kind.
+        image_key: Field or column of these two with the picture; null: the only one of its type.
+        label_key: Field or column with the label, or json:KEY; null: cls, label of json, or the
+            column label.
         size: Side of the square images that the loader yields; every model resizes from there.
         val_fraction: Part of the training images that is held out where the data has no own split.
         augment: Augmentation of training images.
@@ -43,6 +48,8 @@ class ChainDataConfig:
     kind: str = "digits"
     set: str | None = None
     root: str | None = None
+    image_key: str | None = None
+    label_key: str | None = None
     size: Count = 224
     val_fraction: Half = 0.1
     augment: Literal["default", "none"] = "default"

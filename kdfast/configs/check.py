@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdfast.configs.chain import INITS, ChainConfig, roles, stages
+from kdfast.configs.folder_kind import is_elsewhere
 from kdfast.configs.recovery import Config
 
 
@@ -34,7 +35,7 @@ def _check_recovery(config: Config) -> list[str]:
         found.append(f"prune.heads: no such file: {config.prune.heads}")
     if data.kind != "scenes" and data.root is None:
         found.append(f"data.root: {data.kind} needs a folder")
-    elif data.kind not in ("scenes", "frames") and not Path(str(data.root)).expanduser().is_dir():
+    elif data.kind in ("images", "bench2drive") and not _is_place(data.root):
         found.append(f"data.root: no such folder: {data.root}")
     prune = config.prune
     if prune.heads is not None and not Path(prune.heads).expanduser().is_file():
@@ -48,6 +49,11 @@ def _check_recovery(config: Config) -> list[str]:
         found.append("distill: feature, attention and output must not all be 0")
     found += check_shard(run.shard, run.precision, "run.")
     return found + check_device(run.device, run.precision, "run.")
+
+
+def _is_place(root: str | None) -> bool:
+    """Whether data may be there: a folder, or shards by pattern or URL, which are found later."""
+    return is_elsewhere(str(root)) or Path(str(root)).expanduser().is_dir()
 
 
 def _is_model(checkpoint: str, kind: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdfast.configs.chain import ChainConfig
-from kdfast.configs.folder_kind import chain_kind, view_kind
+from kdfast.configs.folder_kind import chain_kind, is_elsewhere, view_kind
 from kdfast.configs.synonyms import Kind
 
 
@@ -105,7 +105,10 @@ def as_key(change: str, kind: Kind) -> str:
 def absent_data(changes: Sequence[str], kind: Kind) -> list[str]:
     """The complaint about labelled data of ``--data`` that are not there."""
     named = _named(changes)
-    if kind is not ChainConfig or not named or Path(named[-1]).expanduser().exists():
+    if kind is not ChainConfig or not named or is_elsewhere(named[-1]):
+        return []
+    on_hub = {"--dataset=huggingface", "data.kind=huggingface"} & set(changes)
+    if on_hub or Path(named[-1]).expanduser().exists():
         return []
     return [f"--data: there is no folder or file {named[-1]}"]
 

@@ -137,12 +137,17 @@ class DataConfig:
     """What the images are.
 
     Attributes:
-        kind: ``images`` (a folder of pictures), ``bench2drive``, ``scenes`` (rendered, with
-            labels), or ``frames``: Bench2Drive prepared by ``kdfast.data infos``, with the loss of
-            ORION's heads.
-        root: Folder of ``images``, ``bench2drive`` and ``frames``.
+        kind: ``images`` (a folder of pictures), ``webdataset`` (tar shards), ``huggingface`` (a
+            dataset of that library), ``bench2drive`` (a folder, or its shards), ``scenes``
+            (rendered, with labels), or ``frames``: Bench2Drive prepared by ``kdfast.data infos``,
+            with the loss of ORION's heads.
+        root: Folder of ``images``, ``bench2drive`` and ``frames``; folder, pattern or fsspec URL of
+            tar shards; the same of parquet files, or a name on the hub, for ``huggingface``.
+        image_key: Field of ``webdataset``, or column of ``huggingface``, with the picture; null:
+            the only one of a picture's type.
         split_file: List of validation clips of ``bench2drive``.
-        val_fraction: Part of ``images`` that is held out where there are no folders train and val.
+        val_fraction: Part of ``images``, ``webdataset`` and ``huggingface`` that is held out where
+            there are no folders, shards or splits train and val.
         size: (height, width) of the network input.
         augment: Random crops and flips in training.
         photometric: ORION's colour distortion in training; needs ``augment``.
@@ -156,8 +161,11 @@ class DataConfig:
         sample: Write the synthetic set of ``kdfast.data sample`` to ``root`` if nothing is there.
     """
 
-    kind: Literal["images", "bench2drive", "scenes", "frames"] = "images"
+    kind: Literal["images", "webdataset", "huggingface", "bench2drive", "scenes", "frames"] = (
+        "images"
+    )
     root: str | None = None
+    image_key: str | None = None
     split_file: str | None = None
     val_fraction: Half = 0.1
     size: tuple[Count, Count] = (640, 640)

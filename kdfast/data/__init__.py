@@ -5,11 +5,12 @@ Views for ORION's encoder (``views``, ``scenes``) come from ``build``; labelled 
 classification (``labelled``) from ``kdfast.data.labelled.build_classification``.
 """
 
+from kdfast.data.corrupt import Corrupt, CorruptCounter
 from kdfast.data.files import CorruptDataError
 from kdfast.data.kinds import KINDS, build
 from kdfast.data.sampler import EpochSampler
 from kdfast.data.scenes import CLASSES, PALETTE
-from kdfast.data.views.base import Corrupt, CorruptCounter, ViewDataset, collate
+from kdfast.data.views.base import ViewDataset, collate
 from kdfast.data.views.gridmask import GridMask
 from kdfast.data.views.preprocess import MEAN, STD
 

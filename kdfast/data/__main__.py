@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m kdfast.data``: check a data root, convert its infos, or write a synthetic one."""
+"""``python -m kdfast.data``: check, convert or make up a data root, or pack pictures in shards."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from kdfast.commandline.data import parser
 from kdfast.data.files import CorruptDataError
@@ -18,6 +19,10 @@ from kdfast.data.orion.prepare import (
     unknown_types,
 )
 from kdfast.data.orion.sample import SampleOptions, write_sample
+from kdfast.data.packing import plan_shards
+from kdfast.data.shards.hub import is_hub
+from kdfast.data.shards.stream import KIND, Source, write_stream
+from kdfast.data.shards.write import Limits, write_shards
 from kdfast.machine.signals import run_command
 
 
@@ -33,13 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "check": "not everything was looked at",
         "infos": "the same command goes on with the clips that are not done",
         "sample": f"{getattr(args, 'out', '')} is not whole, delete it",
+        "shard": "the same command goes on with the shards that are not done",
     }
     return run_command(lambda: _guarded(args), kept[args.command])
 
 
 def _guarded(args: argparse.Namespace) -> int:
     try:
-        return {"check": _check, "infos": _infos, "sample": _sample}[args.command](args)
+        commands = {"check": _check, "infos": _infos, "sample": _sample, "shard": _shard}
+        return commands[args.command](args)
     except (OSError, ValueError, CorruptDataError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -95,6 +102,42 @@ def _sample(args: argparse.Namespace) -> int:
     options = SampleOptions(args.clips, args.val_clips, args.frames, size, args.seed)
     print(write_sample(args.out.expanduser(), options))
     return 0
+
+
+def _shard(args: argparse.Namespace) -> int:
+    for name in ("samples_per_shard", "shard_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag}: must be at least 1, got {value}")
+    count = args.samples_per_shard
+    size = None if count is not None else args.shard_size * 10**6
+    limits = Limits(count, size)
+    out = args.out.expanduser()
+    if args.kind == KIND or (args.kind is None and is_hub(args.source)):
+        source = Source(args.source, args.image_key, args.label_key)
+        print(write_stream(source, out, limits, lambda *shard: print(_line(*shard), flush=True)))
+        return 0
+    if args.image_key or args.label_key:
+        raise ValueError("--image-key and --label-key: only for a Hugging Face dataset")
+    plan = plan_shards(Path(args.source), args.kind, limits)
+    samples = sum(map(len, plan.shards.values()))
+    classes = f" of {len(plan.classes)} classes" if plan.classes else ""
+    total = len(plan.shards)
+    print(f"{args.source}: {plan.kind}, {samples:,} samples{classes} in {total} shards")
+    done = 0
+
+    def told(name: str, size: int, before: bool) -> None:
+        nonlocal done
+        done += 1
+        print(f"{done:{len(str(total))}} of {total}  {_line(name, size, before)}", flush=True)
+
+    print(write_shards(plan, out, told))
+    return 0
+
+
+def _line(name: str, size: int, before: bool) -> str:
+    return f"{name}  {size / 1e6:,.1f} MB{', was there' if before else ''}"
 
 
 if __name__ == "__main__":

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The view dataset that a config names: pictures, Bench2Drive cameras or synthetic scenes."""
+"""The view dataset that a config names: pictures, shards, Bench2Drive cameras or scenes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from kdfast.data.scenes.dataset import Scenes
+from kdfast.data.shards.places import holds_shards
 from kdfast.data.views.base import ViewDataset
 from kdfast.data.views.bench2drive import Bench2Drive
+from kdfast.data.views.sharded import HubImages, ShardedBench2Drive, ShardedImages
 from kdfast.data.views.unlabelled import UnlabelledImages
 
-KINDS = ("images", "bench2drive", "scenes")
+KINDS = ("images", "webdataset", "huggingface", "bench2drive", "scenes")
 _OPTIONS = {
     "images": {"root", "photometric", "val_fraction"},
+    "webdataset": {"root", "photometric", "val_fraction", "image_key"},
+    "huggingface": {"root", "photometric", "val_fraction", "image_key"},
     "bench2drive": {"root", "photometric", "split_file"},
     "scenes": {"frames"},
 }
@@ -31,20 +36,24 @@ def build(
     val_fraction: float | None = None,
     split_file: str | Path | None = None,
     frames: int | None = None,
+    image_key: str | None = None,
 ) -> ViewDataset:
     """Make a dataset; docs/use/data.md describes the kinds.
 
     Args:
-        kind: "images", "bench2drive" or "scenes".
-        root: Data folder; ``scenes`` has none.
+        kind: "images", "webdataset", "huggingface", "bench2drive" or "scenes".
+        root: Data folder, of ``webdataset`` also a pattern or URL, of ``huggingface`` also a name
+            on the hub; ``scenes`` has none.
         split: "train" or "val".
         size: (height, width) of the items; the height even.
         augment: Random crop (mirroring for ``scenes``); leave it off for evaluation.
         seed: Seed of every random draw.
         photometric: ORION's colour distortion on top of the crop; needs ``augment``.
-        val_fraction: Part of a folder of ``images`` without splits that is "val"; 0.1 if None.
+        val_fraction: Part of pictures without splits of their own that is "val"; 0.1 if None.
         split_file: JSON list of the validation clips of ``bench2drive``.
         frames: Number of frames of ``scenes``, six views each.
+        image_key: Field of ``webdataset``, or column of ``huggingface``, with the picture; None:
+            the only one of its type.
 
     Returns:
         A map-style dataset; see ``ViewDataset`` for its items.
@@ -61,6 +70,7 @@ def build(
             "val_fraction": val_fraction is not None,
             "split_file": split_file is not None,
             "frames": frames is not None,
+            "image_key": image_key is not None,
         },
     )
     if min(size) < 2 or size[0] % 2:
@@ -71,9 +81,16 @@ def build(
     if kind == "scenes":
         return Scenes(frames=frames, **common)
     if kind == "bench2drive":
-        return Bench2Drive(root, split_file=split_file, photometric=photometric, **common)
+        sharded = holds_shards(root)
+        drive: Callable[..., ViewDataset] = ShardedBench2Drive if sharded else Bench2Drive
+        return drive(root, split_file=split_file, photometric=photometric, **common)
     fraction = 0.1 if val_fraction is None else val_fraction
-    return UnlabelledImages(root, val_fraction=fraction, photometric=photometric, **common)
+    common |= {"photometric": photometric, "val_fraction": fraction}
+    if kind == "webdataset":
+        return ShardedImages(root, image_key=image_key, **common)
+    if kind == "huggingface":
+        return HubImages(root, image_key=image_key, **common)
+    return UnlabelledImages(root, **common)
 
 
 def _check_options(kind: str, given: dict[str, bool]) -> None:

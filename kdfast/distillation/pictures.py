@@ -30,6 +30,8 @@ from kdfast.data.labelled.classfolder import (
 )
 from kdfast.data.labelled.pictures import Part, Store
 from kdfast.data.labelled.raw import Raw, split
+from kdfast.data.labelled.sharded import read_webdataset, unlabelled_shards
+from kdfast.data.shards.places import holds_shards
 from kdfast.models.class_folders import folder_classes
 from kdfast.trainer.class_feed import even_part
 
@@ -66,30 +68,24 @@ class Pictures:
     digest: str
 
 
-def list_pictures(data: Path, config: DistilConfig) -> Listed:
-    """The picture files of a folder or an uncompressed .tar, at any depth.
+def list_pictures(data: Path | str, config: DistilConfig) -> Listed:
+    """The picture files of a folder, an uncompressed .tar or tar shards, at any depth.
 
-    Folders named train, val and test at its top are its splits: what is measured on is val, or
+    Folders or shards named train, val and test are its splits: what is measured on is val, or
     else test. Without them a part of the pictures is held out, of every class in proportion.
 
     Args:
-        data: Folder or file.
+        data: Folder or file; or a folder, pattern or URL of tar shards.
         config: Labels or not, the part to hold out, the limit and the seed.
 
     Raises:
         FileNotFoundError: There is no such folder, or no picture in it.
         ValueError: It is no such archive, has no class folders, or too few pictures.
     """
-    path = data.expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"data: there is no folder or .tar {path}")
-    if config.labels:
-        try:
-            raw = read_classfolder(path)
-        except (FileNotFoundError, ValueError) as error:
-            raise type(error)(f"data: {str(error).removeprefix('root: ')}") from error
-    else:
-        raw = _unlabelled(path)
+    try:
+        raw = _read(data, config.labels)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"data: {str(error).removeprefix('root: ')}") from error
     held = raw.val or raw.test
     if held is None:
         # The picture of a test set is only there so that none is cut off.
@@ -98,7 +94,7 @@ def list_pictures(data: Path, config: DistilConfig) -> Listed:
             train, held, _ = split(whole, seed=config.seed, val=config.val_fraction, test=0.0)
         except ValueError as error:
             raise ValueError(
-                f"data: {path} must hold pictures to train on and to measure on, got "
+                f"data: {data} must hold pictures to train on and to measure on, got "
                 f"{len(raw.train)} and val_fraction {config.val_fraction}"
             ) from error
     else:
@@ -109,14 +105,21 @@ def list_pictures(data: Path, config: DistilConfig) -> Listed:
     return Listed(train, held, raw.classes if config.labels else None)
 
 
+def _read(data: Path | str, labels: bool) -> Raw:
+    path = Path(data).expanduser()
+    # One .tar is an archive of folders, several are shards.
+    if holds_shards(data) and not path.is_file():
+        return read_webdataset(data) if labels else unlabelled_shards(data)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no folder or .tar {path}")
+    return read_classfolder(path) if labels else _unlabelled(path)
+
+
 def _unlabelled(path: Path) -> Raw:
     """All pictures, each of class 0."""
-    try:
-        entries, _ = list_tar(path) if path.is_file() else list_folder(path)
-    except ValueError as error:
-        raise ValueError(f"data: {str(error).removeprefix('root: ')}") from error
+    entries, _ = list_tar(path) if path.is_file() else list_folder(path)
     if not entries:
-        raise FileNotFoundError(f"data: {path} must hold pictures ({', '.join(SUFFIXES)})")
+        raise FileNotFoundError(f"{path} must hold pictures ({', '.join(SUFFIXES)})")
     zeros = torch.zeros(len(entries), dtype=torch.int64)
     every = Part.whole(FileSource(path, entries), zeros)
     names = [entry.name.split("/") for entry in entries]
@@ -156,7 +159,7 @@ def build_pictures(
         numbers: The model's number of each class.
 
     Raises:
-        CorruptDataError: A picture cannot be read.
+        CorruptDataError: Many pictures cannot be read.
     """
     budget = int(config.memory * 2**30)
     how = inputs.get("interpolation", "bilinear")

@@ -56,7 +56,7 @@ def distil(
         student: Of timm, torchvision or Hugging Face; trained in place.
         teacher: Of the same, perhaps the model that the student was cut from.
         data: Folder or uncompressed .tar of pictures at any depth, with ``labels=True`` of one
-            folder a class.
+            folder a class; or a folder, pattern or URL of tar shards.
         resume: Go on with the newest run of ``output``; models as at its beginning.
         names: Of student and teacher, for the log; timm's names or their classes if None.
         origin: What else ``config.yaml`` shall say of the models and the data.
@@ -68,7 +68,7 @@ def distil(
     Raises:
         ConfigError: An option, the data or a checkpoint cannot be used, the models have nothing to
             compare, or a term that was asked for cannot be formed.
-        CorruptDataError: A picture cannot be read.
+        CorruptDataError: Many pictures cannot be read.
         Interrupted: A signal came; the state was saved.
         NonFiniteLoss: The training broke; the state before was saved.
     """
@@ -84,7 +84,7 @@ def distil(
     try:
         seed_everything(config.seed)
         with as_config_error():
-            listed = list_pictures(Path(data), config)
+            listed = list_pictures(data if isinstance(data, str) else Path(data), config)
         models = (PreparedModel(student), PreparedModel(teacher))
         told = {"data": str(data), **(origin or {})}
         run = started(models, listed, config, accelerator, names, told, resume=resume)

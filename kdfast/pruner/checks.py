@@ -13,6 +13,7 @@ from pathlib import Path
 from kdfast.pruning.adapter import Anatomy
 from kdfast.pruning.by_latency import check_goal
 from kdfast.pruning.folder import CONFIG
+from kdfast.sources import is_place
 
 PACKAGES = ("matplotlib", "rich")  # for the heat map and the table
 # What --speedup and --latency-ms choose by themselves, and what stands for it without them.
@@ -74,7 +75,7 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError(f"--calibrate: must be at least 1, got {options.calibrate}")
     for name in ("keep", "mlp_keep"):
         _check_keep(name.replace("_", "-"), getattr(options, name))
-    if options.data and not options.data.is_dir():
+    if options.data and not is_place(options.data):
         raise UsageError(f"--data: must be a folder, got {options.data}")
     _check_writable(options.out)
 

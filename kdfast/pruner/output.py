@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdfast.configs.folder_kind import view_kind
 from kdfast.machine.facts import cpu_name
 from kdfast.machine.files import clear_partials, replacing_files, write_text
 from kdfast.models.eva import EVAViT
@@ -153,7 +154,7 @@ def judged(work: Work) -> str:
     if work.judged is None:
         return "not measured; --data FOLDER has pictures for it"
     if work.judged.labels is not None:
-        return f"{work.judged.origin}; folders are classes"
+        return f"{work.judged.origin}; with their classes"
     return work.judged.origin
 
 
@@ -167,7 +168,8 @@ def next_command(work: Work, out: Path) -> str:
         if options.mlp_keep is not None:
             changes["prune.mlp_keep"] = options.mlp_keep
         if options.data is not None:
-            changes |= {"data.kind": "images", "data.root": options.data}
+            kind = view_kind(str(options.data)) or "images"
+            changes |= {"data.kind": kind, "data.root": options.data}
         return shlex.join([*words, *(w for k, v in changes.items() for w in ("--set", f"{k}={v}"))])
     words = ["kdfast", "distill", "--teacher", str(options.model)]
     if options.checkpoint is not None:

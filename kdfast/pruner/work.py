@@ -25,6 +25,7 @@ from kdfast.sources import (
     noise,
 )
 from kdfast.sources.pictures import spread
+from kdfast.sources.shown import Member
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _judged(
         origin = "the same rendered driving scenes; --data takes pictures of your own"
         return JudgedPictures(scenes, None, origin) if scenes else None
     with asked(OSError, ValueError, ImportError):
-        known: set[Path] = set()
+        known: set[Path | Member] = set()
         for count in filter(None, used):
             known |= set(spread(options.data, count, "--data"))
         return judged_pictures(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from kdfast._version import __version__
+from kdfast.machine.cache import cache_folder
 from kdfast.machine.facts import cpu_name
 from kdfast.machine.files import replacing
 from kdfast.nn.attention import qualified_name
@@ -23,7 +24,6 @@ from kdfast.ops._library import DEFAULT_BACKEND, EXTENSION
 from kdfast.ops._matmul import SETTING
 
 FORMAT = "kdfast.latency/1"
-VARIABLE = "KDFAST_CACHE"
 NUMBERS = ("dense_ms", "fixed_ms", "spread")
 
 
@@ -113,17 +113,6 @@ def _shape_digest(model: nn.Module) -> str:
 def _build_digest() -> str:
     path = getattr(EXTENSION, "__file__", None)
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] if path else "none"
-
-
-def cache_folder() -> Path:
-    """``KDFAST_CACHE``, else kdfast's folder among the user's caches (XDG)."""
-    given = os.environ.get(VARIABLE)
-    if given:
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The standard ignores relative paths.
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "kdfast"
 
 
 def _path(setting: Setting, cache: str | os.PathLike[str] | bool) -> Path | None:

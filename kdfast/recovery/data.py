@@ -13,9 +13,10 @@ from torch import Tensor
 
 from kdfast.configs.recovery import Config
 from kdfast.data import build
+from kdfast.data.corrupt import Corrupt, CorruptCounter
 from kdfast.data.dealt import DealtSampler
 from kdfast.data.sampler import EpochSampler
-from kdfast.data.views.base import Corrupt, CorruptCounter, Item, ViewDataset, collate
+from kdfast.data.views.base import Item, ViewDataset, collate
 from kdfast.data.views.gridmask import GridMask
 from kdfast.trainer.feed import Batch, Feed
 
@@ -113,7 +114,8 @@ def _dataset(config: Config, split: str, augment: bool) -> ViewDataset:
         augment=augment,
         seed=config.seed,
         photometric=data.photometric and augment and not scenes,
-        val_fraction=data.val_fraction if data.kind == "images" else None,
+        val_fraction=None if data.kind in ("scenes", "bench2drive") else data.val_fraction,
+        image_key=data.image_key,
         split_file=data.split_file if data.kind == "bench2drive" else None,
         frames=(data.frames if split == "train" else data.val_frames) if scenes else None,
     )

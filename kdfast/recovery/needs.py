@@ -64,8 +64,14 @@ def _data(config: Config) -> Need:
     if spec.kind == "frames":
         return _frames(config)
     try:
-        images = data.build(kind=spec.kind, root=spec.root, split="train", size=spec.size)
-    except (OSError, ValueError) as error:
+        images = data.build(
+            kind=spec.kind,
+            root=spec.root,
+            split="train",
+            size=spec.size,
+            image_key=spec.image_key,
+        )
+    except (OSError, ValueError, ImportError) as error:
         return Need("data", str(error), "--set data.root=FOLDER")
     return Need("data", f"{spec.kind} in {spec.root}: {len(images):,} items to train on")
 

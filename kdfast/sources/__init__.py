@@ -17,6 +17,7 @@ from kdfast.sources.pictures import (
     picture_size,
     transform_of,
 )
+from kdfast.sources.shown import is_place
 
 __all__ = [
     "JudgedPictures",
@@ -24,6 +25,7 @@ __all__ = [
     "check_model_name",
     "crops_of",
     "image_batches",
+    "is_place",
     "is_random",
     "judged_pictures",
     "load_images",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.models.class_folders import folder_classes
-from kdfast.sources.pictures import read_pictures, spread, transform_of
-
-# Folders of a data set's held-out pictures.
-HELD_OUT = ("val", "valid", "validation", "test")
+from kdfast.sources.pictures import read_pictures, transform_of
+from kdfast.sources.shown import Member, Shown, shown
 
 
 @dataclass(frozen=True)
@@ -36,59 +34,54 @@ class JudgedPictures:
 def judged_pictures(
     model: nn.Module,
     size: tuple[int, int],
-    folder: Path,
+    data: Path | str,
     *,
     count: int,
     batch_size: int,
     classes: int,
-    used: Iterable[Path],
+    used: Iterable[Path | Member],
     flag: str = "--data",
 ) -> JudgedPictures:
-    """Pictures of a folder, those first that nothing was chosen or fitted on.
+    """Pictures, those first that nothing was chosen or fitted on.
 
     Args:
         model: The model that will see them.
         size: (height, width) of the batches.
-        folder: Pictures at any depth; of a folder with ``train`` and ``val`` (or ``test``) those of
-            the latter.
+        data: Folder with pictures at any depth, or tar shards; of folders or shards ``train`` and
+            ``val`` (or ``test``) those of the latter.
         count: The largest number of pictures.
         batch_size: B; the last batch may be smaller.
-        classes: Number of the model's classes; 0 without a classifier. Its folders may be these,
-            see ``folder_classes``.
+        classes: Number of the model's classes; 0 without a classifier. Those of the data may
+            be these, see ``folder_classes``.
         used: Pictures that something was chosen or fitted on.
-        flag: The option that names the folder, for messages.
+        flag: The option that names it, for messages.
 
     Raises:
-        SourceError: The folder holds no pictures, or one that cannot be read.
+        SourceError: There are no pictures, or one cannot be read.
     """
-    held_out = next((folder / name for name in HELD_OUT if (folder / name).is_dir()), folder)
-    everything = spread(held_out, 1 << 62, flag)
+    found = shown(data, flag, held_out=True)
     known = set(used)
-    fresh = [path for path in everything if path not in known]
-    some = fresh or everything
-    paths = some[:: max(1, len(some) // count)][:count]
-    origin = f"{len(paths)} pictures of {held_out}"
+    fresh = [n for n, picture in enumerate(found.pictures) if picture not in known]
+    some = fresh or list(range(len(found.pictures)))
+    chosen = some[:: max(1, len(some) // count)][:count]
+    origin = f"{len(chosen)} pictures of {found.where}"
     origin += (
         ", none of which it was chosen or fitted on"
         if fresh
         else ", which it was also chosen and fitted on: there are no others"
     )
     dtype = next(model.parameters()).dtype
-    images = read_pictures(paths, transform_of(model, size), flag)
+    pictures = [found.pictures[n] for n in chosen]
+    images = read_pictures(pictures, transform_of(model, size), flag)
     batches = []
     while batch := list(islice(images, batch_size)):
         batches.append(torch.stack(batch).to(dtype))
-    return JudgedPictures(batches, _labels(model, held_out, everything, paths, classes), origin)
+    return JudgedPictures(batches, _labels(model, found, chosen, classes), origin)
 
 
-def _labels(
-    model: nn.Module, folder: Path, everything: list[Path], paths: list[Path], classes: int
-) -> Tensor | None:
-    """Classes of pictures by their folders; None unless these are the model's classes."""
-    names = sorted({path.relative_to(folder).parts[0] for path in everything})
-    inside = all(len(path.relative_to(folder).parts) > 1 for path in everything)
-    numbers = folder_classes(model, names, classes) if inside and classes else None
+def _labels(model: nn.Module, found: Shown, chosen: Sequence[int], classes: int) -> Tensor | None:
+    """Classes of pictures by the names of theirs; None unless these are the model's classes."""
+    numbers = folder_classes(model, found.names, classes) if found.names and classes else None
     if numbers is None:
         return None
-    number = dict(zip(names, numbers, strict=True))
-    return torch.tensor([number[path.relative_to(folder).parts[0]] for path in paths])
+    return torch.tensor([numbers[found.classes[n]] for n in chosen])

@@ -22,6 +22,7 @@ from kdfast.machine.limits import MAX_PIXELS
 from kdfast.models.eva import EVAViT
 from kdfast.models.prepared import input_config
 from kdfast.resolve.error import SourceError
+from kdfast.sources.shown import Member, shown
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -65,11 +66,13 @@ def load_images(paths: Sequence[str | Path], transform: Transform, flag: str = "
     return torch.stack(list(read_pictures(paths, transform, flag)))
 
 
-def read_pictures(paths: Iterable[str | Path], transform: Transform, flag: str) -> Iterator[Tensor]:
-    """Pictures of files one by one, preprocessed; a SourceError names the option and the file."""
+def read_pictures(
+    paths: Iterable[str | Path | Member], transform: Transform, flag: str
+) -> Iterator[Tensor]:
+    """Pictures one by one, preprocessed; a SourceError names the option and the file."""
     for path in paths:
         try:
-            with Image.open(path) as file:
+            with Image.open(path.opened() if isinstance(path, Member) else path) as file:
                 if file.width * file.height > MAX_PIXELS():
                     raise SourceError(
                         f"{flag}: {path} must have at most {MAX_PIXELS():,} pixels "
@@ -88,7 +91,7 @@ def read_pictures(paths: Iterable[str | Path], transform: Transform, flag: str) 
 def image_batches(
     model: nn.Module,
     size: tuple[int, int],
-    folder: Path | None,
+    data: Path | str | None,
     *,
     count: int,
     batch_size: int,
@@ -99,35 +102,32 @@ def image_batches(
     Args:
         model: The model that will see them.
         size: (height, width) of the batches.
-        folder: Pictures at any depth; where there are more than ``count``, they are taken from all
-            over the folder. None: rendered driving scenes.
+        data: Folder with pictures at any depth; or a folder, pattern or URL of tar shards. Where
+            there are more than ``count``, they are taken from all over it. None: rendered driving
+            scenes.
         count: The largest number of pictures.
         batch_size: B; the last batch may be smaller.
-        flag: The option that names the folder, for messages.
+        flag: The option that names it, for messages.
 
     Raises:
-        SourceError: The folder holds no pictures, or one that cannot be read.
+        SourceError: There are no pictures, or one cannot be read.
     """
     images: Iterator[Tensor]
-    if folder is None:
+    if data is None:
         mean, std = _normalisation(model)
         images = ((scene - mean) / std for scene in scenes(size, count))
     else:
-        images = read_pictures(spread(folder, count, flag), transform_of(model, size), flag)
+        images = read_pictures(spread(data, count, flag), transform_of(model, size), flag)
     dtype = next(model.parameters()).dtype
     while some := list(islice(images, batch_size)):
         yield torch.stack(some).to(dtype)
 
 
-def spread(folder: Path, count: int, flag: str) -> list[Path]:
+def spread(data: Path | str, count: int, flag: str) -> Sequence[Path | Member]:
     """Up to ``count`` pictures at equal distances in the sorted list of all."""
-    from kdfast.data.files import SUFFIXES, list_images
-
-    names = list_images(folder)
-    if not names:
-        raise SourceError(f"{flag}: {folder} must hold pictures ({', '.join(SUFFIXES)}), got none")
-    step = max(1, len(names) // count)
-    return [folder / name for name in names[::step][:count]]
+    found = shown(data, flag).pictures
+    step = max(1, len(found) // count)
+    return found[::step][:count]
 
 
 def scenes(size: tuple[int, int], count: int) -> Iterator[Tensor]:

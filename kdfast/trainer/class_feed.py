@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdfast.data.corrupt import CorruptCounter
 from kdfast.data.dealt import DealtSampler
 from kdfast.data.labelled import LabelledImages, worker_init
 from kdfast.data.rng import ORDER, generator
@@ -43,7 +44,8 @@ def class_feed(
     """Feed of pictures with targets: labels are (B,) int64, or (B, C) ones and zeros.
 
     Args:
-        dataset: Items as ``LabelledImages`` describes them; an unreadable picture is an error.
+        dataset: Items as ``LabelledImages`` describes them; where a picture cannot
+            be read, another one stands in, and it is counted.
         batch_size: Images per process and batch.
         device: Where the batches go.
         workers: Loader processes.
@@ -67,8 +69,12 @@ def class_feed(
     else:
         raise ValueError("chosen: must be None where it is not for training")
 
+    counter = CorruptCounter(len(dataset) if chosen is None else len(chosen))
+
     def to_batch(item: dict[str, Any], epoch: int, number: int) -> Batch:
         index: list[int] = item["index"].tolist()
+        bad = [pair for pair in zip(*item["corrupt"], strict=True) if pair[0]]
+        counter.add(len(index) - len(bad), bad)
         return Batch(
             images=item["image"].to(device, non_blocking=True),
             labels=item["target"].to(device, non_blocking=True),
@@ -87,6 +93,7 @@ def class_feed(
         device=device,
         workers=workers,
         seed=seed,
+        counter=counter,
         worker_init=worker_init,
     )
 

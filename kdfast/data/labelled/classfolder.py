@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from kdfast.data.corrupt import Unreadable
 from kdfast.data.files import SUFFIXES, list_images
 from kdfast.data.labelled.pictures import EncodedSource, Part
 from kdfast.data.labelled.raw import Raw, resolve
@@ -49,8 +50,12 @@ class FileSource(EncodedSource):
         self.root = root
         self.entries = entries
 
-    def fetch(self, row: int) -> bytes:
+    def fetch(self, rows: Sequence[int]) -> list[bytes | Unreadable]:
         """See ``EncodedSource``."""
+        return [self.content(row) for row in rows]
+
+    def content(self, row: int) -> bytes:
+        """The bytes of a file."""
         entry = self.entries[row]
         path = self.root if entry.offset else self.root / entry.name
         # Opened every time: a handle that forked workers share would share its position.

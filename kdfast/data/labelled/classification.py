@@ -18,6 +18,7 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kdfast.data.corrupt import Corrupt
 from kdfast.data.labelled import medmnist
 from kdfast.data.labelled.augment import AugmentSpec, augmented, finish, short_side
 from kdfast.data.labelled.cifar import CIFAR10, CIFAR100, read_cifar
@@ -26,11 +27,14 @@ from kdfast.data.labelled.embedded import read_digits, read_fashion_mnist, read_
 from kdfast.data.labelled.parquet import read_parquet
 from kdfast.data.labelled.pictures import Store
 from kdfast.data.labelled.raw import Raw, split
+from kdfast.data.labelled.sharded import read_huggingface, read_webdataset
 from kdfast.machine.spelling import did_you_mean
 
 Item = dict[str, Any]
 
 Root = str | Path | None
+# Kinds whose fields may be named: called with root and the names of picture and label.
+_BY_FIELDS = {"webdataset": read_webdataset, "huggingface": read_huggingface}
 # Called with root, size and whether checksums of official files are compared.
 _READERS: dict[str, Callable[[Root, int, bool], Raw]] = {
     "digits": lambda root, size, verify: read_digits(root),
@@ -40,13 +44,15 @@ _READERS: dict[str, Callable[[Root, int, bool], Raw]] = {
     "parquet": lambda root, size, verify: read_parquet(root),
     "cifar10": lambda root, size, verify: read_cifar(CIFAR10, root, verify),
     "cifar100": lambda root, size, verify: read_cifar(CIFAR100, root, verify),
+    "webdataset": lambda root, size, verify: read_webdataset(root),
+    "huggingface": lambda root, size, verify: read_huggingface(root),
     **medmnist.READERS,
 }
 # A family of kinds: which one it is says ``subset``.
 _FAMILIES = {"medmnist": tuple(medmnist.READERS)}
 KINDS = (*_READERS, *_FAMILIES)
 # Kinds of any pictures: what they are says the name of their folder.
-_ANY = ("imagefolder", "parquet")
+_ANY = ("imagefolder", "parquet", "webdataset", "huggingface")
 _SPLITS = ("train", "val", "test")
 
 
@@ -54,8 +60,12 @@ class LabelledImages(Dataset[Item]):
     """Map-style dataset of pictures with targets.
 
     An item is ``{"image": (3, S, S) float32 in [0, 1], "target": () int64 or (C,) float32,
-    "index": int, "variant": int}``. It follows from the dataset, its index and its variant
-    alone: not from workers, order or any global random state.
+    "index": int, "variant": int, "corrupt": (str, str)}``. It follows from the dataset, its index
+    and its variant alone: not from workers, order or any global random state.
+
+    In place of a picture that cannot be read stands another one, always the same: target and index
+    are those of the other, and ``corrupt`` says where the first is and what is wrong with it;
+    otherwise it holds two empty strings.
 
     Attributes:
         size: Side S of the square pictures.
@@ -107,7 +117,16 @@ class LabelledImages(Dataset[Item]):
                 raise IndexError(f"index: must be in [0, {len(self)}), got {index}")
             if not 0 <= variant < self.variants:
                 raise IndexError(f"variant: must be in [0, {self.variants}), got {variant}")
-        pictures = [self.store[index] for index, _ in pairs]
+        pictures, corrupt = [], []
+        found = self.store.many([index for index, _ in pairs])
+        for n, ((index, variant), picture) in enumerate(zip(pairs, found, strict=True)):
+            problem = ("", "")
+            if isinstance(picture, Corrupt):
+                problem = (picture.path, picture.reason)
+                other, picture = self.store.stand_in(index)
+                pairs[n] = (other, variant)
+            pictures.append(picture)
+            corrupt.append(problem)
         if self.spec is None:
             images = finish(pictures, self.size)
         else:
@@ -116,8 +135,14 @@ class LabelledImages(Dataset[Item]):
                 pictures, self.size, self.spec, seed=self.seed, index=indices, variant=variants
             )
         return [
-            {"image": image, "target": self.targets[index], "index": index, "variant": variant}
-            for image, (index, variant) in zip(images, pairs, strict=True)
+            {
+                "image": image,
+                "target": self.targets[index],
+                "index": index,
+                "variant": variant,
+                "corrupt": problem,
+            }
+            for image, (index, variant), problem in zip(images, pairs, corrupt, strict=True)
         ]
 
 
@@ -166,6 +191,8 @@ def build_classification(
     variants: int = 1,
     memory: float = 1.5,
     verify: bool = True,
+    image_key: str | None = None,
+    label_key: str | None = None,
 ) -> Classification:
     """Read a classification set; docs/use/classification_data.md describes the kinds.
 
@@ -185,6 +212,10 @@ def build_classification(
             resized every time they are used.
         verify: Compare the files of CIFAR (python version) and MedMNIST with the checksums of the
             official ones; False reads sets of the same format.
+        image_key: Field of ``webdataset``, or column of ``huggingface``, with the picture; None:
+            the only one of its type.
+        label_key: That with the label, or ``json:KEY`` of ``webdataset``; None: ``cls``, or
+            ``label`` of ``json``; the column ``label``.
 
     Returns:
         The set; its items are not normalised, as models differ in that.
@@ -192,12 +223,12 @@ def build_classification(
     Raises:
         FileNotFoundError: Data is missing; the message says how to get it.
         ImportError: The package that ships the set is missing.
-        CorruptDataError: A picture cannot be read.
+        CorruptDataError: Many pictures cannot be read.
         ValueError: The kind is unknown, an option is out of range, or data is not of its format.
     """
     kind = _member(kind, subset)
     _check(kind, size, val_fraction, test_fraction, variants, memory)
-    raw = _READERS[kind](root, size, verify)
+    raw = _read(kind, root, size, verify, image_key, label_key)
     spec = _spec(augment, raw)
     test_fraction = _test_fraction(raw, test_fraction, val_fraction)
     parts = split(raw, seed=seed, val=val_fraction, test=test_fraction)
@@ -212,9 +243,20 @@ def build_classification(
     return Classification(raw.name, raw.task, raw.classes, train, val, test, facts, folder)
 
 
+def _read(
+    kind: str, root: Root, size: int, verify: bool, image_key: str | None, label_key: str | None
+) -> Raw:
+    if kind in _BY_FIELDS:
+        return _BY_FIELDS[kind](root, image_key=image_key, label_key=label_key)
+    for name, value in (("image_key", image_key), ("label_key", label_key)):
+        if value is not None:
+            raise ValueError(f"{name}: only kind {', '.join(_BY_FIELDS)} has fields, got {value!r}")
+    return _READERS[kind](root, size, verify)
+
+
 def _folder(kind: str, root: str | Path | None) -> str:
     """The kind, or for pictures of any sort the name of the place where they are."""
-    place = "" if root is None or kind not in _ANY else Path(root).expanduser().resolve().name
+    place = "" if root is None or kind not in _ANY else Path(str(root)).expanduser().resolve().name
     name = re.sub(r"[^\w.-]+", "_", place.removesuffix(".tar").removesuffix(".parquet"))
     return name.strip("._") or kind
 
@@ -241,6 +283,8 @@ def describe_classification(
     size: int,
     seed: int,
     val_fraction: float = 0.1,
+    image_key: str | None = None,
+    label_key: str | None = None,
     verify: bool = True,
 ) -> str:
     """One line about a set: its splits and classes; no picture of a folder is decoded.
@@ -252,6 +296,8 @@ def describe_classification(
         size: Side of the items.
         seed: Seed of the split.
         val_fraction: Part of train that becomes val.
+        image_key: As ``build_classification`` takes it.
+        label_key: Likewise.
         verify: As in ``build_classification``.
 
     Raises:
@@ -261,7 +307,7 @@ def describe_classification(
     """
     kind = _member(kind, subset)
     _check(kind, size, val_fraction, None, 1, 0)
-    raw = _READERS[kind](root, size, verify)
+    raw = _read(kind, root, size, verify, image_key, label_key)
     parts = split(raw, seed=seed, val=val_fraction, test=_test_fraction(raw, None, val_fraction))
     counts = [f"{len(part):,} {name}" for part, name in zip(parts, _SPLITS, strict=True)]
     return f"{raw.name}: {', '.join(counts)}; {len(raw.classes)} classes, {raw.task}"

@@ -7,11 +7,13 @@ import hashlib
 import importlib.util
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kdfast.data.corrupt import Unreadable
 from kdfast.data.labelled.pictures import EncodedSource, Part
 from kdfast.data.labelled.raw import Raw, resolve
 from kdfast.data.labelled.unpack import require_unpacked
@@ -36,15 +38,18 @@ class ColumnSource(EncodedSource):
         self.root = root
         self.cells = cells
 
-    def fetch(self, row: int) -> bytes:
+    def fetch(self, rows: Sequence[int]) -> list[bytes | Unreadable]:
         """See ``EncodedSource``."""
+        return [self._content(row) for row in rows]
+
+    def _content(self, row: int) -> bytes:
         cell = self.cells[row]
         data: bytes | None = cell["bytes"]
         return (self.root / cell["path"]).read_bytes() if data is None else data
 
     def stamp(self, row: int) -> str:
         """See ``Source``."""
-        return hashlib.sha256(self.fetch(row)).hexdigest()
+        return hashlib.sha256(self._content(row)).hexdigest()
 
 
 def read_parquet(root: str | Path | None) -> Raw:

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +18,15 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import functional as F
 
+from kdfast.data.corrupt import Corrupt, CorruptCounter, Unreadable
 from kdfast.data.files import CorruptDataError, decode_bgr
+
+# Readers give a picture, or say why its bytes are none.
+Read = Tensor | str
+# Pictures that are asked to stand in for one that cannot be read.
+TRIES = 32
+# Pictures that are asked for at once when all are read.
+TOGETHER = 16
 
 
 class Source(Protocol):
@@ -26,8 +35,11 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Number of rows."""
 
-    def read(self, row: int) -> Tensor:
-        """The picture of one row, (1 or 3, h, w) uint8."""
+    def read(self, rows: Sequence[int]) -> Sequence[Read]:
+        """The pictures of rows, (1 or 3, h, w) uint8 each; or why there is none."""
+
+    def where(self, row: int) -> str:
+        """Where a row is, for messages."""
 
     def stamp(self, row: int) -> str:
         """Text that differs when the picture of a row does; made without decoding the picture."""
@@ -53,10 +65,14 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self.array)
 
-    def read(self, row: int) -> Tensor:
+    def where(self, row: int) -> str:
+        """See ``Source``."""
+        return f"{self.name}: row {row}"
+
+    def read(self, rows: Sequence[int]) -> list[Tensor]:
         """See ``Source``."""
         # A copy: arrays read from files are not writable, which tensors cannot express.
-        return torch.from_numpy(self.array[row].copy()).permute(2, 0, 1)
+        return [torch.from_numpy(self.array[row].copy()).permute(2, 0, 1) for row in rows]
 
     def stamp(self, row: int) -> str:
         """See ``Source``; pictures that do not change on disk are named by their bytes."""
@@ -74,8 +90,16 @@ class EncodedSource(ABC):
         self.names = names
 
     @abstractmethod
-    def fetch(self, row: int) -> bytes:
-        """The bytes of the file of a row."""
+    def fetch(self, rows: Sequence[int]) -> list[bytes | Unreadable]:
+        """The bytes of the files of rows, or why they are not those of a picture.
+
+        Raises:
+            OSError: One cannot be opened.
+        """
+
+    def where(self, row: int) -> str:
+        """See ``Source``."""
+        return self.names[row]
 
     @abstractmethod
     def stamp(self, row: int) -> str:
@@ -84,22 +108,23 @@ class EncodedSource(ABC):
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, row: int) -> Tensor:
+    def read(self, rows: Sequence[int]) -> list[Read]:
         """See ``Source``; three channels, EXIF rotation ignored.
 
         Raises:
-            CorruptDataError: The file is not a whole picture.
+            OSError: A file cannot be opened.
         """
         if get_worker_info() is not None:
             # OpenCV's thread pool does not survive a fork.
             cv2.setNumThreads(0)
-        image = decode_bgr(self.fetch(row))
-        if isinstance(image, str):
-            raise CorruptDataError(
-                f"picture: {self.names[row]} must be a readable picture, but {image}; "
-                f"replace or remove the file"
-            )
-        return torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)
+        return [_decoded(data) for data in self.fetch(rows)]
+
+
+def _decoded(data: bytes | Unreadable) -> Read:
+    image = str(data) if isinstance(data, Unreadable) else decode_bgr(data)
+    if isinstance(image, str):
+        return image
+    return torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -142,6 +167,9 @@ class Store:
         digest: Hash of the pictures and targets; of names, sizes and dates where not held.
     """
 
+    # Neighbours are often damaged together: far ones are asked next.
+    GOLDEN = 0.6180339887
+
     def __init__(
         self, part: Part, short: int, budget: int, interpolation: str = "bilinear"
     ) -> None:
@@ -152,12 +180,17 @@ class Store:
             short: Side in pixels that the shorter side of a picture gets.
             budget: Bytes that they may take in memory.
             interpolation: "nearest", "bilinear" or "bicubic", antialiased.
+
+        Raises:
+            CorruptDataError: Too many of the pictures that are read now cannot be read.
+            OSError: One cannot be opened.
         """
         self.short = short
         self._interpolation = F.InterpolationMode(interpolation)
         self.length = len(part)
         self._shapes = np.zeros((len(part), 3), np.int64)
         self._offsets = np.zeros(len(part) + 1, np.int64)
+        self._corrupt: dict[int, Corrupt] = {}
         buffer = self._fill(part, budget)
         self.held = buffer is not None
         self._buffer = torch.empty(0, dtype=torch.uint8) if buffer is None else buffer
@@ -168,24 +201,74 @@ class Store:
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Tensor:
-        """(1 or 3, h, w) uint8 with the short side of the store."""
+    def __getitem__(self, index: int) -> Tensor | Corrupt:
+        """``many`` of one."""
+        return self.many([index])[0]
+
+    def many(self, indices: Sequence[int]) -> list[Tensor | Corrupt]:
+        """(1 or 3, h, w) uint8 with the short side of the store, or why one cannot be read.
+
+        Raises:
+            OSError: One cannot be opened.
+        """
         if self._part is not None:
-            return self._resized(self._part, index)
+            return self._resized(self._part, indices)
+        return [self._kept(index) for index in indices]
+
+    def _kept(self, index: int) -> Tensor | Corrupt:
+        if index in self._corrupt:
+            return self._corrupt[index]
         start, end = self._offsets[index : index + 2].tolist()
         channels, height, width = self._shapes[index].tolist()
         return self._buffer[start:end].view(channels, height, width)
 
-    def _resized(self, part: Part, index: int) -> Tensor:
-        image = part.source.read(int(part.rows[index]))
-        if min(image.shape[-2:]) != self.short:
-            image = F.resize(image, [self.short], self._interpolation, antialias=True)
-        return image
+    def stand_in(self, index: int) -> tuple[int, Tensor]:
+        """Another picture for one that cannot be read, the same one every time, and its index.
+
+        Raises:
+            CorruptDataError: Many cannot be read.
+            OSError: One cannot be opened.
+        """
+        step = int(self.length * self.GOLDEN) | 1
+        while math.gcd(step, self.length) > 1:
+            step += 2
+        for n in range(1, min(self.length, TRIES + 1)):
+            other = (index + n * step) % self.length
+            image = self[other]
+            if not isinstance(image, Corrupt):
+                return other, image
+        raise CorruptDataError(
+            f"pictures: at least one of {min(self.length, TRIES + 1)} must be readable to stand in "
+            f"for item {index}, got none"
+        )
+
+    def _resized(self, part: Part, indices: Sequence[int]) -> list[Tensor | Corrupt]:
+        rows = [int(part.rows[index]) for index in indices]
+        found: list[Tensor | Corrupt] = []
+        for index, row, image in zip(indices, rows, part.source.read(rows), strict=True):
+            if isinstance(image, str):
+                found.append(Corrupt(index, part.source.where(row), image))
+                continue
+            if min(image.shape[-2:]) != self.short:
+                image = F.resize(image, [self.short], self._interpolation, antialias=True)
+            found.append(image)
+        return found
+
+    def _every(self, part: Part) -> Iterator[Tensor | Corrupt]:
+        """All pictures, some at a time, which are under way together where they are far."""
+        for start in range(0, self.length, TOGETHER):
+            yield from self._resized(part, range(start, min(start + TOGETHER, self.length)))
 
     def _fill(self, part: Part, budget: int) -> Tensor | None:
         buffer, end = torch.empty(0, dtype=torch.uint8), 0
-        for index in range(self.length):
-            image = self._resized(part, index)
+        counter = CorruptCounter(self.length, quiet=True)
+        for index, image in enumerate(self._every(part)):
+            if isinstance(image, Corrupt):
+                counter.add(0, [(image.path, image.reason)])
+                self._corrupt[index] = image
+                self._offsets[index + 1] = end
+                continue
+            counter.add(1, [])
             start, end = end, end + image.numel()
             if end > len(buffer):
                 # Pictures of one set have mostly one size: what is left takes about as much.

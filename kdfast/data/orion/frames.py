@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kdfast.data.corrupt import Corrupt
 from kdfast.data.files import read_bgr
 from kdfast.data.orion.chat import Round, conversation
 from kdfast.data.orion.infos import Infos, open_infos
@@ -19,7 +20,7 @@ from kdfast.data.orion.maps import open_maps
 from kdfast.data.orion.names import CAMERAS
 from kdfast.data.orion.targets import Labels, Rig, pixel_transform, rig
 from kdfast.data.rng import CROP, PHOTOMETRIC, generator
-from kdfast.data.views.base import Corrupt, Epochs
+from kdfast.data.views.base import Epochs
 from kdfast.data.views.preprocess import CropDraw, draw_crop, draw_photometric, preprocess
 from kdfast.models.orion.batch import Batch, Frame, Lanes, Objects
 

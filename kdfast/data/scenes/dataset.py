@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdfast.data.corrupt import Corrupt
 from kdfast.data.rng import FLIP, SENSOR, WORLD, generator
 from kdfast.data.scenes.camera import VIEWS
 from kdfast.data.scenes.layout import CLASSES, draw_layout, draw_light
@@ -14,7 +15,7 @@ from kdfast.data.scenes.objects import fences, houses, plants
 from kdfast.data.scenes.render import render
 from kdfast.data.scenes.traffic import people, poles, vehicles
 from kdfast.data.scenes.world import Builder, World
-from kdfast.data.views.base import SPLITS, Corrupt, Item, ViewDataset
+from kdfast.data.views.base import SPLITS, Item, ViewDataset
 from kdfast.data.views.preprocess import normalise
 
 FRAMES = {"train": 2000, "val": 200}

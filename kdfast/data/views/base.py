@@ -6,15 +6,17 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
-from kdfast.data.files import CorruptDataError, read_bgr
+from kdfast.data.corrupt import Corrupt
+from kdfast.data.files import read_bgr
 from kdfast.data.rng import CROP, PHOTOMETRIC, generator
 from kdfast.data.views.preprocess import draw_crop, draw_photometric, preprocess
 
@@ -22,21 +24,6 @@ LOG = logging.getLogger("kdfast.data")
 SPLITS = ("train", "val")
 
 Item = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Corrupt:
-    """Stands for an item whose picture could not be read.
-
-    Attributes:
-        index: Index of the item in its dataset.
-        path: The file.
-        reason: Why it could not be read.
-    """
-
-    index: int
-    path: str
-    reason: str
 
 
 class Epochs:
@@ -109,8 +96,8 @@ class ViewDataset(Epochs, Dataset["Item | Corrupt"]):
         return self.load(index)
 
 
-class FileDataset(ViewDataset):
-    """Views that are files, without labels.
+class EncodedDataset(ViewDataset):
+    """Views that are encoded pictures, without labels.
 
     Attributes:
         photometric: Whether ``augment`` also distorts colours.
@@ -119,22 +106,46 @@ class FileDataset(ViewDataset):
     photometric: bool = False
 
     @abstractmethod
-    def place(self, index: int) -> tuple[Path, int]:
-        """The file of an item, and the number of its frame, whose views are cropped alike."""
+    def where(self, index: int) -> str:
+        """Where the picture of an item is, for messages."""
+
+    @abstractmethod
+    def read(self, index: int) -> NDArray[np.uint8] | str:
+        """(H, W, 3) BGR, or why the picture cannot be read."""
 
     def load(self, index: int) -> Item | Corrupt:
-        """One view; see ``ViewDataset``."""
-        path, frame = self.place(index)
-        image = read_bgr(path)
+        """One view; see ``ViewDataset``. The views of a frame are cropped alike."""
+        return self.made(index, self.read(index))
+
+    def made(self, index: int, image: NDArray[np.uint8] | str) -> Item | Corrupt:
+        """The item of a picture that was read."""
+        where = self.where(index)
         if isinstance(image, str):
-            return Corrupt(index, str(path), image)
+            return Corrupt(index, where, image)
         crop = photometric = None
         if self.augment:
+            frame = index // self.views
             crop = draw_crop(generator(CROP, self.seed, self.epoch, frame))
             if self.photometric:
                 photometric = draw_photometric(generator(PHOTOMETRIC, self.seed, self.epoch, index))
         tensor = preprocess(image, self.size, crop=crop, photometric=photometric)
-        return {"image": tensor, "index": index, "path": str(path)}
+        return {"image": tensor, "index": index, "path": where}
+
+
+class FileDataset(EncodedDataset):
+    """Views that are files."""
+
+    @abstractmethod
+    def place(self, index: int) -> Path:
+        """The file of an item."""
+
+    def where(self, index: int) -> str:
+        """See ``EncodedDataset``."""
+        return str(self.place(index))
+
+    def read(self, index: int) -> NDArray[np.uint8] | str:
+        """See ``EncodedDataset``."""
+        return read_bgr(self.place(index))
 
 
 def collate(items: Sequence[Item | Corrupt]) -> Item:
@@ -158,72 +169,6 @@ def collate(items: Sequence[Item | Corrupt]) -> Item:
     if good and "label" in good[0]:
         batch["label"] = torch.stack([item["label"] for item in good])
     return batch
-
-
-class CorruptCounter:
-    """Counts unreadable pictures of a run and stops it when there are too many.
-
-    The run stops when more than one file is bad and the bad reads exceed ``limit`` of the reads,
-    where a run counts as at least ``min(files, 1000)`` reads: one bad file among few is only
-    reported, and bad luck in the first batches of a large set does not stop it.
-
-    Attributes:
-        seen: Items read, good or bad.
-        bad: Items that could not be read.
-        paths: Files that could not be read, with the reason.
-    """
-
-    FLOOR = 1000
-
-    def __init__(self, files: int, *, limit: float = 0.01) -> None:
-        """Start at zero for a dataset of ``files`` items; ``limit`` is the part that may be bad."""
-        if files < 1:
-            raise ValueError(f"files: must be positive, got {files}")
-        if not 0 <= limit < 1:
-            raise ValueError(f"limit: must be in [0, 1), got {limit}")
-        self.files = files
-        self.limit = limit
-        self.seen = 0
-        self.bad = 0
-        self.paths: dict[str, str] = {}
-
-    def update(self, batch: Item) -> None:
-        """Count one batch made by ``collate``; log every bad file once.
-
-        Raises:
-            CorruptDataError: Too many items were bad.
-        """
-        corrupt: list[Corrupt] = batch["corrupt"]
-        self.seen += len(batch["path"]) + len(corrupt)
-        self.bad += len(corrupt)
-        for item in corrupt:
-            if item.path not in self.paths:
-                self.paths[item.path] = item.reason
-                LOG.warning("skipped %s: %s", item.path, item.reason)
-        reads = max(self.seen, min(self.files, self.FLOOR))
-        if len(self.paths) > 1 and self.bad > self.limit * reads:
-            names = ", ".join(list(self.paths)[:5])
-            raise CorruptDataError(
-                f"pictures: at most {self.limit:.1%} may be unreadable, got {self.bad} of "
-                f"{self.seen} read ({len(self.paths)} files, first {names})"
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """State to save in a checkpoint."""
-        return {"seen": self.seen, "bad": self.bad, "paths": dict(self.paths)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        self.seen, self.bad = int(state["seen"]), int(state["bad"])
-        self.paths = dict(state["paths"])
-
-    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """One state for what several processes have counted."""
-        return {
-            "seen": sum(int(state["seen"]) for state in states),
-            "bad": sum(int(state["bad"]) for state in states),
-            "paths": {path: why for state in states for path, why in state["paths"].items()},
-        }
 
 
 def resolve_root(kind: str, root: str | Path | None, expected: str, obtain: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from kdfast.data.views.base import LOG, FileDataset, resolve_root
@@ -56,6 +57,38 @@ def list_frames(clip: Path) -> tuple[list[str], list[str]]:
     return sorted(complete), sorted(set.union(*seen) - complete)
 
 
+def clips_of_split(
+    found: Sequence[str], split: str, split_file: str | Path | None, root: object
+) -> list[str]:
+    """The clips of a split among those that were found.
+
+    Raises:
+        FileNotFoundError: The split file is missing.
+        ValueError: The split needs a split file or is empty.
+    """
+    if split_file is None:
+        if split == "val":
+            raise ValueError("split: 'val' of bench2drive needs split_file, got none")
+        return list(found)
+    val = read_val_clips(split_file)
+    absent = sorted(set(val) - set(found))
+    if absent and split == "val":
+        LOG.warning(
+            "%d of %d validation clips are not in %s, first %s",
+            len(absent),
+            len(val),
+            root,
+            ", ".join(absent[:5]),
+        )
+    wanted = sorted(set(found) & set(val) if split == "val" else set(found) - set(val))
+    if not wanted:
+        raise ValueError(
+            f"split: {split!r} must hold a clip, got none of {len(found)} in {root} "
+            f"with {split_file}"
+        )
+    return wanted
+
+
 class Bench2Drive(FileDataset):
     """Single views in ORION's preprocessing; six consecutive items are one frame.
 
@@ -98,7 +131,12 @@ class Bench2Drive(FileDataset):
         super().__init__(split=split, size=size, augment=augment, seed=seed)
         self.photometric = photometric
         self.root = resolve_root("bench2drive", root, EXPECTED, OBTAIN)
-        clips = self._clips(split, split_file)
+        found = sorted(path.parent.name for path in self.root.glob("v1/*/camera"))
+        if not found:
+            raise FileNotFoundError(
+                f"root: must be a folder with {EXPECTED}, got no clip in {self.root}; {OBTAIN}"
+            )
+        clips = clips_of_split(found, split, split_file, self.root)
         self.frames: list[tuple[str, str]] = []
         self.incomplete: list[str] = []
         for clip in clips:
@@ -118,40 +156,12 @@ class Bench2Drive(FileDataset):
                 f"{len(clips)} {split} clips in {self.root}; {OBTAIN}"
             )
 
-    def _clips(self, split: str, split_file: str | Path | None) -> list[str]:
-        found = sorted(path.parent.name for path in self.root.glob("v1/*/camera"))
-        if not found:
-            raise FileNotFoundError(
-                f"root: must be a folder with {EXPECTED}, got no clip in {self.root}; {OBTAIN}"
-            )
-        if split_file is None:
-            if split == "val":
-                raise ValueError("split: 'val' of bench2drive needs split_file, got none")
-            return found
-        val = read_val_clips(split_file)
-        absent = sorted(set(val) - set(found))
-        if absent and split == "val":
-            LOG.warning(
-                "%d of %d validation clips are not in %s, first %s",
-                len(absent),
-                len(val),
-                self.root,
-                ", ".join(absent[:5]),
-            )
-        wanted = sorted(set(found) & set(val) if split == "val" else set(found) - set(val))
-        if not wanted:
-            raise ValueError(
-                f"split: {split!r} must hold a clip, got none of {len(found)} in {self.root} "
-                f"with {split_file}"
-            )
-        return wanted
-
     def __len__(self) -> int:
         """Number of views."""
         return self.views * len(self.frames)
 
-    def place(self, index: int) -> tuple[Path, int]:
+    def place(self, index: int) -> Path:
         """See ``FileDataset``."""
         frame, camera = divmod(index, self.views)
         clip, name = self.frames[frame]
-        return self.root / "v1" / clip / "camera" / CAMERAS[camera] / f"{name}.jpg", frame
+        return self.root / "v1" / clip / "camera" / CAMERAS[camera] / f"{name}.jpg"

@@ -22,6 +22,29 @@ def is_val(position: int, total: int, fraction: float) -> bool:
     return position // run % period == period - 1
 
 
+def has_splits(root: Path) -> bool:
+    """Whether a folder has its own splits."""
+    return all((root / name).is_dir() for name in ("train", "val"))
+
+
+def share(total: int, split: str, fraction: float, where: object) -> list[int]:
+    """Positions of a split in a list of ``total`` pictures that has none of its own.
+
+    Raises:
+        ValueError: ``fraction`` is not in (0, 0.5], or the split is empty.
+    """
+    if not 0 < fraction <= 0.5:
+        raise ValueError(f"val_fraction: must be in (0, 0.5], got {fraction}")
+    val = split == "val"
+    found = [i for i in range(total) if is_val(i, total, fraction) == val]
+    if not found:
+        raise ValueError(
+            f"split: {split!r} of {total} pictures is empty in {where}; "
+            f"add pictures, raise val_fraction, or make folders train and val"
+        )
+    return found
+
+
 class UnlabelledImages(FileDataset):
     """Pictures of a folder tree in ORION's preprocessing.
 
@@ -51,7 +74,7 @@ class UnlabelledImages(FileDataset):
             raise ValueError(f"val_fraction: must be in (0, 0.5], got {val_fraction}")
         self.photometric = photometric
         self.root = resolve_root("images", root, EXPECTED, OBTAIN)
-        own_folders = all((self.root / name).is_dir() for name in ("train", "val"))
+        own_folders = has_splits(self.root)
         if own_folders:
             self.root = self.root / split
         names = list_images(self.root)
@@ -60,19 +83,14 @@ class UnlabelledImages(FileDataset):
                 f"root: must be a folder with {EXPECTED}, got no picture in {self.root}; {OBTAIN}"
             )
         if not own_folders:
-            total, val = len(names), split == "val"
-            names = [n for i, n in enumerate(names) if is_val(i, total, val_fraction) == val]
-            if not names:
-                raise ValueError(
-                    f"split: {split!r} of {total} pictures is empty in {self.root}; "
-                    f"add pictures, raise val_fraction, or make folders train and val"
-                )
+            chosen = share(len(names), split, val_fraction, self.root)
+            names = [names[n] for n in chosen]
         self.names = names
 
     def __len__(self) -> int:
         """Number of pictures."""
         return len(self.names)
 
-    def place(self, index: int) -> tuple[Path, int]:
+    def place(self, index: int) -> Path:
         """See ``FileDataset``."""
-        return self.root / self.names[index], index
+        return self.root / self.names[index]

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from kdfast.configs.recovery import Config
 from kdfast.data import build
+from kdfast.data.corrupt import CorruptCounter
 from kdfast.data.orion.clips import ClipSampler
 from kdfast.data.orion.frames import FrameBatch, OrionFrames, collate_frames
 from kdfast.data.orion.prepare import new_sample
 from kdfast.data.orion.sample import SampleOptions
 from kdfast.data.orion.sequences import SequenceSampler
 from kdfast.data.sampler import EpochSampler
-from kdfast.data.views.base import CorruptCounter
 from kdfast.data.views.gridmask import GridMask
 from kdfast.models.orion import HeadsMemory
 from kdfast.recovery.data import Views, view_feed
