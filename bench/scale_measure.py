@@ -92,17 +92,19 @@ def work_of(config: Config | ChainConfig) -> dict[str, Any]:
         step = chain_steps(config, CLASSES)[1]
         cached = chain_steps(replace(config, cache=True), CLASSES)[1]
         with torch.device("meta"):
-            models = [timm.create_model(name, num_classes=CLASSES) for name in config.chain]
+            models: list[Any] = [
+                timm.create_model(name, num_classes=CLASSES) for name in config.chain
+            ]
     else:
         step, cached = recovery_step(config), None
         with torch.device("meta"):
-            built = step.build(False)
+            built: Any = step.build(False)
         models = [built.teachers[0], built.module.student]
     forward = [pruning_report(model, (), image_size=step.image_size).full for model in models]
     with torch.device("meta"):
         trained = [p for p in step.build(False).module.parameters() if p.requires_grad]
     plain, again = (step.plan(COUNTED, checkpointing) for checkpointing in (False, True))
-    found = {
+    found: dict[str, Any] = {
         "title": step.title,
         "image_size": list(step.image_size),
         "teacher_forward": forward[0].flops,
@@ -125,7 +127,7 @@ def feature_bytes() -> dict[str, int]:
     """What ORION's teacher hands to the objective for a picture, in bf16."""
     config = orion50()
     with torch.device("meta"):
-        built = recovery_step(config).build(False)
+        built: Any = recovery_step(config).build(False)
     teacher, student = built.teachers[0], built.module.student
     side = config.data.size[0] // teacher.config["patch_size"]
     output = 2 * teacher.config["embed_dim"] * side**2

@@ -22,11 +22,12 @@ def draw(inputs: Inputs, chosen: Assumptions, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     gpus = [2**n for n in range(MOST.bit_length())]
     for setting, colour in zip(settings(chosen), COLOURS, strict=True):
+        count = setting.epochs[0]
         taken = [
-            [hours(setting, step_of(setting, inputs, chosen, n, c), setting.epochs[0]) for n in gpus]
+            [hours(setting, step_of(setting, inputs, chosen, n, c), count) for n in gpus]
             for c in CASES
         ]
-        epochs = f"{setting.epochs[0]} epoch{'s' * (setting.epochs[0] > 1)}"
+        epochs = f"{count} epoch{'s' * (count > 1)}"
         label = f"{setting.title}, {epochs}"
         axis.fill_between(gpus, taken[FAST], taken[SLOW], color=colour, alpha=0.25, label=label)
         for case in CASES:

@@ -110,7 +110,7 @@ class Assumptions:
     link_share: tuple[float, float] = _says((0.5, 0.8), "share of links that a ring reaches")
     hop_us: tuple[float, float] = _says((20.0, 10.0), "microseconds of a message between nodes")
     overlap: tuple[float, float] = _says((0.0, 1.0), "share of the backward that hides all-reduce")
-    launch_ms: tuple[float, float] = _says((30.0, 12.0), "milliseconds that launch a step's kernels")
+    launch_ms: tuple[float, float] = _says((30.0, 12.0), "milliseconds to launch a step's kernels")
     cores: tuple[int, int] = _says((7, 14), "CPU cores a GPU that load pictures")
     disk: tuple[float, float] = _says((1.0, 5.0), "GB/s at which one process writes a checkpoint")
     memory_gib: float = _says(80.0, "GiB of a GPU")

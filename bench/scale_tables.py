@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from bench.gpu_tables import table
 from bench.rows import facts_line
@@ -42,7 +41,7 @@ def blocks(inputs: Inputs, chosen: Assumptions) -> dict[str, str]:
         "scale machine": f"{facts_line(machine)}, by `{machine['command']}`.",
         "scale assumptions": assumptions(chosen),
         "scale work": work(inputs),
-        "scale memory": memory(inputs, chosen),
+        "scale memory": memory(inputs),
         "scale pictures": pictures(inputs, chosen, every),
         **{f"scale {s.key}": timed(s, inputs, chosen) for s in every},
         "scale epochs": epochs(inputs, chosen, every),
@@ -52,6 +51,7 @@ def blocks(inputs: Inputs, chosen: Assumptions) -> dict[str, str]:
         "scale features": features(inputs, every[0]),
         "scale alone": alone(inputs, chosen, every),
         "scale order": order(inputs),
+        "scale drawn": drawn(inputs),
     }
 
 
@@ -100,7 +100,7 @@ def work(inputs: Inputs) -> str:
     return table([*header, "with checkpointing", "teacher", "trained"], rows)
 
 
-def memory(inputs: Inputs, chosen: Assumptions) -> str:
+def memory(inputs: Inputs) -> str:
     """Memory of the largest batch that fits, by purpose, and what sharding would leave."""
     rows = []
     for key, found in inputs["work"].items():
@@ -125,9 +125,9 @@ def memory(inputs: Inputs, chosen: Assumptions) -> str:
     return table([*header, "needed", f"FSDP on {MANY} saves"], rows)
 
 
-def gib(size: float) -> str:
-    """GiB."""
-    return number(size / 2**30, 3)
+def gib(value: float) -> str:
+    """Bytes as GiB."""
+    return number(value / 2**30, 3)
 
 
 def pictures(inputs: Inputs, chosen: Assumptions, every: Sequence[Setting]) -> str:
@@ -207,7 +207,7 @@ def stopping(inputs: Inputs, chosen: Assumptions, every: Sequence[Setting]) -> s
     for setting in every:
         whole = step_of(setting, inputs, chosen, 1, SLOW).batch
         ends = [stops(setting, inputs, chosen, case) for case in CASES]
-        halves = [f"{e.gpus:,} ({e.limit})" if e else "no number up to 4,096" for e in ends]
+        halves = [f"{e.gpus:,} GPUs ({e.limit})" if e else "nowhere before that" for e in ends]
         last = step_of(setting, inputs, chosen, max(chosen.gpus), SLOW)
         rows.append(
             [
@@ -269,7 +269,8 @@ def cached(inputs: Inputs, chosen: Assumptions, every: Sequence[Setting]) -> str
             )
             fill = [fill_hours(setting, inputs, chosen, gpus, c) for c in CASES]
             even = [break_even(setting, inputs, chosen, gpus, c) for c in CASES]
-            rows.append([setting.title, *map(size, each), gpus, *map(span, (fill, own, kept, even))])
+            times = map(span, (fill, own, kept, even))
+            rows.append([setting.title, *map(size, each), gpus, *times])
     kept = inputs["cache"][1]["top_k"]
     header = ["training", f"{inputs['cache'][0]['classes']} classes", f"{kept} classes", "GPUs"]
     header += ["hours to fill", "an epoch with the teacher", "with the cache"]
@@ -330,7 +331,7 @@ def order(inputs: Inputs) -> str:
                 f"{row['pictures']:,}",
                 f"{row['together']:,}",
                 ", ".join(f"{steps:,} on {world}" for world, steps in parts),
-                span([row["fewest"], row["most"]], 9),
+                " to ".join(dict.fromkeys(f"{row[x]:,}" for x in ("fewest", "most"))),
                 *(f"{row[name]:,}" for name in ("twice", "lost", "gained", "unread")),
             ]
         )
@@ -338,9 +339,13 @@ def order(inputs: Inputs) -> str:
     return table([*header, "lost by restarts", "gained", "left to other epochs"], rows)
 
 
-def order_lines(inputs: Inputs) -> list[dict[str, Any]]:
-    """Cost of drawing an order, also of a billion pictures, which is extrapolated."""
+def drawn(inputs: Inputs) -> str:
+    """Cost of drawing an order in every process; of a billion pictures it is extrapolated."""
     last = inputs["order"][-1]
-    grown = last["cpu_s"] * BILLION / last["pictures"]
-    return [*inputs["order"], {"pictures": BILLION, "cpu_s": grown}]
+    grown = {"pictures": BILLION, "cpu_s": last["cpu_s"] * BILLION / last["pictures"]}
+    rows = [
+        [f"{row['pictures']:,}", number(row["cpu_s"]), size(8 * row["pictures"])]
+        for row in (*inputs["order"], grown)
+    ]
+    return table(["pictures of an epoch", "CPU s to draw their order", "bytes of it"], rows)
 
