@@ -248,13 +248,13 @@ def orion(found: dict[str, Any]) -> str:
             [
                 title,
                 f"{cost.full.params / 1e6:.1f}M",
-                f"{flops / 1e9:.0f}",
+                f"{flops / 2e9:.0f}",
                 *(f"{row['ms']:.0f}" for row in times),
                 f"{single['eager, 16 heads']['ms'] / times[0]['ms']:.2f}",
                 *(f"{row['peak_bytes'] / 2**20:.0f}" for row in times),
             ]
         )
-    header = ["backbone", "parameters", "GFLOP", "ms fp32", "ms bf16", "gain, fp32"]
+    header = ["backbone", "parameters", "GMACs", "ms fp32", "ms bf16", "gain, fp32"]
     header += ["MiB fp32", "MiB bf16"]
     steps = []
     for (_, case), group in grouped(found["rows"]).items():

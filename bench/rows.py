@@ -28,9 +28,10 @@ def joined(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
         ``rows``: a dict for every entry, with those of FIELDS that it has.
 
     Raises:
-        ValueError: A run or an entry is not of bench/, or another machine or commit wrote a run.
+        ValueError: A run or an entry is not of bench/, or another machine wrote a run.
     """
     machine: dict[str, Any] = {}
+    commits: dict[str, None] = {}
     rates: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -38,13 +39,17 @@ def joined(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
         if "rates" not in run:
             raise ValueError("runs must be of pytest bench --benchmark-json, got another file")
         commit = run["commit_info"]
-        here = {**run["machine_info"], "commit": commit["id"][:12], "dirty": commit["dirty"]}
+        here = {**run["machine_info"], "dirty": commit["dirty"]}
+        commits[commit["id"][:12]] = None
         for fact, value in here.items() if machine else ():
             if machine[fact] != value:
                 raise ValueError(
                     f"{fact} must be the same in all runs, got {machine[fact]} and {value}"
                 )
-        machine = {**here, "date": run["datetime"][:10]}
+        # Parts may be of several commits, as a long run is made in pieces: all of them are named.
+        named = ", ".join(commits)
+        machine = {**run["machine_info"], "commit": named, "dirty": commit["dirty"]}
+        machine["date"] = run["datetime"][:10]
         rates |= run["rates"]
         skipped |= {row["entry"]: row["reason"] for row in run["skipped"]}
         for entry in run["benchmarks"]:

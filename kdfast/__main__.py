@@ -7,7 +7,6 @@ Each is a module that runs by itself too: ``kdfast train`` is ``python -m kdfast
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import importlib.util
 import os
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 from kdfast._version import __version__
 from kdfast.commandline.parser import Parser
+from kdfast.machine.spelling import did_you_mean
 
 
 class Command(NamedTuple):
@@ -79,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         made.print_help()
         return 2
     if not words[0].startswith("-"):
-        close = difflib.get_close_matches(words[0], COMMANDS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(words[0], COMMANDS)
         made.error(f"{words[0]!r} is no command ({', '.join(COMMANDS)}){hint}")
     made.parse_args(words)
     return 0

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from kdfast.commandline.distill import NUMBERS, TERMS, WORDS, parser
+from kdfast.commandline.distill import MODELS, NUMBERS, REQUIRED, TERMS, WORDS, parse
 
 if __name__ == "__main__":
     # OpenMP reads this when torch is loaded, and its default, spinning, makes a step ten times
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         option or a checkpoint cannot be used; 128 plus the signal if one came: what was saved
         stays.
     """
-    args = parser().parse_args(argv)
+    args = parse(argv)
     from kdfast.machine.signals import run_command
 
     return run_command(lambda: guarded(args), "what was done is saved, go on with --resume")
@@ -89,22 +89,68 @@ def run(args: argparse.Namespace) -> Any:
         args.data,
         resume=args.resume,
         names=(args.student, args.teacher),
+        origin={name: value for name in MODELS if (value := getattr(args, name))},
         **options,
     )
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of ``kdfast.distil`` that the command line names."""
+    """The options of ``kdfast.distil``: those of ``--config``, and what was given replaces them.
+
+    ``args`` gets the models and the data of the config where it names none.
+
+    Raises:
+        ConfigError: The file cannot be read, or a model or the data are named nowhere.
+    """
+    from kdfast.configs.fields import ConfigError
+
+    saved = {} if args.config is None else saved_options(args.config, resume=args.resume)
+    take_models(args, saved)
+    if missing := [name for name in REQUIRED if getattr(args, name) is None]:
+        raise ConfigError([f"{name}: must be given" for name in missing])
     names = (*NUMBERS, *WORDS, *TERMS)
-    found = {name: value for name in names if (value := getattr(args, name)) is not None}
+    found = saved | {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.out is not None:
         found["output"] = args.out
-    return {
-        **found,
-        "labels": args.labels,
-        "augment": not args.no_augment,
-        "accelerate": not args.no_accelerate,
-    }
+    for name, given, value in (
+        ("labels", args.labels, True),
+        ("augment", args.no_augment, False),
+        ("accelerate", args.no_accelerate, False),
+    ):
+        if given:
+            found[name] = value
+    return found
+
+
+def take_models(args: argparse.Namespace, saved: dict[str, Any]) -> None:
+    """Moves models and data from the saved options to ``args``, where it names none."""
+    told = {name: saved.pop(name, None) for name in MODELS}
+    for which in ("teacher", "student"):
+        if getattr(args, which) is not None:
+            told[f"{which}_checkpoint"] = None  # of the model that was named there
+    for name, value in told.items():
+        setattr(args, name, getattr(args, name) or value)
+
+
+def saved_options(path: str, *, resume: bool) -> dict[str, Any]:
+    """What a run was told, as its ``config.yaml`` has it.
+
+    Args:
+        path: The file.
+        resume: Whether the run in whose folder it is goes on, there and to its end.
+
+    Raises:
+        ConfigError: It cannot be read, or is of another command.
+    """
+    from kdfast.configs.fields import ConfigError
+    from kdfast.configs.yaml_file import read_tree
+    from kdfast.trainer.runs import own_output
+
+    found = read_tree(path)
+    if "name" in found or "student" not in found:
+        raise ConfigError([f"config: {path} is that of another run; try kdfast train --config"])
+    own = own_output(path) if resume else None
+    return found if own is None else {**found, "output": own, "max_steps": None}
 
 
 def model_of(args: argparse.Namespace, which: str) -> Any:

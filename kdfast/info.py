@@ -5,7 +5,9 @@ import argparse
 import importlib
 import importlib.metadata
 import platform
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 
 import psutil
@@ -44,6 +46,8 @@ FIXES = {
 }
 # Columns before what is said of a need, and its further lines that are shown.
 INDENT, SHOWN = 36, 5
+# Columns that a text gets at least, and those of a file.
+MIN_WIDTH, FILE = 30, 100_000
 Rows = list[tuple[str, str]]
 
 
@@ -179,18 +183,17 @@ def print_needs(source: str, changes: Sequence[str] = ()) -> int:
     needs = _needs(source, changes)
     for need in needs:
         state = need.problem if need.fix else "ok"
-        print(f"  {state:<14}{need.name:<20}{_shortened(need.found)}")
+        _print_row(f"  {state:<14}{need.name:<20}", _shortened(need.found))
         if need.fix:
-            print(f"{'':{INDENT}}to do: {need.fix}")
+            _print_row(" " * INDENT, f"to do: {need.fix}")
     return int(any(need.fix for need in needs))
 
 
 def _shortened(text: str) -> str:
-    """A text whose further lines stand below its first, the first few of them."""
+    """A text without most of its further lines."""
     first, *more = text.splitlines() or [""]
     rest = [f"... and {len(more) - SHOWN:,} more"] if len(more) > SHOWN else []
-    lines = [first, *(line.strip() for line in more[:SHOWN]), *rest]
-    return f"\n{'':{INDENT}}".join(lines)
+    return "\n".join([first, *(line.strip() for line in more[:SHOWN]), *rest])
 
 
 def _needs(source: str, changes: Sequence[str]) -> list[Need]:
@@ -209,7 +212,7 @@ def _needs(source: str, changes: Sequence[str]) -> list[Need]:
             for key, text in pairs
         ]
     if config.note:
-        print(f"  note    {config.note}")
+        _print_row("  note    ", config.note)
     if isinstance(config, ChainConfig):
         if missing := package_need(CHAIN_MODULES):
             return [missing]
@@ -217,7 +220,8 @@ def _needs(source: str, changes: Sequence[str]) -> list[Need]:
 
         return chain_needs(config)
     if config.note:
-        print("          to run on your own: --set teacher.checkpoint=FILE --set data.root=FOLDER")
+        own = "to run on your own: --set teacher.checkpoint=FILE --set data.root=FOLDER"
+        _print_row(" " * 10, own)
     from kdfast.recovery.needs import recovery_needs
 
     return recovery_needs(config)
@@ -226,7 +230,20 @@ def _needs(source: str, changes: Sequence[str]) -> list[Need]:
 def _print(title: str, rows: Rows) -> None:
     print(f"\n{title}")
     for name, text in rows:
-        print(f"  {name:<24}{text}")
+        _print_row(f"  {name:<24}", text)
+
+
+def _print_row(head: str, text: str) -> None:
+    """A text beside its name, in as many lines of the terminal as it takes; in files in one."""
+    columns = shutil.get_terminal_size(fallback=(FILE, 0)).columns
+    width = max(MIN_WIDTH, columns - 1 - len(head))
+    lines = [piece for line in text.splitlines() for piece in _pieces(line, width)]
+    print(f"\n{'':{len(head)}}".join([head + "".join(lines[:1]), *lines[1:]]))
+
+
+def _pieces(line: str, width: int) -> list[str]:
+    """A line in pieces that fit; paths and flags stay whole."""
+    return textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ of distillations to ``kdfast.chain`` (docs/use/vit_chain.md).
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from kdfast.recovery.run import run_recovery
 from kdfast.trainer.logs import close_log
 from kdfast.trainer.loop import NonFiniteLoss
 from kdfast.trainer.processes import make_accelerator
-from kdfast.trainer.runs import discard_folder, release_folder
+from kdfast.trainer.runs import discard_folder, own_output, release_folder
 
 if TYPE_CHECKING:
     from kdfast.configs import Config
@@ -70,13 +71,22 @@ def guarded(args: argparse.Namespace) -> int:
 
 def asked(args: argparse.Namespace) -> int:
     """Run the config, or say about it what was asked for."""
-    config = load(args.config, args.changes)
+    config = resumed(args.config, args.changes) if args.resume else load(args.config, args.changes)
     if args.print_config:
         print(as_yaml(config), end="")
         return 0
     if args.dry_run:
         return dry_run(config)
     return run(config, resume=args.resume)
+
+
+def resumed(source: str, changes: Sequence[str]) -> Config | ChainConfig:
+    """The config of a run that goes on: one that a run saved is that of this run, to its end."""
+    own = own_output(source)
+    if own is None:
+        return load(source, changes)
+    end = "max_steps" if isinstance(load(source, files=False), ChainConfig) else "run.max_steps"
+    return load(source, [f"output={json.dumps(own)}", f"{end}=null", *changes])
 
 
 def dry_run(config: Config | ChainConfig) -> int:

@@ -49,11 +49,11 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recovery runs time models once instead of for half a second each, and draw no curves."""
-    monkeypatch.setattr(
-        "kdfast.recovery.report.interleave",
-        lambda calls, **_: {name: [(1e-3, True)] for name in calls},
-    )
+    """Runs time models once instead of for half a second each, and draw no curves."""
+    for report in ("kdfast.recovery.report", "kdfast.distillation.report"):
+        monkeypatch.setattr(
+            f"{report}.interleave", lambda calls, **_: {name: [(1e-3, True)] for name in calls}
+        )
     monkeypatch.setattr("kdfast.trainer.loop.draw_curves", lambda folder: None)
 
 

@@ -51,6 +51,12 @@ def test_a_result_file_keeps_rows_and_no_samples() -> None:
     assert "Zen 9, avx2, 2 threads, torch 9, commit 0123456789ab" in rows.facts_line(machine)
 
 
+def test_all_commits_of_joined_runs_are_named() -> None:
+    later = {"id": "fedcba98765432100", "dirty": False, "branch": "main"}
+    found = rows.joined([run(entry("a", 1.0)), run(entry("b", 2.0)), run(commit_info=later)])
+    assert found["machine"]["commit"] == "0123456789ab, fedcba987654"
+
+
 def test_runs_are_joined() -> None:
     first = run(entry("kdfast", 1.0), entry("eager", 3.0))
     second = run(entry("kdfast", 2.0), entry("flex", 4.0), skipped=[])

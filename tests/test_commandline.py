@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,6 +14,7 @@ from kdfast import __version__, commandline
 from kdfast.__main__ import COMMANDS, main
 from kdfast.commandline import attention, compare, data, prune
 from kdfast.commandline.parser import size_of
+from kdfast.configs.flags import FLAGS
 
 WORDED = [
     name
@@ -53,8 +55,9 @@ def test_words_and_examples_fit_into_a_terminal(
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         main([name, "--help"])
-    _, *paragraphs = capsys.readouterr().out.split("\n\n")  # without the usage
-    assert all(len(line) < 80 for text in paragraphs for line in text.splitlines())
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines() if len(line) >= 80] == []
+    paragraphs = text.split("\n\n")
     commands = paragraphs[-1].replace(" \\\n      ", " ").splitlines()[1:]
     assert all(line.startswith("  kdfast ") for line in commands)
     with monkeypatch.context() as wide:
@@ -62,6 +65,55 @@ def test_words_and_examples_fit_into_a_terminal(
         with pytest.raises(SystemExit):
             main([name, "--help"])
     assert capsys.readouterr().out.strip().splitlines()[-len(commands) :] == commands
+
+
+@pytest.mark.parametrize(
+    "words", [[], *(["data", word] for word in ("check", "infos", "sample"))], ids=" ".join
+)
+def test_more_help_fits_into_a_terminal(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 80
+
+
+# Options that say nothing about what happens without them: then they do nothing.
+SILENT = {
+    *("--model", "--checkpoint", "--after", "--heads", "--patch", "--pruned", "--skip", "--limit"),
+    *("--config", "--set", "--resume", "--help-keys", "--teacher-checkpoint", "--max-steps"),
+    *("--student-checkpoint", "--teacher", "--student", "--data", "--relation-heads", "--sweep"),
+    *("--speedup", "--latency-ms", "--vram", "--gpu", "--images", "--split-file", "--train"),
+    *("--val", "--out", "--only"),
+}
+
+
+def options(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """The options of a command that take a value and may be left out, those of its commands too."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from options(inner)
+        elif action.option_strings and action.nargs != 0 and not action.required:
+            yield action
+
+
+@pytest.mark.parametrize("name", WORDED)
+def test_help_names_every_default(name: str) -> None:
+    module = importlib.import_module(f"{commandline.__name__}.{name.replace('-', '_')}")
+    parser = module.parser()
+    text = " ".join(parser.format_help().split())
+    for action in options(parser):
+        if name == "train" and action.option_strings[0].removeprefix("--") in FLAGS:
+            continue  # the config has the defaults
+        flag = action.option_strings[0]
+        shown = parser._get_formatter()._expand_help(action) if action.help else ""
+        if action.default in (None, []):
+            assert "[" in shown or flag in SILENT, f"{flag}: {shown}"
+        else:
+            assert "[" in shown, f"{flag}: {shown}"
+    assert "if left out" not in text
 
 
 def test_module_of_train_answers_without_torch() -> None:
@@ -118,7 +170,11 @@ def test_commands_are_modules_with_main(name: str) -> None:
         (["data", "sample", "--out", "x", "--clps", "3"], "did you mean --clips?"),
         (["data", "sample", "--out", "x", "--size", "9"], "argument --size: expected 2 arguments"),
         (["data", "smple"], "invalid choice: 'smple'"),
+        (["train", "--help-keys", "optmi"], "no key begins with 'optmi'; did you mean optim?"),
+        (["train", "--config", "smoke", "--help-keys", "lr"], "did you mean optim.lr?"),
         (["compare", "--only", "eagre"], "must be of eager, "),
+        (["compare", "--only", "kdfst"], "got 'kdfst'; did you mean kdfast?"),
+        (["distill", "--data", "x"], "--teacher, --student: must be given, or --config"),
         (["attention", "--weights", "x", "--image", "y"], "did you mean --checkpoint?"),
     ],
 )

@@ -325,3 +325,21 @@ def test_options_are_checked_together() -> None:
     assert len(error.value.problems) == 3
     with pytest.raises(ConfigError, match="must not all be 0"):
         distil_config(dict.fromkeys(("logits", "embedding", "feature", "attention"), 0))
+
+
+def test_kinship_is_told_by_weights_and_else_by_structure() -> None:
+    teacher = vit("vit_tiny_patch16_224")
+    student = kdfast.prune_heads(teacher, [[0, 2], [1], [0]][: len(teacher.blocks)])
+    terms = terms_of(student, teacher)
+    same, whole = terms.untouched
+    assert same == whole > 4
+    assert f"cut from the teacher ({same} of {whole} whole weights are still" in terms.kinship
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    terms = terms_of(student, teacher)
+    assert terms.cut and terms.untouched == (0, whole)
+    assert "(by its structure; no weight is the teacher's any more)" in terms.kinship
+    other = terms_of(vit("vit_small_patch16_rope_224"), teacher)
+    assert other.untouched == (0, 0)
+    assert other.kinship.startswith("the student was not cut from the teacher: ")

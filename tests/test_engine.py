@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.chain.step import LinkStep, mixup_of
-from kdfast.configs import ConfigError
+from kdfast.configs import ChainConfig, Config, ConfigError, plain
 from kdfast.configs.chain import ChainOptimConfig
+from kdfast.configs.distil import DistilConfig
+from kdfast.configs.fields import defaults_of
+from kdfast.configs.recovery import RunConfig
 from kdfast.data.sampler import EpochSampler
 from kdfast.nn.frozen import Frozen
 from kdfast.trainer import loop as loop_file
@@ -394,6 +397,29 @@ def test_identity() -> None:
     assert differences(kept, changed) == ["run.epochs 2, got 3", "optim.clip None, got 1"]
     with pytest.raises(KeyError):
         identity(tree, ("run.stepz",))
+
+
+def test_what_an_older_version_did_not_know_was_at_its_default() -> None:
+    saved = {"run": {"epochs": 2}, "old": 1}
+    defaults = {"run": {"epochs": 9, "streams": 1}, "cap": {"low": 0, "high": 5}, "old": 3}
+    mine = {"run": {"epochs": 2, "streams": 1}, "cap": {"low": 0, "high": 5}, "old": 1}
+    assert differences(saved, mine, defaults) == []
+    changed = {**mine, "run": {"epochs": 3, "streams": 4}, "cap": {"low": 0, "high": 6}}
+    older = " (an older version, without this key, made it)"
+    assert differences(saved, changed, defaults) == [
+        "run.epochs 2, got 3",
+        f"run.streams 1, got 4{older}",
+        f"cap.high 5, got 6{older}",
+    ]
+    assert differences(saved, {**mine, "cap": None}, {**defaults, "cap": None}) == []
+    assert differences({"a": None}, {"a": 1}, {"a": 1}) == ["a None, got 1"]
+
+
+def test_defaults_of_configs_are_those_of_their_classes() -> None:
+    assert defaults_of(DistilConfig) == plain(DistilConfig())
+    found = defaults_of(Config)
+    assert "name" not in found and found["run"] == plain(RunConfig())
+    assert "name" not in defaults_of(ChainConfig)
 
 
 def test_frozen_module_is_hidden() -> None:

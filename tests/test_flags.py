@@ -114,6 +114,25 @@ def test_synonyms(name: str, in_chain: str, in_run: str) -> None:
         assert line == f"{name}: unknown key; did you mean {answer}?"
 
 
+@pytest.mark.parametrize(
+    ("change", "meant"),
+    [
+        ("model_args={depth:2}", "--set 'model_args={depth: 2}', got {depth:2}"),
+        ("model_args=[{depth:2}, {}]", "--set 'model_args=[{depth: 2}, {}]'"),
+        ("distill={alpha:0.5,temperature:2}", "--set 'distill={alpha: 0.5,temperature: 2}'"),
+    ],
+)
+def test_a_colon_without_a_space_is_said(change: str, meant: str) -> None:
+    (line,) = problems("vit_chain", change)
+    assert "YAML wants a space after each colon: " in line and meant in line
+
+
+def test_colons_elsewhere_are_none_of_its_business() -> None:
+    config = load("vit_chain_digits", ["model_args={depth: 2}", "output=a:b"])
+    assert isinstance(config, ChainConfig)
+    assert (config.model_args[0], config.output) == ({"depth": 2}, "a:b")
+
+
 def test_a_synonym_that_is_no_key() -> None:
     line = unknown("keep_ratio", ChainConfig, KNOWN[ChainConfig])
     assert line.startswith("keep_ratio: unknown key; a chain prunes nothing")

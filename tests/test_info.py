@@ -7,9 +7,10 @@ import torch
 import kdfast
 from kdfast import info
 from kdfast.chain.needs import chain_needs
-from kdfast.configs import load
+from kdfast.configs import Config, load, plain
 from kdfast.machine import needs
 from kdfast.machine.needs import gib
+from kdfast.models import EVAViT, save_backbone
 from kdfast.ops import OPS, TRITON_OPS
 from kdfast.ops._library import EXTENSION
 from kdfast.plan import steps_of
@@ -19,6 +20,8 @@ from kdfast.recovery.needs import recovery_needs
 @pytest.fixture(autouse=True)
 def _empty_folder_and_known_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # pytest-xdist sets the columns of its own terminal in every worker.
+    monkeypatch.setenv("COLUMNS", "100000")
     rates = {"torch": 50.4e9, "oneDNN": 150e9}
     monkeypatch.setattr(info, "library_rates", lambda dtype: rates)
     peaks = {torch.float32: 200e9, torch.bfloat16: 400.4e9}
@@ -144,3 +147,37 @@ def test_chain_names_its_images_and_what_is_missing(
     assert info.main([*argv, "--set", f"data.root={tmp_path}"]) == 1
     out = capsys.readouterr().out
     assert "MISSING       data" in out and "download https://zenodo.org/" in out
+
+
+def test_long_lines_are_broken_beside_their_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--config", "orion50", "--set", "teacher.checkpoint=nowhere/of/all.pth"]
+    assert info.main(words) == 1
+    plain = capsys.readouterr().out.partition("A run of")[2].splitlines()
+    assert max(map(len, plain)) > 100, "what fits is one line"
+    monkeypatch.setenv("COLUMNS", "80")
+    assert info.main(words) == 1
+    lines = capsys.readouterr().out.partition("A run of")[2].splitlines()
+    assert len(lines) > len(plain) and max(map(len, lines)) < 80
+    assert any(line.startswith(" " * info.INDENT) and line.strip() for line in lines)
+
+
+def test_frames_need_a_file_with_the_heads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    words = ["--config", "orion50_frames", "--set", f"teacher.checkpoint={folder}"]
+    assert info.main(words) == 1
+    out = capsys.readouterr().out
+    assert "WRONG         teacher.checkpoint  must be a file with ORION's heads, got" in out
+    backbone = tmp_path / "backbone.safetensors"
+    config = load("orion50_mini")
+    assert isinstance(config, Config) and config.teacher.fit is not None
+    save_backbone(EVAViT(**plain(config.teacher.fit.model)), backbone)
+    config = load("orion50_mini", [f"teacher.checkpoint={backbone}"])
+    assert isinstance(config, Config)
+    (need,) = [need for need in recovery_needs(config) if need.name == "checkpoint"]
+    assert need.problem == "DOES NOT FIT" and need.fix and "must fit the heads" in need.found

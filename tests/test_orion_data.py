@@ -383,6 +383,11 @@ def test_conversations_and_their_tokens(root: Path, tmp_path: Path) -> None:
 
 def test_check_says_what_is_missing(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--root", str(copied)]) == 0
+    shown = capsys.readouterr().out
+    assert "3 of the synthetic sample" in shown and "download" not in shown
+    (copied / "sample.json").unlink()
+    assert main(["check", "--root", str(copied)]) == 0, "other clips may be few"
+    assert "download Bench2Drive base" in capsys.readouterr().out
     shutil.rmtree(copied / "kdfast_maps")
     picture = next((copied / "v1").glob("*/camera/rgb_back/*.jpg"))
     picture.unlink()

@@ -432,7 +432,7 @@ def test_report_of_other_libraries(build: str) -> None:
     assert block.mlp == 2 * tokens * 2 * 32 * hidden
     assert [b.attention for b in report.pruned[0].blocks] == [block.attention // 2] * 2
     assert [b.attention + b.gemm for b in report.pruned[1].blocks] == [0, 0]
-    assert "GFLOP padded" not in str(report)
+    assert "GMACs padded" not in str(report)
 
 
 def test_the_original_is_untouched_and_steps_compose() -> None:

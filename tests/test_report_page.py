@@ -165,7 +165,7 @@ def test_unknown_facts_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def line(model: str, quality: float, heads: int) -> dict[str, Any]:
-    sizes = {"params": 214304, "gflop": 0.007, "ms": 1.25, "peak_mib": 1.5}
+    sizes = {"params": 214304, "gmac": 0.007, "ms": 1.25, "peak_mib": 1.5}
     return {"model": model, "quality": quality, "heads": heads, **sizes}
 
 

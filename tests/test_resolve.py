@@ -2,6 +2,7 @@
 """What the name of a model stands for: libraries, folders, the hub, all kinds of checkpoints."""
 
 import argparse
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,3 +289,16 @@ def test_classes_of_libraries() -> None:
     assert class_count(with_classes(load_model("torchvision:resnet18"), 4, "it")) == 4
     with torch.device("meta"):
         assert next(load_model(NAME).parameters()).is_meta
+
+
+def test_a_saved_model_that_is_a_name_has_random_weights_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "kdfast"):
+        load_saved("test_vit", "--after")
+    (record,) = caplog.records
+    assert record.message == "note: --after test_vit: a model's name, so it has random weights"
+    save_pretrained(load_model("test_vit"), tmp_path / "saved")
+    caplog.clear()
+    load_saved(tmp_path / "saved", "--after")
+    assert not caplog.records

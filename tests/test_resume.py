@@ -150,9 +150,17 @@ def test_refuses_another_recipe(
     saved = load(str(folder / "config.yaml"))  # still that of the run
     assert isinstance(saved, Config) and (saved.optim.lr, saved.run.epochs) == (1e-3, 2)
     assert saved.run.max_steps == 1
+    assert error.rstrip().endswith(f"--config {folder / 'config.yaml'} --resume")
     assert main([*words(folder, teachers, "run.max_steps=2"), "--resume"]) == 0
     saved = load(str(folder / "config.yaml"))
     assert isinstance(saved, Config) and saved.run.max_steps == 2
+    # The command of the error needs nothing else, wherever the folder is, and runs to the end.
+    moved = folder.rename(tmp_path / "moved")
+    assert main(["--config", str(moved / "config.yaml"), "--resume"]) == 0
+    saved = load(str(moved / "config.yaml"))
+    assert isinstance(saved, Config)
+    assert (saved.output, saved.run.max_steps) == (str(moved), None)
+    assert (moved / "report.html").is_file() and not folder.exists()
 
 
 def test_second_signal_ends_at_once() -> None:

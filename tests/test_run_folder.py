@@ -91,7 +91,9 @@ def test_train_leaves_no_folder_where_a_checkpoint_does_not_fit(
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
     hold(tmp_path / "run", "steps.csv")
-    with pytest.raises(ConfigError, match="--resume: there is no run in .*run$"):
+    with pytest.raises(
+        ConfigError, match="--resume: there is no run in .*run; --config RUN/config.yaml names"
+    ):
         runs.run_folder(tmp_path / "run", MAIN, "--resume: ")
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import kdfast
-from kdfast.chain.cache_files import Layout, encode
+from kdfast.chain.cache_rows import Layout, encode
 from kdfast.chain.teacher_cache import TeacherCache, model_hash, teacher_key
 from kdfast.data.labelled import build_classification
 

@@ -69,7 +69,7 @@ def test_whole_run(tmp_path: Path, teachers: Path, capsys: pytest.CaptureFixture
     assert [line["heads"] for line in result["models"]] == [16, 8, 8, 8]
     teacher, pruned, _, distilled = result["models"]
     assert teacher["params"] > pruned["params"] == distilled["params"]
-    assert teacher["gflop"] > pruned["gflop"] == distilled["gflop"]
+    assert teacher["gmac"] > pruned["gmac"] == distilled["gmac"]
     assert teacher["peak_mib"] > pruned["peak_mib"] > 0
     assert result["metric"] == "mIoU" and 0 < teacher["quality"] < 1
     assert distilled["quality"] == pytest.approx(float(epochs[1]["mIoU"]), abs=1e-6)

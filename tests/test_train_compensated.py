@@ -77,7 +77,7 @@ def test_embedded_default_in_small(tmp_path: Path) -> None:
     result = json.loads((folder / "report.json").read_text())
     lines = {line["model"]: line for line in result["models"]}
     assert list(lines) == ["teacher", "pruned", "compensated", "distilled"]
-    for fact in ("heads", "params", "gflop"):
+    for fact in ("heads", "params", "gmac"):
         assert lines["pruned"][fact] == lines["compensated"][fact] == lines["distilled"][fact]
 
     teacher = teacher_of(teachers)

@@ -103,7 +103,7 @@ def test_a_teacher_that_is_a_folder(tmp_path: Path) -> None:
     assert load_eva(tmp_path / "whole.safetensors", "x", with_cp=False).heads == whole.heads
     named = f"teacher.checkpoint={tmp_path / 'small'}"
     assert load("smoke", [named]).teacher.checkpoint == str(tmp_path / "small")  # type: ignore[union-attr]
-    with pytest.raises(ConfigError, match="teacher.checkpoint: no such file"):
+    with pytest.raises(ConfigError, match="must be a file or a saved model, got the folder"):
         load("smoke", [f"teacher.checkpoint={tmp_path}"])
 
 

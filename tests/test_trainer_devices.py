@@ -27,10 +27,10 @@ def test_no_context_on_a_gpu_that_is_not_used(monkeypatch: pytest.MonkeyPatch) -
     assert len(state.rng_state()["cuda"]) == 1
 
 
-def test_processes_wait_for_a_teacher_cache() -> None:
-    """NCCL's default of ten minutes would end the others while the first one fills the cache."""
+def test_processes_wait_for_each_other() -> None:
+    """NCCL's default of ten minutes would end the others where one reads much more slowly."""
     handler = make_accelerator("fp32", "cpu").init_handler
-    assert handler is not None and handler.timeout >= timedelta(days=1)
+    assert handler is not None and handler.timeout >= timedelta(hours=1)
 
 
 @pytest.mark.parametrize(("world", "expected"), [(1, 2), (2, 15)])

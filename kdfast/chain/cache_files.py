@@ -10,120 +10,41 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
+from kdfast.chain.cache_rows import PLACE, SUMS, Arrays, Layout, checked_rows, with_classes
 from kdfast.chain.cache_sums import meta_sum, row_sums
 from kdfast.machine.disk import DiskFull, free_bytes, room_for
 from kdfast.machine.files import clear_partials, sync, write_text
 from kdfast.trainer.logs import LOG
 
 FORMAT = 2
-META, SUMS = "meta.json", "sums"
-DTYPES = ("float16", "float32")
+META, LOCK = "meta.json", "lock"
+# Files of other processes in a folder that is filled, see ``cache_shards``.
+SHARDS = "shard-*.rows"
 # Seconds of work that a power loss may cost.
 FLUSH = 5.0
-Arrays = dict[str, NDArray[Any]]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Shape and format of a cache.
-
-    Attributes:
-        dtype: Number format of the logits, one of ``DTYPES``.
-        top_k: Classes kept of each row; None for all.
-        temperature: Temperature at which the mass of the other classes is exact.
-        length: Number of pictures, N.
-        variants: Variants of each, V.
-        classes: Number of classes, C; 0 until the teacher was called.
-    """
-
-    dtype: str
-    top_k: int | None
-    temperature: float
-    length: int
-    variants: int
-    classes: int = 0
-
-    def __post_init__(self) -> None:
-        """Checks the ranges."""
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: must be one of {DTYPES}, got {self.dtype!r}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k: must be 1 or more, got {self.top_k}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature: must be above 0 and finite, got {self.temperature}")
-        if self.length < 1 or self.variants < 1:
-            raise ValueError(
-                f"dataset: must have items and variants, got {self.length} and {self.variants}"
-            )
-
-    @property
-    def kept(self) -> int:
-        """K."""
-        return self.classes if self.top_k is None else min(self.top_k, self.classes)
-
-    @property
-    def partial(self) -> bool:
-        """Whether classes are left out."""
-        return self.kept < self.classes
-
-    def options(self) -> dict[str, Any]:
-        """What has to agree with a finished cache; the temperature only where it was used."""
-        used = {"dtype": self.dtype, "length": self.length, "variants": self.variants}
-        return used | {"top_k": self.top_k, "temperature": self.top_k and self.temperature}
-
-    def arrays(self) -> dict[str, tuple[DTypeLike, tuple[int, ...]]]:
-        """Type and shape of each file."""
-        rows = (self.variants, self.length)
-        found: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {
-            "values": (self.dtype, (*rows, self.kept))
-        }
-        if self.dtype == "float16":
-            found["peak"] = (np.float32, rows)
-        if self.partial:
-            narrow = np.uint16 if self.classes <= 2**16 else np.uint32
-            found["classes"] = (narrow, (*rows, self.kept))
-            found["odds"] = (np.float32, rows)
-        found[SUMS] = (np.uint32, rows)
-        return found
+def meta_of(key: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """Content of ``META``; its "sum" tells caches apart."""
+    meta = {"format": FORMAT, "key": key, "layout": asdict(layout)}
+    return meta | {"sum": meta_sum(meta)}
 
 
-def encode(logits: Tensor, layout: Layout) -> Arrays:
-    """Rows of the files for logits (B, C) float32.
-
-    Raises:
-        ValueError: float16 cannot hold the distance of a logit to the largest of its row.
-    """
-    values, found = logits, {}
-    if layout.partial:
-        values, classes = logits.topk(layout.kept, dim=1)
-        scaled = logits.double() / layout.temperature
-        others = scaled.scatter(1, classes, -torch.inf).logsumexp(1)
-        found["classes"] = classes.numpy()
-        # Odds instead of the mass: neither rounds to 0 or 1.
-        found["odds"] = (others - scaled.gather(1, classes).logsumexp(1)).numpy()
-    if layout.dtype == "float16":
-        peak = values.amax(1)
-        values = values - peak[:, None]
-        if values.min() < torch.finfo(torch.float16).min:
-            raise ValueError(
-                f"teacher: float16 holds logits up to 65504 below the largest, "
-                f"got {float(values.min())}; use dtype='float32'"
-            )
-        found["peak"] = peak.numpy()
-    found["values"] = values.numpy()
-    return found
+def partial_of(directory: Path) -> Path:
+    """Where a cache is while it is filled."""
+    return directory.with_name(directory.name + ".partial")
 
 
 def read_files(directory: Path) -> tuple[dict[str, Any], Layout, Arrays]:
@@ -201,12 +122,16 @@ class Writer:
     """Fills ``directory`` + ".partial", which becomes ``directory`` when every row is there.
 
     Attributes:
+        partial: The folder that is filled.
+        layout: Its number of classes is 0 before the first row.
         done: (V, N) rows that are on the disk.
+        token: Changes with every writer; the file ``LOCK`` holds it while this one is at work.
     """
 
     def __init__(self, directory: Path, key: dict[str, Any], layout: Layout) -> None:
         self.key, self.directory, self.layout = key, directory, layout
-        self.partial = directory.with_name(directory.name + ".partial")
+        self.partial = partial_of(directory)
+        self.token = secrets.token_hex(16)
         self.done: NDArray[np.bool_] = np.zeros((layout.variants, layout.length), np.bool_)
         self._arrays: Arrays = {}
         self._done_file: Any = None
@@ -216,7 +141,9 @@ class Writer:
     def __enter__(self) -> Writer:
         """Take the lock and continue what an interrupted build left."""
         self.partial.mkdir(parents=True, exist_ok=True)
-        self._lock: TextIO = (self.partial / "lock").open("w")
+        # Not emptied before it is ours: another writer's token may stand in it.
+        # Without a buffer, which a full disk would keep from being closed.
+        self._lock: BinaryIO = (self.partial / LOCK).open("ab", buffering=0)
         try:
             # The system gives it back when the process dies, however it dies.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -226,6 +153,9 @@ class Writer:
                 f"teacher cache: {self.directory} is being built by another process"
             ) from error
         try:
+            with room_for(self.partial / LOCK):
+                self._lock.truncate(0)
+                self._lock.write(self.token.encode())
             clear_partials(self.partial)
             self._continue()
         except BaseException:
@@ -246,7 +176,7 @@ class Writer:
             LOG.info("an unfinished teacher cache is thrown away: %s", error)
             self._arrays = {}
             for path in self.partial.iterdir():
-                if path.name != "lock":
+                if path.name != LOCK:
                     path.unlink()
             return
         self.layout, self.done = layout, self._done_file
@@ -273,34 +203,23 @@ class Writer:
         Raises:
             ValueError: They are not finite, or not of this shape.
         """
-        self._check(pairs, logits)
+        layout = with_classes(self.layout, pairs, logits)
+        rows = checked_rows(pairs, logits, layout)
         if not self._arrays:
-            self._create(logits.shape[1])
-        index, variant = np.array(pairs, np.int64).T
-        for name, rows in encode(logits, self.layout).items():
-            self._arrays[name][variant, index] = rows
-        # Of what the files hold now, in their types.
-        rows_of = {n: a[variant, index] for n, a in self._arrays.items() if n != SUMS}
-        self._arrays[SUMS][variant, index] = row_sums(rows_of, variant, index)
+            self._create(layout)
+        self.put(rows)
+
+    def put(self, rows: NDArray[Any]) -> None:
+        """Write rows (B,) of ``checked_rows``."""
+        variant, index = np.divmod(rows[PLACE], self.layout.length)
+        for name, array in self._arrays.items():
+            array[variant, index] = rows[name]
         self._pending.append((variant, index))
         if time.monotonic() - self._flushed > FLUSH:
-            self._flush()
+            self.flush()
 
-    def _check(self, pairs: Sequence[tuple[int, int]], logits: Tensor) -> None:
-        classes = self.layout.classes or (logits.shape[1] if logits.dim() == 2 else 0)
-        if logits.shape != (len(pairs), classes) or not classes:
-            wanted = f"({len(pairs)}, {classes or 'C'})"
-            raise ValueError(f"teacher: logits must be {wanted}, got {tuple(logits.shape)}")
-        bad = (~logits.isfinite()).any(1)
-        if bad.any():
-            index, variant = pairs[int(bad.nonzero()[0])]
-            raise ValueError(
-                f"teacher: logits must be finite, got {int(bad.sum())} rows that are not, "
-                f"the first of index {index}, variant {variant}"
-            )
-
-    def _create(self, classes: int) -> None:
-        self.layout = replace(self.layout, classes=classes)
+    def _create(self, layout: Layout) -> None:
+        self.layout = layout
         files = self.layout.arrays() | {"done": (np.bool_, self.done.shape)}
         for name, (dtype, shape) in files.items():
             path = self.partial / f"{name}.npy"
@@ -308,11 +227,10 @@ class Writer:
                 self._arrays[name] = np.lib.format.open_memmap(path, "w+", dtype, shape)
                 _allocate(path)
         self.done = self._done_file = self._arrays.pop("done")
-        meta = {"format": FORMAT, "key": self.key, "layout": asdict(self.layout)}
-        meta["sum"] = meta_sum(meta)
-        write_text(self.partial / META, json.dumps(meta, indent=1))
+        write_text(self.partial / META, json.dumps(meta_of(self.key, self.layout), indent=1))
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Bring what was written to the disk."""
         # First the rows, then that they are there: never the other way round on the disk.
         for array in self._arrays.values():
             array.flush()  # type: ignore[attr-defined]
@@ -322,12 +240,16 @@ class Writer:
             self._done_file.flush()
         self._pending, self._flushed = [], time.monotonic()
 
+    def finish(self) -> None:
+        """Put the cache in place; every row must be there."""
+        self.flush()
+        self._publish()
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Keep what was written; if that is everything, put it in place."""
+        """Keep what was written, and give the lock back."""
         try:
-            self._flush()
-            if kind is None:
-                self._publish()
+            if kind is not None:
+                self.flush()
         finally:
             self._lock.close()
 
@@ -347,6 +269,6 @@ def _old(directory: Path) -> Path:
 
 def tidy(directory: Path) -> None:
     """Remove what is left beside a finished cache when its builder is killed at the very end."""
-    for name in ("done.npy", "lock"):
-        (directory / name).unlink(missing_ok=True)
+    for path in (directory / "done.npy", directory / LOCK, *directory.glob(SHARDS)):
+        path.unlink(missing_ok=True)
     shutil.rmtree(_old(directory), ignore_errors=True)

@@ -10,6 +10,7 @@ from typing import Any
 from kdfast.chain.links import Link
 from kdfast.configs import plain
 from kdfast.configs.chain import ChainConfig, per_link
+from kdfast.configs.fields import defaults_of
 from kdfast.data.labelled import Classification
 from kdfast.resolve import file_name
 from kdfast.trainer.state import identity
@@ -17,11 +18,13 @@ from kdfast.trainer.state import identity
 # What may change between the parts of a run: it moves files, or computes the same.
 FREE = (
     *("name", "output", "note", "report", "cache_dir", "save_every", "log_every", "eval_batch"),
-    *("device", "max_steps", "data.root", "data.workers"),
+    *("device", "max_steps", "data.root", "data.workers", "data.verify"),
     # What a chain says about all of its links; a link's own part of it is compared.
     *("stage", "seeds", "vary", "twin", "chain", "model_args", "init", "batch", "epochs"),
     "vram_gib",
 )
+# What a recipe of an older version may lack.
+DEFAULTS = defaults_of(ChainConfig)
 
 
 @dataclass(frozen=True)

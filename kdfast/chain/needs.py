@@ -41,6 +41,7 @@ def _data(config: ChainConfig) -> Need:
             size=spec.size,
             seed=seed,
             val_fraction=spec.val_fraction,
+            verify=spec.verify,
         )
     except (OSError, ValueError, ImportError) as error:
         fix = "--set data.root=FOLDER, or --set data.kind=digits (docs/use/classification_data.md)"

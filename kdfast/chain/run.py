@@ -194,6 +194,7 @@ def read_data(config: ChainConfig, seed: int) -> Classification:
             val_fraction=data.val_fraction,
             augment=data.augment,
             variants=data.variants,
+            verify=data.verify,
         )
     except (OSError, ValueError, ImportError, CorruptDataError) as error:
         raise ConfigError([f"data: {error}"]) from error

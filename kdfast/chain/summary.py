@@ -10,7 +10,7 @@ from typing import Any
 
 from kdfast.chain.compare import VALUES
 from kdfast.chain.evaluate import held_out_feed
-from kdfast.chain.link_run import LinkRun
+from kdfast.chain.link_run import DEFAULTS, LinkRun
 from kdfast.chain.metrics import Meter
 from kdfast.chain.plots import draw_attention, draw_confusion, draw_curves
 from kdfast.chain.watch import LinkWatch
@@ -21,6 +21,7 @@ from kdfast.machine.memory import peak_mib
 from kdfast.resolve.link_file import weights_of
 from kdfast.trainer.commits import BEST, load_checkpoint
 from kdfast.trainer.logs import LOG
+from kdfast.trainer.runs import refuse_other
 from kdfast.trainer.state import differences
 
 # Its presence says that a link is finished.
@@ -94,11 +95,10 @@ def summary_of(run: LinkRun) -> dict[str, Any] | None:
     summary = read_summary(path)
     if summary is None:
         return None
-    found = differences(summary.pop("recipe"), json.loads(json.dumps(run.recipe)))
-    if found:
-        raise ConfigError(
-            [f"--resume: {run.link.role} in {run.folder} was made with {x}" for x in found]
-        )
+    mine = json.loads(json.dumps(run.recipe))
+    refuse_other(
+        f"{run.link.role} in {run.folder}", differences(summary.pop("recipe"), mine, DEFAULTS)
+    )
     LOG.info("%s (seed %d) is finished: %s", run.link.role, run.seed, run.folder)
     return summary
 

@@ -7,25 +7,27 @@ B batch, C classes, K kept classes, N pictures, V variants.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from kdfast.chain.cache_files import SUMS, Layout, Writer, read_files, tidy
+from kdfast.chain.cache_build import Progress, Teacher, Work, fill
+from kdfast.chain.cache_files import read_files, tidy
 from kdfast.chain.cache_key import as_json, check_key, model_hash, teacher_key
+from kdfast.chain.cache_rows import SUMS, Layout
+from kdfast.chain.cache_shards import eventually, not_shared
 from kdfast.chain.cache_sums import row_sums
-from kdfast.data.labelled import worker_init
+from kdfast.machine.ranks import Ranks
 from kdfast.trainer.logs import LOG
 
 __all__ = ["TeacherCache", "model_hash", "teacher_key"]
 
-Teacher = Callable[[Tensor], Tensor]
 # Rows that ``verify`` reads at once.
 VERIFIED = 4096
 
@@ -80,12 +82,13 @@ class TeacherCache:
         workers: int = 0,
         device: torch.device | str | None = None,
         rebuild: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
+        ranks: Ranks | None = None,
     ) -> TeacherCache:
         """Compute what is missing and open the cache.
 
         A finished cache of the same key and options is opened as it is; one that was interrupted
-        is continued. The global random state stays as it is.
+        is continued, also by another number of processes. The global random state stays as it is.
 
         Args:
             teacher: Logits (B, C) of images (B, 3, S, S). A module runs in evaluation mode.
@@ -101,29 +104,27 @@ class TeacherCache:
             workers: Processes that make the pictures.
             device: Where the teacher gets its images; where its parameters are if None.
             rebuild: Replace a finished cache of another key or options instead of raising.
-            progress: Called with pictures done and their total.
+            progress: Called with pictures done by all processes and their total.
+            ranks: The processes that fill the cache together and all call this, with the same
+                arguments: ``Ranks.here()``. None: this one alone.
 
         Raises:
-            ValueError: The folder has a cache of something else, an option is out of range, or
-                the teacher's logits are not finite or not (B, C).
-            BlockingIOError: Another process is building it.
+            ValueError: The folder has a cache of something else, an option is out of range, the
+                teacher's logits are not finite or not (B, C), or the folder is not one that all
+                processes share.
+            BlockingIOError: Another run is building it.
+            PeerError: Another process failed; that one raised what is in the message.
         """
+        ranks = ranks or Ranks()
         length = len(dataset)  # type: ignore[arg-type]
         options = Layout(dtype, top_k, temperature, length, getattr(dataset, "variants", 1))
         directory = Path(directory)
-        found = _finished(directory, key, options, rebuild)
-        if found is not None:
-            return found
-        with Writer(directory, as_json(key), options) as writer, _Frozen(teacher, device) as call:
-            batches = _Batches(writer.done, batch_size)
-            loader = _loader(dataset, batches, workers)
-            done, total = batches.done, writer.done.size
-            for pairs, images in zip(batches, loader, strict=True):
-                writer.write(pairs, call(images))
-                done += len(pairs)
-                if progress is not None:
-                    progress(done, total)
-        return cls(directory)
+        work = Work(teacher, dataset, ranks, batch_size, workers, device, progress)
+        if not ranks.by_main(lambda: _finished(directory, key, options, rebuild)):
+            fill(work, directory, as_json(key), options)
+        found: list[TeacherCache] = []
+        ranks.shared(lambda: found.append(_seen(directory, key) if ranks.rank else cls(directory)))
+        return found[0]
 
     def logits(
         self, index: Tensor | Sequence[int], variant: Tensor | Sequence[int] | int
@@ -159,16 +160,24 @@ class TeacherCache:
             return torch.zeros(len(rows["values"]))
         return torch.from_numpy(rows["odds"]).sigmoid()
 
-    def verify(self) -> None:
+    def verify(self, ranks: Ranks | None = None) -> None:
         """Compares every row with its checksum: the files are read once.
+
+        Args:
+            ranks: The processes that share the work and all call this; None: this one alone.
 
         Raises:
             ValueError: A row is damaged.
+            PeerError: Another process found one.
         """
-        for variant in range(self.layout.variants):
-            for start in range(0, self.layout.length, VERIFIED):
-                index = np.arange(start, min(start + VERIFIED, self.layout.length))
-                self._read(np.full(len(index), variant), index)
+        ranks = ranks or Ranks()
+        ranks.shared(lambda: self._verify(ranks))
+
+    def _verify(self, ranks: Ranks) -> None:
+        total = self.layout.variants * self.layout.length
+        for start in range(ranks.rank * VERIFIED, total, ranks.world * VERIFIED):
+            rows = np.arange(start, min(start + VERIFIED, total))
+            self._read(*np.divmod(rows, self.layout.length))
 
     def _read(
         self, variant: NDArray[np.int64], index: NDArray[np.int64]
@@ -213,12 +222,10 @@ class TeacherCache:
         return TeacherCache, (self.directory,)
 
 
-def _finished(
-    directory: Path, key: Mapping[str, Any], options: Layout, rebuild: bool
-) -> TeacherCache | None:
-    """The finished cache of this key and these options, or None if it has to be built."""
+def _finished(directory: Path, key: Mapping[str, Any], options: Layout, rebuild: bool) -> bool:
+    """Whether there is a finished cache of this key and these options, or else it is built."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return None
+        return False
     try:
         cache = TeacherCache(directory)
         check_key(directory, cache.key, key)
@@ -227,86 +234,26 @@ def _finished(
         if not rebuild:
             raise
         LOG.info("the teacher cache is built again: %s", error)
-        return None
+        return False
     tidy(directory)
-    return cache
+    return True
 
 
-class _Pairs(Dataset[Any]):
-    """A dataset asked for pairs, whether it has variants or not."""
+def _seen(directory: Path, key: Mapping[str, Any]) -> TeacherCache:
+    """The cache that another process put in place.
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
-        self.paired = hasattr(dataset, "variants")
-
-    def __getitems__(self, pairs: list[tuple[int, int]]) -> Any:
-        places = pairs if self.paired else [index for index, _ in pairs]
-        many = getattr(self.dataset, "__getitems__", None)
-        return [self.dataset[place] for place in places] if many is None else many(places)
-
-
-class _Batches(Sampler[list[tuple[int, int]]]):
-    """Pairs (index, variant) in fixed batches, those left out that are done.
-
-    The batches are the same however often the work was interrupted, as the last bits of a row may
-    depend on the others of its batch.
+    Raises:
+        ValueError: It is not seen here.
     """
+    found: list[TeacherCache] = []
 
-    def __init__(self, done: NDArray[np.bool_], size: int) -> None:
-        if size < 1:
-            raise ValueError(f"batch_size: must be 1 or more, got {size}")
-        self.length = done.shape[1]
-        flat = done.reshape(-1)
-        starts = range(0, len(flat), size)
-        self.ranges = [
-            (s, min(s + size, len(flat))) for s in starts if not flat[s : s + size].all()
-        ]
-        self.done = len(flat) - sum(end - start for start, end in self.ranges)
+    def there() -> bool:
+        try:
+            found.append(TeacherCache.open(directory, key))
+        except (FileNotFoundError, ValueError):  # what was there before, or only parts yet
+            return False
+        return True
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for start, end in self.ranges:
-            yield [(row % self.length, row // self.length) for row in range(start, end)]
-
-    def __len__(self) -> int:
-        return len(self.ranges)
-
-
-def _loader(dataset: Dataset[Any], batches: _Batches, workers: int) -> DataLoader[Any]:
-    return DataLoader(
-        _Pairs(dataset),
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_images,
-        worker_init_fn=worker_init,
-        # Its own generator: the loader would draw from the global one otherwise.
-        generator=torch.Generator(),
-    )
-
-
-def _images(items: Sequence[Mapping[str, Any]]) -> Tensor:
-    return torch.stack([item["image"] for item in items])
-
-
-class _Frozen:
-    """The teacher as a function without gradients; a module's modes are put back at the end."""
-
-    def __init__(self, teacher: Teacher, device: torch.device | str | None) -> None:
-        self.teacher = teacher
-        modules = list(teacher.modules()) if isinstance(teacher, nn.Module) else []
-        self.modes = [(module, module.training) for module in modules]
-        if device is None and isinstance(teacher, nn.Module):
-            device = next((p.device for p in teacher.parameters()), None)
-        self.device = torch.device("cpu" if device is None else device)
-
-    def __enter__(self) -> Callable[[Tensor], Tensor]:
-        for module, _ in self.modes:
-            module.training = False
-        return self._call
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in self.modes:
-            module.training = training
-
-    @torch.no_grad()
-    def _call(self, images: Tensor) -> Tensor:
-        return self.teacher(images.to(self.device, non_blocking=True)).float().cpu()
+    if not eventually(there):
+        raise ValueError(not_shared(directory))
+    return found[-1]

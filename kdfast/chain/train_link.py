@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from kdfast.chain.evaluate import ClassEvaluator, held_out_feed
 from kdfast.chain.kept_logits import kept_logits
-from kdfast.chain.link_run import LinkRun, checkpoints_of
+from kdfast.chain.link_run import DEFAULTS, LinkRun, checkpoints_of
 from kdfast.chain.links import LinkModel, build_link, described_link, facts, load_teacher
 from kdfast.chain.objective import Objective
 from kdfast.chain.optim import timm_lr_setter, timm_optimizer, warmup_of
@@ -201,6 +201,7 @@ def _job(
         ),
         clip=config.optim.clip,
         meta=meta,
+        defaults={"recipe": DEFAULTS},
         step=step,
         watch=watch,
         epochs_file=f"{run.name}_log.csv",

@@ -27,10 +27,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--pretrained", action="store_true", help="download the weights of --model")
     made.add_argument("--after", metavar="PATH", help="the pruned model: a folder or a file")
     made.add_argument("--image", nargs="+", required=True, metavar="FILE")
-    made.add_argument("--output", default="attention", metavar="FOLDER")
-    made.add_argument(
-        "--layers", type=whole_numbers, default=[-1], help="such as 0,5,11; default: last"
-    )
+    made.add_argument("--output", default="attention", metavar="FOLDER", help="to write")
+    made.add_argument("--layers", type=whole_numbers, default=[-1], help="such as 0,5,11 [last]")
     made.add_argument("--heads", type=whole_numbers, default=[], help="draw these alone, large")
     made.add_argument("--patch", type=whole_numbers, help="row,column of the patch that looks")
     made.add_argument("--fusion", choices=FUSIONS, default="mean", help="of heads, in rollout")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kdfast.commandline.models import MODEL_HELP
 from kdfast.commandline.parser import Parser
+from kdfast.machine.spelling import did_you_mean
 
 DESCRIPTION = """Runs one model in every way that people pick for inference on a CPU, and says how
 fast each is, what it takes and how far its answers are from the original's.
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", required=True, metavar="NAME|DIR|FILE", help=MODEL_HELP)
     add("--checkpoint", metavar="FILE", help="weights for the name in --model")
     add("--pretrained", action="store_true", help="download the weights of --model")
-    add("--data", type=Path, metavar="DIR", help="your pictures; rendered scenes if left out")
+    add("--data", type=Path, metavar="DIR", help="your pictures [rendered scenes]")
     add("--pictures", type=int, default=16, help="to agree on [16]")
     add("--prune", type=float, default=0.5, metavar="SHARE", help="of heads removed; 0: none [0.5]")
     add("--pruned", metavar="PATH", help="a pruned model, saved, in place of --prune")
@@ -83,5 +84,6 @@ def names(text: str) -> list[str]:
     if unknown := [name for name in found if name not in CANDIDATES]:
         raise argparse.ArgumentTypeError(
             f"must be of {', '.join(CANDIDATES)}, got {', '.join(map(repr, unknown))}"
+            f"{did_you_mean(unknown[0], CANDIDATES)}"
         )
     return found

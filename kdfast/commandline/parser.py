@@ -38,7 +38,13 @@ _EITHER = {"--output": "--out", "--out": "--output", "--batch": "--batch-size"}
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Descriptions that fit into the terminal; indented lines stay lines."""
+    """Descriptions that fit into the terminal; indented lines stay lines; defaults in brackets."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        if action.nargs == 0 or action.default in (None, argparse.SUPPRESS, []):
+            return text
+        return text if "[" in text else f"{text} [%(default)s]".lstrip()
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         found: list[str] = []

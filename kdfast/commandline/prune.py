@@ -37,35 +37,35 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--keep",
         type=keep,
-        help="0.5, if left out: share; 6: heads per block; 6,6,4: of each block; or a JSON file "
-        "of kept heads, such as report.json",
+        help="0.5: share; 6: heads per block; 6,6,4: of each block; or a JSON file of kept "
+        "heads, such as report.json [0.5]",
     )
-    p.add_argument("--mlp-keep", type=keep, help="the same for hidden units; all if left out")
+    p.add_argument("--mlp-keep", type=keep, help="the same for hidden units [all]")
     p.add_argument("--sweep", type=shares, metavar="A,B,C", help="try these for --keep, compare")
-    about = f"score of a head: {', '.join(METHODS)}; taylor if left out"
+    about = f"score of a head: {', '.join(METHODS)} [taylor]"
     p.add_argument("--method", choices=METHODS, metavar="NAME", help=about)
-    p.add_argument("--scope", choices=("block", "global"), help="block if left out")
+    p.add_argument("--scope", choices=("block", "global"), help="of what the share is kept [block]")
     p.add_argument("--speedup", type=float, help="choose what makes it so many times faster here")
     p.add_argument("--latency-ms", type=float, help="or what makes it take so many milliseconds")
     p.add_argument("--latency-batch", type=int, default=1, help="images of a call, for these two")
-    p.add_argument("--latency-dtype", choices=DTYPES, help="type that runs then; the model's own")
+    p.add_argument("--latency-dtype", choices=DTYPES, help="type that runs then [the model's own]")
     cache = p.add_mutually_exclusive_group()
-    cache.add_argument("--cache", type=Path, help="folder of measured latencies")
+    cache.add_argument("--cache", type=Path, help="folder of measured latencies [in ~/.cache]")
     cache.add_argument("--no-cache", action="store_true", help="measure them again, keep nothing")
-    p.add_argument("--data", type=Path, help="folder of pictures; rendered scenes if left out")
-    p.add_argument("--pictures", type=int, default=64, help="to measure the quality on; 0: none")
+    p.add_argument("--data", type=Path, help="folder of pictures [rendered scenes]")
+    p.add_argument("--pictures", type=int, default=64, help="to judge the quality by; 0: none")
     p.add_argument("--batches", type=int, default=8, help="batches of pictures to look at")
-    p.add_argument("--batch-size", type=int, default=4)
+    p.add_argument("--batch-size", type=int, default=4, help="pictures of such a batch")
     p.add_argument(
         "--compensate",
         action=argparse.BooleanOptionalAction,
-        help="fold what is removed into what stays; on where --data is given",
+        help="fold what is removed into what stays [on where --data is given]",
     )
     p.add_argument("--calibrate", type=int, default=200, help="pictures for --compensate, at most")
     p.add_argument("--sequential", action="store_true", help="a slower and better --compensate")
     p.add_argument("--mean-context", action="store_true", help="fold removed means into biases")
     p.add_argument("--pretrained", action="store_true", help="download the weights of --model")
-    p.add_argument("--seed", type=int, default=0, help="of random weights and noise; 0")
+    p.add_argument("--seed", type=int, default=0, help="of random weights and noise")
     p.add_argument("--rounds", type=int, default=11, help="timing samples of each model")
     p.add_argument("--overwrite", action="store_true", help="replace a model in --out")
     return p

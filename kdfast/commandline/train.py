@@ -94,7 +94,12 @@ def _keys(made: argparse.ArgumentParser, config: str | None, prefix: str) -> str
     texts = {title: key_help(CONFIGS[name](), prefix) for title, name in named.items()}
     found = [f"keys {title}\n\n{text}\n" for title, text in texts.items() if text]
     if not found:
-        made.error(f"--help-keys: no key begins with {prefix!r}")
+        answers: list[str] = []
+        for kind in (type(CONFIGS[name]()) for name in named.values()):
+            near = meant(prefix, kind, keys(kind))
+            answers += [near] if near and is_key(near, keys(kind)) else []
+        close = f"; did you mean {answers[0].partition('=')[0]}?" if answers else ""
+        made.error(f"--help-keys: no key begins with {prefix!r}{close}")
     return "\n".join(found)
 
 

@@ -36,6 +36,8 @@ class ChainDataConfig:
         limit: Use only so many training images, an even part of every class; null: all.
         workers: Loader processes; 0 loads in the training process.
         seed: Seed of split and augmentation; null: the run's, so every seed has its own split.
+        verify: Whether files of CIFAR and MedMNIST must be the official ones; false for a set of
+            your own in their format.
     """
 
     kind: str = "digits"
@@ -48,6 +50,7 @@ class ChainDataConfig:
     limit: Count | None = None
     workers: Natural = 2
     seed: Natural | None = None
+    verify: bool = True
 
 
 @dataclass(frozen=True)

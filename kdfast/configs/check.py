@@ -26,7 +26,7 @@ def _check_recovery(config: Config) -> list[str]:
     elif config.distill.vl:
         found.append(f"distill.vl: needs the heads of data.kind frames, got {data.kind}")
     if teacher.checkpoint is not None and not _is_model(teacher.checkpoint, data.kind):
-        found.append(f"teacher.checkpoint: no such file: {teacher.checkpoint}")
+        found.append(f"teacher.checkpoint: {_no_model(teacher.checkpoint, data.kind)}")
     if teacher.checkpoint is None and (shape := teacher.shape()):
         names = ", ".join(f"teacher.{name}" for name in shape)
         found.append(f"{names}: describe a teacher.checkpoint, got none")
@@ -55,6 +55,14 @@ def _is_model(checkpoint: str, kind: str) -> bool:
     return path.is_file() or (kind != "frames" and (path / "config.json").is_file())
 
 
+def _no_model(checkpoint: str, kind: str) -> str:
+    """What is wrong with a teacher that ``_is_model`` refuses."""
+    if Path(checkpoint).expanduser().is_dir():
+        wanted = "a file with ORION's heads" if kind == "frames" else "a file or a saved model"
+        return f"must be {wanted}, got the folder {checkpoint}"
+    return f"no such file: {checkpoint}"
+
+
 def _check_frames(config: Config) -> list[str]:
     """Problems of a run with ORION's heads."""
     data, fit = config.data, config.teacher.fit
@@ -71,7 +79,7 @@ def _check_frames(config: Config) -> list[str]:
         if absent:
             found.append(
                 f"data.root: {data.root} must hold {', '.join(absent)}; make them with "
-                f"`python -m kdfast.data infos --root {data.root}`"
+                f"`kdfast data infos --root {data.root}`"
             )
     if data.cache:
         found.append("data.cache: not for data.kind frames, got true")

@@ -95,6 +95,21 @@ def plain(config: Any) -> Any:
     return [plain(item) for item in config] if isinstance(config, tuple) else config
 
 
+def defaults_of(cls: type) -> dict[str, Any]:
+    """The defaults of a config dataclass as ``plain`` writes them; without what has none."""
+    found: dict[str, Any] = {}
+    kinds = hints(cls)
+    for field in dataclasses.fields(cls):
+        inner = section(kinds[field.name])
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = plain(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = plain(field.default_factory())
+        elif inner is not None:
+            found[field.name] = defaults_of(inner)
+    return found
+
+
 def hints(cls: type) -> dict[str, Any]:
     """Types of the fields of a config dataclass, bounds included."""
     return get_type_hints(cls, include_extras=True)

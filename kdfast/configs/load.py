@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from kdfast.configs.smoke import smoke
 from kdfast.configs.stand_ins import stand_in
 from kdfast.configs.synonyms import Kind, unknown
 from kdfast.configs.vit_chain import cifar10, vit_chain, vit_chain_digits
-from kdfast.configs.yaml_file import YamlError, max_characters, read_yaml
+from kdfast.configs.yaml_file import YamlError, read_tree, read_yaml
 from kdfast.machine.files import write_text
+from kdfast.machine.spelling import did_you_mean
 
 CONFIGS: dict[str, Callable[[], Config | ChainConfig]] = {
     f.__name__: f
@@ -55,12 +56,11 @@ def load(source: str, changes: Sequence[str] = (), *, files: bool = True) -> Con
         ConfigError: Lists everything that is wrong: unknown keys, bad values, missing files.
     """
     problems: list[str] = []
-    tree = _read(source, problems) if _is_file(source) else {"name": source}
+    tree = read_tree(source) if _is_file(source) else {"name": source}
     name = tree.get("name")
     if not isinstance(name, str) or name not in CONFIGS:
         complaint = f"name: must be one of {', '.join(CONFIGS)}, got {name!r}"
-        close = difflib.get_close_matches(str(name), CONFIGS, n=1)
-        meant = f"; did you mean {close[0]}?" if close else " (a file ends in .yaml)"
+        meant = did_you_mean(str(name), CONFIGS) or " (a file ends in .yaml)"
         raise ConfigError([*problems, f"{complaint}{meant}"])
     kind = type(CONFIGS[name]())
     known = keys(kind)
@@ -101,22 +101,6 @@ def _is_file(source: str) -> bool:
     return Path(source).suffix in (".yaml", ".yml")
 
 
-def _read(source: str, problems: list[str]) -> dict[str, Any]:
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise ConfigError([f"--config: no such file: {source}"])
-    try:
-        with path.open(encoding="utf-8") as file:
-            tree = read_yaml(file.read(max_characters() + 1))
-    except YamlError as error:
-        raise ConfigError([f"--config: {source} {error}"]) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"--config: {source} cannot be read as text: {error}"]) from error
-    if not isinstance(tree, dict):
-        raise ConfigError([f"--config: {source} must hold keys and values"])
-    return tree
-
-
 class _Reader:
     """Reads what the user sets, for one kind of config; what is wrong goes to ``problems``."""
 
@@ -149,6 +133,12 @@ class _Reader:
         except YamlError as error:
             self.problems.append(f"{key}: not a YAML value: {text[:80]}: {error}")
             return {}
+        if _unspaced(value):
+            spaced = re.sub(r":(?=\S)", ": ", text)
+            self.problems.append(
+                f"{key}: YAML wants a space after each colon: --set '{key}={spaced}', got {text}"
+            )
+            return {}
         return self.flat({key: value})
 
     def flat(self, tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -163,6 +153,14 @@ class _Reader:
             else:
                 found[key] = value
         return found
+
+
+def _unspaced(value: Any) -> bool:
+    """Whether a value has a key such as "depth:2", which YAML reads where a space is missing."""
+    if isinstance(value, Mapping):
+        own = any(x is None and ":" in str(key) for key, x in value.items())
+        return own or any(map(_unspaced, value.values()))
+    return isinstance(value, list) and any(map(_unspaced, value))
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from kdfast.configs.fields import ConfigError
 from kdfast.machine.limits import MAX_YAML
 
 MAX_DEPTH = 50
@@ -51,6 +53,27 @@ def read_yaml(text: str) -> Any:
         raise YamlError(f"holds a value that cannot be read: {error}") from error
     finally:
         loader.dispose()
+
+
+def read_tree(source: str) -> dict[str, Any]:
+    """The keys and values of the YAML file that ``--config`` names.
+
+    Raises:
+        ConfigError: There is no such file, or it holds something else.
+    """
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise ConfigError([f"--config: no such file: {source}"])
+    try:
+        with path.open(encoding="utf-8") as file:
+            tree = read_yaml(file.read(max_characters() + 1))
+    except YamlError as error:
+        raise ConfigError([f"--config: {source} {error}"]) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"--config: {source} cannot be read as text: {error}"]) from error
+    if not isinstance(tree, dict):
+        raise ConfigError([f"--config: {source} must hold keys and values"])
+    return tree
 
 
 def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:

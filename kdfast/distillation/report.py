@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from kdfast.distillation.evaluate import MEANING, Quality
+from kdfast.distillation.terms import Terms
 from kdfast.machine.files import replacing, write_text
 from kdfast.machine.timing import inference_calls, interleave, summarize
 from kdfast.models.prepared import PreparedModel
@@ -47,7 +48,7 @@ class Line:
         quality: Its numbers by their names.
         heads: Attention heads of all blocks; None where the model's family is not known.
         params: Parameters.
-        gflop: GFLOP for one picture, matrix products only; None as ``heads``.
+        gmac: Billions of multiply-adds for one picture, matrix products only; None as ``heads``.
         ms: Median milliseconds for one picture.
     """
 
@@ -55,7 +56,7 @@ class Line:
     quality: Quality
     heads: int | None
     params: int
-    gflop: float | None
+    gmac: float | None
     ms: float
 
 
@@ -79,13 +80,13 @@ def measured(
         of = name if name in models else AFTER
         net, (height, width) = models[of].net, models[of].size or tuple(image.shape[-2:])
         params = sum(p.numel() for p in net.parameters())
-        heads = gflop = None
+        heads = gmac = None
         try:
             cost = pruning_report(net, (), image_size=(height, width)).full
-            heads, gflop = cost.heads, cost.flops / 1e9
+            heads, gmac = cost.heads, cost.flops / 2e9
         except TypeError as error:
-            LOG.info("%s: its heads and FLOP are not counted: %s", of, error)
-        lines.append(Line(name, numbers, heads, params, gflop, summarize(samples[of])["ms"]))
+            LOG.info("%s: its heads and multiply-adds are not counted: %s", of, error)
+        lines.append(Line(name, numbers, heads, params, gmac, summarize(samples[of])["ms"]))
     return lines
 
 
@@ -102,21 +103,22 @@ def write_report(folder: Path, lines: Sequence[Line], facts: Mapping[str, Any]) 
 
 
 def write_distil_page(
-    folder: Path, lines: Sequence[Line], left_out: Mapping[str, str], config: Mapping[str, Any]
+    folder: Path, lines: Sequence[Line], terms: Terms, config: Mapping[str, Any]
 ) -> Path:
     """Write ``report.html``: the table and the pictures of a finished distillation on one page.
 
     Args:
         folder: Of the run, with its pictures.
         lines: Of the table.
-        left_out: Terms that could not be formed, and why.
+        terms: What was compared.
         config: Plain values of the options.
     """
     back = [
         _in_words(name, part) for name in MEANING if (part := won_back(lines, name)) is not None
     ]
     grid = Grid(head(lines), [cells(line) for line in lines], "; ".join(meanings(lines)))
-    missing = " ".join(f"Left out: {name}, since {why}." for name, why in left_out.items())
+    words = [f"{terms.kinship[:1].upper()}{terms.kinship[1:]}."]
+    words += [f"Left out: {name}, since {why}." for name, why in terms.left_out.items()]
     captions = {
         "quality.png": "Held-out numbers over the epochs",
         "attention.png": "Where teacher and student look",
@@ -132,7 +134,7 @@ def write_distil_page(
         title="kdfast: distillation",
         lead="; ".join(back).capitalize() or "The student had lost nothing that was measured",
         sections=[
-            Section("Models", missing, grids=[grid]),
+            Section("Models", " ".join(words), grids=[grid]),
             Section("Pictures", pictures=pictures),
         ],
         config=config,
@@ -171,7 +173,7 @@ def table(lines: Sequence[Line]) -> Table:
 
 def head(lines: Sequence[Line]) -> list[str]:
     """Names of the table's columns."""
-    return ["model", *lines[0].quality, "heads", "parameters", "GFLOP", "ms"]
+    return ["model", *lines[0].quality, "heads", "parameters", "GMACs", "ms"]
 
 
 def cells(line: Line) -> list[str]:
@@ -181,7 +183,7 @@ def cells(line: Line) -> list[str]:
         *(f"{value:.4f}" for value in line.quality.values()),
         "" if line.heads is None else str(line.heads),
         f"{line.params:,}",
-        "" if line.gflop is None else f"{line.gflop:.3f}",
+        "" if line.gmac is None else f"{line.gmac:.3f}",
         f"{line.ms:.2f}",
     ]
 

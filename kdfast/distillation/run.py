@@ -13,7 +13,7 @@ from timm.optim._optim_factory import create_optimizer_v2
 from torch import Tensor, nn
 
 from kdfast.configs.distil import DistilConfig
-from kdfast.configs.fields import ConfigError, as_config_error, plain
+from kdfast.configs.fields import ConfigError, as_config_error, defaults_of, plain
 from kdfast.data.labelled import LabelledImages
 from kdfast.distillation.evaluate import DistilWatch, Evaluator, Quality, in_words
 from kdfast.distillation.objective import Objective, unreached
@@ -142,17 +142,14 @@ class Run:
         loop.fit(resume=self.resume)
         accelerator.free_memory()
         if not loop.done:
-            LOG.info("stopped by max_steps; resume goes on")
+            LOG.info("stopped by max_steps; --resume goes on")
             return None
         return self.finish(watch, seen, some, unsavable)
 
     def say(self) -> None:
         """What is compared, and what is not."""
         terms = self.terms
-        if terms.cut:
-            LOG.info("the student was cut from the teacher: blocks and heads meet those they were")
-        else:
-            LOG.info("the student was not cut from the teacher: %s", terms.why_not_cut)
+        LOG.info("%s", terms.kinship)
         for term, weight in terms.weights.items():
             note = next((n for n in terms.notes if n.startswith(f"{term}: ")), "")
             LOG.info("%s, weight %g%s", term, weight, f"{note.removeprefix(term)}")
@@ -251,6 +248,7 @@ class Run:
             set_lr=set_lr,
             clip=config.clip,
             meta=meta,
+            defaults={"config": defaults_of(DistilConfig)},
             watch=watch,
         )
 
@@ -304,8 +302,8 @@ class Run:
             after = self.looks({AFTER: self.student}, images) if seen else {}
             if after:
                 paths["attention"] = draw_looks(folder / "attention.png", {**seen, **after}, title)
-            left_out, options = self.terms.left_out, plain(self.config)
-            paths["page"] = write_distil_page(folder, lines, left_out, options)
+            options = plain(self.config)
+            paths["page"] = write_distil_page(folder, lines, self.terms, options)
             paths |= {"curves": folder / "curves.png", "steps": folder / "steps.csv"}
             paths |= {"tensorboard": folder / "tensorboard", "config": folder / "config.yaml"}
             LOG.info("\n\n%s\n", text)
@@ -319,6 +317,7 @@ class Run:
         terms = self.terms
         return {
             "cut": terms.cut,
+            "kinship": terms.kinship,
             "terms": terms.weights,
             "left_out": terms.left_out,
             "train_pictures": len(self.listed.train),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def distil(
     *,
     resume: bool = False,
     names: tuple[str, str] | None = None,
+    origin: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Distilled | None:
     """Trains a student to do what its teacher does: docs/use/distil.md.
@@ -51,6 +53,7 @@ def distil(
             folder a class.
         resume: Go on with the newest run of ``output``; models as at its beginning.
         names: Of student and teacher, for the log; timm's names or their classes if None.
+        origin: What else ``config.yaml`` shall say of the models and the data.
         **options: Fields of ``kdfast.configs.distil.DistilConfig``.
 
     Returns:
@@ -77,7 +80,8 @@ def distil(
         with as_config_error():
             listed = list_pictures(Path(data), config)
         models = (PreparedModel(student), PreparedModel(teacher))
-        run = started(models, listed, config, accelerator, names, resume=resume)
+        told = {"data": str(data), **(origin or {})}
+        run = started(models, listed, config, accelerator, names, told, resume=resume)
         return run.train()
     except (ConfigError, CorruptDataError):
         discard_folder()
@@ -98,6 +102,7 @@ def started(
     config: DistilConfig,
     accelerator: Accelerator,
     names: tuple[str, str] | None,
+    told: Mapping[str, Any],
     *,
     resume: bool,
 ) -> Run:
@@ -131,7 +136,7 @@ def started(
         name=f"distillation of {named[0]} by {named[1]}",
         note="",
         what=", ".join(words),
-        save=partial(_save_config, config, named),
+        save=partial(_save_config, config, {"student": named[0], "teacher": named[1], **told}),
         resume=resume,
     )
     return Run(
@@ -154,8 +159,8 @@ def _side(models: tuple[PreparedModel, PreparedModel], config: DistilConfig) -> 
     return int(max(size[0] for size in sizes))
 
 
-def _save_config(config: DistilConfig, names: tuple[str, str], path: Path) -> None:
-    """Writes the options of a run, for who reads them."""
-    values = {"student": names[0], "teacher": names[1], **plain(config)}
+def _save_config(config: DistilConfig, told: Mapping[str, Any], path: Path) -> None:
+    """Writes what a run was told, for who reads it and for ``kdfast distill --config``."""
+    values = {**told, **plain(config)}
     head = "# Options of a distillation; docs/use/distil.md explains them.\n"
     write_text(path, head + yaml.safe_dump(values, sort_keys=False))

@@ -65,6 +65,8 @@ class Terms:
         cut: Whether the student was cut from the teacher: then blocks and heads are those that
             they were.
         why_not_cut: What speaks against that; "" where nothing does.
+        untouched: Of the weight matrices that pruning leaves whole, how many are the teacher's,
+            bit for bit, and how many there are.
         weights: Of the terms that are formed.
         maps: Of the term "attention".
         blocks: Of the term "feature".
@@ -76,6 +78,7 @@ class Terms:
 
     cut: bool
     why_not_cut: str
+    untouched: tuple[int, int] = (0, 0)
     weights: dict[str, float] = field(default_factory=dict)
     maps: list[MapPair] = field(default_factory=list)
     blocks: list[BlockPair] = field(default_factory=list)
@@ -83,6 +86,21 @@ class Terms:
     comparable: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def kinship(self) -> str:
+        """Whether the student was cut from the teacher, and what says so, in words."""
+        if not self.cut:
+            return f"the student was not cut from the teacher: {self.why_not_cut}"
+        same, whole = self.untouched
+        if same:
+            reason = f"{same} of {whole} whole weights are still the teacher's"
+        else:
+            reason = "by its structure; no weight is the teacher's any more"
+        return (
+            f"the student was cut from the teacher ({reason}): blocks and heads meet those they "
+            "were"
+        )
 
 
 def find_terms(
@@ -108,7 +126,7 @@ def find_terms(
     except ValueError as error:
         raise ConfigError([f"models: {error}"]) from error
     why = why_not_cut(student.net, teacher.net, (mine, theirs), rows)
-    terms = Terms(not why, why)
+    terms = Terms(not why, why, (0, 0) if why else untouched(student.net, teacher.net))
     if terms.cut and config.relation_heads is not None:
         raise ConfigError(
             ["relation_heads: the student was cut from the teacher: its heads are compared with "
@@ -175,6 +193,20 @@ def why_not_cut(
         if missing := sorted(set(_heads(mine, name)) - set(_heads(theirs, name))):
             return f"the teacher's {name} has no heads {missing}"
     return ""
+
+
+def untouched(student: nn.Module, teacher: nn.Module) -> tuple[int, int]:
+    """How many weights of two or more dimensions are equal in both, of those of one shape.
+
+    Structure alone does not tell a copy from a model that was built alike; equal weights do.
+    """
+    theirs = teacher.state_dict()
+    both = [
+        (tensor, theirs[name])
+        for name, tensor in student.state_dict().items()
+        if tensor.ndim > 1 and name in theirs and theirs[name].shape == tensor.shape
+    ]
+    return sum(a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu()) for a, b in both), len(both)
 
 
 class _Output(NamedTuple):

@@ -15,12 +15,14 @@ from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENE
 from torch import Tensor, nn
 
 from kdfast.models.eva import EVAViT
+from kdfast.models.image_processor import pictures_config
 
 
 def input_config(model: nn.Module) -> dict[str, Any]:
-    """``input_size`` (3, H, W), ``mean``, ``std``, ``crop_pct`` and ``interpolation`` of a model.
+    """``input_size`` (3, H, W), ``mean``, ``std``, ``crop_pct``, ``interpolation`` and more.
 
-    The size is the one that the model was built for, perhaps not that of its pretrained weights.
+    They are arguments of timm's ``create_transform``. The size is the one that the model was built
+    for, perhaps not that of its pretrained weights.
 
     Args:
         model: Of timm, torchvision or Hugging Face, or ``EVAViT``.
@@ -31,6 +33,8 @@ def input_config(model: nn.Module) -> dict[str, Any]:
         if getattr(embed, "img_size", None) is not None:
             config = {**config, "input_size": (3, *embed.img_size), "crop_pct": 1.0}
         return config
+    if hasattr(own := getattr(model, "config", None), "model_type"):
+        return pictures_config(own)
     if isinstance(model, EVAViT):
         side: Any = int(model.config["img_size"]) // model.patch_size * model.patch_size
     else:

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from kdfast.machine.bounded import bounded, check_counts
 from kdfast.machine.weights import weight_problems
+from kdfast.models.image_processor import FILES, KEPT, check_pictures, pictures_of
 from kdfast.pruning.architecture import transformers_class
 from kdfast.pruning.folder import (
     CONFIG,
     Weights,
     check_fit,
     described_by,
+    inside,
     read_config,
+    read_json,
     read_weights,
 )
 
@@ -43,6 +46,7 @@ def check_transformers(folder: Path, config: Mapping[str, Any]) -> dict[str, Any
             f"load_pretrained: {folder} holds an adapter, which belongs to a model elsewhere; "
             f"merge it and save the whole model"
         )
+    check_pictures(config.get(KEPT))
     kept: dict[str, Any] = _without_files(folder / CONFIG, config)
     return kept
 
@@ -143,7 +147,22 @@ def _filled(
         )
     check_fit(folder, [line for line in unfilled(info) if not line.startswith(unneeded)])
     check_fit(folder, weight_problems(weights.tensors, _kinds(weights, model)))
+    _keep_pictures(folder, model)
     return model.eval()
+
+
+def _keep_pictures(folder: Path, model: Any) -> None:
+    """Makes what the folder says of the model's pictures a part of its configuration."""
+    for name in FILES:
+        if (folder / name).is_file():
+            path = inside(folder, name)
+            try:
+                found = pictures_of(read_json(path))
+            except ValueError as error:
+                text = str(error).removeprefix("load_pretrained: ")
+                raise ValueError(f"load_pretrained: {path}: {text}") from error
+            setattr(model.config, KEPT, found)
+            return
 
 
 def _kinds(weights: Weights, model: nn.Module) -> dict[str, Tensor]:

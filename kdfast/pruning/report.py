@@ -150,13 +150,13 @@ class PruningReport:
         h, w = self.image_size
         title = (
             f"{self.family}, {len(self.full.blocks)} blocks, one {h} x {w} image; "
-            "GFLOP = 2e-9 multiply-adds of matrix products"
+            "GMACs are billions of multiply-adds of matrix products"
         )
         if self._padded:
             title += "\nratios are to the full model with pads computed, as ORION runs it"
         limit = self.full.flops_padded / self.flops_without_heads
         floor = (
-            f"without any head: {self.flops_without_heads / 1e9:.2f} GFLOP, {limit:.3f}x: "
+            f"without any head: {self.flops_without_heads / 2e9:.2f} GMACs, {limit:.3f}x: "
             "the ceiling of head pruning"
         )
         return "\n".join((title, "", *self._totals(), "", *self._blocks(), "", floor))
@@ -167,8 +167,8 @@ class PruningReport:
 
     def _totals(self) -> list[str]:
         first = ("kept", "heads", "parameters", "saved", "in attention")
-        pads = ("GFLOP padded", "ratio", "GFLOP pad-skip", "ratio")
-        rows: list[tuple[str, ...]] = [first + (pads if self._padded else ("GFLOP", "ratio"))]
+        pads = ("GMACs padded", "ratio", "GMACs pad-skip", "ratio")
+        rows: list[tuple[str, ...]] = [first + (pads if self._padded else ("GMACs", "ratio"))]
         base = self.full
         for cost in (base, *self.pruned):
             cells: tuple[str, ...] = (
@@ -180,7 +180,7 @@ class PruningReport:
             )
             flops = (cost.flops_padded, cost.flops) if self._padded else (cost.flops,)
             for count in flops:
-                cells += (f"{count / 1e9:.3f}", f"{base.flops_padded / count:.3f}x")
+                cells += (f"{count / 2e9:.3f}", f"{base.flops_padded / count:.3f}x")
             rows.append(cells)
         return _aligned(rows)
 
@@ -191,10 +191,10 @@ class PruningReport:
         for index in range(len(self.full.blocks)):
             groups.setdefault(tuple(cost.blocks[index] for cost in costs), []).append(index)
         labels = [_request(cost) for cost in costs]
-        rows = [("attention", *(f"heads, GFLOP at {label}" for label in labels), "blocks")]
+        rows = [("attention", *(f"heads, GMACs at {label}" for label in labels), "blocks")]
         for same, indices in groups.items():
             kind = f"windows of {same[0].window}" if same[0].window else "global"
-            cells = (f"{block.heads}, {block.flops / 1e9:.2f}" for block in same)
+            cells = (f"{block.heads}, {block.flops / 2e9:.2f}" for block in same)
             rows.append((kind, *cells, ",".join(map(str, indices))))
         return _aligned(rows)
 

@@ -63,7 +63,7 @@ def costs(
     row("heads", before.heads, after.heads, ",")
     row("parameters", before.params, params, ",")
     row("MB on disk", file_bytes[0] / 1e6, file_bytes[1] / 1e6, ",.1f")
-    row("GMAC", before.flops / 2e9, after.flops / 2e9, ".3f")
+    row("GMACs", before.flops / 2e9, after.flops / 2e9, ".3f")
     pruned = latency["pruned, fused"]
     for label, value in latency.items():
         if value is not pruned:

@@ -14,6 +14,7 @@ from kdfast.machine.needs import NO_FIT, Need, disk_need
 from kdfast.memory.ledger import PARAMETERS
 from kdfast.memory.steps import before_need, device_of, memory_need
 from kdfast.models.eva import EVAViT
+from kdfast.models.orion.checkpoint import load_orion_heads
 from kdfast.recovery.planning import recovery_step
 from kdfast.resolve.backbone import load_eva
 
@@ -44,8 +45,11 @@ def _teacher(config: Config) -> tuple[EVAViT, Need]:
     path = config.teacher.checkpoint
     if path is not None:
         model = load_eva(Path(path).expanduser(), "teacher.checkpoint", **config.teacher.shape())
-        heads = max(len(h) for h in model.heads)
-        return model, Need("checkpoint", f"{path}: {len(model.heads)} blocks of {heads} heads")
+        found = f"{path}: {len(model.heads)} blocks of {max(map(len, model.heads))} heads"
+        if config.data.kind == "frames":
+            load_orion_heads(Path(path).expanduser())
+            found += ", with the heads for boxes and lanes"
+        return model, Need("checkpoint", found)
     if config.teacher.fit is None:
         raise ValueError("neither teacher.checkpoint nor teacher.fit is set")
     with torch.device("meta"):
@@ -73,6 +77,6 @@ def _frames(config: Config) -> Need:
     try:
         frames = {split: len(OrionFrames(root, split=split)) for split in ("train", "val")}
     except (OSError, ValueError) as error:
-        return Need("data", str(error), f"python -m kdfast.data check --root {root}")
+        return Need("data", str(error), f"kdfast data check --root {root}")
     counts = " and ".join(f"{count:,} {split}" for split, count in frames.items())
     return Need("data", f"frames in {root}: {counts}, six images each")

@@ -27,7 +27,10 @@ def write_run_page(folder: Path, config: Config) -> Path:
     """
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     metric, lines = report["metric"], [Line(**model) for model in report["models"]]
-    note = "Backbones alone; GFLOP and milliseconds are of one image, on the machine named below."
+    note = (
+        "Backbones alone; GMACs (billions of multiply-adds) and milliseconds are of one image, on "
+        "the machine named below."
+    )
     grid = Grid(head(metric), [cells(line) for line in lines], note)
     sections = [Section("Models", grids=[grid])]
     frames = folder / "frames.json"

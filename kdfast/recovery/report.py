@@ -51,7 +51,7 @@ class Line:
         quality: The held-out metric.
         heads: Attention heads of all blocks.
         params: Parameters of the backbone.
-        gflop: GFLOP of the backbone for one image, matrix products only.
+        gmac: Billions of multiply-adds of the backbone for one image, matrix products only.
         ms: Median milliseconds of the backbone for one image.
         peak_mib: Weights, packed copies of them, and the highest memory of one forward, in MiB.
     """
@@ -60,7 +60,7 @@ class Line:
     quality: float
     heads: int
     params: int
-    gflop: float
+    gmac: float
     ms: float
     peak_mib: float
 
@@ -99,7 +99,7 @@ def measure(
                 quality=quality[name],
                 heads=cost.heads,
                 params=cost.params,
-                gflop=cost.flops / 1e9,
+                gmac=cost.flops / 2e9,
                 ms=summarize(samples[name])["ms"],
                 peak_mib=(weights + peaks[name]) / 2**20,
             )
@@ -130,7 +130,7 @@ def table(lines: Sequence[Line], metric: str) -> Table:
 
 def head(metric: str) -> list[str]:
     """Names of the table's columns."""
-    return ["model", metric, "heads", "parameters", "GFLOP", "ms / image", "peak MiB"]
+    return ["model", metric, "heads", "parameters", "GMACs", "ms / image", "peak MiB"]
 
 
 def cells(line: Line) -> list[str]:
@@ -140,7 +140,7 @@ def cells(line: Line) -> list[str]:
         f"{line.quality:.4f}",
         str(line.heads),
         f"{line.params:,}",
-        f"{line.gflop:.3f}",
+        f"{line.gmac:.3f}",
         f"{line.ms:.2f}",
         f"{line.peak_mib:.1f}",
     ]

@@ -32,7 +32,7 @@ from kdfast.recovery.compensation import (
 from kdfast.recovery.data import Data, build_data, some_views
 from kdfast.recovery.evaluate import EvaluateEpochs, Evaluator
 from kdfast.recovery.fit_teacher import save_head
-from kdfast.recovery.free import FREE
+from kdfast.recovery.free import DEFAULTS, FREE
 from kdfast.recovery.heads import Kept, choose_heads, choose_units, heads_of_file, score_heads
 from kdfast.recovery.objective import Distiller
 from kdfast.recovery.optim import adamw, lr_setter, param_groups
@@ -44,7 +44,7 @@ from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
 from kdfast.trainer.runs import run_folder, show_start
-from kdfast.trainer.state import identity, seed_everything
+from kdfast.trainer.state import differences, identity, seed_everything
 
 # Images in the picture of predictions.
 VIEWS = 4
@@ -156,7 +156,8 @@ class Run:
             meta = load_checkpoint(path)["meta"]
             kept = Kept(meta["heads"], meta.get("units"))
             # The loop will refuse another recipe, whose student must not be kept as this run's.
-            known = (self.folder / COMPENSATED).is_file() or meta["config"] != self.recipe()
+            other = differences(meta["config"], self.recipe(), DEFAULTS)
+            known = (self.folder / COMPENSATED).is_file() or other
             if known or not config.compensate:
                 # The checkpoint replaces its weights.
                 return kept, self.cut(kept)
@@ -310,6 +311,7 @@ class Run:
             set_lr=lr_setter(optimizer, optim, length.total),
             clip=optim.clip,
             meta={"stage": "distil", "config": self.recipe(), **kept.meta()},
+            defaults={"config": DEFAULTS},
             watch=EvaluateEpochs("distil", evaluate, student),
             beside=(self.folder / BASELINE,),
         )

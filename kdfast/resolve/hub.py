@@ -6,11 +6,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from kdfast.models import image_processor
 from kdfast.pruning.folder import CONFIG, INDEX, PICKLED, WEIGHTS
 from kdfast.resolve.error import SourceError
 
 # Pickled weights are asked for only where a model has no others.
-FILES = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors", "preprocessor_config.json"]
+FILES = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors", *image_processor.FILES]
 
 
 def hub_folder(name: str, flag: str) -> Path:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.models.checkpoint import load_orion_backbone
+from kdfast.models.eva import EVAViT
+from kdfast.models.image_processor import guessed
 from kdfast.pruning.folder import CONFIG, PICKLED, WEIGHTS
 from kdfast.pruning.hf_folder import load_transformers
 from kdfast.pruning.saving import load_pretrained
@@ -126,8 +128,14 @@ def _fill(model: nn.Module, found: Fitted, origin: str) -> None:
 
 
 def load_saved(path: str | Path, flag: str = "--checkpoint") -> nn.Module:
-    """The model of a file or folder that says its own architecture; as ``load_model``."""
-    return load_model(str(path), flag=flag)
+    """The model of a file or folder that says its own architecture; as ``load_model``.
+
+    The name of a library's model is one too, with random weights, and a word about them.
+    """
+    model = load_model(str(path), flag=flag)
+    if is_random(str(path)):
+        LOG.warning("note: %s %s: a model's name, so it has random weights", flag, path)
+    return model
 
 
 def is_saved(name: str) -> bool:
@@ -190,13 +198,18 @@ def _read(name: str, flag: str, flags: Flags) -> nn.Module:
 
 def _of_folder(folder: Path, flag: str) -> nn.Module:
     try:
-        found: nn.Module | None = load_transformers(folder)
-        return load_pretrained(folder) if found is None else found
+        found: Any = load_transformers(folder)
+        if found is None:
+            found = load_pretrained(folder)
     except ImportError as error:
         text = f"{flag}: {folder} needs transformers; pip install 'kdfast[hf]'"
         raise SourceError(text) from error
     except (OSError, ValueError) as error:
         raise SourceError(f"{flag}: {str(error).removeprefix('load_pretrained: ')}") from error
+    if not isinstance(found, EVAViT) and (word := guessed(getattr(found, "config", None))):
+        LOG.warning("note: %s: %s", folder, word)
+    model: nn.Module = found
+    return model
 
 
 def _of_file(path: Path, flag: str, flags: Flags) -> nn.Module:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ class Job:
         clip: Largest L2 norm of the gradient; None: no clipping.
         meta: Plain values to keep in the checkpoint: what is needed to build ``module`` again.
             A run is resumed only with the same ones.
+        defaults: What of ``meta`` a checkpoint of an older version may lack, as it had it.
         step: Turns batches into losses and gradients.
         watch: Is told about steps, epochs and checkpoints.
         epochs_file: Name of the CSV with a row per epoch.
@@ -91,6 +92,7 @@ class Job:
     set_lr: Callable[[int], float]
     clip: float | None
     meta: dict[str, Any]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     step: Step = mean_of_batches
     watch: Watch = field(default_factory=Watch)
     epochs_file: str = "epochs.csv"

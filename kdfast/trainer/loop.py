@@ -27,6 +27,7 @@ from kdfast.trainer.display import Display
 from kdfast.trainer.feed import Batch
 from kdfast.trainer.job import Job
 from kdfast.trainer.logs import LOG, STEPS, Records
+from kdfast.trainer.runs import refuse_other
 from kdfast.trainer.state import differences, rng_state, set_rng_state
 from kdfast.trainer.step import Prepared, StepResult
 
@@ -328,9 +329,7 @@ class Loop:
 
     def _take(self, path: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint, which has to be of this training."""
-        differing = differences(state["meta"], self.job.meta)
-        if differing:
-            raise ConfigError([f"--resume: {path} was made with {line}" for line in differing])
+        refuse_other(path, differences(state["meta"], self.job.meta, self.job.defaults))
         for name, mine in (("world", self.world), ("per_epoch", self.per_epoch)):
             if state[name] != mine:
                 what = {"world": "processes", "per_epoch": "steps per epoch"}[name]

@@ -14,8 +14,9 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from kdfast.configs.fields import ConfigError, as_config_error
 
-# The main process may fill a teacher cache while the others wait; NCCL gives up after 10 minutes.
-PATIENCE = timedelta(days=2)
+# The main process may measure, draw and write pages while the others wait, and one process may read
+# a data set much more slowly than another; NCCL gives up after 10 minutes.
+PATIENCE = timedelta(hours=1)
 
 
 def make_accelerator(precision: str, device: str) -> Accelerator:

@@ -7,7 +7,7 @@ import errno
 import fcntl
 import glob
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +19,8 @@ from kdfast.machine.files import clear_partials
 from kdfast.trainer.logs import LOG, open_log
 
 # Files that a run has before it computes anything: one that never began leaves only these.
-BEGUN = {"config.yaml", "train.log"}
+CONFIG, LOG_FILE = "config.yaml", "train.log"
+BEGUN = {CONFIG, LOG_FILE}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _held: TextIO | None = None
 _made: Path | None = None
@@ -62,6 +63,28 @@ def release_folder() -> None:
         _held = _made = None
 
 
+def refuse_other(what: object, found: Sequence[str]) -> None:
+    """Raises ConfigError if a run would not go on as it began; says how it does.
+
+    Args:
+        what: What was made otherwise.
+        found: Result of ``differences``.
+    """
+    if not found:
+        return
+    lines = [f"--resume: {what} was made with {line}" for line in found]
+    if _held is not None:
+        own = Path(_held.name).with_name(CONFIG)
+        lines[-1] += f"\n    to go on as it began: --config {own} --resume"
+    raise ConfigError(lines)
+
+
+def own_output(config: str) -> str | None:
+    """The folder of the run whose saved config this is, wherever it was moved; None: of none."""
+    path = Path(config).expanduser()
+    return str(path.parent) if path.name == CONFIG and path.with_name(LOG_FILE).is_file() else None
+
+
 def discard_folder() -> None:
     """Removes the folder that this process made for a run which was refused before it began."""
     if _made is None or not _made.is_dir():
@@ -83,11 +106,13 @@ def _new(output: Path) -> Path:
 
 def _newest(output: Path, missing: str) -> Path:
     runs = [output, *output.parent.glob(f"{glob.escape(output.name)}-[0-9]*")]
-    named = [path for path in runs if (path / "config.yaml").is_file()]
+    named = [path for path in runs if (path / CONFIG).is_file()]
     used = [path for path in named if _began(path)] or named
     if not used:
-        raise ConfigError([f"{missing}there is no run in {output}"])
-    path = max(used, key=lambda path: (path / "config.yaml").stat().st_mtime)
+        raise ConfigError(
+            [f"{missing}there is no run in {output}; --config RUN/{CONFIG} names a run by itself"]
+        )
+    path = max(used, key=lambda path: (path / CONFIG).stat().st_mtime)
     if not _take(path):
         raise ConfigError([f"output: another process is still writing to {path}"])
     return path
@@ -95,7 +120,7 @@ def _newest(output: Path, missing: str) -> Path:
 
 def _began(path: Path) -> bool:
     """Whether a folder holds a run; a config that was refused at the start leaves none."""
-    if not (path / "config.yaml").is_file():
+    if not (path / CONFIG).is_file():
         return False
     return any(file.name not in BEGUN for file in path.iterdir())
 
@@ -106,7 +131,7 @@ def _take(path: Path) -> bool:
     new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        log = (path / "train.log").open("a", encoding="utf-8")
+        log = (path / LOG_FILE).open("a", encoding="utf-8")
     except OSError as error:
         raise ConfigError([f"output: {path} cannot be written: {error.strerror}"]) from error
     try:
@@ -153,7 +178,7 @@ def show_start(
     for path in clear_partials(folder):
         LOG.info("removed %s, which a killed process had left", path)
     if not resume:
-        save(folder / "config.yaml")
+        save(folder / CONFIG)
     if note:
         width = max(map(len, note.split(": ")))
         LOG.warning("\n%s\n%s\n%s", "=" * width, note.replace(": ", "\n"), "=" * width)

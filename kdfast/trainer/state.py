@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,13 +61,27 @@ def identity(tree: dict[str, Any], free: Iterable[str]) -> dict[str, Any]:
     return kept
 
 
-def differences(saved: Any, mine: Any, key: str = "") -> list[str]:
-    """One line for every value of two trees of plain values that is not the same."""
-    if isinstance(saved, dict) and isinstance(mine, dict):
-        names = [*saved, *(name for name in mine if name not in saved)]
-        return [
-            line
-            for name in names
-            for line in differences(saved.get(name), mine.get(name), f"{key}.{name}".strip("."))
-        ]
-    return [] if saved == mine else [f"{key} {saved!r}, got {mine!r}"]
+def differences(
+    saved: Any, mine: Any, defaults: Mapping[str, Any] | None = None, key: str = ""
+) -> list[str]:
+    """One line for every value of two trees of plain values that is not the same.
+
+    Args:
+        saved: The tree of the beginning.
+        mine: That of now.
+        defaults: Values of ``mine`` that ``saved`` may lack, because an older version wrote it:
+            it had them at their defaults. Dicts as in the trees.
+        key: Dotted name of both.
+    """
+    if not isinstance(saved, dict) or not isinstance(mine, dict):
+        return [] if saved == mine else [f"{key} {saved!r}, got {mine!r}"]
+    known = defaults if isinstance(defaults, Mapping) else {}
+    lines: list[str] = []
+    for name in [*saved, *(name for name in mine if name not in saved)]:
+        dotted, usual = f"{key}.{name}".strip("."), known.get(name)
+        if name in saved or name not in known:
+            lines += differences(saved.get(name), mine.get(name), usual, dotted)
+        else:
+            older = differences(usual, mine[name], None, dotted)
+            lines += [f"{line} (an older version, without this key, made it)" for line in older]
+    return lines

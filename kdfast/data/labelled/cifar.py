@@ -154,7 +154,8 @@ def _read_python(variant: Variant, get: Callable[[str], bytes], verify: bool) ->
         if verify and found != variant.md5[name]:
             raise ValueError(
                 f"{variant.name}: {name} must be the official file with md5 {variant.md5[name]}, "
-                f"got {found}; get it again, or use verify=False for a set of your own"
+                f"got {found}; get it again; for a set of your own: --set data.verify=false "
+                "(verify=False)"
             )
         return load_pickle(data, name)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import random
@@ -27,6 +26,7 @@ from kdfast.data.labelled.embedded import read_digits, read_fashion_mnist, read_
 from kdfast.data.labelled.parquet import read_parquet
 from kdfast.data.labelled.pictures import Store
 from kdfast.data.labelled.raw import Raw, split
+from kdfast.machine.spelling import did_you_mean
 
 Item = dict[str, Any]
 
@@ -241,6 +241,7 @@ def describe_classification(
     size: int,
     seed: int,
     val_fraction: float = 0.1,
+    verify: bool = True,
 ) -> str:
     """One line about a set: its splits and classes; no picture of a folder is decoded.
 
@@ -251,6 +252,7 @@ def describe_classification(
         size: Side of the items.
         seed: Seed of the split.
         val_fraction: Part of train that becomes val.
+        verify: As in ``build_classification``.
 
     Raises:
         FileNotFoundError: Data is missing; the message says how to get it.
@@ -259,7 +261,7 @@ def describe_classification(
     """
     kind = _member(kind, subset)
     _check(kind, size, val_fraction, None, 1, 0)
-    raw = _READERS[kind](root, size, True)
+    raw = _READERS[kind](root, size, verify)
     parts = split(raw, seed=seed, val=val_fraction, test=_test_fraction(raw, None, val_fraction))
     counts = [f"{len(part):,} {name}" for part, name in zip(parts, _SPLITS, strict=True)]
     return f"{raw.name}: {', '.join(counts)}; {len(raw.classes)} classes, {raw.task}"
@@ -293,8 +295,7 @@ def _check(
     memory: float,
 ) -> None:
     if kind not in _READERS:
-        close = difflib.get_close_matches(kind.lower(), KINDS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(kind.lower(), KINDS)
         raise ValueError(f"kind: must be one of {', '.join(KINDS)}, got {kind!r}{hint}")
     if size < 8:
         raise ValueError(f"size: must be 8 or more, got {size}")

@@ -80,7 +80,7 @@ def _verify(path: Path, info: Info) -> None:
     if found not in info.md5:
         raise ValueError(
             f"{path.name}: must be an official file with md5 {' or '.join(info.md5)}, got {found}; "
-            f"get it again, or use verify=False for a set of your own"
+            f"get it again; for a set of your own: --set data.verify=false (verify=False)"
         )
 
 

@@ -237,7 +237,7 @@ def open_infos(folder: str | Path) -> Infos:
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(
             f"{folder}: must hold whole infos, got {error!r}; make them again with "
-            f"`python -m kdfast.data infos`"
+            f"`kdfast data infos`"
         ) from error
     return infos
 

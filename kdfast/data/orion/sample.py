@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ RIG: dict[str, tuple[float, float, tuple[float, float, float]]] = {
     "CAM_BACK_RIGHT": (110.0, 70.0, (-0.32, 0.55, 1.6)),
 }
 LIDAR = (-0.39, 0.0, 1.84)
+OPTIONS = "sample.json"
 SPLIT_FILE = "bench2drive_base_train_val_split.json"
 _WORLD_KEY = {"vehicle": "world2vehicle", "walker": "world2ped", "traffic_sign": "world2sign"}
 
@@ -97,7 +98,13 @@ def write_sample(out: Path, options: SampleOptions) -> Path:
                 bar.update()
     (out / "splits").mkdir()
     (out / "splits" / SPLIT_FILE).write_text(json.dumps({"val": val}, indent=1), encoding="utf-8")
+    (out / OPTIONS).write_text(json.dumps(asdict(options), indent=1), encoding="utf-8")
     return out
+
+
+def is_sample(root: Path) -> bool:
+    """Whether ``write_sample`` made a root, and came to its end."""
+    return (root / OPTIONS).is_file()
 
 
 def intrinsics(view: str, size: tuple[int, int]) -> Floats:

@@ -70,7 +70,7 @@ def open_table(folder: str | Path, kind: str) -> tuple[dict[str, NDArray[Any]], 
         ValueError: It is of another kind, or damaged.
     """
     source = Path(folder).expanduser()
-    again = "make it again with `python -m kdfast.data infos`"
+    again = "make it again with `kdfast data infos`"
     if not (source / MANIFEST).is_file():
         raise FileNotFoundError(f"{source}: must be a folder of {kind}, got none; {again}")
     try:

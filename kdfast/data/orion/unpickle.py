@@ -57,7 +57,7 @@ class _Reader(pickle.Unpickler):
         raise RefusedPickleError(
             f"{self._name}: must hold numpy arrays and plain containers only, got a pickle that "
             f"asks for {module}.{name}; it was not read. Make the file again with "
-            f"`python -m kdfast.data infos`"
+            f"`kdfast data infos`"
         )
 
     def persistent_load(self, pid: Any) -> Any:

@@ -102,7 +102,7 @@ def build_frames(config: Config, accelerator: Accelerator) -> FrameData:
     root = Path(str(data.root)).expanduser()
     if data.sample and not root.exists():
         if accelerator.is_main_process:
-            LOG.info("writing the synthetic set of `python -m kdfast.data sample` to %s", root)
+            LOG.info("writing the synthetic set of `kdfast data sample` to %s", root)
             new_sample(root, SAMPLE)
         accelerator.wait_for_everyone()
     shared = {"rank": accelerator.process_index, "world": accelerator.num_processes}

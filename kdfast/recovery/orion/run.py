@@ -98,6 +98,20 @@ class FrameRun(Run):
         return draw_results(path, models, self.alone())
 
 
+# Columns of the table, by nuScenes' names, and the figures that they show.
+COLUMNS = {
+    "mAP": "mAP",
+    "mATE": "translation",
+    "mASE": "scale",
+    "mAOE": "orientation",
+    "mAVE": "velocity",
+    "map mAP": "map mAP",
+}
+MEANING = """boxes and lanes of {frames} held-out frames (docs/use/orion.md); mATE, mASE, mAOE,
+mAVE: mean errors of place, size, heading and speed of found boxes; cosine and
+squared error: features of the last block, to the teacher's"""
+
+
 def first_images(evaluate: FrameEvaluator) -> Tensor:
     """Images (V, 3, H, W) of the first frame that is measured."""
     return next(iter(evaluate.feed.batches(0, limit=1))).images
@@ -148,8 +162,7 @@ def report_frames(
     """Write ``frames.json``: boxes, lanes and features of every model; returns tables as text."""
     content: dict[str, Any] = {}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = ("mAP", "map mAP", "translation", "scale", "orientation", "velocity")
-    for head in ("model", *columns, "features cosine", "squared error"):
+    for head in ("model", *COLUMNS, "cosine", "sq. error"):
         table.add_column(head, justify="left" if head == "model" else "right")
     frames, images = 0, first_images(evaluate)
     for name, model in models.items():
@@ -168,10 +181,9 @@ def report_frames(
             ],
         }
         _, cosine, error = blocks[-1]
-        words = [f"{figures[column]:.3f}" for column in columns]
+        words = [f"{figures[column]:.3f}" for column in COLUMNS.values()]
         table.add_row(name, *words, f"{cosine:.4f}", f"{error:.4f}")
     path = folder / "frames.json"
     held = {"frames": frames, "models": content}
     path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
-    note = f"boxes and lanes of {frames} held-out frames (docs/use/orion.md); features: last block"
-    return f"{plain_text(table)}\n\n{note}"
+    return f"{plain_text(table)}\n\n{MEANING.format(frames=frames)}"
