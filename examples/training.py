@@ -114,7 +114,7 @@ def train(
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
-    length = Length(recipe.epochs, len(feed), save_every=100, log_every=50)
+    length = Length(recipe.epochs, feed.steps, save_every=100, log_every=50)
 
     def set_lr(step: int) -> float:
         lr = recipe.lr * factor(step, length.total, recipe.warmup)

@@ -25,14 +25,16 @@ from kdfast.configs.recovery import RunConfig
 from kdfast.data.sampler import EpochSampler
 from kdfast.nn.frozen import Frozen
 from kdfast.trainer import loop as loop_file
+from kdfast.trainer import window as window_file
 from kdfast.trainer.commits import load_checkpoint
 from kdfast.trainer.feed import Batch, Feed
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import read_rows
 from kdfast.trainer.loop import Loop
 from kdfast.trainer.processes import make_accelerator
+from kdfast.trainer.progress import deal_steps
 from kdfast.trainer.state import differences, identity
-from kdfast.trainer.step import Prepared, StepResult, mean_of_batches
+from kdfast.trainer.step import MeanOfBatches, Prepared, StepResult
 from kdfast.trainer.watch import Row, Watch
 
 
@@ -69,6 +71,9 @@ class Count:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seen = state["seen"]
+
+    def merged(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"seen": sum(state["seen"] for state in states)}
 
 
 def numbers(
@@ -141,6 +146,7 @@ class Diary(Watch):
 
 def job_of(folder: Path, watch: Watch, feed: Feed[Any] | None = None, **length: Any) -> Job:
     feed = numbers()[0] if feed is None else feed
+    deal_steps(feed, make_accelerator("fp32", "cpu"), accumulate=2, goes_on=folder)
     module = Line()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
 
@@ -156,7 +162,7 @@ def job_of(folder: Path, watch: Watch, feed: Feed[Any] | None = None, **length: 
         logs=folder / "logs",
         module=module,
         feed=feed,
-        length=Length(**{"epochs": 3, "batches": len(feed), "accumulate": 2, **length}),
+        length=Length(**{"epochs": 3, "per_epoch": feed.steps, **length}),
         optimizer=optimizer,
         set_lr=set_lr,
         clip=None,
@@ -166,11 +172,11 @@ def job_of(folder: Path, watch: Watch, feed: Feed[Any] | None = None, **length: 
 
 
 def test_length() -> None:
-    length = Length(epochs=3, batches=7, accumulate=2, max_steps=5)
+    length = Length(epochs=3, per_epoch=3, max_steps=5)
     assert (length.per_epoch, length.total, length.stop) == (3, 9, 5)
-    assert Length(epochs=1, batches=4, max_steps=9).stop == 4
-    with pytest.raises(ValueError, match="an epoch has 2 batches per process, which must be at"):
-        Length(epochs=1, batches=2, accumulate=3)
+    assert Length(epochs=1, per_epoch=4, max_steps=9).stop == 4
+    with pytest.raises(ValueError, match="an epoch has 12 images, which must be at least one"):
+        numbers()[0].share_out(13)
 
 
 def test_order_of_events(tmp_path: Path) -> None:
@@ -214,7 +220,7 @@ def test_time_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return to_batch(*item)
 
     feed._to_batch = slow
-    monkeypatch.setattr(loop_file.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(window_file.time, "monotonic", lambda: now[0])
     job = job_of(tmp_path, Slow(), feed, epochs=2, save_every=1, log_every=2)
     Loop(job, make_accelerator("fp32", "cpu")).fit()
     rows = read_rows(tmp_path / "logs/steps.csv")
@@ -258,7 +264,8 @@ def prepared(module: nn.Module, accumulate: int = 1, **signals: Any) -> Prepared
     accelerator = make_accelerator("fp32", "cpu")
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
     leaves = signals.get("leaves", lambda: False)
-    return Prepared(accelerator, module, optimizer, accumulate, leaves)
+    weights = (1 / accumulate,) * accumulate
+    return Prepared("line", accelerator, module, optimizer, 4, weights, leaves)
 
 
 def batches(*values: float, weight: float = 1.0) -> Iterator[Batch]:
@@ -270,17 +277,17 @@ def batches(*values: float, weight: float = 1.0) -> Iterator[Batch]:
 def test_mean_of_batches() -> None:
     module = Line()
     given = batches(1.0, 2.0, 6.0, 9.0)
-    result = mean_of_batches(prepared(module, accumulate=3), given, 5)
+    result = MeanOfBatches()(prepared(module, accumulate=3), given, 5)
     assert result.losses["total"] == pytest.approx((1 + 4 + 36) / 3)
     assert result.losses["epoch_weight"] == 5 and result.outputs is None
     assert module.weight.grad == pytest.approx(-2 * (1 + 2 + 6) / 3)
     assert [batch.index for batch in result.batches] == [[0], [1], [2]]
     assert next(given).index == [3], "it takes no more than it needs"
     module.weight.grad = None
-    mean_of_batches(prepared(module), batches(3.0, weight=0.0), 0)
+    MeanOfBatches()(prepared(module), batches(3.0, weight=0.0), 0)
     assert module.weight.grad == 0, "a batch without a readable picture trains nothing"
     stopped = prepared(module, accumulate=3, leaves=lambda: True)
-    assert len(mean_of_batches(stopped, batches(1.0, 2.0, 6.0), 0).batches) == 1
+    assert len(MeanOfBatches()(stopped, batches(1.0, 2.0, 6.0), 0).losses) == 2
 
 
 class Drawing(nn.Module):
@@ -309,7 +316,7 @@ def test_out_of_memory_restores_every_generator() -> None:
     results, gradients = [], []
     for most in (4, 2):
         torch.manual_seed(5), np.random.seed(5), random.seed(5)
-        module, step = Drawing(most), LinkStep("line")
+        module, step = Drawing(most), LinkStep()
         results.append(step(prepared(module), iter([batch]), 0))
         gradients.append(module.weight.grad)
         assert step.parts == 4 // most
@@ -331,7 +338,7 @@ def test_generators_of_a_gpu_come_back_after_out_of_memory(
     monkeypatch.setattr(torch.cuda, "set_rng_state", back.append)
     images = torch.zeros(2, 1, 1, 1)
     batch = Batch(images, torch.zeros(2), [0, 1], ["a", "b"])
-    LinkStep("line")(prepared(Drawing(1)), iter([batch]), 0)
+    LinkStep()(prepared(Drawing(1)), iter([batch]), 0)
     assert [state.tolist() for state in back] == [[7]]
 
 
@@ -344,7 +351,7 @@ def test_kept_logits_are_cut_like_the_images() -> None:
             return super().forward(images, target, epoch, teacher)
 
     batch = Batch(torch.zeros(4, 1, 1, 1), torch.zeros(4), [0, 1, 2, 3], list("abcd"), variant=3)
-    step = LinkStep("line", kept_logits=lambda x: torch.arange(4.0)[:, None] + x.variant)
+    step = LinkStep(kept_logits=lambda x: torch.arange(4.0)[:, None] + x.variant)
     step(prepared(Taught(2)), iter([batch]), 0)
     assert seen == [[3, 4, 5, 6], [3, 4], [5, 6]]
 
@@ -359,7 +366,7 @@ def test_mixup_is_for_single_labels() -> None:
 def test_feed() -> None:
     feed, counter = numbers(count=13, batch_size=3)
     whole = [batch.index for batch in feed.batches(2)]
-    assert len(whole) == len(feed) == 4 and feed.dataset.epoch == 2 and counter.seen == 12
+    assert len(whole) == feed.steps == 4 and feed.dataset.epoch == 2 and counter.seen == 12
     assert [batch.index for batch in feed.batches(2, done=3)] == whole[3:]
     assert [batch.path[0] for batch in feed.batches(2, done=3)] == ["2/3"]
     assert [len(list(feed.batches(0, limit=n))) for n in (1, 3, 4, 99)] == [1, 1, 2, 4]

@@ -53,7 +53,7 @@ def test_batches_are_whole_shuffled_and_replayable() -> None:
 
     made = pictures.Pictures(images, torch.arange(5), augment)
     feed = pictures.training_feed(made, 2, 0, (0.0, 0.0, 0.0), (1 / 255,) * 3)
-    assert len(feed) == 2
+    assert feed.steps == 2
     first, again, other = ([*feed.batches(epoch)] for epoch in (0, 0, 1))
     assert [b.index for b in first] == [b.index for b in again] != [b.index for b in other]
     for batch in first:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step of a link: Mixup, kept teacher outputs, and smaller pieces after out-of-memory."""
+"""A step of a link: Mixup, and kept teacher outputs."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -12,20 +11,18 @@ from timm.data.mixup import Mixup
 from torch import Tensor
 
 from kdfast.configs.chain import ChainOptimConfig
-from kdfast.machine.memory import is_out_of_memory, release
+from kdfast.data.shares import Shares
 from kdfast.trainer.feed import Batch
-from kdfast.trainer.logs import LOG
-from kdfast.trainer.state import rng_state, set_rng_state
-from kdfast.trainer.step import Prepared, StepResult, add, synchronised
+from kdfast.trainer.step import Inputs, Piecewise, Prepared, StepResult
 
 
 class Seen(NamedTuple):
     """What a step tells the watch about the student.
 
     Attributes:
-        logits: (B, C) of the batch, as it was trained on.
-        target: Targets of the batch before Mixup.
-        loss: The loss that was minimised.
+        logits: (B, C) of the step's images in this process, as they were trained on.
+        target: Their targets before Mixup.
+        loss: Their loss that was minimised.
     """
 
     logits: Tensor
@@ -33,92 +30,46 @@ class Seen(NamedTuple):
     loss: Tensor
 
 
-class LinkStep:
-    """Takes one batch, in several pieces since memory ran out.
-
-    Attributes:
-        parts: Pieces that a batch is split into; 1 at first.
-    """
+class LinkStep(Piecewise):
+    """Takes the batches of a step to ``module(images, target, epoch, teacher's logits)``."""
 
     def __init__(
         self,
-        title: str,
         mixup: Mixup | None = None,
         kept_logits: Callable[[Batch], Tensor] | None = None,
     ) -> None:
         """Set up.
 
         Args:
-            title: Title of the training, for messages.
             mixup: Changes images and targets; None: they stay.
             kept_logits: Gives a teacher's kept logits of a batch; None: the teacher runs.
         """
-        self.title, self.mixup, self.kept_logits = title, mixup, kept_logits
-        self.parts = 1
+        super().__init__()
+        self.mixup, self.kept_logits = mixup, kept_logits
+
+    def check(self, shares: Shares) -> None:
+        """Raise ValueError where Mixup cannot mix a batch of a step with itself."""
+        sizes = {size for rank in range(shares.world) for size in shares.sizes(rank)}
+        if self.mixup is not None and any(size % 2 for size in sizes):
+            raise ValueError(
+                f"optim.mixup: batches must have an even number of images, got {sorted(sizes)} for "
+                f"{shares.world} process(es)"
+            )
 
     def __call__(self, prepared: Prepared, batches: Iterator[Batch], epoch: int) -> StepResult:
         """See ``kdfast.trainer.step.Step``; ``outputs`` is what was ``Seen``."""
-        batch = next(batches)
-        assert batch.labels is not None
+        used = [next(batches) for _ in prepared.weights]
+        losses, logits = self.gradient(prepared, [self._inputs(batch) for batch in used], epoch)
+        target = torch.cat([batch.labels for batch in used])
+        loss = losses["total"] / sum(prepared.weights)
+        return StepResult(losses, used, Seen(torch.cat(logits), target, loss))
+
+    def _inputs(self, batch: Batch) -> Inputs:
         images, target = batch.images, batch.labels
         if self.mixup is not None:
             images, target = self.mixup(images, target)
-        teacher = None if self.kept_logits is None else self.kept_logits(batch)
-        while True:
-            generators = rng_state()
-            try:
-                losses, logits = self._in_parts(prepared, images, target, epoch, teacher)
-                break
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or prepared.accelerator.num_processes > 1:
-                    raise
-                self._halve(len(images), error)
-            # Outside of the handler, whose traceback keeps the tensors of the step alive.
-            prepared.optimizer.zero_grad(set_to_none=True)
-            release(prepared.accelerator.device)
-            set_rng_state(generators)
-        return StepResult(losses, [batch], Seen(logits, batch.labels, losses["total"]))
-
-    def _in_parts(
-        self,
-        prepared: Prepared,
-        images: Tensor,
-        target: Tensor,
-        epoch: int,
-        teacher: Tensor | None,
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Gradient of the mean loss of a batch, taken in ``parts`` pieces."""
-        size = math.ceil(len(images) / self.parts)
-        means: dict[str, Tensor] = {}
-        logits: list[Tensor] = []
-        for start in range(0, len(images), size):
-            piece = slice(start, start + size)
-            with synchronised(prepared, start + size >= len(images)):
-                losses, mine = prepared.module(
-                    images[piece],
-                    target[piece],
-                    epoch,
-                    None if teacher is None else teacher[piece],
-                )
-                share = len(mine) / len(images)
-                prepared.accelerator.backward(losses["total"] * share)
-            logits.append(mine)
-            add(means, {name: value.detach().float() * share for name, value in losses.items()})
-        return means, torch.cat(logits)
-
-    def _halve(self, size: int, error: RuntimeError) -> None:
-        pieces = self.parts * 2
-        if pieces > size:
-            raise RuntimeError(
-                f"{self.title}: out of memory with single images; a smaller model or size, "
-                "checkpointing=true or precision=bf16 needs less"
-            ) from error
-        self.parts = pieces
-        LOG.warning(
-            "%s: out of memory: the batch of %d goes on in %d pieces of %d or less, their gradients"
-            " are accumulated; the effective batch stays %d",
-            *(self.title, size, pieces, math.ceil(size / pieces), size),
-        )
+        kept = None if self.kept_logits is None else self.kept_logits(batch)
+        return Inputs(images, target, (kept,))
 
 
 def mixup_of(config: ChainOptimConfig, task: str, classes: int) -> Mixup | None:

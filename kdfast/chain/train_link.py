@@ -31,6 +31,7 @@ from kdfast.trainer.commits import BEST, settle
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import FILE_ONLY, LOG
 from kdfast.trainer.loop import Loop
+from kdfast.trainer.progress import deal_steps
 from kdfast.trainer.state import seed_everything
 
 
@@ -82,12 +83,13 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
             weights=weights,
         ).to(device)
         classes = len(run.data.class_names)
-        step = LinkStep(link.role, mixup_of(config.optim, run.data.task, classes), kept)
+        step = LinkStep(mixup_of(config.optim, run.data.task, classes), kept)
         evaluate = ClassEvaluator(accelerator, run.data.task, classes)
         val = held_out_feed(run, run.data.val, device)
         watch = LinkWatch(run, student, step, val, evaluate, batch)
         meta = {**facts(link, run.data, description), "recipe": run.recipe}
-        loop = Loop(_job(run, objective, batch, step, watch, meta), accelerator)
+        job = _job(run, objective, batch, step, watch, meta, resume=resume)
+        loop = Loop(job, accelerator)
     LOG.info(
         "%s, seed %d: %s, %s", link.role, run.seed, link.model, f"{student.count:,} parameters"
     )
@@ -96,7 +98,8 @@ def train_link(run: LinkRun, accelerator: Accelerator, *, resume: bool) -> dict[
             "%s: warm-up cut to %d of %d epochs (optim.warmup_epochs is %d)",
             *(link.role, warmup, link.epochs, config.optim.warmup_epochs),
         )
-    LOG.info("  %d epochs of %d images, batch %d", link.epochs, loop.per_epoch * batch, batch)
+    together = job.feed.shares.together
+    LOG.info("  %d epochs of %d images, batch %d", link.epochs, loop.per_epoch * together, together)
     LOG.info("  in %s", run.folder)
     if words := described(config.distill, weights, run.data.class_names):
         LOG.info("%s: loss of the task: %s", link.role, words)
@@ -161,11 +164,14 @@ def _job(
     step: LinkStep,
     watch: LinkWatch,
     meta: dict[str, Any],
+    *,
+    resume: bool,
 ) -> Job:
     """The link as the loop takes it.
 
     Raises:
-        ValueError: The images do not fill a batch, or timm has no optimiser of that name.
+        ValueError: The images do not fill a batch, the processes cannot share them, or timm has no
+            optimiser of that name.
     """
     config, link, data, accelerator = run.config, run.link, run.data, watch.accelerator
     feed = class_feed(
@@ -178,9 +184,11 @@ def _job(
         world=accelerator.num_processes,
         chosen=even_part(data.train.targets, config.data.limit, _data_seed(data)),
     )
+    deal_steps(feed, accelerator, goes_on=run.checkpoints if resume else None)
+    step.check(feed.shares)
     length = Length(
         epochs=link.epochs,
-        batches=len(feed),
+        per_epoch=feed.steps,
         max_steps=config.max_steps,
         save_every=config.save_every,
         log_every=config.log_every,

@@ -17,7 +17,10 @@ class EpochSampler(Sampler[int]):
 
     All ranks permute the same groups and take them in turn, so the first ``p`` samples of an
     epoch are the same set for every number of ranks as long as ``p`` is a multiple of
-    ``group * world``.
+    ``group * world``; after ``deal`` as long as it is a multiple of a step.
+
+    Attributes:
+        together: Samples of a step of all ranks; None: there are no steps.
     """
 
     def __init__(
@@ -64,18 +67,48 @@ class EpochSampler(Sampler[int]):
             )
         self.length, self.seed, self.shuffle, self.even = length, seed, shuffle, even
         self.rank, self.world, self.group = rank, world, group
+        self.together: int | None = None
         self.set_epoch(epoch, start)
+
+    def deal(self, together: int) -> None:
+        """Deal out one step after another from now on, and only whole ones.
+
+        A step has the same samples for every number of ranks, of which the first ones get one
+        more where they must. Where all get as many, a rank's samples are those it had before.
+
+        Args:
+            together: Samples of a step of all ranks.
+
+        Raises:
+            ValueError: Ranks would be without, an epoch has no step, or groups stay together.
+        """
+        if not self.even or self.group != 1 or not self.world <= together <= self.length:
+            raise ValueError(
+                f"EpochSampler: steps must have {self.world} to {self.length} samples, of even "
+                f"ranks without groups, got {together}"
+            )
+        self.together = together
+        self.set_epoch(self.epoch)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Go to sample ``start`` (counted over all ranks) of an epoch."""
         if epoch < 0:
             raise ValueError(f"EpochSampler: epoch must be >= 0, got {epoch}")
-        if not 0 <= start <= self.length or start % self.world:
+        unit = self.together or self.world
+        if not 0 <= start <= self.length or start % unit:
+            what = "a step" if self.together else "world"
             raise ValueError(
-                f"EpochSampler: start must be a multiple of world {self.world} in "
+                f"EpochSampler: start must be a multiple of {what} {unit} in "
                 f"[0, {self.length}], got {start}"
             )
         self.epoch, self.start = epoch, start
+
+    @property
+    def done(self) -> int:
+        """Samples of this rank before ``start``."""
+        if self.together is None:
+            return self.start // self.world
+        return self.start // self.together * len(range(self.rank, self.together, self.world))
 
     def order(self) -> NDArray[np.int64]:
         """Indices of this rank in the whole epoch, ``start`` not yet applied."""
@@ -84,6 +117,9 @@ class EpochSampler(Sampler[int]):
             order = generator(ORDER, self.seed, self.epoch).permutation(groups)
         else:
             order = np.arange(groups)
+        if self.together is not None:
+            steps = order[: groups // self.together * self.together].reshape(-1, self.together)
+            return steps[:, self.rank :: self.world].reshape(-1).astype(np.int64)
         if self.even:
             order = order[: groups // self.world * self.world]
         mine = order[self.rank :: self.world].astype(np.int64)
@@ -91,11 +127,14 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Indices from ``start`` to the end of the epoch."""
-        return iter(self.order()[self.start // self.world :].tolist())
+        return iter(self.order()[self.done :].tolist())
 
     def __len__(self) -> int:
         """Indices that are left for this rank."""
         groups = self.length // self.group
+        if self.together is not None:
+            share = len(range(self.rank, self.together, self.world))
+            return max(0, groups // self.together * share - self.done)
         if self.even:
             mine = groups // self.world
         else:

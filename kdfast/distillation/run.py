@@ -44,6 +44,7 @@ from kdfast.trainer.commits import newest, settle
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
+from kdfast.trainer.progress import deal_steps
 from kdfast.trainer.schedule import cosine_with_warmup
 from kdfast.trainer.state import identity, seed_everything
 
@@ -214,9 +215,10 @@ class Run:
             rank=accelerator.process_index,
             world=accelerator.num_processes,
         )
+        deal_steps(feed, accelerator, goes_on=self.folder if self.resume else None)
         length = Length(
             epochs=config.epochs,
-            batches=len(feed),
+            per_epoch=feed.steps,
             max_steps=config.max_steps,
             save_every=config.save_every,
             log_every=config.log_every,
@@ -235,7 +237,7 @@ class Run:
 
         LOG.info(
             "AdamW, lr %g, %d steps of %d pictures, warm-up of %d",
-            *(config.lr, length.total, config.batch_size * accelerator.num_processes, warmup),
+            *(config.lr, length.total, feed.shares.together, warmup),
         )
         return Job(
             title="distil",

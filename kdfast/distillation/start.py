@@ -119,7 +119,8 @@ def started(
         with as_config_error():
             numbers = class_numbers(student.net, listed.classes, terms.classes or 0)
     least = config.batch_size * accelerator.num_processes
-    if len(listed.train) < least:
+    # A run that goes on keeps the pictures of a step, whatever the number of processes.
+    if not resume and len(listed.train) < least:
         raise ConfigError(
             [f"batch_size: must be at most the {len(listed.train)} training pictures over "
              f"{accelerator.num_processes} process(es), got {config.batch_size}"]

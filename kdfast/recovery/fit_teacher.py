@@ -29,6 +29,7 @@ from kdfast.trainer.feed import Feed
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
+from kdfast.trainer.progress import deal_steps
 from kdfast.trainer.state import identity, seed_everything
 
 # Part of the key of a kept teacher: to be raised when the same config trains another one.
@@ -128,6 +129,7 @@ class TeacherFit(Generic[H]):
         LOG.info("training a teacher of %s parameters", f"{count:,}")
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
+        deal_steps(parts.feed, self.accelerator, goes_on=self.folder if resume else None)
         Loop(self._job(parts, backbone), self.accelerator).fit(resume=resume)
         self.accelerator.free_memory()
         if self.accelerator.is_main_process:
@@ -143,7 +145,7 @@ class TeacherFit(Generic[H]):
         config, spec = self.config, self.spec
         length = Length(
             epochs=spec.epochs,
-            batches=len(parts.feed),
+            per_epoch=parts.feed.steps,
             save_every=config.run.save_every,
             log_every=config.run.log_every,
         )

@@ -43,6 +43,7 @@ from kdfast.trainer.commits import changed, load_checkpoint, newest, settle
 from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
+from kdfast.trainer.progress import deal_steps
 from kdfast.trainer.runs import run_folder, show_start
 from kdfast.trainer.state import differences, identity, seed_everything
 
@@ -288,13 +289,15 @@ class Run:
         """The distillation as the loop takes it.
 
         Raises:
-            ValueError: A step needs more batches than an epoch has.
+            ValueError: A step needs more images than an epoch has, or the processes cannot share
+                them.
         """
         run, optim, student = self.config.run, self.config.optim, distiller.student
+        earlier = self.folder if self.resume else None
+        deal_steps(self.data.train, self.accelerator, accumulate=run.accumulate, goes_on=earlier)
         length = Length(
             epochs=run.epochs,
-            batches=len(self.data.train),
-            accumulate=run.accumulate,
+            per_epoch=self.data.train.steps,
             max_steps=run.max_steps,
             save_every=run.save_every,
             log_every=run.log_every,

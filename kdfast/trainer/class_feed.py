@@ -24,7 +24,7 @@ class _Chosen(EpochSampler):
         super().__init__(len(chosen), **options)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.chosen[self.order()[self.start // self.world :]].tolist())
+        return iter(self.chosen[self.order()[self.done :]].tolist())
 
 
 def class_feed(

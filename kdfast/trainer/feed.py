@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kdfast.data.sampler import EpochSampler
+from kdfast.data.shares import Batches, Shares
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,13 @@ class Counter(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to values of ``state_dict``."""
 
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """One state of those of several processes.
+
+        Raises:
+            ValueError: What is counted belongs to its process.
+        """
+
 
 D = TypeVar("D", bound=EpochDataset)
 
@@ -67,6 +75,8 @@ class Feed(Generic[D]):
 
     Attributes:
         dataset: Where the items come from.
+        shares: How the items of a step become batches; a step is one batch of each process until
+            ``share_out`` says otherwise.
     """
 
     def __init__(
@@ -111,13 +121,10 @@ class Feed(Generic[D]):
                 f"at least one batch, got batches of {batch_size}"
             )
         self.dataset, self.sampler, self.batch_size = dataset, sampler, batch_size
-        self._to_batch, self._counter = to_batch, counter
-        self._make: Callable[[], DataLoader[Any]] = partial(
+        self._to_batch, self._counter, self._train = to_batch, counter, train
+        self._make: Callable[..., DataLoader[Any]] = partial(
             DataLoader,
             dataset,  # type: ignore[arg-type]
-            batch_size=batch_size,
-            sampler=sampler,
-            drop_last=train,
             num_workers=workers,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
@@ -126,25 +133,48 @@ class Feed(Generic[D]):
             collate_fn=collate,
             worker_init_fn=worker_init,
         )
-        self._loader: DataLoader[Any] = self._make()
+        self.share_out(batch_size * sampler.world)
 
-    def __len__(self) -> int:
-        """Whole batches of this process in an epoch."""
-        return len(self.sampler.order()) // self.batch_size
+    def share_out(self, together: int) -> None:
+        """Say how many items a step of the optimiser has in all processes together.
+
+        Raises:
+            ValueError: They cannot be dealt out to the processes, or an epoch has fewer.
+        """
+        sampler = self.sampler
+        if self._train and sampler.length < together:
+            raise ValueError(
+                f"run.accumulate: an epoch has {sampler.length} images, which must be at least one "
+                f"step, got steps of {together}"
+            )
+        self.shares = Shares(together, self.batch_size, sampler.world)
+        if self._train:
+            sampler.deal(together)
+        self._open()
+
+    def _open(self) -> None:
+        sizes = self.shares.sizes(self.sampler.rank) if self._train else (self.batch_size,)
+        batches = Batches(self.sampler, sizes, whole=self._train)
+        self._loader: DataLoader[Any] = self._make(batch_sampler=batches)
+
+    @property
+    def steps(self) -> int:
+        """Whole steps of an epoch, whatever the number of processes."""
+        return self.sampler.length // self.shares.together
 
     def batches(self, epoch: int, done: int = 0, limit: int | None = None) -> Iterator[Batch]:
         """Batches of an epoch.
 
         Args:
             epoch: Says the order and the augmentation.
-            done: Batches of this process to leave out at the start.
+            done: Steps to leave out at the start.
             limit: Stop after about so many items of all processes.
         """
-        together = self.batch_size * self.sampler.world
+        together, forwards = self.shares.together, self.shares.forwards
         self.sampler.set_epoch(epoch, done * together)
         self.dataset.set_epoch(epoch)
-        count = None if limit is None else math.ceil(limit / together)
-        for number, item in enumerate(islice(self._loader, count), done):
+        count = None if limit is None else math.ceil(limit * forwards / together)
+        for number, item in enumerate(islice(self._loader, count), done * forwards):
             yield self._to_batch(item, epoch, number)
 
     def close(self) -> None:
@@ -153,7 +183,7 @@ class Feed(Generic[D]):
         Left to the collector of cycles, which ends their queues first, each would be waited for
         for five seconds.
         """
-        self._loader = self._make()
+        self._open()
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted so far, for a checkpoint."""
@@ -163,3 +193,16 @@ class Feed(Generic[D]):
         """Go on from a state of ``state_dict``."""
         if self._counter is not None:
             self._counter.load_state_dict(state)
+
+    def merge_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from the states of another number of processes, which this one goes on with.
+
+        The first process counts on from all of them, the others from nothing.
+
+        Raises:
+            ValueError: What was counted belongs to its process.
+        """
+        if self._counter is not None:
+            merged = self._counter.merged(states)
+            if self.sampler.rank == 0:
+                self._counter.load_state_dict(merged)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kdfast.trainer.feed import Feed
-from kdfast.trainer.step import Step, mean_of_batches
+from kdfast.trainer.step import MeanOfBatches, Step
 from kdfast.trainer.watch import Watch
 
 
@@ -22,31 +22,17 @@ class Length:
 
     Attributes:
         epochs: Passes over the training data.
-        batches: Batches of this process in an epoch.
-        accumulate: Batches per optimiser step.
+        per_epoch: Optimiser steps of an epoch.
         max_steps: Stop and save after so many optimiser steps; None: at the end.
         save_every: Optimiser steps between checkpoints; one is also saved after each epoch.
         log_every: Optimiser steps between rows of the log.
     """
 
     epochs: int
-    batches: int
-    accumulate: int = 1
+    per_epoch: int
     max_steps: int | None = None
     save_every: int = 500
     log_every: int = 10
-
-    def __post_init__(self) -> None:
-        if self.per_epoch == 0:
-            raise ValueError(
-                f"run.accumulate: an epoch has {self.batches} batches per process, which must be "
-                f"at least one step, got steps of {self.accumulate}"
-            )
-
-    @property
-    def per_epoch(self) -> int:
-        """Optimiser steps of an epoch."""
-        return self.batches // self.accumulate
 
     @property
     def total(self) -> int:
@@ -93,7 +79,7 @@ class Job:
     clip: float | None
     meta: dict[str, Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    step: Step = mean_of_batches
+    step: Step = field(default_factory=MeanOfBatches)
     watch: Watch = field(default_factory=Watch)
     epochs_file: str = "epochs.csv"
     beside: tuple[Path, ...] = ()

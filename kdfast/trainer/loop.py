@@ -6,10 +6,7 @@ from __future__ import annotations
 import json
 import math
 import signal
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,19 +14,19 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
-from kdfast.configs.fields import ConfigError
 from kdfast.machine.files import write_text
 from kdfast.machine.memory import memory_mib
 from kdfast.machine.signals import Interrupted, Signals, noting
-from kdfast.trainer.commits import changed, load_checkpoint, newest, save_checkpoint, settle
 from kdfast.trainer.curves import draw_curves
 from kdfast.trainer.display import Display
+from kdfast.trainer.exchange import Exchange
 from kdfast.trainer.feed import Batch
+from kdfast.trainer.gathered import is_sharded
 from kdfast.trainer.job import Job
-from kdfast.trainer.logs import LOG, STEPS, Records
-from kdfast.trainer.runs import refuse_other
-from kdfast.trainer.state import differences, rng_state, set_rng_state
+from kdfast.trainer.logs import Records
+from kdfast.trainer.progress import Position, Progress
 from kdfast.trainer.step import Prepared, StepResult
+from kdfast.trainer.window import Window
 
 GOING, STOPPED, BROKEN = 0, 1, 2
 
@@ -55,13 +52,27 @@ class Loop:
         self.per_epoch, self.total = job.length.per_epoch, job.length.total
         # Before Accelerate wraps them: the groups hold the module's own parameters.
         self.trainable = [p for group in job.optimizer.param_groups for p in group["params"]]
-        module, self.optimizer = accelerator.prepare(job.module, job.optimizer)
+        # That mode leaves DDP out, whose place the exchange takes.
+        module = accelerator.prepare_model(job.module, evaluation_mode=True)
+        self.optimizer = accelerator.prepare_optimizer(job.optimizer)
+        shares = job.feed.shares
+        # A sharded module averages its gradients by itself, as it has to.
+        self.exchange = None
+        if self.world > 1 and not is_sharded(job.module):
+            self.exchange = Exchange(job.module, self.world, self.device)
         self.prepared = Prepared(
-            accelerator, module, self.optimizer, job.length.accumulate, self._leaves_now
+            title=job.title,
+            accelerator=accelerator,
+            module=module,
+            optimizer=self.optimizer,
+            together=shares.together,
+            weights=shares.weights(self.rank),
+            leaves_now=self._leaves_now,
+            exchange=self.exchange,
         )
         self.step, self.stop = 0, job.length.stop
-        self.window: dict[str, float] = {}
-        self.window_steps = 0
+        self.window = Window()
+        self.progress = Progress(job, accelerator, self.optimizer, self.window)
         self.signals = Signals()
         # Learning rate of an epoch whose steps are done, but not what comes after them.
         self.open_epoch: float | None = None
@@ -84,12 +95,17 @@ class Loop:
         job, scaler = self.job, self.accelerator.scaler
         scale = None if scaler is None else scaler.state_dict()
         job.watch.on_start()
-        resumed = self._load() if resume else False
+        position = self.progress.load() if resume else None
+        if position is not None:
+            self.step, self.open_epoch = position
         self.records = Records(
-            job.logs, self.step if resumed else None, enabled=self.main, epochs_file=job.epochs_file
+            job.logs,
+            None if position is None else self.step,
+            enabled=self.main,
+            epochs_file=job.epochs_file,
         )
         self.display = Display(job.title, self.stop, self.step, enabled=self.main)
-        self._restart_clock()
+        self.window.restart_clock()
         job.module.train()
         try:
             with noting() as self.signals:
@@ -101,6 +117,8 @@ class Loop:
             self.display.close()
             self.records.close()
             job.feed.close()
+            if self.exchange is not None:
+                self.exchange.close()
             if self.main:
                 draw_curves(job)
             if scaler is not None:
@@ -124,30 +142,29 @@ class Loop:
     def _epoch(self) -> None:
         epoch, done = divmod(self.step, self.per_epoch)
         length = self.job.length
-        batches = self._waiting(self.job.feed.batches(epoch, done * length.accumulate))
+        batches = self._waiting(self.job.feed.batches(epoch, done))
         end = min(self.stop, (epoch + 1) * self.per_epoch)
         while self.step < end:
             lr = self._train_step(batches, epoch)
             if self.step == (epoch + 1) * self.per_epoch:
                 self._close_epoch(epoch, lr)
             elif self.step % length.save_every == 0 or self.step == self.stop:
-                self.save(self._snapshot())
+                self.save(self.progress.snapshot())
 
     def _waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with the time that the training waits for them."""
         while True:
-            asked = time.monotonic()
-            batch = next(batches, None)
-            self.data_seconds += time.monotonic() - asked
+            with self.window.waiting():
+                batch = next(batches, None)
             if batch is None:
                 return
             yield batch
 
     def _close_epoch(self, epoch: int, lr: float) -> None:
         """Evaluate and save; a signal saves the steps, and a resume begins with the evaluation."""
-        snapshot, self.open_epoch = self._snapshot(), lr
+        snapshot, self.open_epoch = self.progress.snapshot(), lr
         try:
-            with self._untimed():
+            with self.window.untimed():
                 row = self.job.watch.on_epoch(epoch, self.step, lr)
         except Interrupted:
             self.save(snapshot)
@@ -158,11 +175,11 @@ class Loop:
             self.records.epoch(row)
             if name := self.job.watch.headline_of(row):
                 self.display.held_out(name, row[name])
-        self.save(self._snapshot())
+        self.save(self.progress.snapshot())
 
     def _train_step(self, batches: Iterator[Batch], epoch: int) -> float:
         """One step of the optimiser; returns its learning rate."""
-        before = self._snapshot()
+        before = self.progress.snapshot()
         lr = self.job.set_lr(self.step)
         result = self.job.step(self.prepared, batches, epoch)
         status, norm = self._judge(result.losses)
@@ -213,136 +230,29 @@ class Loop:
 
     def _book(self, result: StepResult, extra: dict[str, float], epoch: int) -> None:
         """Add a step to the window of the log, and write the window out when it is full."""
-        losses = result.losses
+        losses, window = result.losses, self.window
         values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-        for name, value in {**values, **extra}.items():
-            self.window[name] = self.window.get(name, 0.0) + value
-        self.window_steps += 1
-        self.timed_steps += 1
-        self.images += sum(len(b.index) for b in result.batches) * self.world
+        # This process's images, times what the others have beside them.
+        count = sum(len(b.index) for b in result.batches)
+        window.add({**values, **extra}, count * self.world / sum(self.prepared.weights))
         ends = self.step in (1, self.stop) or self.step % self.per_epoch == 0
-        if ends or self.window_steps >= self.job.length.log_every:
-            values = {name: value / self.window_steps for name, value in self.window.items()}
-            if self.world > 1:
-                names = sorted(values)
-                mean = torch.tensor([values[n] for n in names], device=self.device)
-                dist.all_reduce(mean)
-                values |= dict(zip(names, (mean / self.world).tolist(), strict=True))
-            values["lr"] = extra["lr"]
-            values |= self._speed()
-            values["memory_mib"] = memory_mib(self.device)
-            self._restart_clock()
-            self.records.step({"step": self.step, "epoch": epoch + 1, **values})
-            self.window, self.window_steps = {}, 0
-            self.display.update(self.step, values)
+        if ends or window.steps >= self.job.length.log_every:
+            row = window.means(self.world, self.device)
+            row["lr"] = extra["lr"]
+            row |= window.speed()
+            row["memory_mib"] = memory_mib(self.device)
+            window.clear()
+            self.records.step({"step": self.step, "epoch": epoch + 1, **row})
+            self.display.update(self.step, row)
         else:
             self.display.update(self.step, None)
 
-    def _restart_clock(self) -> None:
-        """Begin to measure the steps of a row of the log."""
-        self.clock, self.timed_steps = time.monotonic(), 0
-        self.images, self.data_seconds = 0, 0.0
-
-    @contextmanager
-    def _untimed(self) -> Iterator[None]:
-        """Context for what is no step: its time is not that of the steps around it."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.clock += time.monotonic() - began
-
-    def _speed(self) -> dict[str, float]:
-        """Images per second, seconds per step, and how many of those waited for data."""
-        seconds = max(time.monotonic() - self.clock, 1e-9)
-        return {
-            "images_per_s": self.images / seconds,
-            "time": seconds / self.timed_steps,
-            "data_time": self.data_seconds / self.timed_steps,
-        }
-
-    def _snapshot(self) -> dict[str, Any]:
-        """What changes during a step besides weights and optimiser, of this process."""
-        return {
-            "rng": rng_state(),
-            "feed": self.job.feed.state_dict(),
-            "window": dict(self.window),
-            "window_steps": self.window_steps,
-        }
-
     def save(self, snapshot: dict[str, Any]) -> None:
-        """Write the checkpoint of all processes at the current step."""
-        with self._untimed():
-            self._save(snapshot)
+        """Write the checkpoint of all processes at the current step.
 
-    def _save(self, snapshot: dict[str, Any]) -> None:
-        snapshots = [snapshot]
-        if self.world > 1:
-            snapshots = [{}] * self.world
-            dist.all_gather_object(snapshots, snapshot)
-        if self.main:
-            scaler = self.accelerator.scaler
-            state = {
-                "meta": self.job.meta,
-                "step": self.step,
-                "per_epoch": self.per_epoch,
-                "world": self.world,
-                "module": self.job.module.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "ranks": snapshots,
-                "open_epoch": self.open_epoch,
-                **self.job.watch.state_dict(),
-            }
-            beside = (*self.job.beside, *self.records.files)
-            best = self.job.watch.is_best()
-            save_checkpoint(self.job.folder, state, best=best, beside=beside)
-        self.accelerator.wait_for_everyone()
-
-    def _load(self) -> bool:
-        folder = self.job.folder
-        try:
-            if self.main:
-                settle(folder)
-            self.accelerator.wait_for_everyone()
-            path = newest(folder)
-            if path is None:
-                return False
-            state = load_checkpoint(path)
-            for log in (self.job.logs / STEPS, self.job.logs / self.job.epochs_file):
-                if changed(folder, log):
-                    LOG.warning("%s is not as it was saved: rows may be missing", log)
-        except ValueError as error:
-            raise ConfigError([f"--resume: {error}"]) from error
-        try:
-            self._take(path, state)
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
-            raise ConfigError(
-                [f"--resume: {path} is no checkpoint of this training: {error!r}; delete it"]
-            ) from error
-        LOG.info(
-            "%s continues after step %d of %d from %s", self.job.title, self.step, self.total, path
-        )
-        return True
-
-    def _take(self, path: Path, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint, which has to be of this training."""
-        refuse_other(path, differences(state["meta"], self.job.meta, self.job.defaults))
-        for name, mine in (("world", self.world), ("per_epoch", self.per_epoch)):
-            if state[name] != mine:
-                what = {"world": "processes", "per_epoch": "steps per epoch"}[name]
-                raise ConfigError(
-                    [f"--resume: {path} was made with {state[name]} {what}, got {mine}"]
-                )
-        self.job.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.open_epoch = state["step"], state["open_epoch"]
-        self.job.watch.load_state_dict(state)
-        mine = state["ranks"][self.rank]
-        set_rng_state(mine["rng"])
-        self.job.feed.load_state_dict(mine["feed"])
-        self.window, self.window_steps = mine["window"], mine["window_steps"]
+        Args:
+            snapshot: What changes during a step, of this process.
+        """
+        with self.window.untimed():
+            at = Position(self.step, self.open_epoch)
+            self.progress.save(at, snapshot, self.records.files)

@@ -72,6 +72,19 @@ class SequenceSampler(EpochSampler):
             self.steps * slots, seed=seed, rank=rank, world=world, shuffle=shuffle, even=True
         )
 
+    def deal(self, together: int) -> None:
+        """Check a step: slots walk through their clips one frame a batch, however many it has.
+
+        Raises:
+            ValueError: It is no whole number of batches of all ranks.
+        """
+        slots = self.batch * self.world
+        if together % slots:
+            raise ValueError(
+                f"SequenceSampler: slots belong to their processes, so a step of {together} frames "
+                f"must be a multiple of {slots}; go on with as many processes as before"
+            )
+
     def order(self) -> NDArray[np.int64]:
         """Indices of this rank in the whole epoch, batch after batch."""
         mine = slice(self.rank * self.batch, (self.rank + 1) * self.batch)

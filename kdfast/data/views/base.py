@@ -217,6 +217,14 @@ class CorruptCounter:
         self.seen, self.bad = int(state["seen"]), int(state["bad"])
         self.paths = dict(state["paths"])
 
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """One state for what several processes have counted."""
+        return {
+            "seen": sum(int(state["seen"]) for state in states),
+            "bad": sum(int(state["bad"]) for state in states),
+            "paths": {path: why for state in states for path, why in state["paths"].items()},
+        }
+
 
 def resolve_root(kind: str, root: str | Path | None, expected: str, obtain: str) -> Path:
     """Check that a data folder exists.

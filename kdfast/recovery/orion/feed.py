@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,12 @@ class _Counter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.corrupt.load_state_dict(state["corrupt"])
         self.streams.load_state_dict(state["streams"])
+
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        raise ValueError(
+            "data.kind=frames: what the heads remember belongs to the slots of its process; go on "
+            f"with as many processes as before, {len(states)}"
+        )
 
 
 @dataclass(frozen=True)
