@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is counted and measured for docs/scale.md: work, memory, pictures, cache, order of data.
 
-Times are CPU seconds of one thread, so that what else runs on the machine is not in them.
+Times are CPU seconds of one thread, the median of some calls: waiting for a core is not in them,
+what another program takes from shared caches and from the other half of a core is.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.rows import rounded
+from bench.scale_cache import simulate_cache
 from bench.scale_order import simulate
 from bench.scale_settings import (
     CLASSES,
@@ -32,6 +34,9 @@ from bench.scale_settings import (
     Assumptions,
     configs,
 )
+from kdfast.chain.cache_files import Writer
+from kdfast.chain.cache_rows import Layout
+from kdfast.chain.cache_shards import Shard, take
 from kdfast.chain.planning import chain_steps
 from kdfast.chain.teacher_cache import TeacherCache
 from kdfast.configs import ChainConfig, Config
@@ -57,6 +62,10 @@ QUALITY = 20
 FILES, REPEATS = 12, 5
 # Rows of the small cache, and of a batch that is read from it.
 ROWS, READ = 4096, 256
+# Processes of a simulated run, which stops and goes on twice; 48 divide neither steps nor batches.
+WORLDS = (512, 48, 512)
+# Pictures a call of a simulated teacher.
+CACHE_BATCH = 64
 # Pictures of the sets whose order is drawn.
 DRAWN = (IMAGENET, 10_000_000)
 
@@ -73,16 +82,16 @@ def measure(command: str) -> dict[str, Any]:
         "cache": [cache_rate(top_k) for top_k in (None, Assumptions().top_k)],
         "order": [order_cost(pictures) for pictures in DRAWN],
         "simulations": simulations(),
+        "cache_simulation": simulate_cache("ImageNet-1k", IMAGENET, CACHE_BATCH, WORLDS),
     }
 
 
 def simulations() -> list[dict[str, Any]]:
-    """The epochs of both sets on 512 processes, on 64 after a stop, and on 512 again."""
+    """An epoch of both sets."""
     chosen = Assumptions()
-    worlds = (512, 64, 512)
     return [
-        simulate("ImageNet-1k", IMAGENET, chosen.imagenet_limit, worlds),
-        simulate("Bench2Drive, views", TRAIN_VIEWS, 512, worlds),
+        simulate("ImageNet-1k", IMAGENET, chosen.imagenet_limit, WORLDS),
+        simulate("Bench2Drive, views", TRAIN_VIEWS, chosen.orion_limit, WORLDS),
     ]
 
 
@@ -241,7 +250,7 @@ class _Rows:
 
 
 def cache_rate(top_k: int | None) -> dict[str, Any]:
-    """A row of a teacher cache, read with its checksum, and its bytes on disk."""
+    """A row of a teacher cache: its bytes, read with its checksum, and taken from a shard."""
 
     def teacher(index: Tensor) -> Tensor:
         return torch.randn(len(index), CLASSES, generator=torch.Generator().manual_seed(0))
@@ -253,12 +262,33 @@ def cache_rate(top_k: int | None) -> dict[str, Any]:
         index = torch.from_numpy(rng.permutation(ROWS)[:READ])
         seconds = cpu_seconds(lambda: [cache.logits(index, 0) for _ in range(16)]) / (16 * READ)
         files = sum(path.stat().st_size for path in cache.directory.glob("*.npy"))
+        taken = take_seconds(Path(folder, "d"), cache.layout) / ROWS
     found = {"top_k": top_k, "classes": CLASSES, "row_bytes": round(files / ROWS)}
-    return {**found, **rounded({"cpu_us": 1e6 * seconds})}
+    return {**found, **rounded({"cpu_us": 1e6 * seconds, "take_us": 1e6 * taken})}
+
+
+def take_seconds(directory: Path, layout: Layout) -> float:
+    """CPU seconds in which one process moves ``ROWS`` rows of a shard into a cache."""
+    empty = replace(layout, classes=0)
+    pairs = [(row, 0) for row in range(ROWS)]
+    logits = torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(0))
+    taken = []
+    for number in range(REPEATS + 1):
+        at = directory.with_name(f"{directory.name}{number}")
+        with Writer(at, {}, empty) as writer:
+            shard = Shard(at, {}, empty, rank=1, rows=ROWS)
+            shard.write(pairs, logits)
+            shard.close()
+            # The first rows make the files, as those of the first process do.
+            writer.write(pairs[:1], logits[:1])
+            began = time.process_time()
+            for _ in take(writer, writer.partial / shard.path.name):
+                pass
+            taken.append(time.process_time() - began)
+    return statistics.median(taken[1:])
 
 
 def order_cost(pictures: int) -> dict[str, Any]:
     """Drawing the order of an epoch for one of 512 processes."""
     sampler = EpochSampler(pictures, world=512)
     return {"pictures": pictures, **rounded({"cpu_s": cpu_seconds(sampler.order)})}
-

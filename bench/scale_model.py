@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.scale_settings import Assumptions, Setting
+from kdfast.trainer.exchange import BUCKET
 
 SLOW, FAST = 0, 1
 CASES = (SLOW, FAST)
-# Bytes of fp32 gradients that DDP sends together.
-BUCKET = 25 * 2**20
 # Bytes that AdamW reads and writes for a parameter: four fp32 numbers in, three out.
 ADAMW_BYTES = 28
 # PowerSGD leaves a matrix as it is unless it gets smaller by this factor (torch's default).
@@ -129,7 +128,8 @@ def reduce_seconds(size: int, chosen: Assumptions, gpus: int, case: int) -> floa
     if nodes > 1:
         # Each of a node's rings leaves it by the network of another of its GPUs.
         link = min(link, chosen.node * chosen.network)
-    messages = math.ceil(size / BUCKET) * (1 + 2 * math.ceil(math.log2(nodes)))
+    # The buckets, and one word of all processes about how the step went.
+    messages = (math.ceil(size / BUCKET) + 1) * (1 + 2 * math.ceil(math.log2(nodes)))
     moved = 2 * (gpus - 1) / gpus * size / (link * 1e9 * chosen.link_share[case])
     return moved + messages * chosen.hop_us[case] / 1e6
 
@@ -190,6 +190,16 @@ def fill_hours(
     return setting.pictures / gpus * max(compute, loading) / 3600
 
 
+def move_seconds(
+    setting: Setting, inputs: Inputs, chosen: Assumptions, gpus: int, top_k: int | None, case: int
+) -> float:
+    """One process moves what all others wrote of a cache: it reads, checks and writes each row."""
+    row = row_of(inputs, top_k)
+    moved = setting.pictures * (1 - 1 / gpus)
+    disk = 2 * row["row_bytes"] / (chosen.disk[case] * 1e9)
+    return float(moved * (row["take_us"] / 1e6 + disk))
+
+
 def break_even(
     setting: Setting, inputs: Inputs, chosen: Assumptions, gpus: int, case: int
 ) -> float:
@@ -199,6 +209,7 @@ def break_even(
         for cached in (False, True)
     )
     cost = fill_hours(setting, inputs, chosen, gpus, case)
+    cost += move_seconds(setting, inputs, chosen, gpus, None, case) / 3600
     return cost / (own - kept) if own - kept > 1e-3 * own else math.inf
 
 

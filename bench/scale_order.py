@@ -6,6 +6,7 @@ The feeds are those of the trainers; only the pictures are left out. See docs/sc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ class Order:
         times: (N,) how often each picture was read.
         ranks: Samples of each rank, by part.
         steps: Steps of the parts.
-        uneven: Steps in which two ranks had batches of different sizes.
+        uneven: Steps in which one rank had more than one picture more than another.
     """
 
     times: NDArray[np.uint8]
@@ -75,20 +76,22 @@ class Order:
         return int((self.times == 0).sum())
 
 
-def feed_of(pictures: int, rank: int, world: int, batch: int, seed: int) -> Feed[Positions]:
+def feed_of(pictures: int, rank: int, world: int, together: int, seed: int) -> Feed[Positions]:
     """The feed of one process, as a training has it, of pictures that are not there."""
     sampler = EpochSampler(pictures, seed=seed, rank=rank, world=world)
-    return Feed(
+    feed = Feed(
         Positions(pictures),
         sampler,
         _batch,
         key="batch",
-        batch_size=batch,
+        batch_size=math.ceil(together / world),
         train=True,
         device=torch.device("cpu"),
         seed=seed,
         collate=_same,
     )
+    feed.share_out(together)
+    return feed
 
 
 def _same(items: list[int]) -> list[int]:
@@ -107,32 +110,28 @@ def ordered(
     Args:
         pictures: N.
         together: Pictures of all processes in a step, the same in every part.
-        parts: The processes; the number of each divides ``together``.
+        parts: The processes.
         epoch: Which epoch.
         seed: Seed of the run.
 
     Raises:
-        ValueError: ``together`` is not a multiple of the processes of a part.
+        ValueError: A part has more processes than a step has pictures.
     """
     times = np.zeros(pictures, np.uint8)
     ranks: list[list[int]] = []
     steps: list[int] = []
     uneven = 0
     for part in parts:
-        if together % part.world:
-            raise ValueError(
-                f"parts: {part.world} processes must divide a step of {together} pictures"
-            )
         sizes = []
         for rank in range(part.world):
-            feed = feed_of(pictures, rank, part.world, together // part.world, seed)
+            feed = feed_of(pictures, rank, part.world, together, seed)
             batches = _some(feed.batches(epoch, sum(steps)), part.steps)
             read = [batch.index for batch in batches]
             np.add.at(times, np.array([i for batch in read for i in batch], np.int64), 1)
             sizes.append([len(batch) for batch in read])
         ranks.append([sum(row) for row in sizes])
         steps.append(max(map(len, sizes)))
-        uneven += sum(len(set(step)) > 1 for step in zip(*sizes, strict=False))
+        uneven += sum(max(step) - min(step) > 1 for step in zip(*sizes, strict=True))
     return Order(times, ranks, steps, uneven)
 
 

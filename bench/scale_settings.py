@@ -12,11 +12,13 @@ from kdfast.configs import ChainConfig, Config
 from kdfast.configs.chain import ChainDataConfig
 from kdfast.configs.orion50 import orion50
 from kdfast.data.orion.names import CAMERAS, TRAIN_FRAMES
+from kdfast.machine.gpus import GPUS
 
 IMAGENET = 1_281_167
 TRAIN_VIEWS = TRAIN_FRAMES * len(CAMERAS)
 BILLION = 1_000_000_000
 CLASSES = 1000
+H100 = GPUS["h100"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Assumptions:
 
     gpus: tuple[int, ...] = _says((1, 8, 64, 512), "numbers of GPUs")
     node: int = _says(8, "GPUs of a node")
-    tflops: float = _says(989.0, "TFLOP/s of dense bf16 products, H100 SXM data sheet")
+    tflops: float = _says(float(H100.half), "TFLOP/s of dense bf16 products, H100 SXM data sheet")
     share: tuple[float, float] = _says((0.25, 0.45), "share of them that a training reaches")
     hbm: float = _says(3350.0, "GB/s of a GPU's memory, H100 SXM data sheet")
     hbm_share: tuple[float, float] = _says((0.6, 0.85), "share of it that the optimizer reaches")
@@ -112,9 +114,9 @@ class Assumptions:
     overlap: tuple[float, float] = _says((0.0, 1.0), "share of the backward that hides all-reduce")
     launch_ms: tuple[float, float] = _says((30.0, 12.0), "milliseconds to launch a step's kernels")
     cores: tuple[int, int] = _says((7, 14), "CPU cores a GPU that load pictures")
-    disk: tuple[float, float] = _says((1.0, 5.0), "GB/s at which one process writes a checkpoint")
-    memory_gib: float = _says(80.0, "GiB of a GPU")
-    orion_limit: int = _says(768, "largest step of orion50: ORION's own 128 frames")
+    disk: tuple[float, float] = _says((1.0, 5.0), "GB/s at which one process reads or writes files")
+    memory_gib: float = _says(float(H100.gib), "GiB of a GPU")
+    orion_limit: int = _says(768, "largest step of orion50, views of ORION's own 128 frames")
     imagenet_limit: int = _says(4096, "largest step on ImageNet-1k, that of ViT's authors")
     billion_limit: int = _says(32768, "largest step on 1 billion pictures, that of CLIP")
     imagenet_epochs: int = _says(300, "epochs on ImageNet-1k")

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from bench.gpu_tables import table
 from bench.rows import facts_line
@@ -20,6 +22,7 @@ from bench.scale_model import (
     efficiency,
     fill_hours,
     hours,
+    move_seconds,
     reduce_seconds,
     sgd_bytes,
     step_of,
@@ -30,7 +33,13 @@ from bench.scale_settings import BILLION, Assumptions, Setting, settings, shown
 
 # A number of GPUs at which tables that have no column for it are.
 MANY = 64
+# A recipe that bears larger steps: by this factor.
+LARGER = 4
 NAMES = {"orion50": "`orion50`", "vit_l_to_s": "ViT-L -> ViT-S"}
+
+
+# Name, seconds, and up to the double of how many seconds it is used.
+UNITS = (("s", 1, 60), ("min", 60, 3600), ("h", 3600, math.inf))
 
 
 def blocks(inputs: Inputs, chosen: Assumptions) -> dict[str, str]:
@@ -38,19 +47,23 @@ def blocks(inputs: Inputs, chosen: Assumptions) -> dict[str, str]:
     every = settings(chosen)
     machine = inputs["machine"]
     return {
-        "scale machine": f"{facts_line(machine)}, by `{machine['command']}`.",
+        "scale machine": f"{facts_line(machine)}.",
         "scale assumptions": assumptions(chosen),
         "scale work": work(inputs),
         "scale memory": memory(inputs),
         "scale pictures": pictures(inputs, chosen, every),
+        "scale rates": rates(inputs, chosen, every),
         **{f"scale {s.key}": timed(s, inputs, chosen) for s in every},
         "scale epochs": epochs(inputs, chosen, every),
         "scale stops": stopping(inputs, chosen, every),
+        "scale remedies": remedies(inputs, chosen, every),
         "scale bytes": sent(inputs, chosen),
+        "scale cache bytes": cache_bytes(inputs, every),
         "scale cache": cached(inputs, chosen, every),
         "scale features": features(inputs, every[0]),
         "scale alone": alone(inputs, chosen, every),
         "scale order": order(inputs),
+        "scale shards": shards(inputs),
         "scale drawn": drawn(inputs),
     }
 
@@ -59,6 +72,12 @@ def span(values: Sequence[float], digits: int = 2) -> str:
     """The slow and the fast case, as "12 to 5"; one number where they are the same."""
     texts = list(dict.fromkeys(number(x, digits) for x in values))
     return " to ".join(texts)
+
+
+def lasting(seconds: Sequence[float]) -> str:
+    """The slow and the fast case of a time in the unit that fits both."""
+    unit, factor = next(u for u in UNITS if max(seconds) < 2 * u[2])[:2]
+    return f"{span([x / factor for x in seconds])} {unit}"
 
 
 def number(value: float, digits: int = 2) -> str:
@@ -135,9 +154,7 @@ def pictures(inputs: Inputs, chosen: Assumptions, every: Sequence[Setting]) -> s
     rows = []
     for setting in every[:2]:
         data = inputs["data"][setting.data]
-        one = [step_of(setting, inputs, chosen, chosen.node, case) for case in CASES]
-        asked = [step.batch / (step.compute + step.exposed) for step in one]
-        cores = [rate * data["cpu_ms"] / 1e3 for rate in asked]
+        asked = [asks(setting, inputs, chosen, chosen.node, case) for case in CASES]
         rows.append(
             [
                 setting.title,
@@ -146,13 +163,36 @@ def pictures(inputs: Inputs, chosen: Assumptions, every: Sequence[Setting]) -> s
                 number(data["cpu_ms"], 3),
                 number(1e3 / data["cpu_ms"], 3),
                 span(asked),
-                span(cores),
-                size(asked[FAST] * data["file_bytes"] * 512),
+                span([rate * data["cpu_ms"] / 1e3 for rate in asked]),
             ]
         )
     header = ["training", "files", "bytes each", "CPU ms", "pictures/s of a core"]
-    header += ["pictures/s that a GPU asks for", "cores that it needs"]
-    return table([*header, "read a second by 512"], rows)
+    return table([*header, "pictures/s that a GPU asks for", "cores that it needs"], rows)
+
+
+def asks(setting: Setting, inputs: Inputs, chosen: Assumptions, gpus: int, case: int) -> float:
+    """Pictures a second that a GPU takes if it never waits for them."""
+    step = step_of(setting, inputs, chosen, gpus, case)
+    return step.batch / max(step.compute + step.exposed, step.launch)
+
+
+def rates(inputs: Inputs, chosen: Assumptions, every: Sequence[Setting]) -> str:
+    """What all GPUs together ask of storage and cores."""
+    rows = []
+    for setting in every:
+        data = inputs["data"][setting.data]
+        for gpus in chosen.gpus:
+            asked = [gpus * asks(setting, inputs, chosen, gpus, case) for case in CASES]
+            rows.append(
+                [
+                    setting.title,
+                    gpus,
+                    span(asked),
+                    span([rate * data["file_bytes"] / 1e9 for rate in asked]),
+                    span([rate * data["cpu_ms"] / 1e3 for rate in asked]),
+                ]
+            )
+    return table(["training", "GPUs", "pictures/s", "GB/s of files", "cores"], rows)
 
 
 def timed(setting: Setting, inputs: Inputs, chosen: Assumptions) -> str:
@@ -230,8 +270,8 @@ def sent(inputs: Inputs, chosen: Assumptions) -> str:
     for key, found in inputs["work"].items():
         params, teacher = found["trained_params"], found["teacher_params"]
         ways = {
-            "all-reduce, fp32 (DDP)": 4 * params,
-            "all-reduce, bf16 hook": 2 * params,
+            "all-reduce, fp32": 4 * params,
+            "all-reduce, bf16": 2 * params,
             f"PowerSGD of rank {chosen.rank}": sgd_bytes(found["shapes"], chosen.rank),
         }
         for way, payload in ways.items():
@@ -254,27 +294,72 @@ def sent(inputs: Inputs, chosen: Assumptions) -> str:
     return table([*header, f"sent by a GPU of {MANY}, a step", "ms"], rows)
 
 
+def remedies(inputs: Inputs, chosen: Assumptions, every: Sequence[Setting]) -> str:
+    """Hours on most GPUs, by what is done about the end of scaling."""
+    most, none = max(chosen.gpus), dataclasses.replace(chosen, launch_ms=(0.0, 0.0))
+    rows = []
+    for setting in every:
+        work = inputs["work"][setting.work]
+        whole, thin = work["trained_params"], sgd_bytes(work["shapes"], chosen.rank)
+        larger = dataclasses.replace(setting, limit=LARGER * setting.limit)
+        ways: list[tuple[Setting, Assumptions, dict[str, Any]] | None] = [
+            (setting, chosen, {}),
+            (setting, chosen, {"gradient": 2 * whole}),
+            (setting, chosen, {"gradient": thin}),
+            (setting, none, {}),
+            (setting, chosen, {"cached": True}) if "step_cached" in work else None,
+            (larger, chosen, {}),
+            (larger, none, {"gradient": thin}),
+        ]
+        cells = [""] * len(ways)
+        for place, way in enumerate(ways):
+            if way is not None:
+                of, given, more = way
+                cells[place] = span(
+                    [
+                        hours(of, step_of(of, inputs, given, most, case, **more), of.epochs[0])
+                        for case in CASES
+                    ]
+                )
+        rows.append([setting.title, *cells])
+    header = [f"hours on {most} GPUs", "as it is", "bf16 gradients", f"PowerSGD {chosen.rank}"]
+    header += ["one launch a step", "teacher cache", f"step {LARGER} times as large"]
+    return table([*header, "that, PowerSGD and one launch"], rows)
+
+
 def cached(inputs: Inputs, chosen: Assumptions, every: Sequence[Setting]) -> str:
     """The teacher's outputs on disk instead of the teacher."""
     rows = []
     for setting in every[1:]:
-        each = [row["row_bytes"] * setting.pictures for row in inputs["cache"]]
         for gpus in (chosen.node, max(chosen.gpus)):
             own, kept = (
                 [
-                    hours(setting, step_of(setting, inputs, chosen, gpus, c, cached=cached), 1)
+                    3600
+                    * hours(setting, step_of(setting, inputs, chosen, gpus, c, cached=cached), 1)
                     for c in CASES
                 ]
                 for cached in (False, True)
             )
-            fill = [fill_hours(setting, inputs, chosen, gpus, c) for c in CASES]
+            fill = [3600 * fill_hours(setting, inputs, chosen, gpus, c) for c in CASES]
+            moved = [move_seconds(setting, inputs, chosen, gpus, None, c) for c in CASES]
             even = [break_even(setting, inputs, chosen, gpus, c) for c in CASES]
-            times = map(span, (fill, own, kept, even))
-            rows.append([setting.title, *map(size, each), gpus, *times])
-    kept = inputs["cache"][1]["top_k"]
-    header = ["training", f"{inputs['cache'][0]['classes']} classes", f"{kept} classes", "GPUs"]
-    header += ["hours to fill", "an epoch with the teacher", "with the cache"]
+            times = map(lasting, (fill, moved, own, kept))
+            rows.append([setting.title, gpus, *times, span(even)])
+    header = ["training", "GPUs", "to fill", "to move the rows of all but one"]
+    header += ["an epoch with the teacher", "with the cache"]
     return table([*header, "pays from epoch"], rows)
+
+
+def cache_bytes(inputs: Inputs, every: Sequence[Setting]) -> str:
+    """Bytes of one variant of the teacher's outputs."""
+    names = [row["top_k"] or row["classes"] for row in inputs["cache"]]
+    header = ["training", *(f"{kept} of {inputs['cache'][0]['classes']} classes" for kept in names)]
+    rows = [
+        [setting.title, *(size(row["row_bytes"] * setting.pictures) for row in inputs["cache"])]
+        for setting in every[1:]
+    ]
+    picture = ["a picture", *(f"{row['row_bytes']:,} B" for row in inputs["cache"])]
+    return table(header, [picture, *rows])
 
 
 def features(inputs: Inputs, setting: Setting) -> str:
@@ -288,36 +373,26 @@ def features(inputs: Inputs, setting: Setting) -> str:
 
 
 def alone(inputs: Inputs, chosen: Assumptions, every: Sequence[Setting]) -> str:
-    """What one process does while the others wait, beside the same done by all."""
+    """The checkpoint, which one process writes while the others wait."""
     rows = []
     most = max(chosen.gpus)
     for setting in every:
         work = inputs["work"][setting.work]
         steps = [step_of(setting, inputs, chosen, most, case) for case in CASES]
         write = [checkpoint_seconds(work, chosen, case) for case in CASES]
-        share = [
-            100 * w / (SAVE_EVERY * s.seconds + w) for w, s in zip(write, steps, strict=True)
-        ]
+        share = [100 * w / (SAVE_EVERY * s.seconds + w) for w, s in zip(write, steps, strict=True)]
         least = [99 * w / s.seconds for w, s in zip(write, steps, strict=True)]
-        fill = [
-            span([fill_hours(setting, inputs, chosen, n, case) for case in CASES])
-            for n in (1, most)
-        ]
-        if "step_cached" not in work:
-            fill = ["", ""]
         rows.append(
             [
                 setting.title,
                 size(12 * work["trained_params"]),
-                span(write),
-                span(share) + " %",
+                lasting(write),
+                span(share),
                 span(least),
-                *fill,
             ]
         )
-    header = ["training", "checkpoint", "s to write", f"of the time, every {SAVE_EVERY} steps"]
-    header += ["1 % at every", "hours of a cache by 1", f"by {most}"]
-    return table(header, rows)
+    header = ["training", "checkpoint", "to write", f"% of the time on {most}, every {SAVE_EVERY}"]
+    return table([*header, "1 % if one comes every so many steps"], rows)
 
 
 def order(inputs: Inputs) -> str:
@@ -339,6 +414,23 @@ def order(inputs: Inputs) -> str:
     return table([*header, "lost by restarts", "gained", "left to other epochs"], rows)
 
 
+def shards(inputs: Inputs) -> str:
+    """The simulated fill of a cache."""
+    row = inputs["cache_simulation"]
+    told = {
+        "pictures, in batches": f"{row['pictures']:,}, {row['batch']}",
+        "batches of a rank, without a stop": f"{row['fewest']} to {row['most']}",
+        "pictures that two ranks computed": row["twice"],
+        "ranks, with a kill after each but the last": ", ".join(map(str, row["worlds"])),
+        "shards after each kill": ", ".join(map(str, row["shards"])),
+        "shards of another name than their rank's": row["misnamed"],
+        "pictures computed again, as their shard was torn": f"{row['again']:,}",
+        "pictures missing, rows of another picture": f"{row['missing']}, {row['wrong']}",
+        "files that differ from those without a stop": row["different"],
+    }
+    return table([f"teacher cache of {row['name']}", "found"], [list(x) for x in told.items()])
+
+
 def drawn(inputs: Inputs) -> str:
     """Cost of drawing an order in every process; of a billion pictures it is extrapolated."""
     last = inputs["order"][-1]
@@ -348,4 +440,3 @@ def drawn(inputs: Inputs) -> str:
         for row in (*inputs["order"], grown)
     ]
     return table(["pictures of an epoch", "CPU s to draw their order", "bytes of it"], rows)
-
