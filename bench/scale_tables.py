@@ -12,7 +12,6 @@ from bench.gpu_tables import table
 from bench.rows import facts_line
 from bench.scale_model import (
     CASES,
-    FAST,
     SAVE_EVERY,
     SLOW,
     Inputs,
@@ -187,9 +186,9 @@ def rates(inputs: Inputs, chosen: Assumptions, every: Sequence[Setting]) -> str:
                 [
                     setting.title,
                     gpus,
-                    span(asked),
+                    span([float(f"{rate:.2g}") for rate in asked]),
                     span([rate * data["file_bytes"] / 1e9 for rate in asked]),
-                    span([rate * data["cpu_ms"] / 1e3 for rate in asked]),
+                    span([float(f"{rate * data['cpu_ms'] / 1e3:.2g}") for rate in asked]),
                 ]
             )
     return table(["training", "GPUs", "pictures/s", "GB/s of files", "cores"], rows)
@@ -341,11 +340,15 @@ def cached(inputs: Inputs, chosen: Assumptions, every: Sequence[Setting]) -> str
                 for cached in (False, True)
             )
             fill = [3600 * fill_hours(setting, inputs, chosen, gpus, c) for c in CASES]
-            moved = [move_seconds(setting, inputs, chosen, gpus, None, c) for c in CASES]
+            moved, few = (
+                [move_seconds(setting, inputs, chosen, gpus, row["top_k"], c) for c in CASES]
+                for row in inputs["cache"]
+            )
             even = [break_even(setting, inputs, chosen, gpus, c) for c in CASES]
-            times = map(lasting, (fill, moved, own, kept))
+            times = map(lasting, (fill, moved, few, own, kept))
             rows.append([setting.title, gpus, *times, span(even)])
-    header = ["training", "GPUs", "to fill", "to move the rows of all but one"]
+    kept_classes = inputs["cache"][1]["top_k"]
+    header = ["training", "GPUs", "to fill", "to move rows", f"of {kept_classes} classes"]
     header += ["an epoch with the teacher", "with the cache"]
     return table([*header, "pays from epoch"], rows)
 
@@ -391,7 +394,12 @@ def alone(inputs: Inputs, chosen: Assumptions, every: Sequence[Setting]) -> str:
                 span(least),
             ]
         )
-    header = ["training", "checkpoint", "to write", f"% of the time on {most}, every {SAVE_EVERY}"]
+    header = [
+        "training",
+        "checkpoint",
+        "to write",
+        f"% of the time on {most}, every {SAVE_EVERY} steps",
+    ]
     return table([*header, "1 % if one comes every so many steps"], rows)
 
 
@@ -436,7 +444,7 @@ def drawn(inputs: Inputs) -> str:
     last = inputs["order"][-1]
     grown = {"pictures": BILLION, "cpu_s": last["cpu_s"] * BILLION / last["pictures"]}
     rows = [
-        [f"{row['pictures']:,}", number(row["cpu_s"]), size(8 * row["pictures"])]
-        for row in (*inputs["order"], grown)
+        [f"{row['pictures']:,}{more}", number(row["cpu_s"]), size(8 * row["pictures"])]
+        for row, more in (*((row, "") for row in inputs["order"]), (grown, ", extrapolated"))
     ]
     return table(["pictures of an epoch", "CPU s to draw their order", "bytes of it"], rows)
