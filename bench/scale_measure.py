@@ -29,7 +29,9 @@ from bench.scale_cache import simulate_cache
 from bench.scale_order import simulate
 from bench.scale_settings import (
     CLASSES,
+    H100,
     IMAGENET,
+    TOP_K,
     TRAIN_VIEWS,
     Assumptions,
     configs,
@@ -79,7 +81,7 @@ def measure(command: str) -> dict[str, Any]:
         "work": {name: work_of(config) for name, config in configs().items()},
         "data": {"imagenet": imagenet_rate(), "bench2drive": bench2drive_rate()},
         "features": feature_bytes(),
-        "cache": [cache_rate(top_k) for top_k in (None, Assumptions().top_k)],
+        "cache": [cache_rate(top_k) for top_k in (None, TOP_K)],
         "order": [order_cost(pictures) for pictures in DRAWN],
         "simulations": simulations(),
         "cache_simulation": simulate_cache("ImageNet-1k", IMAGENET, CACHE_BATCH, WORLDS),
@@ -149,7 +151,7 @@ def feature_bytes() -> dict[str, int]:
 
 def fitting(step: PlannedStep) -> list[dict[str, Any]]:
     """The plan of the largest batch that fits a GPU."""
-    best = largest(step.plan, int(Assumptions().memory_gib * GIB), CANDIDATES)
+    best = largest(step.plan, H100.gib * GIB, CANDIDATES)
     return [plan_row(step.plan(best.batch, best.checkpointing))]
 
 

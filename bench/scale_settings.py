@@ -19,6 +19,8 @@ TRAIN_VIEWS = TRAIN_FRAMES * len(CAMERAS)
 BILLION = 1_000_000_000
 CLASSES = 1000
 H100 = GPUS["h100"]
+# Classes that a small teacher cache keeps.
+TOP_K = 16
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,11 @@ def settings(chosen: Assumptions) -> list[Setting]:
     ]
 
 
+# Assumptions that are a part of something, and those that may be nothing.
+SHARES = ("share", "hbm_share", "link_share", "overlap")
+MAYBE_ZERO = ("hop_us", "overlap", "launch_ms")
+
+
 def _says(default: Any, words: str) -> Any:
     return field(default=default, metadata={"help": words})
 
@@ -115,13 +122,11 @@ class Assumptions:
     launch_ms: tuple[float, float] = _says((30.0, 12.0), "milliseconds to launch a step's kernels")
     cores: tuple[int, int] = _says((7, 14), "CPU cores a GPU that load pictures")
     disk: tuple[float, float] = _says((1.0, 5.0), "GB/s at which one process reads or writes files")
-    memory_gib: float = _says(float(H100.gib), "GiB of a GPU")
     orion_limit: int = _says(768, "largest step of orion50, views of ORION's own 128 frames")
     imagenet_limit: int = _says(4096, "largest step on ImageNet-1k, that of ViT's authors")
     billion_limit: int = _says(32768, "largest step on 1 billion pictures, that of CLIP")
     imagenet_epochs: int = _says(300, "epochs on ImageNet-1k")
     rank: int = _says(4, "rank of PowerSGD")
-    top_k: int = _says(16, "classes that a small teacher cache keeps")
 
     def pairs(self) -> list[tuple[str, Any, str]]:
         """Name, value and meaning of each."""
@@ -144,8 +149,22 @@ def add_assumptions(parser: argparse.ArgumentParser) -> None:
 
 
 def assumptions_of(options: argparse.Namespace) -> Assumptions:
-    """What the command line says."""
+    """What the command line says.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
     found = {name: getattr(options, name) for name, _, _ in Assumptions().pairs()}
+    for name, value in found.items():
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        share = name in SHARES
+        good = (x >= 0 if name in MAYBE_ZERO else x > 0 for x in values)
+        if not all(good) or (share and max(values) > 1):
+            least = "0 or more" if name in MAYBE_ZERO else "above 0"
+            raise ValueError(
+                f"--{name.replace('_', '-')}: must be {least}{' and at most 1' if share else ''}, "
+                f"got {shown(value)}"
+            )
     return Assumptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
 
 

@@ -146,9 +146,18 @@ def test_assumptions_are_options(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(rows) == 6 and rows[4].startswith("| 2 | ")
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "written" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        scale.main(["--share", "0.3"])
-    assert "--share" in capsys.readouterr().err
+    assert scale.main(["--page", str(tmp_path / "new.md"), *at[2:]]) == 0
+    assert (tmp_path / "new.md").read_text("utf-8") == scale.PAGE.read_text("utf-8")
+    assert "new.md: written" in capsys.readouterr().out
+    for wrong, words in {
+        "--share 0.3": "argument --share: expected 2 arguments",
+        "--share 0.3 1.2": "--share: must be above 0 and at most 1, got 0.3 1.2",
+        "--gpus 8 0": "--gpus: must be above 0, got 8 0",
+        "--launch-ms -1 0": "--launch-ms: must be 0 or more, got -1 0",
+    }.items():
+        with pytest.raises(SystemExit, match="2"):
+            scale.main(wrong.split())
+        assert words in capsys.readouterr().err
 
 
 def test_picture_is_small() -> None:
