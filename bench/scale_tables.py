@@ -86,7 +86,7 @@ def number(value: float, digits: int = 2) -> str:
     if value == 0 or abs(value) >= 10**digits:
         return f"{value:,.0f}"
     places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:.{places}f}"
+    return f"{value:,.{places}f}"
 
 
 def size(value: float) -> str:
