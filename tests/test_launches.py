@@ -84,6 +84,8 @@ report.interleave = lambda calls, **_: {name: [(1e-3, True)] for name in calls}
 sys.exit(main(sys.argv[3:]))
 """
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# Else processes that are started again may read addresses of those before (pytorch issue 135712).
+ENVIRONMENT["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
 
 def command(folder: Path, words: list[str], *options: str, deaths: Any = ()) -> list[str]:
