@@ -28,7 +28,7 @@ from kdfast.machine.files import write_text
 from kdfast.machine.memory import release
 from kdfast.trainer.commits import load_checkpoint, newest
 from kdfast.trainer.logs import LOG
-from kdfast.trainer.runs import run_folder, show_start
+from kdfast.trainer.runs import run_folder, show_start, started_again
 
 TWIN = "student_ce"
 
@@ -81,8 +81,10 @@ def run_chain(config: ChainConfig, accelerator: Accelerator, *, resume: bool) ->
         NonFiniteLoss: A training broke; the state before was saved.
     """
     chosen = stages(config)
+    output = Path(config.output).expanduser().absolute()
+    resume = resume or started_again(output, accelerator)
     missing = f"stage: {config.stage} needs an earlier run, " if resume or chosen[0] > 0 else None
-    root = run_folder(Path(config.output).expanduser().absolute(), accelerator, missing)
+    root = run_folder(output, accelerator, missing)
     if accelerator.is_main_process:
         _check_outputs(config)
     folders, spec = RunFolders(root, len(config.seeds) > 1), config.data

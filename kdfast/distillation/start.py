@@ -26,7 +26,13 @@ from kdfast.models.eva import EVAViT
 from kdfast.models.prepared import PreparedModel, input_config
 from kdfast.trainer.logs import close_log
 from kdfast.trainer.processes import make_accelerator
-from kdfast.trainer.runs import discard_folder, release_folder, run_folder, show_start
+from kdfast.trainer.runs import (
+    discard_folder,
+    release_folder,
+    run_folder,
+    show_start,
+    started_again,
+)
 from kdfast.trainer.state import seed_everything
 
 
@@ -118,6 +124,8 @@ def started(
     if listed.classes is not None:
         with as_config_error():
             numbers = class_numbers(student.net, listed.classes, terms.classes or 0)
+    output = Path(config.output).expanduser()
+    resume = resume or started_again(output, accelerator)
     least = config.batch_size * accelerator.num_processes
     # A run that goes on keeps the pictures of a step, whatever the number of processes.
     if not resume and len(listed.train) < least:
@@ -125,7 +133,6 @@ def started(
             [f"batch_size: must be at most the {len(listed.train)} training pictures over "
              f"{accelerator.num_processes} process(es), got {config.batch_size}"]
         )  # fmt: skip
-    output = Path(config.output).expanduser()
     folder = run_folder(output, accelerator, "--resume: " if resume else None)
     named = names or (name_of(student.net), name_of(teacher.net))
     words = [f"{accelerator.num_processes} x {accelerator.device}"]

@@ -44,7 +44,7 @@ from kdfast.trainer.job import Job, Length
 from kdfast.trainer.logs import LOG
 from kdfast.trainer.loop import Loop
 from kdfast.trainer.progress import deal_steps
-from kdfast.trainer.runs import run_folder, show_start
+from kdfast.trainer.runs import run_folder, show_start, started_again
 from kdfast.trainer.sharding import shard, whole
 from kdfast.trainer.state import differences, identity, seed_everything
 
@@ -68,6 +68,7 @@ def run_recovery(config: Config, accelerator: Accelerator, *, resume: bool) -> i
         Interrupted: A signal came; the state was saved.
         NonFiniteLoss: A training broke; the state before was saved.
     """
+    resume = resume or started_again(Path(config.output).expanduser(), accelerator)
     folder = started(config, accelerator, resume=resume)
     with as_config_error():
         data = build_data(config, accelerator)

@@ -7,7 +7,8 @@ import errno
 import fcntl
 import glob
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,20 +17,36 @@ from accelerate.utils import broadcast_object_list
 
 from kdfast.configs.fields import ConfigError
 from kdfast.machine.files import clear_partials
+from kdfast.machine.ranks import Ranks
+from kdfast.trainer import launches
 from kdfast.trainer.logs import LOG, open_log
 
 # Files that a run has before it computes anything: one that never began leaves only these.
 CONFIG, LOG_FILE = "config.yaml", "train.log"
-BEGUN = {CONFIG, LOG_FILE}
+BEGUN = {CONFIG, LOG_FILE, launches.FILE}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _held: TextIO | None = None
 _made: Path | None = None
 
 
+def started_again(output: Path, accelerator: Accelerator) -> bool:
+    """Whether these processes follow others of the same launch, which began a run here.
+
+    Args:
+        output: As the config names it.
+        accelerator: All processes get the same answer.
+    """
+    launch = launches.launch_of(Ranks.here())
+    answer = [accelerator.is_main_process and _launched(output, launch) is not None]
+    broadcast_object_list(answer)
+    return answer[0]
+
+
 def run_folder(output: Path, accelerator: Accelerator, missing: str | None) -> Path:
     """Folder of a run, made: ``output``, or ``output-2`` and so on where that holds one already.
 
-    The folder is this process's until ``release_folder``: another run takes the next one.
+    The folder is this process's until ``release_folder``: another run takes the next one. Where
+    ``started_again`` says so, it is that of the run which was begun.
 
     Args:
         output: As the config names it.
@@ -43,9 +60,10 @@ def run_folder(output: Path, accelerator: Accelerator, missing: str | None) -> P
     """
     release_folder()
     answer: list[Any] = [None]
+    launch = launches.launch_of(Ranks.here())
     if accelerator.is_main_process:
         try:
-            answer = [_new(output) if missing is None else _newest(output, missing)]
+            answer = [_chosen(output, missing, launch)]
         except ConfigError as error:
             answer = [error.problems]
     broadcast_object_list(answer)
@@ -96,12 +114,31 @@ def discard_folder() -> None:
         _made.rmdir()
 
 
-def _new(output: Path) -> Path:
-    number, path = 2, output
-    while _began(path) or not _take(path):
-        path = output.with_name(f"{output.name}-{number}")
-        number += 1
+def _chosen(output: Path, missing: str | None, launch: launches.Launch) -> Path:
+    path = _launched(output, launch)
+    if path is not None:
+        _go_on_in(path)
+    else:
+        path = _new(output) if missing is None else _newest(output, missing)
+    launch.write(path)
     return path
+
+
+def _launched(output: Path, launch: launches.Launch) -> Path | None:
+    """The first run that the launch began and that its present processes have not gone on with."""
+    made = takewhile(Path.is_dir, _names(output))
+    return next((path for path in made if _began(path) and launch.began(path)), None)
+
+
+def _new(output: Path) -> Path:
+    return next(path for path in _names(output) if not _began(path) and _take(path))
+
+
+def _names(output: Path) -> Iterator[Path]:
+    """Folders of runs, in the order in which they are taken."""
+    yield output
+    for number in count(2):
+        yield output.with_name(f"{output.name}-{number}")
 
 
 def _newest(output: Path, missing: str) -> Path:
@@ -113,9 +150,13 @@ def _newest(output: Path, missing: str) -> Path:
             [f"{missing}there is no run in {output}; --config RUN/{CONFIG} names a run by itself"]
         )
     path = max(used, key=lambda path: (path / CONFIG).stat().st_mtime)
+    _go_on_in(path)
+    return path
+
+
+def _go_on_in(path: Path) -> None:
     if not _take(path):
         raise ConfigError([f"output: another process is still writing to {path}"])
-    return path
 
 
 def _began(path: Path) -> bool:
