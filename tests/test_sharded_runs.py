@@ -86,15 +86,17 @@ def test_chain(tmp_path: Path) -> None:
 
 
 def test_distill(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
     for number in range(12):
-        Image.effect_noise((40, 40), 10.0 * number).convert("RGB").save(tmp_path / f"{number}.png")
+        Image.effect_noise((40, 40), 10.0 * number).convert("RGB").save(pictures / f"{number}.png")
     torch.manual_seed(0)
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
     teacher = timm.create_model("vit_tiny_patch16_224", num_classes=4, **options)
     teacher = kdfast.prune_heads(teacher, [[0, 1, 2]] * 2)
     kdfast.save_pretrained(teacher, tmp_path / "teacher")
     kdfast.save_pretrained(kdfast.prune_heads(teacher, [[0, 1], [2]]), tmp_path / "half")
-    words = ["--teacher", "teacher", "--student", "half", "--data", ".", "--device", "cpu"]
+    words = ["--teacher", "teacher", "--student", "half", "--data", "pictures", "--device", "cpu"]
     words += ["--epochs", "2", "--no-augment"]
     run(tmp_path, "distill", 1, *words, "--batch-size", "4", "--out", "one")
     run(tmp_path, "distill", 2, *words, "--batch-size", "2", "--out", "two", "--shard", "fsdp")
