@@ -189,7 +189,7 @@ def test_errors(words: list[str], answer: str, capsys: pytest.CaptureFixture[str
     [
         ["prune", "--model", "vit_tiny_patch16_224", "--keep", "0.5", "--out", "half"],
         ["compare", "--model", "vit_tiny_patch16_224"],
-        ["attention", "--model", "vit_tiny_patch16_224", "--image", "a.png", "--out", "maps"],
+        ["attention", "--model", "vit_tiny_patch16_224", "--image", "a.png", "--output", "maps"],
         ["data", "check", "--root", "data"],
     ],
     ids=lambda words: words[0],
