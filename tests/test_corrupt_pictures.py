@@ -38,10 +38,12 @@ def load(root, memory=1.0):
 
 
 @pytest.mark.parametrize("memory", [0, 1])
-def test_another_picture_stands_in(root, memory):
+def test_another_picture_stands_in(root, memory, caplog):
     whole = load(root)
     damage(root, 0)
-    data = load(root, memory)
+    with caplog.at_level(logging.WARNING, "kdfast.data"):
+        data = load(root, memory)
+    assert "skipped train/a/000.png: cannot be decoded" in caplog.text
     item = data[0]
     assert item["corrupt"][0] == "train/a/000.png" and "cannot be decoded" in item["corrupt"][1]
     other = item["index"]
