@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kdfast.chain.teacher_cache import TeacherCache
 from kdfast.data import CorruptDataError
 from kdfast.data.corrupt import CorruptCounter
 from kdfast.data.labelled import build_classification
@@ -94,3 +95,15 @@ def test_a_checkpoint_of_a_run_that_did_not_count():
     counter.add(3, [])
     counter.load_state_dict({})
     assert counter.seen == 3
+
+
+def test_a_teacher_cache_holds_the_logits_of_the_stand_in(root, tmp_path):
+    damage(root, 4)
+    data = load(root, 0)
+    cache = TeacherCache.build(
+        lambda images: images.mean((2, 3)), data, tmp_path / "kept", key={}, dtype="float32"
+    )
+    for n in (1, 2, 3):
+        item = data[n]
+        kept = cache.logits([item["index"]], item["variant"])[0]
+        torch.testing.assert_close(kept, item["image"].mean((1, 2)))
