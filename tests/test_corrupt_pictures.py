@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kdfast.chain.teacher_cache import TeacherCache
 from kdfast.data import CorruptDataError
 from kdfast.data.corrupt import CorruptCounter
 from kdfast.data.labelled import build_classification
@@ -38,10 +39,12 @@ def load(root, memory=1.0):
 
 
 @pytest.mark.parametrize("memory", [0, 1])
-def test_another_picture_stands_in(root, memory):
+def test_another_picture_stands_in(root, memory, caplog):
     whole = load(root)
     damage(root, 0)
-    data = load(root, memory)
+    with caplog.at_level(logging.WARNING, "kdfast.data"):
+        data = load(root, memory)
+    assert "skipped train/a/000.png: cannot be decoded" in caplog.text
     item = data[0]
     assert item["corrupt"][0] == "train/a/000.png" and "cannot be decoded" in item["corrupt"][1]
     other = item["index"]
@@ -92,3 +95,15 @@ def test_a_checkpoint_of_a_run_that_did_not_count():
     counter.add(3, [])
     counter.load_state_dict({})
     assert counter.seen == 3
+
+
+def test_a_teacher_cache_holds_the_logits_of_the_stand_in(root, tmp_path):
+    damage(root, 4)
+    data = load(root, 0)
+    cache = TeacherCache.build(
+        lambda images: images.mean((2, 3)), data, tmp_path / "kept", key={}, dtype="float32"
+    )
+    for n in (1, 2, 3):
+        item = data[n]
+        kept = cache.logits([item["index"]], item["variant"])[0]
+        torch.testing.assert_close(kept, item["image"].mean((1, 2)))

@@ -69,7 +69,9 @@ def class_feed(
     else:
         raise ValueError("chosen: must be None where it is not for training")
 
-    counter = CorruptCounter(len(dataset) if chosen is None else len(chosen))
+    items = len(dataset) if chosen is None else len(chosen)
+    # Pictures in memory were read, and those that cannot be were named, when the set was built.
+    counter = CorruptCounter(items, quiet=dataset.store.held)
 
     def to_batch(item: dict[str, Any], epoch: int, number: int) -> Batch:
         index: list[int] = item["index"].tolist()

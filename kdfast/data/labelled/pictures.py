@@ -261,7 +261,7 @@ class Store:
 
     def _fill(self, part: Part, budget: int) -> Tensor | None:
         buffer, end = torch.empty(0, dtype=torch.uint8), 0
-        counter = CorruptCounter(self.length, quiet=True)
+        counter = CorruptCounter(self.length)
         for index, image in enumerate(self._every(part)):
             if isinstance(image, Corrupt):
                 counter.add(0, [(image.path, image.reason)])

@@ -46,7 +46,8 @@ class HubPictures:
     """
 
     def __init__(self, rows: Any, column: str, split: str) -> None:
-        self.rows, self.column, self.split = rows, column, split
+        # Else every read would also make what the other columns hold.
+        self.rows, self.column, self.split = rows.select_columns([column]), column, split
         parts = [_facts(chunk) for chunk in rows.data.column(column).chunks]
         self._sizes: NDArray[np.int64] = np.concatenate([sizes for _, sizes in parts])
         paths = [path for part, _ in parts for path in part]
@@ -233,5 +234,6 @@ def _is_value(feature: Any, dtype: str) -> bool:
 
 def streamed(rows: Any, columns: Columns, start: int) -> Iterator[tuple[Any, Any]]:
     """Cells of pictures and labels from a row on; the files before it are not decoded."""
-    for row in rows.skip(start):
+    names = [columns.image] if columns.label is None else [columns.image, columns.label]
+    for row in rows.select_columns(names).skip(start):
         yield row[columns.image], None if columns.label is None else row[columns.label]
