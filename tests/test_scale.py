@@ -245,12 +245,18 @@ def test_an_error_of_a_rank_is_told(tmp_path: Path) -> None:
         cache.simulate_cache("a", 60, 4, (8, 2))
 
 
+def test_whole_sets_were_read_and_cached_once() -> None:
+    for found in INPUTS["simulations"]:
+        assert found["twice"] == found["lost"] == found["gained"] == found["uneven"] == 0
+        assert found["unread"] < found["together"]
+    check_cache(INPUTS["cache_simulation"])
+
+
+# Whole sets are simulated by ``python -m bench.scale --measure``.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("pictures", "together"), [(settings.IMAGENET, 4096), (settings.TRAIN_VIEWS, 512)]
-)
-def test_512_ranks_read_whole_sets_once(pictures: int, together: int) -> None:
-    check(order.simulate("a", pictures, together, (512, 64, 512)))
+@pytest.mark.parametrize(("pictures", "together"), [(100_000, 4096), (100_003, 512)])
+def test_512_ranks_read_pictures_once(pictures: int, together: int) -> None:
+    check(order.simulate("a", pictures, together, (512, 48, 512)))
 
 
 @pytest.mark.slow
