@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from kdfast.trainer import launches, runs
 from kdfast.trainer.commits import load_checkpoint
 from kdfast.trainer.launches import Launch, Life
 from kdfast.trainer.logs import read_rows
+from kdfast.trainer.processes import warn_of_shared_store
 
 # A death, which happens once: rank, step, and whether in the step or in the writing of its state.
 WORKER = """
@@ -84,6 +86,8 @@ report.interleave = lambda calls, **_: {name: [(1e-3, True)] for name in calls}
 sys.exit(main(sys.argv[3:]))
 """
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# Else processes that are started again may read addresses of those before (pytorch issue 135712).
+ENVIRONMENT["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
 
 def command(folder: Path, words: list[str], *options: str, deaths: Any = ()) -> list[str]:
@@ -378,3 +382,22 @@ def test_launch_of(monkeypatch: pytest.MonkeyPatch) -> None:
     assert agent.pid == os.getppid() and not agent.is_same(alone.main)
     assert agent.is_same(agent._replace(began=agent.began + 1))
     assert not agent.is_same(agent._replace(began=agent.began + 60))
+
+
+@pytest.mark.parametrize("restarts", ["0", "3"])
+@pytest.mark.parametrize("shared", ["True", "False", None])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_store_that_may_break_restarts_is_named(
+    rank: str, shared: str | None, restarts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    if shared is None:
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    else:
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_shared_store()
+    expected = rank == "0" and restarts == "3" and shared == "True"
+    assert [str(w.message)[:14] for w in caught] == ["torchrun may f"] * expected

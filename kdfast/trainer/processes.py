@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -30,6 +31,22 @@ def require_several(shard: str, count: int) -> None:
         )
 
 
+def warn_of_shared_store() -> None:
+    """Says what torchrun needs before it can start processes again for certain.
+
+    They find each other through a store that torchrun keeps, where those started again may read the
+    addresses of dead ones (pytorch issue 135712).
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if shared and restarts and os.environ.get("RANK") == "0":
+        warnings.warn(
+            f"torchrun may fail to start processes again (--max-restarts={restarts}): set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it; see docs/use/training.md",
+            stacklevel=3,
+        )
+
+
 def make_accelerator(precision: str, device: str, shard: str = "none") -> Accelerator:
     """Device and precision of a run, also where this process had others before.
 
@@ -48,6 +65,7 @@ def make_accelerator(precision: str, device: str, shard: str = "none") -> Accele
         raise ConfigError(
             ["shard: set it to fsdp instead of `accelerate launch --use_fsdp`, got that flag"]
         )
+    warn_of_shared_store()
     if not dist.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
