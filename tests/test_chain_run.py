@@ -189,8 +189,8 @@ def test_resume_in_mid_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ro
 def test_every_link_has_its_own_loss_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of fp16, which trains on a GPU only: here a scaler of the CPU, in an fp32 run."""
 
-    def scaling(precision: str, device: str) -> Accelerator:
-        accelerator = make_accelerator(precision, device)
+    def scaling(precision: str, device: str, shard: str) -> Accelerator:
+        accelerator = make_accelerator(precision, device, shard)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=5)
         return accelerator
 

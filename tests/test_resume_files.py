@@ -124,10 +124,13 @@ FREE_CHAIN = {
 
 
 def test_free_keys_are_the_lists(tmp_path: Path) -> None:
-    """What moves files is tried by itself: see below, and tests/test_run_folder.py."""
-    moved = {"name", "output", "teacher.cache"}
+    """What moves files is tried by itself: see below, and tests/test_run_folder.py.
+
+    Shards need several processes: tests/test_sharded_runs.py.
+    """
+    moved = {"name", "output", "teacher.cache", "run.shard"}
     assert set(FREE_RECOVERY) | moved == set(RECOVERY_FREE)
-    assert set(FREE_CHAIN) | {"name", "output", "report", "cache_dir"} == set(CHAIN_FREE)
+    assert set(FREE_CHAIN) | {"name", "output", "report", "cache_dir", "shard"} == set(CHAIN_FREE)
 
 
 def test_free_keys_of_a_recovery_run(tmp_path: Path, teachers: Path) -> None:

@@ -78,7 +78,7 @@ def test_chain(tmp_path: Path) -> None:
         return held
 
     train("one", 1, "batch=16")
-    train("two", 2, "batch=8", "shard=fsdp", "max_steps=4")
+    train("two", 2, "batch=8", "max_steps=4")
     train("two", 2, "batch=8", "shard=fsdp", resume=True)
     for role in ("teacher", "assistant", "student"):
         same(last("two", role), last("one", role))
