@@ -177,6 +177,27 @@ def test_a_set_that_is_not_whole_is_refused(pictures, tmp_path):
         views(tmp_path / "out")
 
 
+def test_shards_are_written_to_a_url(pictures, tmp_path, capsys):
+    near = shard(pictures, tmp_path / "out", "--samples-per-shard", 7)
+    files, out = fsspec.filesystem("memory"), "memory://packed/set"
+    try:
+        shard(pictures, out, "--samples-per-shard", 7)
+        names = sorted(path.name for path in near.iterdir())
+        assert sorted(files.ls("/packed/set", detail=False)) == [f"/packed/set/{n}" for n in names]
+        assert all(files.cat(f"/packed/set/{n}") == (near / n).read_bytes() for n in names)
+        assert same(views(near), views(out))
+        files.rm(f"/packed/set/all-000002.tar{SUFFIX}")
+        capsys.readouterr()
+        shard(pictures, out, "--samples-per-shard", 7)
+        assert capsys.readouterr().out.count("was there") == 5
+        assert main(["shard", str(pictures), "--out", "memory://packed"]) == 2
+        assert "must be a new or empty folder, got memory://packed" in capsys.readouterr().err
+        assert main(["shard", str(pictures), "--out", "nothing://x"]) == 2
+        assert "--out: nothing://x cannot be written to: " in capsys.readouterr().err
+    finally:
+        files.rm("/packed", recursive=True)
+
+
 def test_nothing_is_overwritten(pictures, tmp_path, capsys):
     out = shard(pictures, tmp_path / "out", "--samples-per-shard", 7)
     assert main(["shard", str(pictures), "--out", str(out), "--samples-per-shard", "8"]) == 2

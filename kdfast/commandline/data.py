@@ -67,7 +67,7 @@ def _add_shard(shard: argparse.ArgumentParser) -> None:
     shard.add_argument(
         "source", metavar="SOURCE", type=place, help="folder of pictures, or a Hugging Face dataset"
     )
-    shard.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    shard.add_argument("--out", type=place, required=True, help="folder of the shards, or its URL")
     shard.add_argument(
         "--kind",
         choices=("imagefolder", "images", "bench2drive", "huggingface"),

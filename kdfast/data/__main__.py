@@ -47,7 +47,7 @@ def _guarded(args: argparse.Namespace) -> int:
     try:
         commands = {"check": _check, "infos": _infos, "sample": _sample, "shard": _shard}
         return commands[args.command](args)
-    except (OSError, ValueError, CorruptDataError) as error:
+    except (OSError, ValueError, ImportError, CorruptDataError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -113,7 +113,7 @@ def _shard(args: argparse.Namespace) -> int:
     count = args.samples_per_shard
     size = None if count is not None else args.shard_size * 10**6
     limits = Limits(count, size)
-    out = args.out.expanduser()
+    out = args.out.expanduser() if isinstance(args.out, Path) else args.out
     if args.kind == KIND or (args.kind is None and is_hub(args.source)):
         source = Source(args.source, args.image_key, args.label_key)
         print(write_stream(source, out, limits, lambda *shard: print(_line(*shard), flush=True)))

@@ -69,13 +69,12 @@ def class_feed(
     else:
         raise ValueError("chosen: must be None where it is not for training")
 
-    items = len(dataset) if chosen is None else len(chosen)
-    # Pictures in memory were read, and those that cannot be were named, when the set was built.
-    counter = CorruptCounter(items, quiet=dataset.store.held)
+    counter = CorruptCounter(len(dataset) if chosen is None else len(chosen))
 
     def to_batch(item: dict[str, Any], epoch: int, number: int) -> Batch:
         index: list[int] = item["index"].tolist()
-        bad = [pair for pair in zip(*item["corrupt"], strict=True) if pair[0]]
+        # Datasets whose pictures are always there need not say so.
+        bad = [pair for pair in zip(*item.get("corrupt", ()), strict=True) if pair[0]]
         counter.add(len(index) - len(bad), bad)
         return Batch(
             images=item["image"].to(device, non_blocking=True),

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import functional as F
 
-from kdfast.data.corrupt import Corrupt, CorruptCounter, Unreadable
+from kdfast.data.corrupt import LOG, Corrupt, CorruptCounter, Unreadable
 from kdfast.data.files import CorruptDataError, decode_bgr
 
 # Readers give a picture, or say why its bytes are none.
@@ -261,7 +261,7 @@ class Store:
 
     def _fill(self, part: Part, budget: int) -> Tensor | None:
         buffer, end = torch.empty(0, dtype=torch.uint8), 0
-        counter = CorruptCounter(self.length)
+        counter = CorruptCounter(self.length, quiet=True)
         for index, image in enumerate(self._every(part)):
             if isinstance(image, Corrupt):
                 counter.add(0, [(image.path, image.reason)])
@@ -279,6 +279,13 @@ class Store:
             buffer[start:end] = image.reshape(-1)
             self._shapes[index] = image.shape
             self._offsets[index + 1] = end
+        if self._corrupt:
+            first = next(iter(self._corrupt.values()))
+            LOG.warning(
+                "%d of %d pictures cannot be read: %s: %s%s",
+                *(len(self._corrupt), self.length, first.path, first.reason),
+                ", and others" if len(self._corrupt) > 1 else "",
+            )
         return buffer[:end]
 
     def _digest(self, part: Part) -> str:

@@ -38,8 +38,8 @@ class Source:
 
 
 def write_stream(
-    source: Source, out: Path, limits: Limits, told: Callable[[str, int, bool], None]
-) -> Path:
+    source: Source, out: Path | str, limits: Limits, told: Callable[[str, int, bool], None]
+) -> str:
     """Write the shards of a dataset that are not there yet, and the description of the set.
 
     The dataset is read once from the front, without a copy on this machine; one shard is held in
@@ -47,12 +47,12 @@ def write_stream(
 
     Args:
         source: The dataset, which must not have changed since the writer was killed.
-        out: Folder; absent, empty, or of the same dataset and limits.
+        out: Folder or its URL; absent, empty, or of the same dataset and limits.
         limits: Of a shard.
         told: Called after every shard with its name, its bytes, and whether it was there already.
 
     Returns:
-        The description of the set.
+        Where the description of the set is.
 
     Raises:
         FileExistsError: The folder holds something else.

@@ -16,7 +16,7 @@ from typing import IO, Any
 from kdfast.data.shards.description import FORMAT, NAME, parsed
 from kdfast.data.shards.names import divided
 from kdfast.data.shards.tar_index import BLOCK, SUFFIX, Index, grouped, keeps_text
-from kdfast.machine.files import clear_partials, replacing, write_text
+from kdfast.data.shards.target import Target
 from kdfast.machine.signals import check
 
 # As `sha256sum --check` reads it.
@@ -127,16 +127,16 @@ def cut(prefix: str, samples: Sequence[Sample], limits: Limits) -> dict[str, lis
     return {f"{prefix}-{number:06d}.tar": shard for number, shard in enumerate(shards)}
 
 
-def write_shards(plan: Plan, out: Path, told: Callable[[str, int, bool], None]) -> Path:
+def write_shards(plan: Plan, out: Path | str, told: Callable[[str, int, bool], None]) -> str:
     """Write the shards of a plan that are not there yet, and the description of the set.
 
     Args:
         plan: What goes where.
-        out: Folder; absent, empty, or of the same plan.
+        out: Folder or its URL; absent, empty, or of the same plan.
         told: Called after every shard with its name, its bytes, and whether it was there already.
 
     Returns:
-        The description of the set.
+        Where the description of the set is.
 
     Raises:
         FileExistsError: The folder holds something else.
@@ -155,7 +155,7 @@ class Writing:
 
     def __init__(
         self,
-        out: Path,
+        out: Path | str,
         kind: str,
         digest: str,
         classes: Sequence[str],
@@ -164,7 +164,7 @@ class Writing:
         """Begin, or go on.
 
         Args:
-            out: Folder; absent, empty, or of the same digest.
+            out: Folder or its URL; absent, empty, or of the same digest.
             kind: Of the source.
             digest: Of all that the shards follow from.
             classes: Names of the classes, in the order of their numbers.
@@ -173,30 +173,29 @@ class Writing:
         Raises:
             FileExistsError: The folder holds something else.
         """
-        self.out, self.told = out, told
+        self.target, self.told = Target(out), told
         self.head = {"format": FORMAT, "kind": kind, "plan": digest, "classes": list(classes)}
         self.shards: list[dict[str, Any]] = []
-        known = _started(out, digest)
-        out.mkdir(parents=True, exist_ok=True)
-        clear_partials(out)
+        known = _started(self.target, digest)
+        self.target.make()
         if not known:
             self._describe(whole=False)
 
     def finished(self, name: str) -> Index | None:
         """The index of a shard that was written before; None if it was not."""
-        index = _finished(self.out / name)
+        index = _finished(self.target, name)
         if index is not None:
             self._note(name, index, before=True)
         return index
 
     def write(self, name: str, samples: Sequence[Sample]) -> None:
         """Write one shard."""
-        self._note(name, _write(self.out / name, samples), before=False)
+        self._note(name, _write(self.target, name, samples), before=False)
 
-    def end(self) -> Path:
-        """Write the checksums and the description, and return the path of the latter."""
+    def end(self) -> str:
+        """Write the checksums and the description, and say where the latter is."""
         sums = "".join(f"{one['sha256']}  {one['name']}\n" for one in self.shards)
-        write_text(self.out / SUMS, sums)
+        self.target.write_text(SUMS, sums)
         return self._describe(whole=True)
 
     def _note(self, name: str, index: Index, *, before: bool) -> None:
@@ -204,38 +203,38 @@ class Writing:
         fact = {"bytes": index.size, "samples": len(grouped(index)), "sha256": index.sha256}
         self.shards.append({"name": name, **fact})
 
-    def _describe(self, *, whole: bool) -> Path:
+    def _describe(self, *, whole: bool) -> str:
         samples = sum(one["samples"] for one in self.shards)
         content = {**self.head, "whole": whole, "samples": samples, "shards": self.shards}
-        write_text(self.out / NAME, json.dumps(content, indent=1) + "\n")
-        return self.out / NAME
+        self.target.write_text(NAME, json.dumps(content, indent=1) + "\n")
+        return self.target.where(NAME)
 
 
-def _started(out: Path, digest: str) -> bool:
+def _started(target: Target, digest: str) -> bool:
     """Whether the folder is of this plan; False where it is empty or absent."""
-    path = out / NAME
-    if not path.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise FileExistsError(f"--out: must be a new or empty folder, got {out}")
+    content = target.read(NAME)
+    if content is None:
+        if not target.is_new():
+            raise FileExistsError(f"--out: must be a new or empty folder, got {target.out}")
         return False
-    known = parsed(str(path), path.read_bytes())
+    known = parsed(target.where(NAME), content)
     if known["plan"] != digest:
         raise FileExistsError(
-            f"--out: {out} holds shards of other pictures or sizes ({known['kind']}); nothing is "
-            f"overwritten, name another folder"
+            f"--out: {target.out} holds shards of other pictures or sizes ({known['kind']}); "
+            f"nothing is overwritten, name another folder"
         )
     return True
 
 
-def _finished(path: Path) -> Index | None:
+def _finished(target: Target, name: str) -> Index | None:
     """The index of a shard that was written before, which is the last thing that is written."""
-    beside = path.with_name(path.name + SUFFIX)
-    if not beside.is_file() or not path.is_file():
+    beside = target.read(name + SUFFIX)
+    if beside is None:
         return None
-    content = json.loads(beside.read_text(encoding="utf-8"))
+    content = json.loads(beside)
     del content["format"]
     index = Index(**content)
-    return index if index.size == path.stat().st_size else None
+    return index if index.size == target.size(name) else None
 
 
 class _Hashed:
@@ -250,9 +249,9 @@ class _Hashed:
         return self._file.write(data)
 
 
-def _write(path: Path, samples: Sequence[Sample]) -> Index:
+def _write(target: Target, name: str, samples: Sequence[Sample]) -> Index:
     index = Index()
-    with replacing(path) as partial, partial.open("wb") as file:
+    with target.file(name) as partial, partial.open("wb") as file:
         hashed = _Hashed(file)
         for member in (member for sample in samples for member in sample):
             data = member.read()
@@ -268,5 +267,5 @@ def _write(path: Path, samples: Sequence[Sample]) -> Index:
         hashed.write(b"\0" * 2 * BLOCK)
         hashed.write(b"\0" * (-hashed.size % tarfile.RECORDSIZE))
     index.size, index.sha256 = hashed.size, hashed.sha.hexdigest()
-    write_text(path.with_name(path.name + SUFFIX), index.as_text())
+    target.write_text(name + SUFFIX, index.as_text())
     return index
