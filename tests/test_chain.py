@@ -438,7 +438,7 @@ def test_feed_resumes_and_shares() -> None:
         return class_feed(dataset, batch_size=3, device=torch.device("cpu"), seed=4, **options)
 
     whole = [batch.index for batch in feed().batches(1)]
-    assert len(whole) == len(feed()) == 6 and len({i for b in whole for i in b}) == 18
+    assert len(whole) == feed().steps == 6 and len({i for b in whole for i in b}) == 18
     assert [batch.index for batch in feed().batches(1, done=4)] == whole[4:]
     assert [batch.index for batch in feed().batches(2)] != whole
     assert next(feed().batches(3)).variant == 1

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from kdfast.configs import load
 from kdfast.memory import MemoryPlan, Step, plan_step
+from kdfast.memory.ledger import GATHERED
 from kdfast.memory.measure import _optimizer, checkpointed, supervised
 from kdfast.plan import main, steps_of
 from kdfast.trainer.exchange import Exchange
@@ -177,8 +178,11 @@ def plan_of(name: str, **more: Any) -> MemoryPlan:
 def test_prediction_is_within_a_tenth_of_two_processes(
     name: str, shard: str, peaks: dict[str, int], compiled: None
 ) -> None:
-    plan = plan_of(name, processes=2, shard=shard)
-    assert plan.tensors == pytest.approx(peaks[f"{name} {shard}"], rel=0.1)
+    plan, peak = plan_of(name, processes=2, shard=shard), peaks[f"{name} {shard}"]
+    # A thread of gloo's lets go of what it has sent when it gets to it: on a busy machine what is
+    # gathered next may come before.
+    late = plan.categories.get(GATHERED, 0)
+    assert 0.9 * peak <= plan.tensors + late and plan.tensors <= 1.1 * peak
     assert sum(plan.categories.values()) == plan.tensors
 
 

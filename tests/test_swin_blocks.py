@@ -332,3 +332,14 @@ def test_orders_are_permutations() -> None:
     assert order is not None and order.tokens == 49
     assert torch.equal(order.places[order.inverse], torch.arange(14 * 21))
     assert block_module.window_order((14, 20), (7, 7), (0, 0)) is None
+
+
+def test_reports_say_where_windows_fill_the_map(ran: list[Any]) -> None:
+    holder = build(lambda: timm_block(3, (15, 20)))
+    report = kdfast.accelerate(holder)
+    (row,) = report.blocks_left
+    assert row.detail == "windows of 7 x 7 do not fill its map of 15 x 20; its own code runs"
+    output(holder, maps(size=(15, 20)))
+    assert type(holder[0]) not in ran
+    (block, _) = kdfast.accelerate(build(CASES["torchvision"])).blocks
+    assert block.detail == "fused in inference where windows fill the map"

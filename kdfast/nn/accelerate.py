@@ -140,8 +140,8 @@ Rows = tuple[Replacement, ...]
 
 def accelerate_layers(model: nn.Module) -> tuple[Rows, Rows, Rows, Rows]:
     """``accelerate`` without attention: the last four fields of its report."""
-    layers = _replace(model, linear, "kdfast.linear", linear.why_not)
-    return *layers, *_replace(model, block_swap, "fused in inference", block_swap.why_not)
+    layers = _replace(model, linear, lambda _: "kdfast.linear", linear.why_not)
+    return *layers, *_replace(model, block_swap, block_swap.detail, block_swap.why_not)
 
 
 def has_fast_layers(model: nn.Module) -> bool:
@@ -196,14 +196,17 @@ def _stand_in(module: nn.Module, backend: str | None, replace_eager: bool) -> Fu
 
 
 def _replace(
-    model: nn.Module, kind: Any, now: str, why_not: Callable[[nn.Module], str | None]
+    model: nn.Module,
+    kind: Any,
+    now: Callable[[nn.Module], str],
+    why_not: Callable[[nn.Module], str | None],
 ) -> tuple[Rows, Rows]:
     """Gives modules another class; the rows of those that got it, and of those that were left.
 
     Args:
         model: The whole model.
         kind: ``linear`` or ``block_swap``, with ``is_known`` and ``replace``.
-        now: What they are then.
+        now: What one is then.
         why_not: The reason that the class of a known module gives against it, or None.
     """
     found: list[Replacement] = []
@@ -218,7 +221,7 @@ def _replace(
             kind.put_back(module)
         else:
             kind.replace(module)
-            found.append(Replacement(name, source, now))
+            found.append(Replacement(name, source, now(module)))
     return tuple(found), tuple(left)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from kdfast.nn import swin_blocks
 from kdfast.nn.attention import EVERYWHERE, FusedAttention, qualified_name
 from kdfast.nn.block import run_block, run_mlp
 from kdfast.nn.block_table import BLOCKS, MLPS
@@ -84,11 +85,18 @@ def _obstacle(module: nn.Module) -> str:
                 return reason
         elif unfused_reason(part):
             return f"{name} is not fused"
+    if reason := swin_blocks.unfilled(module):
+        return reason
     for name, part in module.named_modules():
         wraps = hasattr(part, "base_layer") or hasattr(part, "parametrizations")
         if wraps or (isinstance(part, nn.Linear) and not is_plain_linear(part)):
             return f"{name} is a {qualified_name(part)}, which may compute anything"
     return "one of its parts is of a kind that kdfast does not know"
+
+
+def detail(module: nn.Module) -> str:
+    """What a known module does once it is replaced."""
+    return "fused in inference" + swin_blocks.CONDITIONS.get(qualified_name(module), "")
 
 
 def replace(module: nn.Module) -> None:

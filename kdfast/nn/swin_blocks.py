@@ -16,6 +16,10 @@ from kdfast.nn.torchvision_swin import TorchvisionSwinAttention
 from kdfast.ops._layer_norm import is_layer_norm
 from kdfast.ops._packed import Layer, hooked, is_plain_linear
 
+# What a report adds to what these blocks do; timm's know the size of their map.
+CONDITIONS = {
+    "torchvision.models.swin_transformer.SwinTransformerBlock": " where windows fill the map"
+}
 MlpOf = Callable[[nn.Module, Tensor | None], Mlp | None]
 
 
@@ -26,6 +30,8 @@ def readers(read_mlp: MlpOf) -> dict[str, Reader]:
         """``timm.models.swin_transformer.SwinTransformerBlock``."""
         mask = block.attn_mask
         # A mask that follows the input is made by the block's own code.
+        if x is None and unfilled(block):
+            return None
         if block.dynamic_mask or not inert(block.drop_path1, block.drop_path2):
             return None
         order = _order(x, block.window_size, block.shift_size)
@@ -79,6 +85,16 @@ def readers(read_mlp: MlpOf) -> dict[str, Reader]:
         "timm.models.swin_transformer.SwinTransformerBlock": timm_swin,
         "torchvision.models.swin_transformer.SwinTransformerBlock": torchvision_swin,
     }
+
+
+def unfilled(block: Any) -> str | None:
+    """Why a block of timm's runs its own code on maps of the size that it was made for, or None."""
+    if not hasattr(block, "input_resolution") or not hasattr(block, "window_size"):
+        return None
+    (h, w), (high, wide) = block.input_resolution, block.window_size
+    if h % high == 0 and w % wide == 0:
+        return None
+    return f"windows of {high} x {wide} do not fill its map of {h} x {w}"
 
 
 def _drops(attn: Any) -> list[nn.Module]:
