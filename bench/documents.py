@@ -198,18 +198,32 @@ def models(whole: Sequence[dict[str, Any]]) -> str:
     return markdown(["model, ms", *(titles.get(n, n) for n in names), "ratio"], rows)
 
 
-def whole(rows: Iterable[dict[str, Any]]) -> str:
-    """Whole models of one image and training steps in fp32: torch at its best, and kdfast."""
-    table = []
+def at_best(rows: Iterable[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Whole models of one image and training steps in fp32: ms of torch at its best and of ours."""
+    times = {}
     for (_, case), group in grouped(rows).items():
         if OURS not in group or "bf16" in case or ("fwd " in case and "batch 1" not in case):
             continue
-        ours = group[OURS]["ms"]
         best = min(group[n]["ms"] for n in ("eager", "compile", "freezing") if n in group)
         # Without the count of multiply-adds.
-        name = case.partition(", ")[0]
-        table.append([name, f"{best:.0f}", f"{ours:.0f}", f"{best / ours:.2f}"])
-    return markdown(["ms", "PyTorch at its best", "kdfast", "gain"], table)
+        times[case.partition(", ")[0]] = best, group[OURS]["ms"]
+    return times
+
+
+def whole(every: Sequence[Machine]) -> str:
+    """What every machine knows of whole models: torch at its best, kdfast and the gain."""
+    known = [(m.whole["machine"], found) for m in every if (found := at_best(model_rows(m)))]
+    columns = [f"{m['family']}: {x}" for m, _ in known for x in ("PyTorch", "kdfast", "gain")]
+    table = []
+    for case in dict.fromkeys(case for _, found in known for case in found):
+        row = [case]
+        for _, found in known:
+            best, ours = found.get(case, (None, None))
+            missing = best is None or ours is None
+            row += [""] * 3 if missing else [f"{best:.0f}", f"{ours:.0f}", f"{best / ours:.2f}"]
+        table.append(row)
+    facts = "; ".join(facts_line(machine) for machine, _ in known)
+    return f"{wrapped(facts + '.')}\n\n" + markdown(["ms", *columns], table)
 
 
 def rivals(found: dict[str, Any]) -> str:
@@ -328,7 +342,7 @@ def wrapped(text: str, indent: str = "") -> str:
     )
 
 
-def blocks(shown: Machine, every: Iterable[Machine], gpu: dict[str, Any]) -> dict[str, str]:
+def blocks(shown: Machine, every: Sequence[Machine], gpu: dict[str, Any]) -> dict[str, str]:
     """The generated blocks of the documents by name."""
     ops, every_model = ops_rows(shown), model_rows(shown)
     lost = [
@@ -349,7 +363,7 @@ def blocks(shown: Machine, every: Iterable[Machine], gpu: dict[str, Any]) -> dic
         "yardsticks": yardsticks(ops),
         "peaks": peaks(ops),
         "models": models(every_model),
-        "whole": facts_line(shown.whole["machine"]) + ".\n\n" + whole(every_model),
+        "whole": whole(every),
         "chain": chain(row for row in shown.ops["rows"] if row["op"] == "vit_chain"),
         "binaries": binaries(gpu),
     }
@@ -360,7 +374,7 @@ def committed() -> dict[str, str]:
     every = machines()
     gpu = json.loads((RESULTS / "gpu_static.json").read_text(encoding="utf-8"))
     found = json.loads((RESULTS / f"{SHOWN}_rivals.json").read_text(encoding="utf-8"))
-    contents = blocks(every[SHOWN], every.values(), gpu)
+    contents = blocks(every[SHOWN], list(every.values()), gpu)
     shown = every[SHOWN].orion
     tested = [json.loads(path.read_text("utf-8")) for path in RESULTS.glob("torch_*.json")]
     return {

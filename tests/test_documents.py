@@ -100,10 +100,17 @@ def test_whole_models_are_held_against_torch_at_its_best() -> None:
         for case, found in times.items()
         for name, ms in {**found, "kdfast": 4}.items()
     ]
-    lines = documents.whole(rows).splitlines()[2:]
-    assert lines == [
-        "| fwd ViT batch 1 | 8 | 4 | 2.00 |",
-        "| fwd+bwd ViT batch 4 | 30 | 4 | 7.50 |",
+    file = {**WHOLE, "rows": rows}
+    other = {**file, "machine": {**WHOLE["machine"], "family": "Lake"}, "rows": rows[:5]}
+    every = [documents.Machine(file, file), documents.Machine(other, other)]
+    text = documents.whole(every)
+    assert "; Lake, avx2, 2 threads" in text.replace("\n", " ")
+    assert text.splitlines()[-4:] == [
+        "| ms | Zen 9: PyTorch | Zen 9: kdfast | Zen 9: gain "
+        "| Lake: PyTorch | Lake: kdfast | Lake: gain |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| fwd ViT batch 1 | 8 | 4 | 2.00 | 8 | 4 | 2.00 |",
+        "| fwd+bwd ViT batch 4 | 30 | 4 | 7.50 |  |  |  |",
     ]
 
 
