@@ -257,6 +257,34 @@ def test_all_begin_with_the_module_of_the_first() -> None:
     assert in_ranks(2, work) == [""] * 2
 
 
+def test_gradients_lie_in_memory_as_their_parameters() -> None:
+    """Fused optimisers go through both in the order of memory."""
+
+    def step(layout: torch.memory_format, exchanged: bool) -> Tensor:
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 4, 2, bias=False).to(memory_format=layout)
+        optimizer = torch.optim.AdamW(conv.parameters(), lr=0.1, fused=True)
+        factors = torch.randn(4, 3, 2, 2)
+        if exchanged:
+            exchange = Exchange(conv, 2, CPU)
+            exchange.begin()
+            with exchange.sending():
+                (conv.weight * factors).sum().backward()
+            exchange.finish(failed=False, largest=1)
+        else:
+            (conv.weight * factors).sum().backward()
+        assert conv.weight.grad.stride() == conv.weight.stride()
+        optimizer.step()
+        return conv.weight.detach()
+
+    def work(rank: int) -> None:
+        wanted = step(torch.contiguous_format, False)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            torch.testing.assert_close(step(layout, True), wanted)
+
+    assert in_ranks(2, work) == [""] * 2
+
+
 def test_a_gradient_that_comes_after_it_was_sent() -> None:
     """An error: the sum would lack a part."""
 

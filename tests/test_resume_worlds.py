@@ -6,13 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from kdfast.configs import ConfigError
 from kdfast.data.sampler import EpochSampler
 from kdfast.data.shares import Shares
-from kdfast.trainer.commits import load_checkpoint
+from kdfast.testing.ranks import in_ranks
+from kdfast.trainer.commits import load_checkpoint, save_checkpoint
+from kdfast.trainer.progress import Progress
 
 WORKER = """
 import json, sys
@@ -111,6 +116,30 @@ def test_out_of_memory_in_one_process(tmp_path: Path, world: int) -> None:
         results.append((seen(folder), weight(folder)))
     assert results[0][0] == results[1][0]
     assert load_checkpoint(tmp_path / "fails/run/last.pt")["parts"] == 2
+
+
+@pytest.mark.parametrize("step", [None, 2])
+def test_processes_that_see_other_checkpoints(tmp_path: Path, step: int | None) -> None:
+    """None or an old one, as in a folder of a node's own: an error in all, and nobody waits."""
+
+    class Seen(Progress):
+        def __init__(self, rank: int) -> None:
+            folder = tmp_path / str(rank)
+            self.job = SimpleNamespace(folder=folder, logs=folder, epochs_file="epochs.csv")
+            barrier = SimpleNamespace(is_main_process=rank == 0, wait_for_everyone=dist.barrier)
+            self.accelerator, self.rank, self.world = barrier, rank, 2
+
+    for rank, saved in enumerate((4, step)):
+        folder = tmp_path / str(rank)
+        folder.mkdir()
+        if saved is not None:
+            save_checkpoint(folder, {"step": saved}, best=False)
+
+    def work(rank: int) -> None:
+        with pytest.raises(ConfigError, match=f"got checkpoints of these steps in them: 4, {step}"):
+            Seen(rank).load()
+
+    assert in_ranks(2, work) == [""] * 2
 
 
 @pytest.mark.parametrize("together", [4, 6, 7])

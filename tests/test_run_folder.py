@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from kdfast.chain import links
 from kdfast.chain.links import Link, build_link
 from kdfast.configs import ConfigError
 from kdfast.recovery import report
+from kdfast.testing.ranks import in_ranks
 from kdfast.train import main
 from kdfast.trainer import loop, runs
 from kdfast.trainer.commits import load_checkpoint, newest
@@ -50,6 +52,26 @@ def test_next_folder(tmp_path: Path) -> None:
     assert runs.run_folder(output, MAIN, None).name == "run [a]*-3"
     os.utime(output / "config.yaml", (1, 1))
     assert runs.run_folder(output, MAIN, "--resume: ") == second
+
+
+@pytest.mark.parametrize("missing", [None, "--resume: "])
+def test_a_folder_that_one_process_does_not_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str | None
+) -> None:
+    """As on nodes that have no file system in common: that process would begin anew."""
+    monkeypatch.setattr(runs, "broadcast_object_list", dist.broadcast_object_list)
+    (tmp_path / "1").mkdir()
+    hold(tmp_path / "0" / "run", "config.yaml", "last.pt")
+
+    def work(rank: int) -> None:
+        accelerator: Any = SimpleNamespace(is_main_process=rank == 0)
+        os.chdir(tmp_path)
+        runs.run_folder(Path("0/run"), accelerator, missing)
+        os.chdir(tmp_path / str(rank // 2))
+        with pytest.raises(ConfigError, match="output: must be a folder that all processes see"):
+            runs.run_folder(Path("run"), accelerator, missing)
+
+    assert in_ranks(3, work) == [""] * 3
 
 
 def test_resume_leaves_a_refused_start_out(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
@@ -23,12 +26,14 @@ from kdfast.configs import ConfigError, load
 from kdfast.configs.chain import ChainDistillConfig
 from kdfast.configs.distil import distil_config
 from kdfast.configs.recovery import DistillConfig
+from kdfast.data.shares import Shares
 from kdfast.distillation.objective import Objective as DistilObjective
 from kdfast.distillation.terms import find_terms
 from kdfast.models.prepared import PreparedModel
 from kdfast.recovery.objective import Distiller
 from kdfast.testing.compare import assert_no_worse
 from kdfast.testing.models import small_eva
+from kdfast.testing.ranks import in_ranks
 from kdfast.train import main
 from kdfast.trainer.gathered import (
     is_sharded,
@@ -46,6 +51,7 @@ from kdfast.trainer.sharding import (
     whole,
     whole_tensor,
 )
+from kdfast.trainer.step import Inputs, Piecewise, Prepared
 
 BATCH, STEPS = 4, 3
 
@@ -282,6 +288,62 @@ def test_what_is_not_sharded_stays_as_it_is() -> None:
     assert whole(model) is model and not is_sharded(model)
     with gathered(model, None):
         assert whole_tensor(model.norm.weight) is model.norm.weight
+
+
+def test_pieces_of_uneven_shares() -> None:
+    """Shards are gathered as often in every process, where a run in pieces goes on in shards."""
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = vit(depth=1)
+            self.rows: list[int] = []
+
+        def forward(
+            self, images: Tensor, labels: None, epoch: int
+        ) -> tuple[dict[str, Tensor], Tensor]:
+            self.rows.append(len(images))
+            logits = self.net(images)
+            return {"total": logits.square().mean()}, logits
+
+    def attempt(images: Tensor, rank: int, parts: int, weight: float) -> list[int]:
+        module = Mean()
+        accelerator: Any = SimpleNamespace(
+            num_processes=2,
+            device=torch.device("cpu"),
+            backward=lambda loss: loss.backward(),
+            no_sync=lambda module: nullcontext(),
+        )
+        shard(module, [module.net], accelerator)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+        weights = Shares(9, 9, 2).weights(rank)
+        prepared = Prepared("mean", accelerator, module, optimizer, 9, weights, lambda: False)
+        step = Piecewise()
+        step.parts = parts
+        inputs = [Inputs(images, None, weight=weight)]
+        losses, outputs = step.gradient(prepared, inputs, 0)
+        assert sum(map(len, outputs)) == len(images)
+        alone = Mean()
+        whole = weight * alone(images, None, 0)[0]["total"] * weights[0]
+        whole.backward()
+        torch.testing.assert_close(losses["total"] * weight, whole.detach())
+        for mine, one in zip(module.parameters(), alone.parameters(), strict=True):
+            wanted = one.grad.clone()
+            dist.all_reduce(wanted)
+            got = torch.zeros_like(wanted) if mine.grad is None else whole_tensor(mine.grad)
+            torch.testing.assert_close(got, wanted / 2, rtol=1e-4, atol=1e-6)
+        return module.rows
+
+    def work(rank: int) -> None:
+        images = torch.rand(9, 3, 32, 32, generator=torch.Generator().manual_seed(1))[rank::2]
+        assert attempt(images, rank, 4, 1.0) == [[2, 2, 1, 1], [1, 1, 1, 1]][rank]
+        assert attempt(images, rank, 8, 1.0) == [1] * 5
+        # One process could read none of its pictures.
+        few = images if rank == 0 else torch.zeros(1, 3, 32, 32)
+        assert len(attempt(few, rank, 2, 1.0 - rank)) == 2
+
+    assert in_ranks(2, work, seconds=60.0) == [""] * 2
 
 
 def test_rejects_one_process(capsys: pytest.CaptureFixture[str]) -> None:

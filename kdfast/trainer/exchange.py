@@ -45,7 +45,7 @@ class _Bucket:
     Attributes:
         tensors: Those that it is for.
         flat: (N,), of as many numbers as they have.
-        views: A part of ``flat`` for each of them, in its shape.
+        views: A part of ``flat`` for each of them, in its shape and order in memory.
         missing: How many of them are still to come before it is full.
         work: What sends it; None: it was not sent yet.
     """
@@ -55,7 +55,7 @@ class _Bucket:
         self.tensors = tensors
         self.flat = torch.zeros(sum(sizes), dtype=tensors[0].dtype, device=tensors[0].device)
         parts = self.flat.split(sizes)
-        self.views = [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
+        self.views = [_as(x, part) for part, x in zip(parts, tensors, strict=True)]
         self.missing = len(tensors)
         self.work: dist.Work | None = None
 
@@ -175,6 +175,15 @@ class Exchange:
         bucket.flat.div_(self.world)
         bucket.work = dist.all_reduce(bucket.flat, async_op=True)
         self._sent += 1
+
+
+def _as(tensor: Tensor, part: Tensor) -> Tensor:
+    """A part of a bucket in the shape and strides of a tensor; of one with gaps, contiguous.
+
+    Fused optimisers go through parameters and gradients in the order of memory.
+    """
+    strides = torch.empty_like(tensor, device="meta").stride()
+    return part.as_strided(tensor.shape, strides, part.storage_offset())
 
 
 def _buckets(tensors: Iterable[Any]) -> Iterator[list[Tensor]]:

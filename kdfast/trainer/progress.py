@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from kdfast.configs.fields import ConfigError
 from kdfast.machine.files import load_torch
+from kdfast.machine.ranks import Ranks
 from kdfast.trainer.commits import changed, load_checkpoint, newest, save_checkpoint, settle
 from kdfast.trainer.feed import Feed
 from kdfast.trainer.gathered import (
@@ -117,9 +118,10 @@ class Progress:
                 settle(folder)
             self.accelerator.wait_for_everyone()
             path = newest(folder)
-            if path is None:
+            state = None if path is None else load_checkpoint(path)
+            self._check_same(None if state is None else state.get("step"))
+            if path is None or state is None:
                 return None
-            state = load_checkpoint(path)
             for log in (self.job.logs / STEPS, self.job.logs / self.job.epochs_file):
                 if changed(folder, log):
                     LOG.warning("%s is not as it was saved: rows may be missing", log)
@@ -139,6 +141,18 @@ class Progress:
             *(self.job.title, state["step"], self.job.length.total, path),
         )
         return Position(state["step"], state["open_epoch"])
+
+    def _check_same(self, step: Any) -> None:
+        """Raises ConfigError, in all processes, where they would not go on from one checkpoint."""
+        found = Ranks(self.rank, self.world).shared(lambda: step)
+        if any(other != found[0] for other in found):
+            folder, steps = self.job.folder, ", ".join(map(str, found))
+            raise ConfigError(
+                [
+                    f"--resume: all processes must see one folder {folder}, got checkpoints of "
+                    f"these steps in them: {steps}"
+                ]
+            )
 
     def _check(self, path: Path, state: dict[str, Any]) -> None:
         """Raises ConfigError where a checkpoint is of another training."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, takewhile
@@ -56,7 +57,7 @@ def run_folder(output: Path, accelerator: Accelerator, missing: str | None) -> P
 
     Raises:
         ConfigError: There is no run to go on with, another process is at it, or the folder cannot
-            be written.
+            be written or is not seen by all processes.
     """
     release_folder()
     answer: list[Any] = [None]
@@ -70,6 +71,7 @@ def run_folder(output: Path, accelerator: Accelerator, missing: str | None) -> P
     if isinstance(answer[0], list):
         raise ConfigError(answer[0])
     chosen: Path = answer[0]
+    _check_seen(chosen)
     return chosen
 
 
@@ -122,6 +124,19 @@ def _chosen(output: Path, missing: str | None, launch: launches.Launch) -> Path:
         path = _new(output) if missing is None else _newest(output, missing)
     launch.write(path)
     return path
+
+
+def _check_seen(path: Path) -> None:
+    """Raises ConfigError, in all processes, where one of them does not see the run's folder.
+
+    It would begin anew where the others go on.
+    """
+    found = Ranks.here().shared(lambda: (socket.gethostname(), (path / LOG_FILE).is_file()))
+    blind = dict.fromkeys(host for host, sees in found if not sees)
+    if blind:
+        raise ConfigError(
+            [f"output: must be a folder that all processes see, got {path}, {', '.join(blind)} not"]
+        )
 
 
 def _launched(output: Path, launch: launches.Launch) -> Path | None:

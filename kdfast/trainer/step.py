@@ -52,6 +52,16 @@ class Prepared:
     leaves_now: Callable[[], bool]
     exchange: Exchange | None = None
 
+    @property
+    def sharded(self) -> bool:
+        """Whether processes wait for each other in every forward, so that all need as many."""
+        return self.exchange is None and self.accelerator.num_processes > 1
+
+    @property
+    def largest(self) -> int:
+        """Images of the largest forward in any process."""
+        return math.ceil(self.together / (self.accelerator.num_processes * len(self.weights)))
+
     def synchronised(self, last: bool) -> Any:
         """Context of a forward and backward: processes exchange gradients in the last one only."""
         if self.exchange is None:
@@ -182,13 +192,14 @@ class Piecewise:
         """The gradient of this process, perhaps averaged already."""
         means: Losses = {}
         outputs: list[Tensor] = []
-        pieces = list(self._pieces(inputs, prepared.weights))
+        pieces = list(self._pieces(inputs, prepared))
         for number, (piece, share) in enumerate(pieces):
             with prepared.synchronised(number == len(pieces) - 1):
                 found = prepared.module(piece.images, piece.labels, epoch, *piece.more)
                 losses, *rest = found if isinstance(found, tuple) else (found,)
                 prepared.accelerator.backward(losses["total"] * (piece.weight * share))
-            outputs += rest
+            if share:
+                outputs += rest
             for name, value in losses.items():
                 part = value.detach().float() * share
                 means[name] = means[name] + part if name in means else part
@@ -197,15 +208,20 @@ class Piecewise:
         return means, outputs
 
     def _pieces(
-        self, inputs: Sequence[Inputs], weights: tuple[float, ...]
+        self, inputs: Sequence[Inputs], prepared: Prepared
     ) -> Iterator[tuple[Inputs, float]]:
         """What goes through the module at a time, and what its mean loss counts."""
-        for batch, weight in zip(inputs, weights, strict=True):
+        for batch, weight in zip(inputs, prepared.weights, strict=True):
             rows = len(batch.images)
             size = rows if batch.whole else math.ceil(rows / self.parts)
-            for start in range(0, rows, size):
+            starts = range(0, rows, size)
+            for start in starts:
                 piece = batch.cut(slice(start, start + size))
                 yield piece, weight * (len(piece.images) / rows)
+            if prepared.sharded and not batch.whole:
+                # Another process may have more pieces: these count nothing.
+                for _ in range(len(starts), min(self.parts, prepared.largest)):
+                    yield batch.cut(slice(0, 1)), 0.0
 
     def _halve(
         self,
