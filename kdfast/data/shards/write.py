@@ -200,7 +200,8 @@ class Writing:
 
     def _note(self, name: str, index: Index, *, before: bool) -> None:
         self.told(name, index.size, before)
-        fact = {"bytes": index.size, "samples": len(grouped(index)), "sha256": index.sha256}
+        samples = len(grouped(index, self.target.where(name)))
+        fact = {"bytes": index.size, "samples": samples, "sha256": index.sha256}
         self.shards.append({"name": name, **fact})
 
     def _describe(self, *, whole: bool) -> str:
