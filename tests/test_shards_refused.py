@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kdfast.data.__main__ import main
 from kdfast.data.labelled import build_classification
 from kdfast.data.shards.labels import numbered
 from kdfast.data.shards.tars import open_tars
@@ -94,3 +95,24 @@ def test_a_shard_that_was_written_again_is_listed_again(tmp_path):
     for key in "ab":
         written(path, [(f"{key}.jpg", b"1"), (f"{key}.cls", b"0")])
         assert list(open_tars("webdataset", path.parent).pictures.names) == [f"{key}.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("kdfast_shards.json", '{"format": "kdfast.shards/1"}'),
+        ("kdfast_shards.json", "{"),
+        ("all-000000.tar.index.json", "{"),
+        ("all-000000.tar.index.json", '{"a": 1}'),
+    ],
+)
+def test_packing_goes_on_beside_a_damaged_file(tmp_path, capsys, name, content):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.jpg").write_bytes(b"1")
+    words = ["shard", str(tmp_path / "pictures"), "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    (tmp_path / "out" / name).write_text(content)
+    capsys.readouterr()
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{tmp_path / 'out' / name} must " in error

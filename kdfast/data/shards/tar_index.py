@@ -180,7 +180,7 @@ def _kept(shard: Shard) -> Index | None:
     content = beside or (in_cache.read_bytes() if in_cache.is_file() else b"")
     if not content:
         return None
-    index = _parsed(shard, content)
+    index = parsed_index(shard.path, content)
     if not index.sha256 and (index.size != shard.size or _is_older(shard)):
         # It was listed here, and has been written again since.
         return None
@@ -203,7 +203,12 @@ def _is_older(shard: Shard) -> bool:
     return place.stat().st_mtime_ns < shard.local.stat().st_mtime_ns
 
 
-def _parsed(shard: Shard, content: bytes) -> Index:
+def parsed_index(path: str, content: bytes) -> Index:
+    """The index of the shard at a path.
+
+    Raises:
+        ValueError: It is damaged or of another format.
+    """
     try:
         found = json.loads(content)
         if found.pop("format") != FORMAT:
@@ -211,7 +216,7 @@ def _parsed(shard: Shard, content: bytes) -> Index:
         return Index(**found)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"shard: {shard.path}{SUFFIX} must be an index of kdfast, got {error}; take it away, "
+            f"shard: {path}{SUFFIX} must be an index of kdfast, got {error}; take it away, "
             f"and the shard is listed again"
         ) from error
 
