@@ -94,7 +94,19 @@ def run(name: str, words: Sequence[str]) -> int:
     if command.trains and "torch" not in sys.modules:
         # OpenMP reads this when torch is loaded (docs/use/training.md).
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    status: int = importlib.import_module(command.module).main(words)
+    try:
+        module = importlib.import_module(command.module)
+    except ModuleNotFoundError as error:
+        absent = (error.name or "").partition(".")[0]
+        if absent in ("", "kdfast"):
+            raise
+        print(
+            f"error: kdfast {name}: needs the package {absent}, got none; run `pip install "
+            f"'kdfast[train]'`",
+            file=sys.stderr,
+        )
+        return 2
+    status: int = module.main(words)
     return status
 
 

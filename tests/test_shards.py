@@ -284,7 +284,7 @@ def test_a_broken_shard_without_index_is_named(tmp_path):
             add(archive, f"{n}.jpg", encoded(n))
     code = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(code[:700])
-    with pytest.raises(ValueError, match=r"shard: a.tar must be a whole uncompressed .tar, got "):
+    with pytest.raises(ValueError, match=r"shard: .*a.tar must be a whole uncompressed .tar, got "):
         views(tmp_path)
     size = len(encoded(0))
     second = 512 + size + -size % 512

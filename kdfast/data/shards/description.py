@@ -10,6 +10,7 @@ from typing import Any
 
 from kdfast.data.shards.places import Shard, common_folder
 
+KEYS = ("kind", "plan", "classes", "whole", "shards")
 NAME, FORMAT = "kdfast_shards.json", "kdfast.shards/1"
 
 
@@ -23,6 +24,8 @@ def parsed(path: str, content: bytes) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(content)
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']}")
+        if absent := [key for key in KEYS if key not in found]:
+            raise ValueError(f"nothing under {', '.join(absent)}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} must describe shards of kdfast, got {error}") from error
     return found

@@ -15,6 +15,8 @@ from typing import IO, Any
 import fsspec
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# They have no positions to read a picture at.
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 INSTALL = "pip install 'kdfast[shards]'"
 
 
@@ -118,9 +120,11 @@ def find_shards(kind: str, root: str | Path | None, suffix: str) -> list[Shard]:
         )
     if not is_url(text):
         text = os.path.abspath(os.path.expanduser(text))
-    found = {shard.path: shard for one in _braces(text) for shard in _matching(one, suffix)}
+    found = {shard.path: shard for one in _braces(text) for shard in _matching(one, (suffix,))}
     if not found:
-        raise FileNotFoundError(f"root: must hold *{suffix} shards for kind {kind!r}, got {root}")
+        packed = [one.path for part in _braces(text) for one in _matching(part, COMPRESSED)]
+        what = f"only compressed ones such as {packed[0]}; `gunzip` them" if packed else str(root)
+        raise FileNotFoundError(f"root: must hold *{suffix} shards for kind {kind!r}, got {what}")
     return [found[path] for path in sorted(found)]
 
 
@@ -136,7 +140,7 @@ def _braces(text: str) -> list[str]:
     return list(braceexpand.braceexpand(text))
 
 
-def _matching(url: str, suffix: str) -> list[Shard]:
+def _matching(url: str, suffixes: tuple[str, ...]) -> list[Shard]:
     try:
         files, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -155,7 +159,7 @@ def _matching(url: str, suffix: str) -> list[Shard]:
     return [
         Shard(here, name, int(fact["size"]))
         for name, fact in facts.items()
-        if fact["type"] != "directory" and name.endswith(suffix) and not _hidden(name, fixed)
+        if fact["type"] != "directory" and name.endswith(suffixes) and not _hidden(name, fixed)
     ]
 
 

@@ -71,8 +71,8 @@ def write_stream(
     writing = Writing(out, KIND, digest, columns.classes, told)
     for split, rows in splits.items():
         number = start = 0
-        while index := writing.finished(f"{split}-{number:06d}.tar"):
-            start += len(grouped(index))
+        while index := writing.finished(name := f"{split}-{number:06d}.tar"):
+            start += len(grouped(index, writing.target.where(name)))
             number += 1
         for shard in _cut(_samples(rows, columns, split, start), limits):
             check()

@@ -23,6 +23,7 @@ LOG = logging.getLogger("kdfast.data")
 SUFFIX = ".index.json"
 FORMAT = "kdfast.shard/1"
 BLOCK = tarfile.BLOCKSIZE
+GZIP = b"\x1f\x8b"
 # Members whose content an index keeps: labels, short enough to be no captions.
 TEXTS, LONGEST = ("cls", "cls.txt", "json"), 256
 # Shards that are listed at the same time: the time goes into waiting for storage.
@@ -68,10 +69,17 @@ def keeps_text(name: str, size: int) -> bool:
     return found is not None and size <= LONGEST and found[1] in TEXTS
 
 
-def grouped(index: Index) -> list[dict[str, int]]:
+def grouped(index: Index, path: str) -> list[dict[str, int]]:
     """The samples of a shard as webdataset has them: fields with the numbers of their members.
 
     Members that follow each other and have one key are one sample.
+
+    Args:
+        index: Of the shard.
+        path: Of the shard, for messages.
+
+    Raises:
+        ValueError: A sample has two fields of one name, as two samples of one key look.
     """
     samples: list[dict[str, int]] = []
     last = None
@@ -82,7 +90,11 @@ def grouped(index: Index) -> list[dict[str, int]]:
         if parts[0] != last:
             samples.append({})
             last = parts[0]
-        samples[-1].setdefault(parts[1], number)
+        if samples[-1].setdefault(parts[1], number) != number:
+            raise ValueError(
+                f"shard: {path}: must have one field {parts[1]} in a sample, got two in "
+                f"{parts[0]}; every sample needs a key of its own"
+            )
     return samples
 
 
@@ -110,7 +122,8 @@ def list_shard(shard: Shard) -> Index:
 
     Raises:
         OSError: It cannot be opened.
-        ValueError: It is no whole uncompressed tar; the message says where it ends.
+        ValueError: It is no whole uncompressed tar, and the message says where it ends; or it
+            holds links where pictures should be.
     """
     index = Index(size=shard.size)
     with shard.open() as file:
@@ -120,6 +133,7 @@ def list_shard(shard: Shard) -> Index:
             for member in archive:
                 # Else it remembers every member of the shard.
                 archive.members.clear()  # type: ignore[attr-defined]
+                _require_no_link(shard, member)
                 if not member.isreg():
                     continue
                 index.add(member.name, member.offset_data, member.size)
@@ -129,11 +143,24 @@ def list_shard(shard: Shard) -> Index:
             _require_end(file, archive.offset)
         except (tarfile.TarError, EOFError) as error:
             at = 0 if archive is None else archive.offset
+            got, remedy = f"{error} near byte {at:,} of {shard.size:,}", "write or copy it again"
+            file.seek(0)
+            if file.read(2) == GZIP:
+                got, remedy = "one compressed by gzip", "`gunzip` it, as pictures are read in place"
             raise ValueError(
-                f"shard: {shard.name} must be a whole uncompressed .tar, got {error} near byte "
-                f"{at:,} of {shard.size:,}; write or copy it again, or take it away"
+                f"shard: {shard.path} must be a whole uncompressed .tar, got {got}; {remedy}, or "
+                f"take it away"
             ) from error
     return index
+
+
+def _require_no_link(shard: Shard, member: tarfile.TarInfo) -> None:
+    """Else the samples of a folder of links would be left out without a word."""
+    if (member.issym() or member.islnk()) and divided(member.name) is not None:
+        raise ValueError(
+            f"shard: {shard.path}: must hold files, got a link {member.name} to {member.linkname}; "
+            f"pack them with `tar --dereference --hard-dereference`"
+        )
 
 
 def _require_end(file: IO[bytes], offset: int) -> None:
@@ -153,11 +180,11 @@ def _kept(shard: Shard) -> Index | None:
     content = beside or (in_cache.read_bytes() if in_cache.is_file() else b"")
     if not content:
         return None
-    index = _parsed(shard, content)
+    index = parsed_index(shard.path, content)
+    if not index.sha256 and (index.size != shard.size or _is_older(shard)):
+        # It was listed here, and has been written again since.
+        return None
     if index.size != shard.size:
-        if not index.sha256:
-            # It was listed here, and has been written again since.
-            return None
         LOG.warning(
             "%s has %d bytes, its index says %d: what cannot be read is left out, and counted",
             shard.path,
@@ -167,7 +194,21 @@ def _kept(shard: Shard) -> Index | None:
     return index
 
 
-def _parsed(shard: Shard, content: bytes) -> Index:
+def _is_older(shard: Shard) -> bool:
+    """Whether a shard on this machine was written after its index: tars are padded to few sizes."""
+    if shard.local is None:
+        return False
+    places = (shard.local.with_name(shard.name + SUFFIX), _cached(shard))
+    place = next(path for path in places if path.is_file())
+    return place.stat().st_mtime_ns < shard.local.stat().st_mtime_ns
+
+
+def parsed_index(path: str, content: bytes) -> Index:
+    """The index of the shard at a path.
+
+    Raises:
+        ValueError: It is damaged or of another format.
+    """
     try:
         found = json.loads(content)
         if found.pop("format") != FORMAT:
@@ -175,7 +216,7 @@ def _parsed(shard: Shard, content: bytes) -> Index:
         return Index(**found)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"shard: {shard.path}{SUFFIX} must be an index of kdfast, got {error}; take it away, "
+            f"shard: {path}{SUFFIX} must be an index of kdfast, got {error}; take it away, "
             f"and the shard is listed again"
         ) from error
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kdfast.data.corrupt import Unreadable
 from kdfast.data.shards.description import describe
 from kdfast.data.shards.labels import numbered
-from kdfast.data.shards.names import Names
+from kdfast.data.shards.names import Names, divided
 from kdfast.data.shards.places import Shard, common_folder, find_shards, is_part, read_ranges
 from kdfast.data.shards.tar_index import BLOCK, Index, grouped, read_indexes
 
@@ -177,12 +177,12 @@ def open_tars(
     rows: list[Rows] = []
     labels: list[str] = []
     for shard, index in zip(shards, read_indexes(shards), strict=True):
-        samples = grouped(index)
+        samples = grouped(index, shard.path)
         if labelled is None and samples:
             labelled = any(name in samples[0] for name in LABELS)
         members = []
         for sample in samples:
-            fields = _fields(sample) if every else [_image(shard, sample, image_key)]
+            fields = _fields(sample) if every else [_image(shard, index, sample, image_key)]
             members += [sample[name] for name in fields]
             if labelled:
                 labels += [_label(shard, index, sample, label_key)] * len(fields)
@@ -198,7 +198,7 @@ def _fields(sample: dict[str, int]) -> list[str]:
     return [name for name in sample if name.rsplit(".", 1)[-1] in PICTURES]
 
 
-def _image(shard: Shard, sample: dict[str, int], key: str | None) -> str:
+def _image(shard: Shard, index: Index, sample: dict[str, int], key: str | None) -> str:
     if key is not None:
         if key.lower() in sample:
             return key.lower()
@@ -208,10 +208,29 @@ def _image(shard: Shard, sample: dict[str, int], key: str | None) -> str:
     if len(found) == 1:
         return found[0]
     what = f"a field {key}" if key is not None else f"one picture ({', '.join(PICTURES)})"
+    remedy = _apart(index, sample) or ("; name one of them" if found else "")
     raise ValueError(
-        f"data.image_key: every sample must have {what}, got {', '.join(sample)} in {shard.path}"
-        + ("" if key is not None or not found else "; name one of them")
+        f"data.image_key: every sample must have {what}, got {_fields_of(shard, index, sample)}"
+        f"{remedy}"
     )
+
+
+def _key(index: Index, sample: dict[str, int]) -> str:
+    parts = divided(index.names[next(iter(sample.values()))])
+    return parts[0] if parts else ""
+
+
+def _fields_of(shard: Shard, index: Index, sample: dict[str, int]) -> str:
+    return f"{', '.join(sample)} in sample {_key(index, sample)} of {shard.path}"
+
+
+def _apart(index: Index, sample: dict[str, int]) -> str:
+    """What to do where a shard has members of a sample that do not follow each other."""
+    key = _key(index, sample)
+    members = sum(parts is not None and parts[0] == key for parts in map(divided, index.names))
+    if members == len(sample):
+        return ""
+    return "; its other files are elsewhere in the shard: pack with `tar --sort=name`"
 
 
 def _label(shard: Shard, index: Index, sample: dict[str, int], key: str | None) -> str:
@@ -221,15 +240,18 @@ def _label(shard: Shard, index: Index, sample: dict[str, int], key: str | None) 
     if member is None:
         raise ValueError(
             f"data.label_key: every sample must have a field {name or ' or '.join(LABELS)}, got "
-            f"{', '.join(sample)} in {shard.path}"
+            f"{_fields_of(shard, index, sample)}{_apart(index, sample)}"
         )
     text = index.texts.get(index.names[member])
     if text is None:
         start = index.offsets[member]
         (data,) = read_ranges([(shard, start, start + index.sizes[member])])
         text = data.decode("utf-8", "replace")
+    where = f"{shard.path}: {index.names[member]}"
     if inner or names[0].endswith("json"):
-        return _of_json(text, inner, f"{shard.path}: {index.names[member]}")
+        return _of_json(text, inner, where)
+    if not text.strip():
+        raise ValueError(f"data.label_key: {where} must hold a class, got nothing")
     return text.strip()
 
 

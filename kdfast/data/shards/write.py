@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from kdfast.data.shards.description import FORMAT, NAME, parsed
 from kdfast.data.shards.names import divided
-from kdfast.data.shards.tar_index import BLOCK, SUFFIX, Index, grouped, keeps_text
+from kdfast.data.shards.tar_index import BLOCK, SUFFIX, Index, grouped, keeps_text, parsed_index
 from kdfast.data.shards.target import Target
 from kdfast.machine.signals import check
 
@@ -200,7 +200,8 @@ class Writing:
 
     def _note(self, name: str, index: Index, *, before: bool) -> None:
         self.told(name, index.size, before)
-        fact = {"bytes": index.size, "samples": len(grouped(index)), "sha256": index.sha256}
+        samples = len(grouped(index, self.target.where(name)))
+        fact = {"bytes": index.size, "samples": samples, "sha256": index.sha256}
         self.shards.append({"name": name, **fact})
 
     def _describe(self, *, whole: bool) -> str:
@@ -231,9 +232,7 @@ def _finished(target: Target, name: str) -> Index | None:
     beside = target.read(name + SUFFIX)
     if beside is None:
         return None
-    content = json.loads(beside)
-    del content["format"]
-    index = Index(**content)
+    index = parsed_index(target.where(name), beside)
     return index if index.size == target.size(name) else None
 
 

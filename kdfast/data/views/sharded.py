@@ -178,7 +178,7 @@ class ShardedBench2Drive(StoredViews):
         describe(shards, all_of_them=root is not None and not is_part(root))
         rows, frames = [], []
         for shard, index in zip(shards, read_indexes(shards), strict=True):
-            samples = grouped(index)
+            samples = grouped(index, shard.path)
             fields = [f"{camera}.jpg" for camera in CAMERAS]
             for sample in samples:
                 if not set(fields) <= set(sample):
