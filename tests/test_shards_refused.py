@@ -76,6 +76,12 @@ def test_compressed(tmp_path, name):
     assert str(path) in message and "compressed" in message and "`gunzip`" in message
 
 
+@pytest.mark.parametrize("end, tool", [("tar.bz2", "bunzip2"), ("tar.zst", "unzstd")])
+def test_other_compressions(end, tool, tmp_path):
+    path = written(tmp_path / "set" / f"train-0.{end}", [("a.jpg", b"1"), ("a.cls", b"0")])
+    assert f"`{tool}` them" in refusal(path)
+
+
 def test_labels_that_are_none():
     with pytest.raises(ValueError, match="every row must have one, got none in row 1"):
         numbered(["0", ""], [])

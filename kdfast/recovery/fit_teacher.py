@@ -19,6 +19,7 @@ from kdfast.configs import plain
 from kdfast.configs.recovery import Config, FitTeacherConfig
 from kdfast.machine.disk import require_writable
 from kdfast.machine.files import clear_partials, replacing
+from kdfast.machine.ranks import Ranks
 from kdfast.models.checkpoint import save_backbone
 from kdfast.models.eva import EVAViT
 from kdfast.recovery.evaluate import EvaluateEpochs, Measure
@@ -108,7 +109,8 @@ class TeacherFit(Generic[H]):
 
     def run(self, *, resume: bool) -> H:
         """Train and write both files, unless they are there; returns the trained head."""
-        if self.manifest.is_file():
+        # One answer for all: another run may write it between two looks.
+        if Ranks.here().by_main(self.manifest.is_file):
             for path in (self.path, self.head_path):
                 check_file(path, self.manifest, f"delete {self.manifest} to train it again")
             LOG.info("teacher of an earlier run with the same settings is used again")

@@ -16,7 +16,13 @@ import fsspec
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 # They have no positions to read a picture at.
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+COMPRESSED = {
+    ".tar.gz": "gunzip",
+    ".tgz": "gunzip",
+    ".tar.bz2": "bunzip2",
+    ".tar.xz": "unxz",
+    ".tar.zst": "unzstd",
+}
 INSTALL = "pip install 'kdfast[shards]'"
 
 
@@ -122,8 +128,11 @@ def find_shards(kind: str, root: str | Path | None, suffix: str) -> list[Shard]:
         text = os.path.abspath(os.path.expanduser(text))
     found = {shard.path: shard for one in _braces(text) for shard in _matching(one, (suffix,))}
     if not found:
-        packed = [one.path for part in _braces(text) for one in _matching(part, COMPRESSED)]
-        what = f"only compressed ones such as {packed[0]}; `gunzip` them" if packed else str(root)
+        packed = [one.path for part in _braces(text) for one in _matching(part, tuple(COMPRESSED))]
+        what = str(root)
+        if packed:
+            tool = next(tool for end, tool in COMPRESSED.items() if packed[0].endswith(end))
+            what = f"only compressed ones such as {packed[0]}; `{tool}` them"
         raise FileNotFoundError(f"root: must hold *{suffix} shards for kind {kind!r}, got {what}")
     return [found[path] for path in sorted(found)]
 
