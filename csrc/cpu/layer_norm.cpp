@@ -43,8 +43,7 @@ Tensor layer_norm(const Tensor& x, const OptionalTensor& weight, const OptionalT
   args.eps = eps;
   const auto fn = kernels().rows->layer_norm;
   const int64_t grain = std::max<int64_t>(1, kAlone / args.channels);
-  parallel_for(rows.size(0), grain,
-               [&](int64_t begin, int64_t end) { fn(args, begin, end); });
+  parallel_for(rows.size(0), grain, [&](int64_t begin, int64_t end) { fn(args, begin, end); });
   return out;
 }
 

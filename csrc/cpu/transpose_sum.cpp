@@ -21,8 +21,11 @@ std::tuple<Tensor, Tensor> transpose_sum(const Tensor& x, bool sums) {
   if (x.numel() == 0) return {out, total};
   advise_huge(out);
   const Tensor tall = x.stride(1) == 1 || columns == 1 ? x : x.contiguous();
-  const TransposeArgs args{tall.const_data_ptr<float>(), out.mutable_data_ptr<float>(),
-                           sums ? total.mutable_data_ptr<float>() : nullptr, rows, columns,
+  const TransposeArgs args{tall.const_data_ptr<float>(),
+                           out.mutable_data_ptr<float>(),
+                           sums ? total.mutable_data_ptr<float>() : nullptr,
+                           rows,
+                           columns,
                            tall.stride(0)};
   const auto fn = kernels().rows->transpose;
   const int64_t strips = (columns + kTransposeStrip - 1) / kTransposeStrip;

@@ -6,8 +6,8 @@
 
 namespace kdfast::cpu {
 
-// Everything but the rows to do. The stride is in elements; a row is contiguous. Weight and bias are
-// of `elem`, or of the accumulator (float, or double for f64) if `wide`; null for 1 and 0.
+// Everything but the rows to do. The stride is in elements; a row is contiguous. Weight and bias
+// are of `elem`, or of the accumulator (float, or double for f64) if `wide`; null for 1 and 0.
 struct LayerNormArgs {
   Element elem;
   bool wide;

@@ -15,9 +15,8 @@ inline void transpose_strip(const TransposeArgs& a, int64_t first, int64_t count
   double total[kTransposeStrip] = {};
   const int64_t whole = a.rows / kVector * kVector;
   for (int64_t from = 0; from < whole; from += kTransposeBlocks * kVector) {
-    const int64_t to = from + kTransposeBlocks * kVector < whole
-                           ? from + kTransposeBlocks * kVector
-                           : whole;
+    const int64_t to =
+        from + kTransposeBlocks * kVector < whole ? from + kTransposeBlocks * kVector : whole;
     for (int64_t r = from; r < to; r += kVector) {
       for (int64_t c = 0; c + kVector <= count; c += kVector) {
         transpose16(reinterpret_cast<const int32_t*>(a.x + r * a.stride + first + c), a.stride,
