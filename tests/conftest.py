@@ -24,6 +24,10 @@ from kdfast.ops import _matmul, _packed
 from kdfast.ops._library import EXTENSION
 from kdfast.ops._matmul import Choice
 
+# Autograd counts devices at the first backward of a process. Under FakeTensorMode it finds some
+# that are not there, starts threads for them, and refuses to run in forked processes from then on.
+torch.ones(1, requires_grad=True).sum().backward()
+
 ROOT = Path(__file__).resolve().parents[1]
 # Behind what is installed: tests of bench/ import it.
 sys.path.append(str(ROOT))
