@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LayerNorm in inference, inside fused blocks: rows of a few hundred channels at memory's speed.
+"""LayerNorm in inference, inside fused blocks.
 
-torch's own takes several times as long on short rows, and wakes a second thread for what one has
-done before the other is awake. C channels.
+torch's own wakes a second thread for what one has done before the other is awake. C channels.
 """
 
 from typing import Any
