@@ -28,6 +28,8 @@ from kdfast.trainer.commits import load_checkpoint
 from kdfast.trainer.launches import Launch, Life
 from kdfast.trainer.logs import read_rows
 from kdfast.trainer.processes import warn_of_shared_store
+from tests.test_chain_run import words as chain_of_digits
+from tests.test_resume import words as recovery
 
 # A death, which happens once: rank, step, and whether in the step or in the writing of its state.
 WORKER = """
@@ -114,47 +116,9 @@ def processes(count: int) -> list[str]:
     return [] if count == 1 else ["--standalone", f"--nproc-per-node={count}"]
 
 
-def flags(config: str, *sets: str) -> list[str]:
-    return ["--config", config, *(word for change in sets for word in ("--set", change))]
-
-
-def recovery(folder: Path, teachers: Path, *changes: str) -> list[str]:
-    """Two epochs of 60 pictures."""
-    return flags(
-        "smoke",
-        f"output={folder}",
-        f"teacher.cache={teachers}",
-        "run.device=cpu",
-        "run.batch_size=3",
-        "data.frames=10",
-        "distill.drop_path=0.2",
-        "run.save_every=3",
-        "run.log_every=3",
-        *changes,
-    )
-
-
 def chain(folder: Path, *changes: str) -> list[str]:
     """Two epochs of 48 digits for each of two links."""
-
-    def model(width: int) -> str:
-        return f"{{img_size: 16, patch_size: 8, embed_dim: {width}, depth: 1, num_heads: 2}}"
-
-    return flags(
-        "vit_chain_digits",
-        f"output={folder}",
-        "device=cpu",
-        "twin=false",
-        "seeds=[3]",
-        "epochs=2",
-        "batch=8",
-        "save_every=3",
-        "data.size=16",
-        "data.limit=48",
-        "optim.warmup_epochs=1",
-        f"model_args=[{model(24)}, {model(16)}, {model(8)}]",
-        *changes,
-    )
+    return chain_of_digits(folder, "save_every=3", *changes)
 
 
 def lines(folder: Path) -> Iterator[tuple[str, int, int, list[int]]]:
@@ -292,7 +256,9 @@ def test_a_machine_that_leaves(teachers: Path, whole: Path, tmp_path: Path) -> N
     assert not (tmp_path / "run-2").exists()
     state = load_checkpoint(tmp_path / "run/last.pt")
     assert (state["world"], state["together"], state["step"]) == (1, 6, 20)
-    assert "goes on with 1 processes instead of 2" in (tmp_path / "run/train.log").read_text()
+    assert (
+        "goes on with other processes, 1 instead of 2" in (tmp_path / "run/train.log").read_text()
+    )
     wanted = seen(whole, "distil")
     for _, step, _, index in lines(tmp_path):
         assert set(index) <= set(wanted[step])

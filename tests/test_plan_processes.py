@@ -4,9 +4,6 @@
 import gc
 import json
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,6 +20,7 @@ from kdfast.memory import MemoryPlan, Step, plan_step
 from kdfast.memory.ledger import GATHERED
 from kdfast.memory.measure import _optimizer, checkpointed, supervised
 from kdfast.plan import main, steps_of
+from kdfast.testing.ranks import started
 from kdfast.trainer.exchange import Exchange
 from kdfast.trainer.processes import make_accelerator
 from kdfast.trainer.sharding import shard
@@ -146,24 +144,7 @@ def work(path: str) -> None:
 def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """What two processes allocated."""
     path = tmp_path_factory.mktemp("peaks") / "peaks.json"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    root = str(Path(__file__).resolve().parents[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    common |= {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    code = "import sys; from tests.test_plan_processes import work; work(sys.argv[1])"
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code, str(path)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [child.communicate(timeout=500)[1] for child in children]
-    assert [child.returncode for child in children] == [0, 0], "\n".join(errors)[-6000:]
+    started("tests.test_plan_processes", "work", str(path))
     found: dict[str, int] = json.loads(path.read_text())
     return found
 

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sharded models: the steps of two processes against those of one, and what is refused."""
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,7 +29,7 @@ from kdfast.models.prepared import PreparedModel
 from kdfast.recovery.objective import Distiller
 from kdfast.testing.compare import assert_no_worse
 from kdfast.testing.models import small_eva
-from kdfast.testing.ranks import in_ranks
+from kdfast.testing.ranks import in_ranks, started
 from kdfast.train import main
 from kdfast.trainer.gathered import (
     is_sharded,
@@ -228,24 +224,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes wrote."""
     folder = tmp_path_factory.mktemp("sharded")
     torch.save(Steps("chain", "fp32").take(STEPS).result(), folder / "one.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    root = str(Path(__file__).resolve().parents[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    common |= {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    code = "import sys; from tests.test_sharding import work; work(sys.argv[1])"
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(folder)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [child.communicate(timeout=500)[1] for child in children]
-    assert [child.returncode for child in children] == [0, 0], "\n".join(errors)[-6000:]
+    started("tests.test_sharding", "work", str(folder))
     return folder
 
 

@@ -203,8 +203,9 @@ class Progress:
         each = ["+".join(map(str, shares.sizes(rank))) for rank in (0, self.world - 1)]
         words = " or ".join(dict.fromkeys(each))
         LOG.info(
-            "%s goes on with %d processes instead of %d: a step still has %d images, %s of each; "
-            "what is drawn at random in a step, as by drop path, is other than it would have been",
+            "%s goes on with other processes, %d instead of %d: a step still has %d images, %s of "
+            "each; what is drawn at random in a step, as by drop path, is other than it would have "
+            "been",
             *(job.title, self.world, len(ranks), shares.together, words),
         )
 

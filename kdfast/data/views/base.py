@@ -71,7 +71,9 @@ class ViewDataset(Epochs, Dataset["Item | Corrupt"]):
     views: int = 1
     classes: tuple[str, ...] = ()
 
-    def __init__(self, *, split: str, size: tuple[int, int], augment: bool, seed: int) -> None:
+    def __init__(
+        self, *, split: str, size: tuple[int, int], augment: bool = False, seed: int = 0
+    ) -> None:
         super().__init__()
         if split not in SPLITS:
             raise ValueError(f"split: must be one of {SPLITS}, got {split!r}")
@@ -103,7 +105,9 @@ class EncodedDataset(ViewDataset):
         photometric: Whether ``augment`` also distorts colours.
     """
 
-    photometric: bool = False
+    def __init__(self, *, photometric: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.photometric = photometric
 
     @abstractmethod
     def where(self, index: int) -> str:

@@ -128,8 +128,9 @@ class Bench2Drive(FileDataset):
             FileNotFoundError: The folder, the split file, or every complete frame is missing.
             ValueError: The split needs a split file or is empty.
         """
-        super().__init__(split=split, size=size, augment=augment, seed=seed)
-        self.photometric = photometric
+        super().__init__(
+            split=split, size=size, augment=augment, seed=seed, photometric=photometric
+        )
         self.root = resolve_root("bench2drive", root, EXPECTED, OBTAIN)
         found = sorted(path.parent.name for path in self.root.glob("v1/*/camera"))
         if not found:

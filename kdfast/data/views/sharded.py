@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,25 +80,26 @@ class ShardedImages(StoredViews):
         self,
         root: str | Path | None,
         *,
-        split: str,
-        size: tuple[int, int],
-        augment: bool = False,
-        seed: int = 0,
-        photometric: bool = False,
         val_fraction: float = 0.1,
         image_key: str | None = None,
+        **options: Any,
     ) -> None:
         """Read the indexes of the shards; shards without one are listed first.
+
+        Args:
+            root: Folder, pattern or URL of the shards.
+            val_fraction: Part of the pictures that is held out where shards name no splits.
+            image_key: Field of the picture; None: the only one of its type.
+            options: Of ``EncodedDataset``.
 
         Raises:
             FileNotFoundError: There is no shard, or no picture in any.
             ImportError: The package for the address is missing.
             ValueError: A shard is damaged, a field is missing, or the split is empty.
         """
-        super().__init__(split=split, size=size, augment=augment, seed=seed)
-        self.photometric = photometric
+        super().__init__(**options)
         self.store = open_tars("webdataset", root, image_key=image_key).pictures
-        self.rows = rows_of_split(self.store, split, val_fraction, root)
+        self.rows = rows_of_split(self.store, self.split, val_fraction, root)
 
 
 class HubImages(StoredViews):
@@ -111,28 +113,29 @@ class HubImages(StoredViews):
         self,
         root: str | Path | None,
         *,
-        split: str,
-        size: tuple[int, int],
-        augment: bool = False,
-        seed: int = 0,
-        photometric: bool = False,
         val_fraction: float = 0.1,
         image_key: str | None = None,
+        **options: Any,
     ) -> None:
         """Open the dataset.
+
+        Args:
+            root: Folder, pattern, URL or name of the dataset.
+            val_fraction: Part of the pictures that is held out where there are no such splits.
+            image_key: Column of the picture; None: the only one of its type.
+            options: Of ``EncodedDataset``.
 
         Raises:
             FileNotFoundError: There is no such dataset.
             ImportError: The package ``datasets`` is missing.
             ValueError: It has no column of pictures, or the split is empty.
         """
-        super().__init__(split=split, size=size, augment=augment, seed=seed)
-        self.photometric = photometric
+        super().__init__(**options)
         splits, columns = opened(root, image_key=image_key, labelled=False)
-        name = split if "val" in splits else "train"
+        name = self.split if "val" in splits else "train"
         self.store = HubPictures(splits[name], columns.image, name)
         total = len(self.store)
-        own = range(total) if "val" in splits else share(total, split, val_fraction, root)
+        own = range(total) if "val" in splits else share(total, self.split, val_fraction, root)
         self.rows = np.array(own, np.int64)
 
 
@@ -159,21 +162,21 @@ class ShardedBench2Drive(StoredViews):
         self,
         root: str | Path | None,
         *,
-        split: str,
-        size: tuple[int, int],
-        augment: bool = False,
-        seed: int = 0,
-        photometric: bool = False,
         split_file: str | Path | None = None,
+        **options: Any,
     ) -> None:
         """Read the indexes of the shards.
+
+        Args:
+            root: Folder, pattern or URL of the shards.
+            split_file: As ``Bench2Drive`` takes it.
+            options: Of ``EncodedDataset``.
 
         Raises:
             FileNotFoundError: There is no shard, or the split file is missing.
             ValueError: A shard holds no frames of six views, or the split is empty.
         """
-        super().__init__(split=split, size=size, augment=augment, seed=seed)
-        self.photometric = photometric
+        super().__init__(**options)
         shards = find_shards("bench2drive", root, ".tar")
         describe(shards, all_of_them=root is not None and not is_part(root))
         rows, frames = [], []
@@ -191,12 +194,12 @@ class ShardedBench2Drive(StoredViews):
             rows.append(Rows.of(index, [sample[name] for sample in samples for name in fields]))
         self.store = TarPictures(shards, rows)
         found = sorted({clip for clip, _ in frames})
-        clips = set(clips_of_split(found, split, split_file, root))
+        clips = set(clips_of_split(found, self.split, split_file, root))
         chosen = [number for number, (clip, _) in enumerate(frames) if clip in clips]
         self.frames = [frames[number] for number in chosen]
         first = np.array(chosen, np.int64)[:, None] * self.views
         self.rows = (first + np.arange(self.views)).reshape(-1)
-        LOG.info("%d frames of %s in %d shards", len(chosen), split, len(shards))
+        LOG.info("%d frames of %s in %d shards", len(chosen), self.split, len(shards))
 
 
 def _frame(member: str) -> tuple[str, str]:

@@ -69,10 +69,11 @@ class UnlabelledImages(FileDataset):
             FileNotFoundError: The folder is missing or holds no picture.
             ValueError: ``val_fraction`` is not in (0, 0.5], or the split is empty.
         """
-        super().__init__(split=split, size=size, augment=augment, seed=seed)
+        super().__init__(
+            split=split, size=size, augment=augment, seed=seed, photometric=photometric
+        )
         if not 0 < val_fraction <= 0.5:
             raise ValueError(f"val_fraction: must be in (0, 0.5], got {val_fraction}")
-        self.photometric = photometric
         self.root = resolve_root("images", root, EXPECTED, OBTAIN)
         own_folders = has_splits(self.root)
         if own_folders:
