@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from kdfast.configs import load
@@ -54,6 +55,19 @@ CASES: dict[str, tuple[Callable[[], Step], int, torch.dtype | None]] = {
 OF_CPUS = ("c10d::_allgather_base_", "mkldnn::_reorder_linear_weight")
 
 
+def held() -> dict[int, int]:
+    """Bytes of every storage of this process, by its address."""
+    gc.collect()
+    found = {}
+    for kind, x in [(type(x), x) for x in gc.get_objects()]:
+        # Of a DTensor the local part is a tensor of its own; oneDNN's packed weights are left out.
+        tensor = issubclass(kind, Tensor) and not issubclass(kind, DTensor)
+        if tensor and x.device.type == "cpu" and x.layout == torch.strided:
+            storage = x.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
 class Allocations:
     """What is alive by the allocator's own events.
 
@@ -61,9 +75,14 @@ class Allocations:
         most: Bytes that were alive at once in the profile that was added last.
     """
 
-    def __init__(self) -> None:
-        self.alive: dict[int, int] = {}
-        self.most = 0
+    def __init__(self, before: dict[int, int]) -> None:
+        """Begin between two steps, with what this process holds then and did not hold before.
+
+        A profile of what was allocated so far would not do: gloo's thread, or the collector of
+        cycles, may free something after that profile has ended.
+        """
+        self.alive = {place: size for place, size in held().items() if place not in before}
+        self.most = sum(self.alive.values())
 
     def add(self, run: Any) -> None:
         """Replay the events of a profile in their order."""
@@ -76,7 +95,7 @@ class Allocations:
         kind = torch._C._profiler._EventType.Allocation
         tree = run.profiler.kineto_results.experimental_event_tree()
         found = [(event, path) for event, path in walk(tree) if event.tag == kind]
-        now = self.most = sum(self.alive.values())
+        now = self.most
         for event, path in sorted(found, key=lambda pair: pair[0].start_time_ns):
             fields = event.extra_fields
             if fields.alloc_size < 0:
@@ -109,25 +128,23 @@ def real_peak(name: str, shard_them: bool) -> int:
         optimizer.zero_grad(set_to_none=True)
 
     exchange: Exchange | None = None
-    watched = {"activities": [ProfilerActivity.CPU], "profile_memory": True}
-    with profile(**watched) as first:
-        # Built here, so that it is seen when shards take the place of whole parameters.
-        step = build()
-        step.module.train()
-        if shard_them:
-            student = getattr(step.module, "student", step.module)
-            models = [student, *(t for t in step.teachers if hasattr(t, "blocks"))]
-            shard(step.module, models, accelerator)
-        else:
-            exchange = Exchange(step.module, accelerator.num_processes, accelerator.device)
-        optimizer = _optimizer(step, "cpu")
+    before = held()
+    step = build()
+    step.module.train()
+    if shard_them:
+        student = getattr(step.module, "student", step.module)
+        models = [student, *(t for t in step.teachers if hasattr(t, "blocks"))]
+        shard(step.module, models, accelerator)
+    else:
+        exchange = Exchange(step.module, accelerator.num_processes, accelerator.device)
+    optimizer = _optimizer(step, "cpu")
+    once()
+    allocations = Allocations(before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as second:
         once()
-        gc.collect()
-    with profile(**watched) as second:
-        once()
-    allocations = Allocations()
-    allocations.add(first)
     allocations.add(second)
+    if exchange is not None:
+        exchange.close()
     return allocations.most
 
 
@@ -135,6 +152,7 @@ def work(path: str) -> None:
     """What each of two processes does."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    gc.freeze()  # what was imported need not be looked through
     found = {f"{n} {s}": real_peak(n, s == "fsdp") for n in CASES for s in ("none", "fsdp")}
     if os.environ["RANK"] == "0":
         Path(path).write_text(json.dumps(found))
