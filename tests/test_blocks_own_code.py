@@ -179,6 +179,20 @@ def test_hooks_on_what_is_called_are_called(path: str) -> None:
     assert seen == [path]
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_projections_that_are_computed_anew(name: str, ran: list[Any]) -> None:
+    plain = build()
+    fused = copy.deepcopy(plain)
+    kdfast.accelerate(fused)
+    for model in (plain, fused):
+        qkv = model[0].attn.qkv  # type: ignore[index]
+        nn.utils.parametrize.register_parametrization(qkv, name, Doubled())
+    ran.clear()
+    want = output(plain, tokens())
+    torch.testing.assert_close(output(fused, tokens()), want, rtol=1e-4, atol=1e-4)
+    assert type(fused[0]) in ran  # type: ignore[index]
+
+
 def test_lora_on_qkv() -> None:
     plain = build()
     put("attn.qkv", Lora)(plain[0])  # type: ignore[index]

@@ -109,6 +109,17 @@ def strided(model: Any) -> None:
     model[0].weight = nn.Parameter(torch.randn(C, P).t())
 
 
+def transposed_by_data(model: Any) -> None:
+    weight = model[0].weight
+    now = weight.data  # what comes in its place has the same memory and shape
+    weight.data = now.view(C, P).t() if weight.is_contiguous() else now.t().view(P, C)
+
+
+def swapped(model: Any) -> None:
+    # What torch.__future__.set_swap_module_params_on_conversion does; weak references forbid it.
+    torch.utils.swap_tensors(model[0].weight, nn.Parameter(torch.randn(P, C)))
+
+
 def averaged(model: Any) -> None:
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
@@ -123,7 +134,7 @@ def averaged(model: Any) -> None:
 CHANGES: list[Callable[[Any], None]] = [
     optimizer_step, load(False), load(True), in_place, bias_in_place, by_data, rows_by_data,
     columns_by_data, data_assigned, by_numpy, replaced, cast_and_back, other_shape, strided,
-    averaged,
+    averaged, transposed_by_data, swapped,
 ]  # fmt: skip
 
 

@@ -33,8 +33,14 @@ def qualified_name(module: nn.Module) -> str:
 
     Of a module whose class ``accelerate`` changed it is the class that it had.
     """
-    cls = getattr(type(module), "kdfast_source", type(module))
-    return f"{cls.__module__}.{cls.__qualname__}"
+    cls: Any = type(module)
+    return _class_name(cls)
+
+
+@functools.cache
+def _class_name(cls: Any) -> str:
+    source = getattr(cls, "kdfast_source", cls)
+    return f"{source.__module__}.{source.__qualname__}"
 
 
 def own_call(module: nn.Module) -> str | None:

@@ -140,11 +140,12 @@ MlpReader = Callable[[Any], Mlp | None]
 
 def inert(*modules: nn.Module) -> bool:
     """Whether modules (dropout, stochastic depth, identities) hand on what they get."""
-    return all(
-        (type(m) is nn.Identity or (not m.training and type(m).__name__ in _DROPPING))
-        and not hooked(m)
-        for m in modules
-    )
+    for m in modules:
+        if type(m) is not nn.Identity and (m.training or type(m).__name__ not in _DROPPING):
+            return False
+        if hooked(m):
+            return False
+    return True
 
 
 _DROPPING = (

@@ -201,11 +201,15 @@ def _timm_branches(block: Any, args: tuple[Any, ...], gain1: Any, gain2: Any) ->
     if not is_plain_linear(attn.proj):
         return None
 
+    project = attn.projections()
+
     def attend(y: Tensor) -> Tensor:
-        out: Tensor = attn.gated(y, attn.attend(attn.project(y, *args)))
+        call = attn.project(y, *args) if project is None else attn.split(y, *args)
+        # Where a gate reads the normed tokens, they are not projected beforehand.
+        out: Tensor = attn.gated(y, attn.attend(call))
         return out
 
-    return Branches(block.norm1, None, attend, layer(attn.proj, gain1), block.norm2, mlp)
+    return Branches(block.norm1, project, attend, layer(attn.proj, gain1), block.norm2, mlp)
 
 
 def torchvision_block(block: Any, x: Tensor) -> Branches | None:
@@ -220,10 +224,11 @@ def torchvision_block(block: Any, x: Tensor) -> Branches | None:
         return None
 
     def attend(y: Tensor) -> Tensor:
-        out: Tensor = attn.attend(attn.project(y))
+        out: Tensor = attn.attend(attn.project(y) if project is None else attn.split(y))
         return out
 
-    return Branches(block.ln_1, None, attend, layer(attn.out_proj), block.ln_2, mlp)
+    project = attn.projections()
+    return Branches(block.ln_1, project, attend, layer(attn.out_proj), block.ln_2, mlp)
 
 
 class HfLayout(NamedTuple):

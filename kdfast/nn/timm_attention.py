@@ -14,6 +14,7 @@ from kdfast.nn.attention import FusedAttention
 from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.nn.linear import projected
 from kdfast.ops._no_heads import no_heads
+from kdfast.ops._packed import Layer, is_plain_linear
 from kdfast.ops.geometry import Rope
 
 
@@ -44,7 +45,17 @@ class TimmAttention(FusedAttention):
     }
 
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
+        return self.split(self.qkv(x), *args)
+
+    def projections(self) -> Layer | None:
+        """The layer in front of ``split``, if nothing else is done and nobody watches it."""
+        if self.qkv is None or self.gate is not None or not is_plain_linear(self.qkv):
+            return None
+        return Layer((self.qkv.weight,), (self.qkv.bias,))
+
+    def split(self, packed: Tensor, *args: Any) -> AttentionCall:
+        """Queries, keys and values of what the projections made, (B, N, 3 * H * D)."""
+        qkv = packed.unflatten(2, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return AttentionCall(self.q_norm(q), self.k_norm(k), None, None, self.scale, v)
 
@@ -102,13 +113,20 @@ class TimmRopeAttention(TimmAttention):
         return qkv
 
     def project(self, x: Tensor, rope: Tensor | None = None, *args: Any) -> AttentionCall:
+        if self.qkv is not None:
+            return self.split(self._packed(x), rope)
         heads = (-1, self.head_dim)
-        if self.qkv is None:
-            projections = (self.q_proj, self.k_proj, self.v_proj)
-            q, k, v = (p(x).unflatten(2, heads).transpose(1, 2) for p in projections)
-        else:
-            qkv = self._packed(x).unflatten(2, (3, *heads))
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (p(x).unflatten(2, heads).transpose(1, 2) for p in projections)
+        return self._turned(q, k, v, rope)
+
+    def split(self, packed: Tensor, rope: Tensor | None = None, *args: Any) -> AttentionCall:
+        """See ``TimmAttention``; the tables are those of ``forward``."""
+        qkv = packed.unflatten(2, (3, -1, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self._turned(q, k, v, rope)
+
+    def _turned(self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None) -> AttentionCall:
         q, k = self.q_norm(q), self.k_norm(k)
         tables = None
         if rope is not None:
@@ -172,6 +190,13 @@ class TimmEvaAttention(TimmRopeAttention):
 
     def _packed(self, x: Tensor) -> Tensor:
         return biased_qkv(self, x)
+
+    def projections(self) -> Layer | None:
+        layer = super().projections()
+        if layer is None or self.q_bias is None:
+            return layer
+        biases = (self.q_bias, self.k_bias, self.v_bias)
+        return None if self.qkv_bias_separate else layer._replace(biases=biases)
 
     def init_non_persistent_buffers(self) -> None:
         """What timm calls after a model left the meta device."""

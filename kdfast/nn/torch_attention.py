@@ -14,6 +14,7 @@ from kdfast.nn.heads import AttentionCall, HeadAxis
 from kdfast.nn.linear import is_weights_alone, projected
 from kdfast.nn.pool import folded_attention
 from kdfast.ops._no_heads import no_heads
+from kdfast.ops._packed import Layer
 from kdfast.ops.linear import linear
 
 
@@ -53,7 +54,16 @@ class TorchMultiheadAttention(FusedAttention):
 
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
         x = x if self.batch_first else x.transpose(0, 1)
-        packed = projected(self, x, (self.in_proj_bias,), "in_proj_weight")
+        return self.split(projected(self, x, (self.in_proj_bias,), "in_proj_weight"))
+
+    def projections(self) -> Layer | None:
+        """The layer in front of ``split``; None where its weight is computed anew at every call."""
+        if "in_proj_weight" not in self._parameters:
+            return None
+        return Layer((self.in_proj_weight,), (self.in_proj_bias,))
+
+    def split(self, packed: Tensor) -> AttentionCall:
+        """Queries, keys and values of what the projections made, (B, N, 3 * H * D)."""
         heads = (3, self.num_heads, self.head_dim)
         q, k, v = packed.unflatten(2, heads).permute(2, 0, 3, 1, 4).unbind(0)
         return AttentionCall(q, k, None, None, self.scale, v)

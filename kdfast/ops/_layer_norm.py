@@ -4,6 +4,7 @@
 torch's own wakes a second thread for what one has done before the other is awake. C channels.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -21,15 +22,19 @@ def _fake(*, x: Tensor, **_: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-# Classes whose forward is ``F.layer_norm`` of the module's own tensors and nothing besides.
-_NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")
+@functools.cache
+def _is_plain(cls: Any) -> bool:
+    """Whether a class's forward is ``F.layer_norm`` of its own tensors and nothing besides."""
+    return cls is nn.LayerNorm or f"{cls.__module__}.{cls.__qualname__}" == _TIMM
+
+
+_TIMM = "timm.layers.norm.LayerNorm"
 
 
 def is_layer_norm(norm: Any) -> bool:
     """Whether a module is a LayerNorm of single tokens, and nothing watches its calls."""
-    cls = type(norm)
-    plain = cls is nn.LayerNorm or f"{cls.__module__}.{cls.__qualname__}" in _NORMS
-    return plain and len(norm.normalized_shape) == 1 and not hooked(norm)
+    cls: Any = type(norm)
+    return _is_plain(cls) and len(norm.normalized_shape) == 1 and not hooked(norm)
 
 
 def normed(norm: Any, x: Tensor) -> Tensor:

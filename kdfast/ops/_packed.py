@@ -91,8 +91,9 @@ class Product:
     def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
         """f(x W^T + b), (..., P) of x (..., C); ``activation`` is one of ACTIVATIONS."""
         name, algorithm = ACTIVATIONS[activation]
+        x = x if x.dtype == self.dtype else x.to(self.dtype)
         call = private.linear_pointwise.default
-        out: Tensor = call(x.to(self.dtype), self._weight, self._bias, name, [], algorithm)
+        out: Tensor = call(x, self._weight, self._bias, name, [], algorithm)
         return out
 
     def added(self, x: Tensor, other: Tensor) -> Tensor:
@@ -110,9 +111,9 @@ class Product:
         return self._binary(x, other, "mul")
 
     def _binary(self, x: Tensor, other: Tensor, name: str) -> Tensor:
-        call = private.linear_pointwise.binary
-        other = other.to(self.dtype)
-        out: Tensor = call(x.to(self.dtype), other, self._weight, self._bias, name)
+        x = x if x.dtype == self.dtype else x.to(self.dtype)
+        other = other if other.dtype == self.dtype else other.to(self.dtype)
+        out: Tensor = private.linear_pointwise.binary(x, other, self._weight, self._bias, name)
         return out
 
 
@@ -121,11 +122,13 @@ class _Packs(NamedTuple):
 
     Attributes:
         dtype: Of inputs and results.
+        cast: Whether autocast said so.
         origin: The tensors that they were made of.
         products: The packed layers.
     """
 
     dtype: torch.dtype
+    cast: bool
     origin: Origin
     products: tuple[Product, ...]
 
@@ -192,19 +195,25 @@ def packed(
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return None
-    if not choice(dtype).packed or not all(_may_be_packed(t, dtype, cast) for t in tensors):
+    if not choice(dtype).packed:
         return None
     reader = layers[reads].weights[0]
     if reader.dim() < 2 or x.shape[-1] != math.prod(reader.shape[1:]):
         return None
     kept = _packs.get(module)
+    if kept is not None and (kept.dtype != dtype or kept.cast != cast):
+        kept = None
+    if kept is not None and kept.origin.stands_for(tensors):
+        return kept.products
+    if not all(_may_be_packed(tensor, dtype, cast) for tensor in tensors):
+        return None
     # Asked before anything is copied: the next call sees what another thread writes meanwhile.
     origin = Origin.of(tensors)
-    if kept is not None and kept.dtype == dtype and kept.origin == origin:
+    if kept is not None and kept.origin == origin:
         return kept.products
     with torch.inference_mode(False), torch.no_grad():
         products = tuple(Product(layer, dtype) for layer in layers)
-    _packs[module] = _Packs(dtype, origin, products)
+    _packs[module] = _Packs(dtype, cast, origin, products)
     return products
 
 
@@ -227,13 +236,17 @@ def hooked(module: nn.Module, idle: Callable[[Any], bool] | None = None) -> bool
         module: Any module.
         idle: Says of a hook around the forward whether it does nothing now.
     """
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    # A forward asks this of a hundred modules: through the dictionary it costs a fraction.
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+        if idle is None or not all(map(idle, hooks)):
+            return True
     return bool(
-        any(idle is None or not idle(hook) for hook in hooks)
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or hooked_everywhere()
+        own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or private.any_global_hook()
     )
 
 

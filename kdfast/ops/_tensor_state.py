@@ -11,6 +11,8 @@ from kdfast.ops import _torch_private as private
 from kdfast.ops._library import EXTENSION, LIB
 from kdfast.ops._matmul import is_ordinary
 
+_KINDS = (Tensor, torch.nn.Parameter)
+
 LIB.define("tensor_state(Tensor[] x, int[] versions) -> int")
 
 
@@ -30,6 +32,21 @@ class Origin:
     def of(cls, tensors: Sequence[Tensor]) -> "Origin":
         """That of tensors which all ``can_be_watched``."""
         return cls(_state(list(tensors)), [tensor.untyped_storage() for tensor in tensors])
+
+    def stands_for(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether ``Origin.of(tensors)`` would be equal; False also where that is costly to say.
+
+        A call in inference asks this of every weight, and nearly always they are still the same:
+        those in the same memory, contiguous, need no more questions before their state is read.
+        """
+        if len(tensors) != len(self._memory):
+            return False
+        for memory, x in zip(self._memory, tensors, strict=True):
+            if type(x) not in _KINDS or x.layout is not torch.strided:
+                return False
+            if memory() is not x.untyped_storage() or not x.is_contiguous():
+                return False
+        return bool(_state(list(tensors)) == self._state)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Origin) or self._state != other._state:

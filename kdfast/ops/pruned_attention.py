@@ -29,6 +29,7 @@ from kdfast.ops._checks import check_tensors, head_list
 from kdfast.ops._library import (
     DEFAULT_BACKEND,
     LIB,
+    call_below_autograd,
     forbid_second_derivative,
     fused_devices,
     not_compiled,
@@ -124,7 +125,8 @@ def pruned_attention(
                 q, k, rope = rope.whole(q, k)
             op = torch.ops.kdfast.pruned_attention.default
             geometry = geometry_args(rope, window, scale)
-            out: Tensor = op(q, k, v, kept, *geometry, bias, products_of(q))[0]
+            results = call_below_autograd(op, q, k, v, kept, *geometry, bias, products_of(q))
+            out: Tensor = results[0]
             return out
         return reference(q, k, v, kept, rope, scale, window, bias)
 
