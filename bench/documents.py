@@ -4,8 +4,9 @@
 The pages are benchmarks.md, gpu.md, orion_training.md and compatibility.md. What stands between
 ``<!-- NAME -->`` and ``<!-- end -->`` comes from the result files of bench/results: FAMILY.json for
 the ops, FAMILY_models.json for whole models and FAMILY_orion.json for bench_orion, in full of the
-machine SHOWN, the medians of all; for GPUs from gpu_static.json; for releases of torch from
-torch_VERSION.json, which ``make test-torch`` writes.
+machine SHOWN, the medians of all; FAMILY_rivals.json of ``bench.rivals``, the newest in README.md;
+for GPUs from gpu_static.json; for releases of torch from torch_VERSION.json, which ``make
+test-torch`` writes.
 """
 
 import argparse
@@ -231,8 +232,8 @@ def rivals(found: dict[str, Any]) -> str:
     names = ("eager", "onnx", "openvino", OURS, "eager-bf16", "openvino-bf16", f"{OURS}-bf16")
     table = []
     for model, rows in found["models"].items():
-        times = {row["name"]: row["ms"] for row in rows}
-        table.append([model, *(f"{times[n]:.0f}" if n in times else "" for n in names)])
+        times = {row["name"]: row.get("ms") for row in rows}
+        table.append([model, *(f"{times[n]:.0f}" if times.get(n) else "" for n in names)])
     header = ("eager", "ONNX Runtime", "OpenVINO", "kdfast", "eager bf16", "OpenVINO bf16")
     facts = facts_line(found["machine"])
     return f"{facts}.\n\n" + markdown(["ms", *header, "kdfast bf16"], table)
@@ -363,6 +364,11 @@ def blocks(shown: Machine, every: Sequence[Machine], gpu: dict[str, Any]) -> dic
         "yardsticks": yardsticks(ops),
         "peaks": peaks(ops),
         "models": models(every_model),
+        "models elsewhere": "\n\n".join(
+            f"{wrapped(facts_line(m.whole['machine']) + '.')}\n\n{models(rows)}"
+            for m in every
+            if m is not shown and (rows := model_rows(m))
+        ),
         "whole": whole(every),
         "chain": chain(row for row in shown.ops["rows"] if row["op"] == "vit_chain"),
         "binaries": binaries(gpu),
@@ -373,13 +379,14 @@ def committed() -> dict[str, str]:
     """The blocks of the committed result files."""
     every = machines()
     gpu = json.loads((RESULTS / "gpu_static.json").read_text(encoding="utf-8"))
-    found = json.loads((RESULTS / f"{SHOWN}_rivals.json").read_text(encoding="utf-8"))
+    raced = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*_rivals.json"))]
     contents = blocks(every[SHOWN], list(every.values()), gpu)
     shown = every[SHOWN].orion
     tested = [json.loads(path.read_text("utf-8")) for path in RESULTS.glob("torch_*.json")]
     return {
         **contents,
-        "rivals": rivals(found),
+        "rivals": rivals(max(raced, key=lambda found: str(found["machine"]["date"]))),
+        "rivals of all": "\n\n".join(map(rivals, raced)),
         "orion": "" if shown is None else orion(shown),
         "releases": releases(tested),
     }

@@ -60,10 +60,19 @@ def main(argv: list[str] | None = None) -> None:
         found = measured(MODELS[name], REQUEST)
         machine = found["machine"]
         models[name] = [row(candidate) for candidate in found["rows"]]
-    command = f"python -m kdfast.compare --model MODEL {' '.join(REQUEST)}"
-    content = {"machine": machine, "command": command, "models": models}
-    write_text(options.save, json.dumps(content) + "\n")
+    write_text(options.save, content(machine, models))
     print(options.save)
+
+
+def content(machine: dict[str, Any], models: dict[str, list[dict[str, Any]]]) -> str:
+    """The file's text, a row a line."""
+    command = f"python -m kdfast.compare --model MODEL {' '.join(REQUEST)}"
+    parts = []
+    for name, rows in models.items():
+        lines = ",\n".join(f"   {json.dumps(row)}" for row in rows)
+        parts.append(f"  {json.dumps(name)}: [\n{lines}\n  ]")
+    facts = f' "machine": {json.dumps(machine)},\n "command": {json.dumps(command)},\n'
+    return "{\n" + facts + ' "models": {\n' + ",\n".join(parts) + "\n }\n}\n"
 
 
 if __name__ == "__main__":

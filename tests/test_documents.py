@@ -80,6 +80,8 @@ def test_blocks_hold_ratios_against_the_best_other() -> None:
     assert "| kd_loss | a float32 | 1.0 | 3.0 |  |  |" in blocks["peaks"]
     assert "| model, ms | original (SDPA) | OpenVINO | kdfast | ratio |" in blocks["models"]
     assert "| fwd ViT | 9 | 8 | 6 | 1.33 |" in blocks["models"]
+    facts, _, *lines = blocks["models elsewhere"].splitlines()
+    assert facts.startswith("Lake, ") and lines[-1] == "| fwd ViT | 9 | 8 | 6 | 1.33 |"
     assert "| step | 9 | 8 |  |" in blocks["chain"]
     found = "2 kernels are compiled ahead of time for sm_90: at most 24 bytes of registers spilled"
     assert f"{found}, and none of them" in blocks["binaries"].replace("\n", " ")
@@ -115,7 +117,8 @@ def test_whole_models_are_held_against_torch_at_its_best() -> None:
 
 
 def test_rivals_have_a_row_for_each_model() -> None:
-    rows = [{"name": "kdfast", "ms": 4.4}, {"name": "openvino-bf16", "ms": 2.0}]
+    rows: list[dict[str, Any]] = [{"name": "kdfast", "ms": 4.4}, {"name": "onnx", "reason": "lost"}]
+    rows.append({"name": "openvino-bf16", "ms": 2.0})
     machine = SHOWN.ops["machine"]
     lines = documents.rivals({"machine": machine, "models": {"vit": rows}}).splitlines()
     assert lines[0] == "Zen 9, avx2, 2 threads, torch 9, commit abc, 2000-01-02."
