@@ -38,11 +38,11 @@ def readers(read_mlp: MlpOf) -> dict[str, Reader]:
         if order is not None and mask is not None and len(mask) * order.tokens != len(order.places):
             return None  # of another size of image, which the block's own code refuses
 
-        def attend(y: Tensor) -> Tensor:
-            out: Tensor = block.attn.context(y, mask)
-            return out
+        def bias(y: Tensor) -> Tensor:
+            made: Tensor = block.attn.windows_bias(y, mask)
+            return made
 
-        return _branches(block, TimmSwinAttention, attend, order, x)
+        return _branches(block, TimmSwinAttention, bias, order, x)
 
     def torchvision_swin(block: Any, x: Tensor | None) -> Branches | None:
         """``torchvision.models.swin_transformer.SwinTransformerBlock``."""
@@ -54,15 +54,15 @@ def readers(read_mlp: MlpOf) -> dict[str, Reader]:
         shift = (0, 0) if x is None or x.dim() != 4 else attn.grid(x)[1]
         order = _order(x, attn.window_size, shift)
 
-        def attend(y: Tensor) -> Tensor:
-            return attn.windows_context(y, attn.windows_bias(cast(Tensor, x)))
+        def bias(_: Tensor) -> Tensor:
+            return attn.windows_bias(cast(Tensor, x))
 
-        return _branches(block, TorchvisionSwinAttention, attend, order, x)
+        return _branches(block, TorchvisionSwinAttention, bias, order, x)
 
     def _branches(
         block: Any,
         kind: type[FusedAttention],
-        attend: Callable[[Tensor], Tensor],
+        bias: Callable[[Tensor], Tensor],
         order: WindowOrder | None,
         x: Tensor | None,
     ) -> Branches | None:
@@ -78,8 +78,16 @@ def readers(read_mlp: MlpOf) -> dict[str, Reader]:
         mlp = read_mlp(block.mlp, None)
         if mlp is None:
             return None
+        plain = is_plain_linear(attn.qkv)
+        project = Layer((attn.qkv.weight,), (attn.qkv.bias,)) if plain else None
+
+        def attend(y: Tensor) -> Tensor:
+            packed = attn.qkv(y) if project is None else y
+            out: Tensor = attn.attend(attn.split(packed)._replace(bias=bias(packed)))
+            return out
+
         out = Layer((attn.proj.weight,), (attn.proj.bias,))
-        return Branches(norms[0], None, attend, out, norms[1], mlp, order)
+        return Branches(norms[0], project, attend, out, norms[1], mlp, order)
 
     return {
         "timm.models.swin_transformer.SwinTransformerBlock": timm_swin,

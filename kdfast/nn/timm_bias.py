@@ -91,15 +91,18 @@ class TimmSwinAttention(TimmBiasAttention):
         """(H, N, N)."""
         return indexed(self.relative_position_bias_table, self.relative_position_index)
 
-    def project(self, x: Tensor, mask: Tensor | None = None, *args: Any) -> AttentionCall:
+    def windows_bias(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(1 or G, H, N, N): the position bias, and a mask (G, N, N), in a call with ``x``."""
         tensors, network = self.bias_source()
         given = tensors if mask is None else [*tensors, mask]
-        bias = remembered(
+        return remembered(
             *(self, x, given, lambda: masked(self.position_bias(), mask)),
             network=network,
             keep=as_read,
         )
-        return super().project(x)._replace(bias=bias)
+
+    def project(self, x: Tensor, mask: Tensor | None = None, *args: Any) -> AttentionCall:
+        return super().project(x)._replace(bias=self.windows_bias(x, mask))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Windows (B * G, N, C) to (B * G, N, C'), with a mask (G, N, N)."""

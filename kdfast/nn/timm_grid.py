@@ -34,7 +34,11 @@ class TimmPlainAttention(FusedAttention):
         return packed
 
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
-        qkv = self._packed(x).unflatten(2, (3, self.num_heads, self.head_dim))
+        return self.split(self._packed(x))
+
+    def split(self, packed: Tensor) -> AttentionCall:
+        """Queries, keys and values of what the projections made, (B, N, 3 * H * D)."""
+        qkv = packed.unflatten(2, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return AttentionCall(q, k, None, None, self.scale, v)
 

@@ -113,10 +113,6 @@ class TorchvisionSwinAttention(TimmPlainAttention):
     def project(self, x: Tensor, *args: Any, **kwargs: Any) -> AttentionCall:
         return super().project(self.windows(x))._replace(bias=self.windows_bias(x))
 
-    def windows_context(self, windows: Tensor, bias: Tensor) -> Tensor:
-        """The heads' outputs (B * G, N, H * D) of windows (B * G, N, C)."""
-        return self.attend(super().project(windows)._replace(bias=bias))
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, h, w, C) to (B, h, w, C)."""
         if self.num_heads:

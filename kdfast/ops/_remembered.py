@@ -52,10 +52,17 @@ def remembered(
         if not torch.compiler.is_compiling():
             _kept.pop(module, None)
         return make()
-    if torch.is_autocast_enabled("cpu") or not all(map(can_be_watched, tensors)):
+    if torch.is_autocast_enabled("cpu"):
         return make()
-    origin, kept = Origin.of(tensors), _kept.get(module)
-    if kept is not None and kept.key == key and kept.origin == origin:
+    kept = _kept.get(module)
+    if kept is not None and kept.key != key:
+        kept = None
+    if kept is not None and kept.origin.stands_for(tensors):
+        return kept.value
+    if not all(map(can_be_watched, tensors)):
+        return make()
+    origin = Origin.of(tensors)
+    if kept is not None and kept.origin == origin:
         return kept.value
     with torch.inference_mode(False), torch.no_grad():
         value = keep(make())
