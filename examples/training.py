@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.v2 import CutMix
 
 from examples.pictures import Pictures
 from kdfast.machine.signals import run_command
@@ -159,13 +160,25 @@ def command(main: Callable[[], None]) -> None:
 
 
 class Supervised(nn.Module):
-    """Training on labels by cross-entropy."""
+    """Training on labels by cross-entropy.
 
-    def __init__(self, model: nn.Module, smoothing: float) -> None:
+    Attributes:
+        cutmix: Part of the batches whose pictures get a rectangle of another picture each, and the
+            share of its label (CutMix, arXiv 1905.04899); drawn from torch's generator, which
+            checkpoints hold.
+    """
+
+    def __init__(
+        self, model: nn.Module, smoothing: float, cutmix: float = 0.0, classes: int | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
+        self.cutmix = cutmix
+        self.mix = CutMix(num_classes=classes)
 
     def forward(self, images: Tensor, labels: Tensor, epoch: int) -> dict[str, Tensor]:
         """The loss of a batch."""
+        if self.cutmix and float(torch.rand(())) < self.cutmix:
+            images, labels = self.mix(images, labels)
         return {"total": self.loss(self.model(images).float(), labels)}

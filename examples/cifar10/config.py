@@ -63,11 +63,14 @@ class Config:
 
     Attributes:
         smoothing: Label smoothing of the first training.
+        cutmix: Part of its batches whose pictures get a piece of another one each. Without it the
+            model learns the training pictures by heart long before the last epoch.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    train: Recipe = field(default_factory=lambda: Recipe(epochs=50, lr=2e-3, batch=128))
+    train: Recipe = field(default_factory=lambda: Recipe(epochs=75, lr=2e-3, batch=128))
     prune: PruneConfig = field(default_factory=PruneConfig)
     smoothing: float = 0.1
+    cutmix: float = 0.5
     recover: Recipe = field(default_factory=lambda: Recipe(epochs=3, lr=5e-4, batch=128))
     distil: DistilConfig = field(default_factory=DistilConfig)

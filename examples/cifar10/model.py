@@ -56,6 +56,7 @@ class Stem(nn.Module):
             nn.MaxPool2d(2),
             Convolution(32, 48),
             Residual(48),
+            Residual(48),
             nn.MaxPool2d(2),
             Convolution(48, embed_dim),
             Residual(embed_dim),

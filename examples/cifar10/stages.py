@@ -74,10 +74,11 @@ class Stages:
         model = build(config.model, self.seed)
         # Under autocast to bf16 a step is then 2.3 times as fast.
         kdfast.accelerate(model)
-        meta = {"model": asdict(config.model), "train": asdict(config.train), "seed": self.seed}
+        first = {"smoothing": config.smoothing, "cutmix": config.cutmix, **asdict(config.train)}
+        meta = {"model": asdict(config.model), "train": first, "seed": self.seed}
         cpu, wall = train(
             "dense",
-            Supervised(model, config.smoothing),
+            Supervised(model, config.smoothing, config.cutmix, classes=model.num_classes),
             self.feed(config.train.batch),
             config.train,
             self.folder / "dense",
