@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m kdfast.compare`` as a user runs it."""
 
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import nn
 
 from kdfast import compare
@@ -264,3 +266,17 @@ def test_help_names_every_candidate(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in RIVALS)
+
+
+def test_the_table_fits_a_terminal_of_eighty_columns() -> None:
+    slow: dict[str, Any] = {"ms": 12345.6, "p95_ms": 2510.4, "images_per_second": 1234.5}
+    slow |= {"file_bytes": 4 << 30, "memory_bytes": 16 << 30, "cosine": 0.99999, "top1": 1.0}
+    fast = {**slow, "ms": 75.25, "images_per_second": 65.97}
+    models = "whole", "pruned"
+    rows = [Row(model, "onnx-int8-dynamic", "int8", **fast) for model in models]
+    rows.append(Row("whole", "eager", "fp32", **slow))
+    with io.StringIO() as text:
+        Console(file=text, width=80).print(table(rows))
+        shown = text.getvalue()
+    assert "…" not in shown
+    assert "top-1" in shown and "onnx-int8-dynamic    75.2  2,510" in shown and "164.1" in shown

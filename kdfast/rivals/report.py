@@ -30,7 +30,7 @@ def table(rows: Sequence[Row]) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     made.add_column("run by", no_wrap=True)
     for name in COLUMNS:
         made.add_column(name, justify="right", no_wrap=True)
@@ -47,11 +47,11 @@ def table(rows: Sequence[Row]) -> Any:
                 _number(base / row.ms if base and row.ms else None, 2),
                 _number(row.file_bytes / MIB if row.file_bytes else None, 1),
                 _number(row.memory_bytes / MIB if row.memory_bytes else None, 0),
-                _number(row.cosine, 4),
+                "-" if row.cosine is None else f"{row.cosine:.4f}",
                 "-" if row.top1 is None else f"{row.top1:.0%}",
             ]
             style = "bold" if row.ms and row.ms == best else "" if row.ms else "dim"
-            made.add_row(f"  {row.name}", *cells, style=style)
+            made.add_row(f" {row.name}", *cells, style=style)
     return made
 
 
@@ -120,4 +120,8 @@ def _ms(row: Row) -> float:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
+    """A value without the decimals that a terminal of 80 columns has no room for."""
+    if value is None:
+        return "-"
+    room = max(0, 4 - len(str(int(value))))
+    return f"{value:,.{min(digits, room)}f}"
