@@ -27,14 +27,14 @@ REQUEST = ("--prune", "0", "--only", ",".join(NAMES))
 FIELDS = ("name", "ms", "p95_ms", "cosine", "reason")
 
 
-def measured(model: str, request: tuple[str, ...]) -> dict[str, Any]:
+def measured(model: str) -> dict[str, Any]:
     """What ``kdfast compare`` wrote of a timm model.
 
     Raises:
         RuntimeError: It ended without a result.
     """
     with tempfile.TemporaryDirectory() as folder:
-        status = kdfast.compare.main(["--model", model, "--out", folder, *request])
+        status = kdfast.compare.main(["--model", model, "--out", folder, *REQUEST])
         if status:
             raise RuntimeError(f"kdfast compare --model {model} must end with 0, got {status}")
         found: dict[str, Any] = json.loads((Path(folder) / "compare.json").read_text("utf-8"))
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     options = p.parse_args(argv)
     models, machine = {}, {}
     for name in options.models:
-        found = measured(MODELS[name], REQUEST)
+        found = measured(MODELS[name])
         machine = found["machine"]
         models[name] = [row(candidate) for candidate in found["rows"]]
     write_text(options.save, content(machine, models))

@@ -201,16 +201,13 @@ def packed(
     if reader.dim() < 2 or x.shape[-1] != math.prod(reader.shape[1:]):
         return None
     kept = _packs.get(module)
-    if kept is not None and (kept.dtype != dtype or kept.cast != cast):
-        kept = None
-    if kept is not None and kept.origin.stands_for(tensors):
-        return kept.products
+    if kept is not None and (kept.dtype, kept.cast) == (dtype, cast):
+        if kept.origin.stands_for(tensors):
+            return kept.products
     if not all(_may_be_packed(tensor, dtype, cast) for tensor in tensors):
         return None
     # Asked before anything is copied: the next call sees what another thread writes meanwhile.
     origin = Origin.of(tensors)
-    if kept is not None and kept.origin == origin:
-        return kept.products
     with torch.inference_mode(False), torch.no_grad():
         products = tuple(Product(layer, dtype) for layer in layers)
     _packs[module] = _Packs(dtype, cast, origin, products)

@@ -55,15 +55,11 @@ def remembered(
     if torch.is_autocast_enabled("cpu"):
         return make()
     kept = _kept.get(module)
-    if kept is not None and kept.key != key:
-        kept = None
-    if kept is not None and kept.origin.stands_for(tensors):
+    if kept is not None and kept.key == key and kept.origin.stands_for(tensors):
         return kept.value
     if not all(map(can_be_watched, tensors)):
         return make()
     origin = Origin.of(tensors)
-    if kept is not None and kept.origin == origin:
-        return kept.value
     with torch.inference_mode(False), torch.no_grad():
         value = keep(make())
     _kept[module] = _Kept(key, origin, value)

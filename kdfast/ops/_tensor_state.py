@@ -17,10 +17,7 @@ LIB.define("tensor_state(Tensor[] x, int[] versions) -> int")
 
 
 class Origin:
-    """Tensors at a moment; equal to another as long as they are the same, with the same elements.
-
-    They are not kept alive.
-    """
+    """Tensors at a moment, which are not kept alive."""
 
     def __init__(self, state: object, storages: Sequence[torch.UntypedStorage]) -> None:
         self._state = state
@@ -34,29 +31,19 @@ class Origin:
         return cls(_state(list(tensors)), [tensor.untyped_storage() for tensor in tensors])
 
     def stands_for(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether ``Origin.of(tensors)`` would be equal; False also where that is costly to say.
+        """Whether tensors are still those of this origin, with the same elements.
 
-        A call in inference asks this of every weight, and nearly always they are still the same:
-        those in the same memory, contiguous, need no more questions before their state is read.
+        A call in inference asks this of every weight. Most of ``can_be_watched`` need not be asked
+        again of what lies in the same memory.
         """
         if len(tensors) != len(self._memory):
             return False
         for memory, x in zip(self._memory, tensors, strict=True):
             if type(x) not in _KINDS or x.layout is not torch.strided:
                 return False
-            if memory() is not x.untyped_storage() or not x.is_contiguous():
+            if memory() is not x.untyped_storage() or not _is_dense(x):
                 return False
         return bool(_state(list(tensors)) == self._state)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Origin) or self._state != other._state:
-            return False
-        mine, others = ([ref() for ref in origin._memory] for origin in (self, other))
-        return len(mine) == len(others) and all(
-            a is not None and a is b for a, b in zip(mine, others, strict=True)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def can_be_watched(tensor: Tensor) -> bool:
