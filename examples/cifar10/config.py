@@ -68,7 +68,7 @@ class Config:
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    train: Recipe = field(default_factory=lambda: Recipe(epochs=75, lr=2e-3, batch=128))
+    train: Recipe = field(default_factory=lambda: Recipe(epochs=100, lr=2e-3, batch=128))
     prune: PruneConfig = field(default_factory=PruneConfig)
     smoothing: float = 0.1
     cutmix: float = 0.5
