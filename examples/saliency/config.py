@@ -42,5 +42,7 @@ class Config:
     batch: int = 20
     seed: int = 0
     shortest: float = 0.5
-    recipe: Recipe = field(default_factory=lambda: Recipe(epochs=60, lr=1.5e-5, batch=8, warmup=0.1))
+    recipe: Recipe = field(
+        default_factory=lambda: Recipe(epochs=60, lr=1.5e-5, batch=8, warmup=0.1)
+    )
     distil: DistilConfig = field(default_factory=DistilConfig)
