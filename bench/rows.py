@@ -100,8 +100,9 @@ def text(results: dict[str, Any]) -> str:
 def facts_line(machine: dict[str, Any]) -> str:
     """Machine, versions and commit, as one line."""
     changes = " with changes" if machine["dirty"] else ""
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     return (
-        f"{machine['gpu'] or machine['family']}, {machine['isa']}, {machine['threads']} threads, "
+        f"{machine['gpu'] or machine['family']}, {machine['isa']}, {threads}, "
         f"torch {machine['torch']}, commit {machine['commit']}{changes}, {machine['date']}"
     )
 

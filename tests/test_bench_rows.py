@@ -49,6 +49,8 @@ def test_a_result_file_keeps_rows_and_no_samples() -> None:
     assert json.loads(text) == found
     assert sum('"candidate"' in line for line in text.splitlines()) == 2  # a line for each
     assert "Zen 9, avx2, 2 threads, torch 9, commit 0123456789ab" in rows.facts_line(machine)
+    one = {**machine, "threads": 1}
+    assert "Zen 9, avx2, 1 thread, torch 9" in rows.facts_line(one)
 
 
 def test_all_commits_of_joined_runs_are_named() -> None:
