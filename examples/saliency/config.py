@@ -37,12 +37,12 @@ class Config:
     """
 
     keep: float = 0.5
-    held: int = 40
+    held: int = 100
     calibrate: int = 200
     batch: int = 20
     seed: int = 0
     shortest: float = 0.5
     recipe: Recipe = field(
-        default_factory=lambda: Recipe(epochs=60, lr=1.5e-5, batch=8, warmup=0.1)
+        default_factory=lambda: Recipe(epochs=15, lr=1.5e-5, batch=8, warmup=0.1)
     )
     distil: DistilConfig = field(default_factory=DistilConfig)
