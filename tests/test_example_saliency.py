@@ -155,14 +155,21 @@ def test_agreement_of_maps() -> None:
 
 def test_the_maps_distance_is_zero_for_equal_maps_only() -> None:
     logits = torch.randn(2, 4, 4)
-    assert stages.map_loss(logits, logits, None).item() == pytest.approx(0, abs=1e-7)
+    assert stages.map_loss(logits, logits, None, correlated=1).item() == pytest.approx(0, abs=1e-6)
     mine = (logits + 1).requires_grad_()
-    loss = stages.map_loss(mine, logits, None)
+    loss = stages.map_loss(mine, logits, None, correlated=0)
     p, q = logits.sigmoid(), (logits + 1).sigmoid()
     want = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
     torch.testing.assert_close(loss, want)
+    apart = [1 - np.corrcoef(x.flatten(), y.flatten())[0, 1] for x, y in zip(p, q, strict=True)]
+    loss = stages.map_loss(mine, logits, None, correlated=0.5)
+    assert loss.item() == pytest.approx(want.item() + 0.5 * np.mean(apart), rel=1e-4)
     loss.backward()
     assert mine.grad is not None
+    # A map without any shape has no correlation, and gradients that are finite.
+    flat = torch.zeros(1, 4, 4, requires_grad=True)
+    stages.map_loss(flat, flat.detach(), None, correlated=1).backward()
+    assert flat.grad is not None and flat.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("method", others.METHODS)
@@ -199,6 +206,7 @@ def test_a_run_writes_results_and_a_picture(
     assert rows["dense"]["pearson"] == pytest.approx(1) and rows["dense"]["iou"] == 1
     assert len({rows[name]["macs"] for name in rows if "budget" not in name}) == 2
     assert rows[run.DISTILLED]["macs"] == rows[stages.BUDGET]["macs"] <= rows["cut"]["macs"]
+    assert rows[stages.ALL]["pictures"] == 8 and rows[stages.ALL]["cpu_s"] > 0
     trained = [name for name in rows if "distilled" in name]
     assert len(trained) == 4 and all(rows[name]["epochs"] == 1 for name in trained)
     assert set(one["times"]) == set(run.TIMED)

@@ -10,13 +10,15 @@ from examples.training import Recipe
 
 @dataclass(frozen=True)
 class DistilConfig:
-    """The objective of the distillation; the map's own distance has weight 1.
+    """The objective of the distillation; the divergence of the maps has weight 1.
 
     Attributes:
+        correlation: Weight of one minus the correlation of the maps.
         feature: Weight of the distance of the tokens after every block.
         attention: Weight of the distance of the attention maps.
     """
 
+    correlation: float = 0.5
     feature: float = 0.5
     attention: float = 0.1
 
@@ -41,8 +43,6 @@ class Config:
     calibrate: int = 200
     batch: int = 20
     seed: int = 0
-    shortest: float = 0.5
-    recipe: Recipe = field(
-        default_factory=lambda: Recipe(epochs=15, lr=1.5e-5, batch=8, warmup=0.1)
-    )
+    shortest: float = 0.8
+    recipe: Recipe = field(default_factory=lambda: Recipe(epochs=15, lr=6e-6, batch=8, warmup=0.1))
     distil: DistilConfig = field(default_factory=DistilConfig)

@@ -63,16 +63,21 @@ def answers(model: Saliency, batches: Sequence[Tensor]) -> Answers:
 def agreement(got: Answers, want: Answers) -> dict[str, Any]:
     """``Agreement`` of two models' answers, as plain values."""
     mine, theirs = got.maps.flatten(1).double(), want.maps.flatten(1).double()
-    own, other = (x - x.mean(1, keepdim=True) for x in (mine, theirs))
     regions = [_scaled(x) >= REGION for x in (mine, theirs)]
     both, either = (regions[0] & regions[1]).sum(1), (regions[0] | regions[1]).sum(1)
     found = Agreement(
-        pearson=F.cosine_similarity(own, other, dim=1).mean().item(),
+        pearson=correlation(mine, theirs).mean().item(),
         error=(mine - theirs).abs().mean().item(),
         iou=(both / either).mean().item(),
         cosine=F.cosine_similarity(got.tokens, want.tokens, dim=-1).mean().item(),
     )
     return asdict(found)
+
+
+def correlation(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Pearson's, of every row of two (B, P)."""
+    own, other = (x - x.mean(1, keepdim=True) for x in (mine, theirs))
+    return F.cosine_similarity(own, other, dim=1)
 
 
 def _scaled(maps: Tensor) -> Tensor:

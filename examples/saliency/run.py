@@ -19,18 +19,19 @@ from examples.saliency.data import load
 from examples.saliency.model import Saliency
 from examples.saliency.model import load as load_model
 from examples.saliency.picture import draw, samples
-from examples.saliency.stages import BUDGET, Stages, times
+from examples.saliency.stages import ALL, BUDGET, Stages, times
 from examples.saliency.table import table
 from examples.training import command
 
 MODULE = "examples.saliency.run"
-DISTILLED = f"{BUDGET}, distilled"
+DISTILLED = f"{ALL}, distilled"
 TIMED = ("dense", "compensated", BUDGET, "Torch-Pruning, magnitude")
 
 
 def run(stages: Stages, distil_others: bool) -> tuple[dict[str, Any], dict[str, Saliency]]:
     """All rows and models."""
     models = {"dense": stages.model, **stages.pruned()}
+    pictures = stages.pictures
     rows: dict[str, Any] = {}
 
     def measured(name: str, row: dict[str, Any]) -> None:
@@ -39,7 +40,10 @@ def run(stages: Stages, distil_others: bool) -> tuple[dict[str, Any], dict[str, 
 
     for name, model in models.items():
         measured(name, stages.row(model))
-    models[DISTILLED], row = stages.distilled("distilled", models[BUDGET])
+    for name, images in ((BUDGET, pictures.calibrate), (ALL, pictures.learn)):
+        models[name], row = stages.compensated(images)
+        measured(name, row)
+    models[DISTILLED], row = stages.distilled("distilled", models[ALL])
     measured(DISTILLED, row)
     if distil_others:
         _, row = stages.distilled("distilled_cut", models["cut"])

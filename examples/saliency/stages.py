@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -20,7 +21,7 @@ from examples.saliency import others
 from examples.saliency.config import Config
 from examples.saliency.data import Crops, Split, whole
 from examples.saliency.model import MEAN, SIDE, STD, Saliency
-from examples.saliency.quality import Answers, agreement, answers
+from examples.saliency.quality import Answers, agreement, answers, correlation
 from examples.training import train
 from kdfast.machine.timing import interleave, summarize
 from kdfast.trainer.watch import Row
@@ -28,6 +29,7 @@ from kdfast.trainer.watch import Row
 # Held-out pictures that the log looks at after every epoch; nothing is chosen by them.
 GLANCE = 5
 BUDGET = "compensated, one budget"
+ALL = f"{BUDGET}, all pictures"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Stages:
         return {**agreement(answers(model, self.held), self.want), **size, **more}
 
     def pruned(self) -> dict[str, Saliency]:
-        """The model pruned to about half of its blocks' FLOPs in several ways, not trained."""
+        """The model with half of every block's heads and units, in several ways, not trained."""
         model, keep = self.model, self.config.keep
         data = self.batches(self.pictures.calibrate)
         calibration = kdfast.calibrate(model, data)
@@ -75,21 +77,34 @@ class Stages:
         units = kdfast.mlp_scores(model, "reconstruction", calibration)
         heads = kdfast.select_heads(scores, keep, "block", 0)
         mlp = kdfast.select_heads(units, keep, "block", 0)
-        sequence: dict[str, Any] = {"compensate": calibration, "data": data, "sequential": True}
         ways: dict[str, dict[str, Any]] = {
             "cut": {},
             "mean": {"mean_context": True, "data": data},
             "compensated at once": {"compensate": calibration},
-            "compensated": sequence,
+            "compensated": {"compensate": calibration, "data": data, "sequential": True},
         }
         made = {
             name: kdfast.prune_heads(model, heads, mlp=mlp, **given) for name, given in ways.items()
         }
-        together = kdfast.select_together(model, scores, units, keep)
-        made[BUDGET] = kdfast.prune_heads(model, together[0], mlp=together[1], **sequence)
         for method in others.METHODS:
             made[f"Torch-Pruning, {method}"] = others.pruned(model, method, keep, data)
         return made
+
+    def compensated(self, images: Tensor) -> tuple[Saliency, dict[str, Any]]:
+        """The model with half of the blocks' MACs, in one budget for all, not trained; its row.
+
+        Args:
+            images: Squares to select and compensate with.
+        """
+        start, model, data = time.process_time(), self.model, self.batches(images)
+        calibration = kdfast.calibrate(model, data)
+        scores = kdfast.head_scores(model, "reconstruction", calibration)
+        units = kdfast.mlp_scores(model, "reconstruction", calibration)
+        heads, mlp = kdfast.select_together(model, scores, units, self.config.keep)
+        small = kdfast.prune_heads(
+            model, heads, mlp=mlp, compensate=calibration, data=data, sequential=True
+        )
+        return small, self.row(small, cpu_s=time.process_time() - start, pictures=len(images))
 
     def distilled(
         self, name: str, start: Saliency, heads: Sequence[Sequence[int]] | None = None
@@ -110,7 +125,9 @@ class Stages:
         # embeddings are whole; a step of Adam on pixels would move all tokens far.
         student.requires_grad_(False)
         student.backbone.blocks.requires_grad_(True)
-        module = Distiller(student, teacher, map_loss, heads=heads, **asdict(config.distil))
+        weights = asdict(config.distil)
+        output = partial(map_loss, correlated=weights.pop("correlation"))
+        module = Distiller(student, teacher, output, heads=heads, **weights)
         crops = Pictures(self.pictures.learn, None, Crops(config.seed, config.shortest))
         feed = training_feed(crops, config.recipe.batch, config.seed, MEAN, STD)
         meta = {"config": asdict(config), "pictures": len(self.pictures.learn), "name": name}
@@ -126,16 +143,21 @@ class Stages:
         return student, self.row(student, cpu_s=cpu, wall_s=wall, epochs=config.recipe.epochs)
 
 
-def map_loss(mine: Tensor, goal: Tensor, _: Tensor | None) -> Tensor:
-    """Mean over pixels of KL(teacher || student) of the importance as a probability.
+def map_loss(mine: Tensor, goal: Tensor, _: Tensor | None, *, correlated: float) -> Tensor:
+    """Mean over pixels of KL(teacher || student) of the importance as a probability, and more.
+
+    The divergence hardly sees the shape of a flat map; the correlation does not see its height.
 
     Args:
         mine: (B, H, W) logits.
         goal: Those of the teacher.
+        correlated: Weight of one minus the correlation of the maps, as in DIST
+            (arXiv 2205.10536), mean over pictures.
     """
     own, other = (torch.stack([x, torch.zeros_like(x)], -1) for x in (mine, goal))
     loss, _, _ = kdfast.kd_loss(own, other, None, temperature=1.0, alpha=1.0)
-    return loss
+    maps = (x.sigmoid().flatten(1) for x in (mine, goal))
+    return loss + correlated * (1 - correlation(*maps).mean())
 
 
 @torch.no_grad()
