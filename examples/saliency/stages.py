@@ -26,7 +26,7 @@ from examples.training import train
 from kdfast.machine.timing import interleave, summarize
 from kdfast.trainer.watch import Row
 
-# Held-out pictures that the log looks at after every epoch; nothing is chosen by them.
+# Held-out pictures that the log looks at after every epoch; no run chooses anything by them.
 GLANCE = 5
 BUDGET = "compensated, one budget"
 ALL = f"{BUDGET}, all pictures"
