@@ -72,9 +72,7 @@ class Stages:
         """The model with half of every block's heads and units, in several ways, not trained."""
         model, keep = self.model, self.config.keep
         data = self.batches(self.pictures.calibrate)
-        calibration = kdfast.calibrate(model, data)
-        scores = kdfast.head_scores(model, "reconstruction", calibration)
-        units = kdfast.mlp_scores(model, "reconstruction", calibration)
+        calibration, scores, units = self._scored(data)
         heads = kdfast.select_heads(scores, keep, "block", 0)
         mlp = kdfast.select_heads(units, keep, "block", 0)
         ways: dict[str, dict[str, Any]] = {
@@ -90,6 +88,14 @@ class Stages:
             made[f"Torch-Pruning, {method}"] = others.pruned(model, method, keep, data)
         return made
 
+    def _scored(
+        self, data: list[Tensor]
+    ) -> tuple[kdfast.Calibration, kdfast.HeadScores, kdfast.HeadScores]:
+        """A calibration on batches, and what every head and every unit is worth by it."""
+        calibration = kdfast.calibrate(self.model, data)
+        heads = kdfast.head_scores(self.model, "reconstruction", calibration)
+        return calibration, heads, kdfast.mlp_scores(self.model, "reconstruction", calibration)
+
     def compensated(self, images: Tensor) -> tuple[Saliency, dict[str, Any]]:
         """The model with half of the blocks' MACs, in one budget for all, not trained; its row.
 
@@ -97,9 +103,7 @@ class Stages:
             images: Squares to select and compensate with.
         """
         start, model, data = time.process_time(), self.model, self.batches(images)
-        calibration = kdfast.calibrate(model, data)
-        scores = kdfast.head_scores(model, "reconstruction", calibration)
-        units = kdfast.mlp_scores(model, "reconstruction", calibration)
+        calibration, scores, units = self._scored(data)
         heads, mlp = kdfast.select_together(model, scores, units, self.config.keep)
         small = kdfast.prune_heads(
             model, heads, mlp=mlp, compensate=calibration, data=data, sequential=True
